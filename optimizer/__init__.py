@@ -1,0 +1,56 @@
+"""Mezzotint: make a language model fit a memory budget and keep what it means.
+
+    plan = optimizer.optimize("smollm2", budget=optimizer.Budget(bits=4.5), out="run")
+    optimizer.apply(plan, "packed")
+    model = optimizer.load("packed")          # a transformers model; model.generate() works
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimizer.errors import MezzotintError
+from optimizer.plan import Budget, Plan, Precision
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Budget", "MezzotintError", "Plan", "Precision", "apply", "load", "optimize"]
+
+STORE = "~/.cache/mezzotint"
+
+
+def optimize(model: str, out: str | Path = "mezzotint-run", **settings: Any) -> Plan:
+    """Measure `model`, make the best plan for `budget`, prove it, write both to `out`.
+
+    model: `smollm2`, `stories`, a folder, a .gguf file or a hub id. settings: fields of
+    `optimizer.config.Optimize`, e.g. budget=Budget(bits=4.5), data=Data(source="text", path=...).
+    Raises MezzotintError.
+    """
+    config = import_module("optimizer.config")
+    pipeline = import_module("optimizer.pipeline")
+    plan: Plan = pipeline.optimize(config.Optimize(model=model, **settings), Path(out)).plan
+    return plan
+
+
+def apply(
+    plan: Plan, out: str | Path, model: str | None = None, overwrite: bool = False, store: str = STORE
+) -> Path:
+    """Write the packed model that `plan` describes to the folder `out`; returns it.
+
+    model: where the reference is, if no longer where the plan says. Raises MezzotintError.
+    """
+    pipeline = import_module("optimizer.pipeline")
+    written: Path = pipeline.apply(plan, Path(out), store, model, overwrite)
+    return written
+
+
+def load(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+    """A packed folder -> a transformers model in eval mode that computes in `dtype` (fp32).
+
+    Raises MezzotintError if a file was changed since it was packed.
+    """
+    packed = import_module("optimizer.backends.packed")
+    return packed.load(folder, device=device, **({} if dtype is None else {"dtype": dtype}))

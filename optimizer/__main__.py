@@ -1,0 +1,169 @@
+"""The command line. Composes the configuration with Hydra and calls the pipeline.
+
+Exit codes: 0 done, 2 a mistake that the user can correct, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+USAGE = """\
+Mezzotint: make a language model fit a memory budget and keep what it means.
+
+  mezzotint optimize model=smollm2 budget.bits=4.5      measure, allocate, prove; writes plan.json
+  mezzotint show plan.json                              heat map, bytes, promise, certificate
+  mezzotint apply plan.json out=DIR                     write the packed model
+  mezzotint evaluate model=DIR                          packed model against its reference
+
+model=   smollm2, stories, a folder, a .gguf file, or a hub id
+budget.  bits=4.5 (per weight, scales counted), code_bits=4 (codes alone), size=80MiB (whole file)
+data=    self (default: text sampled from the model), text data.path=FILE, hub data.path=ID
+
+`mezzotint optimize --cfg job` prints every setting, `-m` sweeps over comma-separated values,
+`--config-dir DIR` adds a folder of your own settings. Results: hydra.run.dir=DIR chooses where.
+"""
+COMMANDS = ("optimize", "show", "apply", "evaluate")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if arguments is None else arguments
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"mezzotint {version('mezzotint')}")
+        return 0
+    from optimizer.errors import MezzotintError
+
+    try:
+        return _dispatch(argv[0], argv[1:])
+    except MezzotintError as error:
+        print(f"mezzotint: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nmezzotint: stopped. What is finished is kept; the same command goes on.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(command: str, rest: list[str]) -> int:
+    from optimizer.errors import ConfigError
+
+    if command not in COMMANDS:
+        raise ConfigError(f"There is no command {command!r}; there are {', '.join(COMMANDS)}.")
+    if command == "show":
+        _show(rest)
+        return 0
+    if command == "apply" and rest and "=" not in rest[0] and not rest[0].startswith("-"):
+        rest = [f"plan={_quoted(rest[0])}", *rest[1:]]
+    jobs: dict[str, Callable[[Any], None]] = {
+        "optimize": _optimize,
+        "apply": _apply,
+        "evaluate": _evaluate,
+    }
+    return _hydra(command, rest, jobs[command])
+
+
+def _quoted(path: str) -> str:
+    escaped = path.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _hydra(command: str, rest: list[str], job: Callable[[Any], None]) -> int:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print a traceback and exit with 1
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from optimizer import config
+    from optimizer.errors import ConfigError
+
+    config.register()
+
+    def task(cfg: Any) -> None:
+        job(config.build(command, cfg))
+
+    before = sys.argv
+    sys.argv = [f"mezzotint {command}", *rest]
+    try:
+        hydra.main(str(config.conf_folder()), command, version_base="1.3")(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explained(command, error)) from None
+    finally:
+        sys.argv = before
+    return 0
+
+
+def _explained(command: str, error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if error.__cause__ is not None:
+        lines += [line.strip() for line in str(error.__cause__).splitlines()[:1]]
+    seen = " ".join(dict.fromkeys(line for line in lines if "+" not in line and "_type" not in line))
+    return f"{seen} `mezzotint {command} --cfg job` prints every key with its value."
+
+
+def _optimize(settings: Any) -> None:
+    from pathlib import Path
+
+    from hydra.core.hydra_config import HydraConfig
+
+    from optimizer import pipeline, report
+
+    out = report.console()
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    here = Path.cwd()
+    folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
+    report.outcome(out, pipeline.optimize(settings, folder, report.Terminal(out)))
+
+
+def _apply(settings: Any) -> None:
+    from pathlib import Path
+
+    from optimizer import pipeline, report
+    from optimizer.plan import Plan
+
+    out = report.console()
+    plan = Plan.load(settings.plan)
+    folder = pipeline.apply(
+        plan,
+        Path(settings.out),
+        settings.store,
+        settings.model,
+        settings.overwrite,
+        report.Terminal(out),
+    )
+    out.print(
+        f"Wrote {folder}: {plan.bytes['total']} bytes of weights, as promised. Measure it with: "
+        f"mezzotint evaluate model={folder}",
+        soft_wrap=True,
+    )
+
+
+def _evaluate(settings: Any) -> None:
+    from optimizer import pipeline, report
+
+    out = report.console()
+    report.evaluation(out, pipeline.evaluate(settings, report.Terminal(out)))
+
+
+def _show(rest: list[str]) -> None:
+    from optimizer import report
+    from optimizer.errors import ConfigError
+    from optimizer.plan import Plan
+
+    if len(rest) != 1:
+        raise ConfigError("Give one plan: mezzotint show plan.json")
+    report.show(report.console(), Plan.load(rest[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""The torch backend: codes packed densely on disk and in memory, unpacked when a layer runs.
+
+A packed folder holds config.json, the tokenizer, plan.json, packed.safetensors and manifest.json
+(sha256 of the others). In packed.safetensors a quantized layer NAME is NAME.codes, NAME.scales
+and, if asymmetric, NAME.zeros; everything else has its checkpoint name and 16 bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimizer.errors import ConfigError, PlanError, StorageError
+from optimizer.model import DTYPES, Model, read, skeleton, take_inventory, write
+from optimizer.plan import Inventory, Layer, Plan, Precision
+from optimizer.quantizer import Codes, Rtn
+from optimizer.source import PACKED_FILE
+from optimizer.store import unwritable
+
+MANIFEST = "manifest.json"
+COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
+Track = Callable[..., Iterable[Any]]
+
+
+def check_target(out: Path, overwrite: bool) -> None:
+    """Raise before any work if the folder can't be written."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+        raise ConfigError(
+            f"The folder for the packed model must be new or empty; {out} is not. Choose another "
+            "out=DIR, or say overwrite=true to replace it."
+        )
+    probe = out.absolute().parent
+    while not probe.exists():
+        probe = probe.parent
+    if not os.access(probe, os.W_OK):
+        raise StorageError(f"{probe} can't be written to. Choose another out=DIR.")
+
+
+def save(plan: Plan, model: Model, folder: Path, out: Path, track: Track) -> Path:
+    """Pack `model` as `plan` says and write it to `out`, with what `folder` says beside weights.
+    Appears whole or not at all. Memory: the packed model."""
+    tensors = _pack(plan, model, track)
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=".packing-") as draft:
+            inner = Path(draft) / "model"
+            inner.mkdir()
+            _write(tensors, plan, folder, inner)
+            if out.is_dir():
+                shutil.rmtree(out)
+            os.replace(inner, out)
+    except OSError as error:
+        raise unwritable(out, error) from None
+    return out
+
+
+def _pack(plan: Plan, model: Model, track: Track) -> dict[str, Tensor]:
+    choice, inventory = plan.choice, model.inventory
+    rounder = Rtn()
+    dtype = DTYPES[inventory.dtype]
+    tensors: dict[str, Tensor] = {}
+    for layer in track(inventory.layers, "packing layers"):
+        weight, precision = model.weight(layer.name), choice[layer.name]
+        if precision.kind == "none":
+            whole = torch.empty(layer.shape, dtype=dtype)
+            target = whole.transpose(-1, -2) if layer.transposed else whole
+            target.copy_(weight.reshape(target.shape))
+            tensors[layer.name] = whole
+            continue
+        for suffix, part in rounder.encode(weight, precision).pack().items():
+            tensors[f"{layer.name}.{suffix}"] = part.contiguous()
+    state = model.net.state_dict()
+    for tensor in inventory.others:
+        tensors[tensor.name] = state[tensor.parameter].to(DTYPES[tensor.dtype]).contiguous()
+    return tensors
+
+
+def _write(tensors: dict[str, Tensor], plan: Plan, folder: Path, out: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, out / PACKED_FILE, metadata={"format": "pt"})
+    except SafetensorError as error:  # its own name for a full disk
+        raise unwritable(out / PACKED_FILE, OSError(str(error))) from None
+    size = (out / PACKED_FILE).stat().st_size
+    if size != plan.bytes["total"]:
+        raise PlanError(
+            f"The plan promises {plan.bytes['total']} bytes and the file has {size}. The plan was "
+            "made for another version or another checkpoint; make it again."
+        )
+    for pattern in COPIED:
+        for file in folder.glob(pattern):
+            if not file.name.endswith(".index.json"):
+                shutil.copyfile(file, out / file.name)
+    plan.save(out / "plan.json")
+    hashes = {file.name: _sha256(file) for file in sorted(out.iterdir())}
+    (out / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=1) + "\n")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------- read back
+
+
+def verify(folder: Path) -> Plan:
+    """The folder's plan, after all files were compared with the manifest. Raises PlanError."""
+    try:
+        hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        pairs = [(folder / str(name), str(value)) for name, value in hashes.items()]
+    except (OSError, ValueError, KeyError, AttributeError):
+        raise PlanError(
+            f"{folder} is no packed model: it has no readable {MANIFEST}. `mezzotint apply "
+            "plan.json out=DIR` writes such a folder."
+        ) from None
+    for file, value in pairs:
+        if not file.is_file() or file.parent != folder or _sha256(file) != value:
+            raise PlanError(
+                f"{file} was changed, cut off or removed after it was packed. Make the folder "
+                "again with `mezzotint apply`."
+            )
+    if PACKED_FILE not in hashes or "plan.json" not in hashes:
+        raise PlanError(f"The manifest of {folder} lists no {PACKED_FILE}. Make it again.")
+    return Plan.load(folder / "plan.json")
+
+
+def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """A packed folder -> a working transformers model in eval mode, `generate()` included.
+
+    Layers compute in `dtype`; their weights stay packed in memory and are unpacked for each use.
+    Raises PlanError if anything in the folder was changed.
+    """
+    from safetensors import safe_open
+
+    folder = Path(folder)
+    plan = verify(folder)
+    net: Any = skeleton(folder)
+    inventory = take_inventory(folder)
+    if {layer.name for layer in inventory.layers} != set(plan.layers):
+        raise PlanError(f"The plan in {folder} and its config.json name different layers.")
+    with safe_open(folder / PACKED_FILE, framework="pt") as file:
+        _fill(net, inventory, plan.choice, file.get_tensor, dtype)
+    if hasattr(net, "generation_config"):
+        with suppress(OSError):
+            from transformers import GenerationConfig
+
+            net.generation_config = GenerationConfig.from_pretrained(folder)
+    return net.to(device).eval()
+
+
+def _fill(
+    net: Any,
+    inventory: Inventory,
+    choice: Mapping[str, Precision],
+    get: Callable[[str], Tensor],
+    dtype: torch.dtype,
+) -> None:
+    for tensor in inventory.others:
+        value = get(tensor.name)
+        _assign(net, tensor.parameter, value.to(dtype) if value.is_floating_point() else value)
+    by_parameter: dict[str, list[Layer]] = {}
+    for layer in inventory.layers:
+        by_parameter.setdefault(layer.parameter, []).append(layer)
+    for parameter, layers in by_parameter.items():
+        owner, _, leaf = parameter.rpartition(".")
+        module = net.get_submodule(owner)
+        shape = module.get_parameter(leaf).shape
+        pieces = [Piece(layer, choice[layer.name], get) for layer in layers]
+        if all(layer.kind != "experts" and choice[layer.name].kind == "none" for layer in layers):
+            _assign(net, parameter, get(layers[0].name).to(dtype))
+            continue
+        store = PackedParameter(pieces, shape, dtype)
+        _install(module, leaf, store)
+        if layers[0].tied:
+            _install(net.get_output_embeddings(), leaf, store)
+    net.tie_weights() if not any(layer.tied for layer in inventory.layers) else _tie(net)
+
+
+def _tie(net: Any) -> None:
+    """Untouched tied embeddings: the head's parameter is the embedding's. Packed ones share
+    their store already."""
+    embedding, head = net.get_input_embeddings(), net.get_output_embeddings()
+    if "weight" in embedding._parameters:
+        head.weight = embedding.weight
+
+
+def _assign(net: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = net.get_submodule(owner)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        module._buffers[leaf] = value
+
+
+class Piece(nn.Module):
+    """One layer's stored tensors."""
+
+    def __init__(self, layer: Layer, precision: Precision, get: Callable[[str], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.precision = layer, precision
+        names = precision.parts(layer.rows, layer.cols) or {"weight": None}
+        for suffix in names:
+            name = layer.name if suffix == "weight" else f"{layer.name}.{suffix}"
+            self.register_buffer(suffix, get(name))
+
+    def forward(self, rows: Tensor | None = None) -> Tensor:
+        """The layer's matrix [rows, cols] fp32, or only some of its rows."""
+        parts: dict[str, Tensor] = {k: v for k, v in self._buffers.items() if v is not None}
+        if self.precision.kind == "none":
+            weight = read(parts["weight"], _alone(self.layer))
+            return (weight if rows is None else weight[rows]).float()
+        if rows is not None:
+            parts = {suffix: part[rows] for suffix, part in parts.items()}
+        return Codes.unpack(parts, self.precision, self.layer.cols).decode()
+
+
+def _alone(layer: Layer) -> Layer:
+    """The layer as it lies in the checkpoint: not a slice of a fused parameter."""
+    from dataclasses import replace
+
+    return replace(layer, expert=None, offset=0)
+
+
+class PackedParameter(nn.Module):
+    """Stands for one live parameter; made of one piece, or of many for fused experts."""
+
+    def __init__(self, pieces: list[Piece], shape: torch.Size, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.pieces = nn.ModuleList(pieces)
+        self.shape, self.dtype = shape, dtype
+
+    def forward(self) -> Tensor:
+        """The whole parameter, in its own shape and the compute dtype."""
+        first: Any = self.pieces[0]
+        if len(self.pieces) == 1 and not first.layer.transposed and first.layer.expert is None:
+            return first().to(self.dtype).view(self.shape)
+        device = next(first.buffers()).device
+        value = torch.empty(self.shape, dtype=self.dtype, device=device)
+        for piece in self.pieces:
+            write(value, piece.layer, piece().to(self.dtype))  # type: ignore[arg-type]
+        return value
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """ids [...] -> those rows [..., cols]: an embedding unpacks what it looks up."""
+        piece: Any = self.pieces[0]
+        return piece(ids.flatten()).to(self.dtype).view(*ids.shape, -1)
+
+
+def _install(module: nn.Module, leaf: str, store: PackedParameter) -> None:
+    """Replace module.leaf by a property that unpacks it. A property, not a new module type, so
+    that every architecture's own forward (Linear, Conv1D, fused experts) runs unchanged."""
+    attribute = f"{leaf}_packed"
+    del module._parameters[leaf]
+    kind = type(module)
+    members: dict[str, Any] = {leaf: property(lambda self: getattr(self, attribute)())}
+    if kind is nn.Embedding:
+        members["forward"] = lambda self, ids: getattr(self, attribute).rows(ids)
+    module.__class__ = type(kind.__name__, (kind,), members)
+    module.add_module(attribute, store)

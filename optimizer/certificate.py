@@ -1,0 +1,188 @@
+"""What a plan is worth on documents that nothing was tuned on, with intervals.
+
+All intervals are percentile bootstraps over *documents* (tokens of one document are not
+independent), 95 %. Plans are compared on the same resampled documents, so what is common to them
+cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from optimizer.meaning import Scores
+
+RESAMPLES = 2000
+LEVEL = 0.95
+FEW = 8  # documents; below this a bootstrap's interval is too narrow to be believed
+
+
+@dataclass(frozen=True)
+class Interval:
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A measured plan: its name in the table, its total bytes and its scores."""
+
+    name: str
+    bytes: int
+    scores: Scores
+
+
+def resamples(documents: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """How often each window counts in each bootstrap sample, [RESAMPLES, windows]."""
+    names, index = np.unique(documents, return_inverse=True)
+    draws = rng.integers(len(names), size=(RESAMPLES, len(names)))
+    counts = np.stack([np.bincount(draw, minlength=len(names)) for draw in draws])
+    return counts[:, index]
+
+
+def describe(scores: Scores, counts: np.ndarray) -> dict[str, Interval]:
+    """kl and its p99, flips, ear, perplexity (of this model and of the reference)."""
+
+    def mean(values: np.ndarray) -> Interval:
+        return _interval(float(values.mean(dtype=np.float64)), _means(values, counts))
+
+    def perplexity(nll: np.ndarray) -> Interval:
+        own = float(np.exp(nll.mean(dtype=np.float64)))
+        return _interval(own, np.exp(_means(nll, counts)))
+
+    return {
+        "kl": mean(scores.kl),
+        "kl_p99": _interval(float(np.quantile(scores.kl, 0.99)), _quantiles(scores.kl, counts)),
+        "flips": mean(scores.flip),
+        "ear": mean(scores.ear),
+        "perplexity": perplexity(scores.nll),
+        "perplexity_reference": perplexity(scores.nll_reference),
+    }
+
+
+def difference(mine: Scores, other: Scores, counts: np.ndarray) -> Interval:
+    """Mean KL of `mine` minus that of `other`, paired; negative = mine is closer."""
+    gap = mine.kl.astype(np.float64) - other.kl
+    return _interval(float(gap.mean()), _means(gap, counts))
+
+
+def ratio(mine: Scores, other: Callable[[np.ndarray], np.ndarray], counts: np.ndarray) -> Interval:
+    """Mean KL of `mine` over another mean KL that is computed from the same resamples."""
+    once = np.ones((1, len(mine.kl)), dtype=counts.dtype)
+    value = _means(mine.kl, once) / np.maximum(other(once), 1e-12)
+    return _interval(
+        float(value[0]), _means(mine.kl, counts) / np.maximum(other(counts), 1e-12)
+    )
+
+
+def line(low: Candidate, high: Candidate, size: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The straight line between two plans at `size` bytes: resamples -> mean KL there."""
+    share = (size - low.bytes) / max(high.bytes - low.bytes, 1)
+
+    def at(counts: np.ndarray) -> np.ndarray:
+        return (1 - share) * _means(low.scores.kl, counts) + share * _means(high.scores.kl, counts)
+
+    return at
+
+
+def _means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    per_window = values.mean(1, dtype=np.float64)
+    return np.asarray(counts @ per_window / counts.sum(1))
+
+
+def _quantiles(values: np.ndarray, counts: np.ndarray, q: float = 0.99) -> np.ndarray:
+    """The q-quantile in each resample, from one sort of all tokens."""
+    windows = np.repeat(np.arange(len(values)), values.shape[1])
+    order = np.argsort(values, axis=None)
+    sorted_values, sorted_windows = values.ravel()[order], windows[order]
+    found = []
+    for count in counts[:500]:
+        mass = np.cumsum(count[sorted_windows])
+        found.append(sorted_values[np.searchsorted(mass, q * mass[-1])])
+    return np.array(found)
+
+
+def _interval(value: float, samples: np.ndarray) -> Interval:
+    low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(value, float(low), float(high))
+
+
+def certify(
+    plan: Candidate, uniforms: Sequence[Candidate], others: Sequence[Candidate], seed: int
+) -> dict[str, Any]:
+    """The certificate of a plan, as plain JSON.
+
+    uniforms: measured uniform plans, any sizes. The plan is compared with the smallest uniform
+    plan of at least its bytes, with the largest that is no larger than it, and with the straight
+    line between the two at its own bytes.
+    """
+    rng = np.random.default_rng([seed, 77])
+    counts = resamples(plan.scores.documents, rng)
+    rows = [plan, *sorted(uniforms, key=lambda c: c.bytes), *others]
+    above = min((u for u in uniforms if u.bytes >= plan.bytes), key=_bytes, default=None)
+    below = max((u for u in uniforms if u.bytes <= plan.bytes), key=_bytes, default=None)
+    versus: dict[str, Any] = {}
+    if above is not None:
+        versus["uniform"] = _against(plan, above, counts)
+    if above is not None and below is not None and above is not below:
+        at = line(below, above, plan.bytes)
+        versus["line"] = {
+            "name": f"line {below.name} to {above.name}",
+            "kl": float(at(np.ones((1, len(plan.scores.kl))))[0]),
+            "ratio": asdict(ratio(plan.scores, at, counts)),
+        }
+    documents = len(np.unique(plan.scores.documents))
+    return {
+        "documents": documents,
+        "tokens": int(plan.scores.kl.size),
+        "interval": f"{LEVEL:.0%} bootstrap over documents",
+        "rows": [
+            {"name": c.name, "bytes": c.bytes}
+            | {k: asdict(v) for k, v in describe(c.scores, counts).items()}
+            for c in rows
+        ],
+        "versus": versus,
+        "verdict": verdict(versus, documents),
+    }
+
+
+def _bytes(candidate: Candidate) -> int:
+    return candidate.bytes
+
+
+def _against(plan: Candidate, other: Candidate, counts: np.ndarray) -> dict[str, Any]:
+    return {
+        "name": other.name,
+        "bytes": other.bytes,
+        "difference": asdict(difference(plan.scores, other.scores, counts)),
+        "ratio": asdict(ratio(plan.scores, lambda c: _means(other.scores.kl, c), counts)),
+    }
+
+
+def verdict(versus: Mapping[str, Any], documents: int) -> str:
+    """One sentence; never more than the intervals allow."""
+    uniform = versus.get("uniform")
+    if uniform is None:
+        return "No uniform plan of at least these bytes was measured, so nothing is claimed."
+    gap, share = uniform["difference"], uniform["ratio"]
+    name = f"{uniform['name']} ({uniform['bytes'] / 1e6:.1f} MB)"
+    if documents < FEW:
+        return (
+            f"Not enough text to say: {documents} documents; {FEW} or more are needed. Measured "
+            f"{share['value']:.2f} times the KL of {name}."
+        )
+    if gap["high"] < 0:
+        return (
+            f"Better than {name}: {share['value']:.2f} times its KL "
+            f"(95 %: {share['low']:.2f} to {share['high']:.2f}) in no more bytes."
+        )
+    if gap["low"] > 0:
+        return f"Worse than {name}: {share['value']:.2f} times its KL."
+    return (
+        f"Not distinguishable from {name} on {documents} documents: {share['value']:.2f} times its "
+        f"KL (95 %: {share['low']:.2f} to {share['high']:.2f}). More held-out text would narrow it."
+    )

@@ -1,0 +1,349 @@
+"""Tokens for calibration, search and holding out.
+
+A document belongs to exactly one of the three parts, so nothing that a plan is judged on was
+seen when it was made. A window is a run of `length` tokens; windows of one document share its
+number, and intervals are taken over documents. The only module that imports datasets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optimizer.errors import ConfigError, TextError
+
+if TYPE_CHECKING:
+    from optimizer.model import Model
+
+VERSION = 1
+SAMPLED_TOGETHER = 64  # documents in one generation batch; a killed run loses at most one batch
+DRAWN = 4  # from a hub data set: this many times the tokens that are needed, then stop
+
+
+@dataclass(kw_only=True)
+class Part:
+    """`sequences` windows of `length` tokens."""
+
+    sequences: int
+    length: int
+
+
+@dataclass(kw_only=True)
+class Data:
+    """Where tokens come from.
+
+    source: `self` (sampled from the reference), `text` (a .txt or .jsonl file, or a folder of
+    such), `hub` (a data set id or folder for `datasets.load_dataset`).
+    """
+
+    source: str = "self"
+    path: str | None = None
+    name: str | None = None
+    split: str = "train"
+    column: str = "text"
+    seed: int = 0
+    calibration: Part = field(default_factory=lambda: Part(sequences=64, length=128))
+    search: Part = field(default_factory=lambda: Part(sequences=8, length=128))
+    heldout: Part = field(default_factory=lambda: Part(sequences=24, length=256))
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        return {"calibration": self.calibration, "search": self.search, "heldout": self.heldout}
+
+    def check(self, context: int | None) -> None:
+        """Everything that can be wrong before any work. context: the model's longest input."""
+        if self.source not in ("self", "text", "hub"):
+            raise ConfigError(f"data.source is self, text or hub, not {self.source!r}.")
+        for name, part in self.parts.items():
+            if part.sequences < 1 or part.length < 2:
+                raise ConfigError(
+                    f"data.{name} needs at least one sequence of two tokens, not "
+                    f"{part.sequences} of {part.length}."
+                )
+            if context is not None and part.length > context:
+                raise ConfigError(
+                    f"Windows must fit the model's context of {context} tokens; data.{name}.length "
+                    f"is {part.length}. Lower it."
+                )
+        if self.source == "self":
+            return
+        if self.path is None:
+            raise ConfigError(f"data={self.source} needs data.path. For example data.path=my.txt")
+        if self.source == "text" and not Path(self.path).exists():
+            raise TextError(f"There is no text at {self.path}. Correct data.path.")
+
+    def key(self, fingerprint: str) -> list[Any]:
+        """What determines the tokens, for the store; a text counts by content, not by name."""
+        content = ""
+        if self.source == "text" and self.path is not None:
+            hashes = [hashlib.sha256(f.read_bytes()).hexdigest() for f in _files(Path(self.path))]
+            content = hashlib.sha256("".join(hashes).encode()).hexdigest()
+        settings = asdict(self) | {"path": content or self.path}
+        return [VERSION, fingerprint, settings]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """ids: int64 [windows, length]; documents: int64 [windows], the document of each window."""
+
+    ids: np.ndarray
+    documents: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        return int(self.ids.size)
+
+    def head(self, windows: int) -> Windows:
+        return Windows(self.ids[:windows], self.documents[:windows])
+
+
+Tokens = dict[str, Windows]
+
+
+# ---------------------------------------------------------------- given text
+
+
+def cut(data: Data, tokenizer: Any) -> Tokens:
+    """Text -> disjoint windows for every part. Raises TextError if there is too little."""
+    seen: set[str] = set()
+    wanted = sum(part.sequences * part.length for part in data.parts.values())
+    documents: list[list[int]] = []
+    total = 0
+    for text in _documents(data):
+        mark = hashlib.sha256(text.strip().encode()).hexdigest()
+        if not text.strip() or mark in seen:  # a repeated document would leak across the parts
+            continue
+        seen.add(mark)
+        documents.append(_encode(tokenizer, text))
+        total += len(documents[-1])
+        if data.source == "hub" and total > DRAWN * wanted:
+            break
+    order = np.random.default_rng(data.seed).permutation(len(documents))
+    shares = _shared_out([documents[i] for i in order], data)
+    prefix = _prefix(tokenizer)
+    return {
+        name: _windows(shares[name], part, prefix, name, total, len(documents))
+        for name, part in data.parts.items()
+    }
+
+
+def _shared_out(documents: list[list[int]], data: Data) -> dict[str, list[list[int]]]:
+    """Give each document to the part that still lacks the largest share of its need."""
+    need = {name: part.sequences * part.length for name, part in data.parts.items()}
+    have = dict.fromkeys(need, 0)
+    shares: dict[str, list[list[int]]] = {name: [] for name in need}
+    for document in documents:
+        name = min(need, key=lambda n: have[n] / need[n])
+        shares[name].append(document)
+        have[name] += len(document)
+    return shares
+
+
+def _windows(
+    documents: list[list[int]], part: Part, prefix: list[int], name: str, total: int, count: int
+) -> Windows:
+    """Long documents give several windows, short ones are joined; drawn evenly from all."""
+    body = part.length - len(prefix)
+    queues: list[list[list[int]]] = []
+    joined: list[int] = []
+    for document in documents:
+        if len(document) >= body:
+            queues.append([document[i : i + body] for i in range(0, len(document) - body + 1, body)])
+            continue
+        joined = joined + document
+        if len(joined) >= body:
+            queues.append([joined[:body]])
+            joined = []
+    drawn: list[tuple[int, list[int]]] = []
+    for turn in range(max(map(len, queues), default=0)):
+        drawn += [(i, queue[turn]) for i, queue in enumerate(queues) if turn < len(queue)]
+    if len(drawn) < part.sequences:
+        raise TextError(
+            f"data.{name} needs {part.sequences} windows of {part.length} tokens from documents of "
+            f"its own; the text ({total} tokens in {count} documents) gives {len(drawn)}. Give more "
+            f"text, or lower data.{name}.sequences or data.{name}.length."
+        )
+    drawn = drawn[: part.sequences]
+    ids = np.array([prefix + window for _, window in drawn], dtype=np.int64)
+    return Windows(ids, np.array([i for i, _ in drawn], dtype=np.int64))
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _prefix(tokenizer: Any) -> list[int]:
+    """The token that this tokenizer puts before every text, if it does (Llama: its BOS)."""
+    start = getattr(tokenizer, "bos_token_id", None)
+    ids = list(tokenizer("a")["input_ids"])
+    return ids[:1] if start is not None and ids[:1] == [start] else []
+
+
+def _documents(data: Data) -> Iterator[str]:
+    if data.source == "hub":
+        yield from _hub(data)
+        return
+    found = False
+    for file in _files(Path(str(data.path))):
+        for text in _read(file, data.column):
+            found = found or bool(text.strip())
+            yield text
+    if not found:
+        raise TextError(f"{data.path} holds no text. Give a .txt or .jsonl file that does.")
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".md"))
+    if not files:
+        raise TextError(f"The folder {path} holds no .txt, .md or .jsonl file.")
+    return files
+
+
+def _read(file: Path, column: str) -> Iterable[str]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"Text must be UTF-8; {file} isn't, at byte {error.start}. Convert it, for example "
+            f"with: iconv -f CP1251 -t UTF-8 {file}"
+        ) from None
+    except OSError as error:
+        raise TextError(f"{file} can't be read ({error.strerror}).") from None
+    return _lines(file, text, column) if file.suffix == ".jsonl" else split_documents(text)
+
+
+def _lines(file: Path, text: str, column: str) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise TextError(f"{file}, line {number} isn't JSON ({error}). Correct it.") from None
+        if not isinstance(row, dict) or not isinstance(row.get(column), str):
+            fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise TextError(
+                f"{file}, line {number} has no text field {column!r} (it has: {fields}). Name the "
+                "right one with data.column."
+            )
+        yield row[column]
+
+
+TITLE = re.compile(r"^ = [^=\n].* = *$", re.MULTILINE)  # an article's title in WikiText
+RULE = re.compile(r"\f|^[ \t]*(?:-{3,}|\*{3,}|={3,})[ \t]*$", re.MULTILINE)
+STRETCH = 2000  # characters
+
+
+def split_documents(text: str) -> list[str]:
+    """A plain text -> its documents.
+
+    Cut at the first of these that it has: WikiText article titles; form feeds or lines of ---,
+    *** or ===; blank lines; else stretches of 2,000 characters.
+    """
+    starts = [match.start() for match in TITLE.finditer(text)]
+    if len(starts) > 1:
+        return [text[a:b] for a, b in zip([0, *starts], [*starts, len(text)], strict=True)]
+    for rule in (RULE, re.compile(r"\n[ \t]*\n")):
+        pieces = [piece for piece in rule.split(text) if piece.strip()]
+        if len(pieces) > 2:
+            return [piece + "\n" for piece in pieces]
+    return [text[i : i + STRETCH] for i in range(0, len(text), STRETCH)]
+
+
+def _hub(data: Data) -> Iterator[str]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(str(data.path), data.name, split=data.split, streaming=True)
+        for row in rows:
+            if not isinstance(row.get(data.column), str):
+                raise TextError(
+                    f"{data.path} has no text column {data.column!r}; it has {', '.join(row)}. "
+                    "Name the right one with data.column."
+                )
+            yield row[data.column]
+    except TextError:
+        raise
+    except Exception as error:  # noqa: BLE001  (datasets raises whatever its readers raise)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TextError(
+            f"The data set {data.path} couldn't be read ({reason}). Check data.path, data.name, "
+            "data.split and the network."
+        ) from None
+
+
+# ---------------------------------------------------------------- text sampled from the model
+
+Batch = Callable[[str, Callable[[], dict[str, np.ndarray]]], dict[str, np.ndarray]]
+
+
+def sample(data: Data, model: Model, keep: Batch, track: Callable[..., Iterable[Any]]) -> Tokens:
+    """Windows sampled from the reference at temperature 1, each a document of its own.
+
+    keep(name, make): the stored batch of that name, or made and stored. Costs one generated
+    token per token.
+    """
+    jobs = [
+        (name, part, first)
+        for name, part in data.parts.items()
+        for first in range(0, part.sequences, SAMPLED_TOGETHER)
+    ]
+    pieces: dict[str, list[np.ndarray]] = {name: [] for name in data.parts}
+    for index, (name, part, first) in enumerate(track(jobs, "sampling text from the reference")):
+        count = min(SAMPLED_TOGETHER, part.sequences - first)
+        batch = keep(
+            f"{name}-{first}",
+            lambda c=count, p=part, i=index: {"ids": _generate(model, c, p.length, [data.seed, i])},
+        )
+        pieces[name].append(batch["ids"])
+    ids = {name: np.concatenate(batches) for name, batches in pieces.items()}
+    return {name: Windows(block, np.arange(len(block))) for name, block in ids.items()}
+
+
+def _generate(model: Model, count: int, length: int, seed: list[int]) -> np.ndarray:
+    """[count, length] ids. The end token is never sampled, so every window is full."""
+    import torch
+
+    net: Any = model.net
+    config = net.generation_config
+    rng = np.random.default_rng(seed)
+    starts = torch.from_numpy(_starts(net.config.get_text_config(), count, rng))
+    device = next(net.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(rng.integers(2**31)))
+        ids = net.generate(
+            starts.to(device),
+            attention_mask=torch.ones_like(starts, device=device),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            min_new_tokens=length - 1,
+            max_new_tokens=length - 1,
+            pad_token_id=config.pad_token_id or 0,
+        )
+    return ids.cpu().numpy()
+
+
+def _starts(config: Any, count: int, rng: np.random.Generator) -> np.ndarray:
+    """First tokens [count, 1]: BOS; without one the end token, which separates documents in
+    training; without either, tokens drawn evenly from the vocabulary."""
+    for name in ("bos_token_id", "eos_token_id"):
+        token = getattr(config, name, None)
+        token = token[0] if isinstance(token, list) else token
+        if token is not None and 0 <= token < config.vocab_size:
+            return np.full((count, 1), token, dtype=np.int64)
+    return rng.integers(config.vocab_size, size=(count, 1))

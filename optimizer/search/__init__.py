@@ -1,0 +1,144 @@
+"""From a table and a budget to plans: arrays in, arrays out, no torch.
+
+Notation: G groups, P columns of the palette; loss, size [G, P]; an assignment is one column
+index per group, int64 [G].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from optimizer.errors import BudgetError
+from optimizer.plan import Budget, Inventory, Layer, Precision, parse_size, stored_bytes
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Choose one column per group: least total loss with total size <= limit.
+
+    loss: predicted nats per token [G, P], lower is better. size: in `unit`s [G, P]; limit in the
+    same unit. code_bits [P] orders the columns. weights [G].
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    columns: tuple[str, ...]
+    loss: np.ndarray
+    size: np.ndarray
+    limit: float
+    code_bits: np.ndarray
+    weights: np.ndarray
+    blocks: tuple[int | None, ...]
+    unit: str = "bytes"
+
+    def sizes(self, assignment: np.ndarray) -> float:
+        return float(self.size[np.arange(len(self.groups)), assignment].sum())
+
+    def losses(self, assignment: np.ndarray) -> float:
+        return float(self.loss[np.arange(len(self.groups)), assignment].sum())
+
+    def fits(self, assignment: np.ndarray) -> bool:
+        return self.sizes(assignment) <= self.limit + 1e-9 * abs(self.limit)
+
+    @property
+    def order(self) -> np.ndarray:
+        """Columns from the smallest to the largest."""
+        return np.argsort(self.size.sum(0), kind="stable")
+
+    def uniform(self, column: int) -> np.ndarray:
+        return np.full(len(self.groups), column)
+
+
+def pose(
+    inventory: Inventory,
+    scope: Sequence[Layer],
+    groups: tuple[tuple[str, ...], ...],
+    columns: Sequence[str],
+    fitted: Mapping[tuple[str, str], Precision],
+    loss: np.ndarray,
+    budget: Budget,
+) -> Problem:
+    """Turn names into arrays. Raises BudgetError if even the smallest plan is over the budget."""
+    layers = {layer.name: layer for layer in scope}
+
+    def total(group: Sequence[str], column: str, coded: bool) -> float:
+        precisions = [(layers[name], fitted[name, column]) for name in group]
+        if coded:
+            return float(sum(p.code_bits * layer.weights for layer, p in precisions))
+        return float(sum(p.bytes(layer.rows, layer.cols) for layer, p in precisions))
+
+    coded = budget.code_bits is not None
+    size = np.array([[total(group, column, coded) for column in columns] for group in groups])
+    weights = np.array([sum(layers[name].weights for name in group) for group in groups])
+    bits = np.array([float(fitted[groups[0][0], column].code_bits) for column in columns])
+    problem = Problem(
+        groups,
+        tuple(columns),
+        loss,
+        size,
+        _limit(budget, inventory, layers, columns, fitted, float(weights.sum())),
+        bits,
+        weights,
+        tuple(layers[group[0]].block for group in groups),
+        "code bits" if coded else "bytes",
+    )
+    smallest = float(size.min(1).sum())
+    if smallest > problem.limit:
+        raise BudgetError(_too_small(budget, problem, smallest))
+    return problem
+
+
+def _limit(
+    budget: Budget,
+    inventory: Inventory,
+    layers: Mapping[str, Layer],
+    columns: Sequence[str],
+    fitted: Mapping[tuple[str, str], Precision],
+    weights: float,
+) -> float:
+    if budget.code_bits is not None:
+        return budget.code_bits * weights
+    if budget.bits is not None:
+        return budget.bits * weights / 8
+    return parse_size(str(budget.size)) - _constant_bytes(inventory, layers, columns, fitted)
+
+
+def _constant_bytes(
+    inventory: Inventory,
+    layers: Mapping[str, Layer],
+    columns: Sequence[str],
+    fitted: Mapping[tuple[str, str], Precision],
+) -> int:
+    """Bytes of a file that don't depend on the assignment: what is out of scope, and the largest
+    header that any assignment can have (headers differ by some bytes)."""
+    headers, outside = [], 0
+    inside = sum(layer.weights * 2 for layer in layers.values())
+    for column in columns:
+        choice = {name: fitted[name, column] for name in layers}
+        stored = stored_bytes(inventory, choice)
+        headers.append(stored["container"])
+    outside = stored_bytes(inventory, {})["untouched"] - inside
+    slack = 4 * len(layers)  # offsets may need more digits than in any uniform plan
+    return max(headers) + slack + outside
+
+
+def _too_small(budget: Budget, problem: Problem, smallest: float) -> str:
+    over = smallest - problem.limit
+    if budget.size is not None:
+        least = parse_size(budget.size) + over
+        value = f"{budget.text}; the smallest plan takes {int(np.ceil(least))} bytes"
+        remedy = f"budget.size={int(np.ceil(least))}"
+    else:
+        key = "code_bits" if budget.code_bits is not None else "bits"
+        factor = 1 if key == "code_bits" else 8
+        least = np.ceil(1e4 * factor * smallest / problem.weights.sum()) / 1e4
+        value = f"{budget.text}; the smallest plan has {least:g}"
+        remedy = f"budget.{key}={least:g}"
+    lowest = problem.columns[int(problem.order[0])]
+    return (
+        f"A plan must fit its budget. The budget is {value}, with every layer in scope at {lowest}, "
+        f"the smallest of the palette. Set {remedy} or more, add lower precisions to palette.bits, "
+        "or widen scope."
+    )

@@ -1,0 +1,154 @@
+"""What each choice would cost: table[group, precision] in nats per token, with standard errors.
+
+The estimators' settings live here, free of torch, so that a finished table can be reused in a
+second; the work is done by one file per family. Every estimator fills the same table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optimizer.errors import ConfigError
+from optimizer.plan import Precision
+
+if TYPE_CHECKING:
+    from optimizer.model import Model, Rounder
+
+ESTIMATORS = ("fisher", "directional", "hessian", "kronecker")
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """Replace rows of the table by true losses, measured one group at a time.
+
+    groups: globs over layer names; empty = measure nothing. at: the operating point of all
+    other layers, `reference` or a precision of the palette such as int3_g64.
+    """
+
+    groups: list[str] = field(default_factory=list)
+    at: str = "reference"
+
+
+@dataclass(kw_only=True)
+class Sensitivity:
+    """estimator: fisher (diagonal), directional, hessian (Hutchinson's trace) or kronecker.
+
+    chunks: the calibration windows are scored in this many parts; the parts' spread gives the
+    standard errors, and a killed run loses at most one part. probes: Hutchinson vectors per
+    window (hessian).
+    """
+
+    estimator: str = "fisher"
+    chunks: int = 8
+    probes: int = 1
+    measured: Measured = field(default_factory=Measured)
+
+    def check(self, windows: int) -> None:
+        if self.estimator not in ESTIMATORS:
+            raise ConfigError(
+                f"sensitivity.estimator is one of {', '.join(ESTIMATORS)}, not {self.estimator!r}."
+            )
+        if not 2 <= self.chunks <= windows:
+            raise ConfigError(
+                "A standard error needs at least two chunks of at least one window each; "
+                f"sensitivity.chunks={self.chunks} with data.calibration.sequences={windows}."
+            )
+
+    def score(
+        self, model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]
+    ) -> np.ndarray:
+        """One chunk of windows -> losses [groups, precisions]. Unbiased over chunks."""
+        if self.estimator in ("fisher", "directional"):
+            from optimizer.sensitivity import fisher
+
+            work = fisher.diagonal if self.estimator == "fisher" else fisher.directional
+            return work(model, task, ids, seed)
+        from optimizer.sensitivity import hessian
+
+        if self.estimator == "hessian":
+            return hessian.trace(model, task, ids, seed, self.probes)
+        return hessian.kronecker(model, task, ids, seed)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be scored: groups of layers x a palette, rounded by a quantizer.
+
+    groups: lists of layer names. palette: column names -> precision; `fitted` gives the
+    precision that a column means for one layer (its group size may have been adapted).
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    columns: tuple[str, ...]
+    fitted: dict[tuple[str, str], Precision]  # (layer, column) -> precision
+    quantizer: Rounder
+
+    @property
+    def layers(self) -> list[str]:
+        return [name for group in self.groups for name in group]
+
+    def collect(self, losses: dict[str, np.ndarray]) -> np.ndarray:
+        """Layer -> losses [precisions] to [groups, precisions]: layers of a group add up."""
+        return np.array([np.sum([losses[name] for name in group], 0) for group in self.groups])
+
+
+@dataclass(frozen=True)
+class Table:
+    """loss, stderr: [groups, precisions], nats per token. samples [chunks, groups, precisions]
+    are the chunks' own estimates; they share their weights with all groups, so a plan's standard
+    error counts the correlation between groups."""
+
+    groups: tuple[tuple[str, ...], ...]
+    columns: tuple[str, ...]
+    loss: np.ndarray
+    stderr: np.ndarray
+    samples: np.ndarray
+
+    @classmethod
+    def from_samples(cls, task: Task, samples: np.ndarray) -> Table:
+        spread = samples.std(0, ddof=1) / np.sqrt(len(samples))
+        return cls(task.groups, task.columns, samples.mean(0), spread, samples)
+
+    def with_rows(self, rows: dict[int, tuple[np.ndarray, np.ndarray]]) -> Table:
+        """Replace groups' (loss, stderr) by measured ones."""
+        loss, stderr, samples = self.loss.copy(), self.stderr.copy(), self.samples.copy()
+        for group, (mean, error) in rows.items():
+            samples[:, group] += mean - loss[group]
+            loss[group], stderr[group] = mean, error
+        return Table(self.groups, self.columns, loss, stderr, samples)
+
+    def predict(self, columns: np.ndarray) -> tuple[float, float]:
+        """One column index per group -> predicted loss and its standard error."""
+        rows = np.arange(len(self.groups))
+        per_chunk = self.samples[:, rows, columns].sum(1)
+        error = per_chunk.std(ddof=1) / np.sqrt(len(per_chunk))
+        return float(self.loss[rows, columns].sum()), float(error)
+
+
+def chunks(windows: int, count: int) -> list[slice]:
+    """`windows` cut into `count` runs of almost equal length."""
+    edges = np.linspace(0, windows, count + 1).round().astype(int)
+    return [slice(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def palette_columns(
+    layers: Sequence[Any], palette: Sequence[Precision], nearest: bool
+) -> dict[tuple[str, str], Precision]:
+    """(layer, column) -> precision. Raises ConfigError where a group doesn't divide a layer."""
+    fitted = {}
+    for precision in palette:
+        for layer in layers:
+            if not precision.fits(layer.cols) and not nearest:
+                fine = precision.nearest(layer.cols).group_size
+                raise ConfigError(
+                    f"A group must divide a layer's columns: groups of {precision.group_size} don't "
+                    f"divide the {layer.cols} columns of {layer.name}. Set palette.group_size to a "
+                    f"divisor ({fine} is the nearest), or palette.fit=nearest to take the nearest "
+                    "divisor for each layer."
+                )
+            fitted[layer.name, precision.name] = precision.nearest(layer.cols)
+    return fitted

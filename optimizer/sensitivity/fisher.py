@@ -1,0 +1,132 @@
+"""Fisher information: the second-order loss of meaning, from labels sampled from the model.
+
+At the reference the KL divergence has zero gradient and the Fisher matrix as its Hessian, so for
+a layer's error dW, with G_s the gradient of window s's log-likelihood of labels y ~ p(.|x), and T
+tokens in the windows (Kunstner et al., arXiv:1905.12558, on why sampled labels and not the text's):
+    diagonal      KL ~ 1/(2T) sum_s sum_ij G_s,ij^2 dW_ij^2
+    directional   KL ~ 1/(2T) sum_s <G_s, dW>^2
+Every precision is scored from the same backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from optimizer.model import Model, read
+from optimizer.plan import Layer
+from optimizer.sensitivity import Task
+
+
+def diagonal(model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]) -> np.ndarray:
+    """[groups, precisions], nats per token. Memory: one accumulator of the scored layers' size
+    and one parameter's gradient at a time. Cost: a forward and a backward pass a window, and one
+    rounding of the layers a precision."""
+    squares: dict[str, Tensor] = {}
+
+    def add(name: str, gradient: Tensor) -> None:
+        if name not in squares:
+            squares[name] = torch.zeros_like(gradient)
+        squares[name].addcmul_(gradient, gradient)
+
+    layers = [model.layers[name] for name in task.layers]
+    with _gradients(model.net, {layer.parameter for layer in layers}, add):
+        for window, own_seed in _windows(model.net, ids, seed):
+            likelihood(model.net, window, own_seed).backward()  # type: ignore[no-untyped-call]
+    losses = {}
+    for layer in layers:
+        fisher = read(squares[layer.parameter], layer)
+        errors = (error for _, error in _errors(model, task, layer))
+        losses[layer.name] = _array([(fisher * e.square_()).sum() for e in errors])
+    return task.collect(losses) / (2 * ids.size)
+
+
+def directional(model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]) -> np.ndarray:
+    """[groups, precisions]; unbiased for the whole Fisher matrix of a group, its layers' cross
+    terms too, but noisier than the diagonal. Cost: as the diagonal, and one rounding a window."""
+    by_parameter: dict[str, list[Layer]] = {}
+    for name in task.layers:
+        by_parameter.setdefault(model.layers[name].parameter, []).append(model.layers[name])
+    products: dict[str, np.ndarray] = {}
+
+    def dot(parameter: str, gradient: Tensor) -> None:
+        for layer in by_parameter[parameter]:
+            own = read(gradient, layer)
+            errors = _errors(model, task, layer)
+            products[layer.name] = _array([(own * error).sum() for _, error in errors])
+
+    total = np.zeros((len(task.groups), len(task.columns)))
+    with _gradients(model.net, set(by_parameter), dot):
+        for window, own_seed in _windows(model.net, ids, seed):
+            likelihood(model.net, window, own_seed).backward()  # type: ignore[no-untyped-call]
+            total += task.collect(products) ** 2
+    return total / (2 * ids.size)
+
+
+def likelihood(net: Any, window: Tensor, seed: list[int]) -> Tensor:
+    """ids [1, l] -> log-likelihood (a scalar with gradient) of labels sampled from the model at
+    every position."""
+    logits = net(input_ids=window, use_cache=False).logits[0].float()
+    return torch.log_softmax(logits, -1).gather(-1, sampled(logits, seed)).sum()
+
+
+def sampled(logits: Tensor, seed: list[int]) -> Tensor:
+    """logits [l, vocabulary] -> one label a row [l, 1], the same on every device and run.
+
+    By the Gumbel-max trick's inverse form: a uniform number per row against the cumulative
+    probabilities.
+    """
+    draws = torch.from_numpy(np.random.default_rng(seed).random((len(logits), 1)))
+    cumulative = logits.detach().softmax(-1).cumsum(-1, dtype=torch.float64)
+    draws = draws.to(logits.device) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, draws).clamp_(max=logits.shape[-1] - 1)
+
+
+def _windows(
+    net: nn.Module, ids: np.ndarray, seed: Sequence[int]
+) -> Iterator[tuple[Tensor, list[int]]]:
+    device = next(net.parameters()).device
+    for i, window in enumerate(ids):
+        yield torch.from_numpy(window)[None].to(device), [*seed, i]
+
+
+def _errors(model: Model, task: Task, layer: Layer) -> Iterator[tuple[str, Tensor]]:
+    weight = model.weight(layer.name)
+    for column in task.columns:
+        precision = task.fitted[layer.name, column]
+        yield column, task.quantizer.round(weight, precision).sub_(weight) if (
+            precision.kind != "none"
+        ) else torch.zeros_like(weight)
+
+
+def _array(values: list[Tensor]) -> np.ndarray:
+    return torch.stack(values).double().cpu().numpy()
+
+
+@contextmanager
+def _gradients(
+    net: nn.Module, names: set[str], use: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Hand each named parameter's gradient to `use` during the backward pass, then free it, so
+    that all gradients never exist together."""
+    handles = []
+    try:
+        for name in sorted(names):
+            parameter = net.get_parameter(name).requires_grad_(True)
+
+            def consume(p: Tensor, name: str = name) -> None:
+                use(name, p.grad)  # type: ignore[arg-type]
+                p.grad = None
+
+            handles.append(parameter.register_post_accumulate_grad_hook(consume))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name in names:
+            net.get_parameter(name).requires_grad_(False).grad = None

