@@ -1,8 +1,8 @@
 """Mezzotint: make a language model fit a memory budget and keep what it means.
 
-    plan = optimizer.optimize("smollm2", budget=optimizer.Budget(bits=4.5), out="run")
-    optimizer.apply(plan, "packed")
-    model = optimizer.load("packed")          # a transformers model; model.generate() works
+plan = optimizer.optimize("smollm2", budget=optimizer.Budget(bits=4.5), out="run")
+optimizer.apply(plan, "packed")
+model = optimizer.load("packed")          # a transformers model; model.generate() works
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimizer.errors import MezzotintError
-from optimizer.plan import Budget, Plan, Precision
+from optimizer.layer import Precision
+from optimizer.plan import Budget, Plan
 
 if TYPE_CHECKING:
     import torch
@@ -36,14 +37,18 @@ def optimize(model: str, out: str | Path = "mezzotint-run", **settings: Any) -> 
 
 
 def apply(
-    plan: Plan, out: str | Path, model: str | None = None, overwrite: bool = False, store: str = STORE
+    plan: Plan,
+    out: str | Path,
+    model: str | None = None,
+    overwrite: bool = False,
+    store: str = STORE,
 ) -> Path:
     """Write the packed model that `plan` describes to the folder `out`; returns it.
 
     model: where the reference is, if no longer where the plan says. Raises MezzotintError.
     """
-    pipeline = import_module("optimizer.pipeline")
-    written: Path = pipeline.apply(plan, Path(out), store, model, overwrite)
+    deploy = import_module("optimizer.deploy")
+    written: Path = deploy.apply(plan, Path(out), store, model, overwrite)
     return written
 
 

@@ -46,7 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"mezzotint: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nmezzotint: stopped. What is finished is kept; the same command goes on.", file=sys.stderr)
+        print(
+            "\nmezzotint: stopped. What is finished is kept; the same command goes on.",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -107,7 +110,9 @@ def _explained(command: str, error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if error.__cause__ is not None:
         lines += [line.strip() for line in str(error.__cause__).splitlines()[:1]]
-    seen = " ".join(dict.fromkeys(line for line in lines if "+" not in line and "_type" not in line))
+    seen = " ".join(
+        dict.fromkeys(line for line in lines if "+" not in line and "_type" not in line)
+    )
     return f"{seen} `mezzotint {command} --cfg job` prints every key with its value."
 
 
@@ -128,12 +133,12 @@ def _optimize(settings: Any) -> None:
 def _apply(settings: Any) -> None:
     from pathlib import Path
 
-    from optimizer import pipeline, report
+    from optimizer import deploy, report
     from optimizer.plan import Plan
 
     out = report.console()
     plan = Plan.load(settings.plan)
-    folder = pipeline.apply(
+    folder = deploy.apply(
         plan,
         Path(settings.out),
         settings.store,
@@ -149,10 +154,10 @@ def _apply(settings: Any) -> None:
 
 
 def _evaluate(settings: Any) -> None:
-    from optimizer import pipeline, report
+    from optimizer import deploy, report
 
     out = report.console()
-    report.evaluation(out, pipeline.evaluate(settings, report.Terminal(out)))
+    report.evaluation(out, deploy.evaluate(settings, report.Terminal(out)))
 
 
 def _show(rest: list[str]) -> None:

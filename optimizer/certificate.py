@@ -74,9 +74,7 @@ def ratio(mine: Scores, other: Callable[[np.ndarray], np.ndarray], counts: np.nd
     """Mean KL of `mine` over another mean KL that is computed from the same resamples."""
     once = np.ones((1, len(mine.kl)), dtype=counts.dtype)
     value = _means(mine.kl, once) / np.maximum(other(once), 1e-12)
-    return _interval(
-        float(value[0]), _means(mine.kl, counts) / np.maximum(other(counts), 1e-12)
-    )
+    return _interval(float(value[0]), _means(mine.kl, counts) / np.maximum(other(counts), 1e-12))
 
 
 def line(low: Candidate, high: Candidate, size: int) -> Callable[[np.ndarray], np.ndarray]:

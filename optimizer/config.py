@@ -8,7 +8,8 @@ from typing import Any
 
 from optimizer.data import Data
 from optimizer.errors import ConfigError
-from optimizer.plan import Budget, Precision
+from optimizer.layer import Precision
+from optimizer.plan import Budget
 from optimizer.sensitivity import Sensitivity
 
 INSIDE, BESIDE = Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf"

@@ -13,15 +13,13 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from optimizer.errors import ConfigError, TextError
-
-if TYPE_CHECKING:
-    from optimizer.model import Model
 
 VERSION = 1
 SAMPLED_TOGETHER = 64  # documents in one generation batch; a killed run loses at most one batch
@@ -156,7 +154,9 @@ def _windows(
     joined: list[int] = []
     for document in documents:
         if len(document) >= body:
-            queues.append([document[i : i + body] for i in range(0, len(document) - body + 1, body)])
+            queues.append(
+                [document[i : i + body] for i in range(0, len(document) - body + 1, body)]
+            )
             continue
         joined = joined + document
         if len(joined) >= body:
@@ -286,10 +286,16 @@ def _hub(data: Data) -> Iterator[str]:
 
 # ---------------------------------------------------------------- text sampled from the model
 
+
+class HasNet(Protocol):
+    @property
+    def net(self) -> Any: ...
+
+
 Batch = Callable[[str, Callable[[], dict[str, np.ndarray]]], dict[str, np.ndarray]]
 
 
-def sample(data: Data, model: Model, keep: Batch, track: Callable[..., Iterable[Any]]) -> Tokens:
+def sample(data: Data, model: HasNet, keep: Batch, track: Callable[..., Iterable[Any]]) -> Tokens:
     """Windows sampled from the reference at temperature 1, each a document of its own.
 
     keep(name, make): the stored batch of that name, or made and stored. Costs one generated
@@ -303,17 +309,15 @@ def sample(data: Data, model: Model, keep: Batch, track: Callable[..., Iterable[
     pieces: dict[str, list[np.ndarray]] = {name: [] for name in data.parts}
     for index, (name, part, first) in enumerate(track(jobs, "sampling text from the reference")):
         count = min(SAMPLED_TOGETHER, part.sequences - first)
-        batch = keep(
-            f"{name}-{first}",
-            lambda c=count, p=part, i=index: {"ids": _generate(model, c, p.length, [data.seed, i])},
-        )
+        make = partial(_generate, model, count, part.length, [data.seed, index])
+        batch = keep(f"{name}-{first}", make)
         pieces[name].append(batch["ids"])
     ids = {name: np.concatenate(batches) for name, batches in pieces.items()}
     return {name: Windows(block, np.arange(len(block))) for name, block in ids.items()}
 
 
-def _generate(model: Model, count: int, length: int, seed: list[int]) -> np.ndarray:
-    """[count, length] ids. The end token is never sampled, so every window is full."""
+def _generate(model: HasNet, count: int, length: int, seed: list[int]) -> dict[str, np.ndarray]:
+    """{ids: [count, length]}. The end token is never sampled, so every window is full."""
     import torch
 
     net: Any = model.net
@@ -335,7 +339,7 @@ def _generate(model: Model, count: int, length: int, seed: list[int]) -> np.ndar
             max_new_tokens=length - 1,
             pad_token_id=config.pad_token_id or 0,
         )
-    return ids.cpu().numpy()
+    return {"ids": ids.cpu().numpy()}
 
 
 def _starts(config: Any, count: int, rng: np.random.Generator) -> np.ndarray:

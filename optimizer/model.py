@@ -15,9 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from optimizer import plan as plans
 from optimizer.errors import ModelError, PlanError
-from optimizer.plan import Inventory, Layer, Precision
+from optimizer.layer import UNTOUCHED, Inventory, Layer, Other, Precision
 from optimizer.source import quiet
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
@@ -33,7 +32,7 @@ class Rounder(Protocol):
 # ---------------------------------------------------------------- what a model is made of
 
 
-def skeleton(folder: Path) -> nn.Module:
+def skeleton(folder: Path) -> Any:
     """The model on the meta device: modules and shapes, no weights."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -48,7 +47,8 @@ def skeleton(folder: Path) -> nn.Module:
             "Give a folder whose config.json names such an architecture."
         ) from None
     net.tie_weights()
-    return net.eval()
+    net.eval()
+    return net
 
 
 def take_inventory(folder: Path) -> Inventory:
@@ -58,17 +58,17 @@ def take_inventory(folder: Path) -> Inventory:
     blocks = _blocks(net)
     head = net.get_output_embeddings()
     layers: list[Layer] = []
-    others: list[plans.Tensor] = []
+    others: list[Other] = []
     for parameter, value in net.named_parameters():
         module = net.get_submodule(parameter.rpartition(".")[0])
         kind = _kind(module, value, head)
         if kind is None:
             name = next(iter(_disk_names(net, parameter, value)))
-            others.append(plans.Tensor(name, parameter, dtype, tuple(value.shape)))
+            others.append(Other(name, parameter, dtype, tuple(value.shape)))
         else:
             layers += _layers(net, parameter, value, kind, blocks, tied=_tied(net, module, head))
     for name, value in _persistent_buffers(net):
-        others.append(plans.Tensor(name, name, SPELLING.get(value.dtype, "F32"), tuple(value.shape)))
+        others.append(Other(name, name, SPELLING.get(value.dtype, "F32"), tuple(value.shape)))
     return Inventory(tuple(layers), tuple(others), dtype)
 
 
@@ -123,8 +123,10 @@ def _kind(module: nn.Module, value: Tensor, head: nn.Module | None) -> str | Non
     return None
 
 
-def _tied(net: nn.Module, module: nn.Module, head: nn.Module | None) -> bool:
-    return head is not None and module is net.get_input_embeddings() and module.weight is head.weight
+def _tied(net: Any, module: nn.Module, head: nn.Module | None) -> bool:
+    return (
+        head is not None and module is net.get_input_embeddings() and module.weight is head.weight
+    )
 
 
 def _layers(
@@ -135,7 +137,7 @@ def _layers(
     role = leaf if kind == "experts" else owner.rpartition(".")[2]
     block = None
     if parameter.startswith(blocks + "."):
-        block = int(parameter[len(blocks) + 1 :].split(".")[0])
+        block = int(parameter[len(blocks) + 1 :].split(".", maxsplit=1)[0])
     common: dict[str, Any] = {"kind": kind, "block": block, "parameter": parameter, "tied": tied}
     names = _disk_names(net, parameter, value)
     if kind != "experts":
@@ -149,7 +151,15 @@ def _layers(
     if list(names) == [parameter]:  # the checkpoint holds the fused parameter itself
         count, shape = value.shape[0], tuple(value.shape)
         return [
-            Layer(parameter, count * rows, cols, role=role, shape=shape, transposed=transposed, **common)
+            Layer(
+                parameter,
+                count * rows,
+                cols,
+                role=role,
+                shape=shape,
+                transposed=transposed,
+                **common,
+            )
         ]
     return [
         Layer(
@@ -223,7 +233,7 @@ class Model:
     the plan's "untouched" is 16 bits), so the stash that restores them bit for bit costs half.
     """
 
-    def __init__(self, net: nn.Module, inventory: Inventory) -> None:
+    def __init__(self, net: Any, inventory: Inventory) -> None:
         self.net = net
         self.inventory = inventory
         self.layers = {layer.name: layer for layer in inventory.layers}
@@ -295,8 +305,8 @@ class Rounding:
             raise PlanError(f"The model has no layer {sorted(unknown)[0]}.")
         now = self._model._now
         for name in {**now, **choice}:
-            wanted = choice.get(name, plans.UNTOUCHED)
-            if now.get(name, plans.UNTOUCHED) != wanted:
+            wanted = choice.get(name, UNTOUCHED)
+            if now.get(name, UNTOUCHED) != wanted:
                 self._model._change(name, wanted, self._quantizer)
 
 

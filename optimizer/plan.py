@@ -1,8 +1,5 @@
-"""Domain values: precisions, layers, budgets and plans, with their byte arithmetic and their JSON.
-
-Notation: a layer's weight has shape [rows, cols] = [outputs, inputs]; groups of `group_size`
-weights run along the inputs and share one fp16 scale (and one integer zero point if asymmetric).
-Standard library only, so that plans can be read anywhere.
+"""Budgets and plans, their exact bytes and their JSON. Standard library only, so that plans can be
+read anywhere.
 """
 
 from __future__ import annotations
@@ -12,201 +9,15 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from fractions import Fraction
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from optimizer.errors import ConfigError, PlanError
+from optimizer.layer import SCALE_BYTES, UNTOUCHED, Inventory, Layer, Precision
 from optimizer.store import write_atomically
 
 FORMAT, VERSION = "mezzotint-plan", 1
-REFERENCE_BITS = 16
-SCALE_BYTES = 2  # fp16
-TRITS_PER_BYTE = 5  # 3**5 = 243 <= 256
-
-
-@dataclass(frozen=True, order=True)
-class Precision:
-    """How one layer is stored.
-
-    kind: `int` (uniform levels), `ternary` (-s, 0, s) or `none` (the reference's own 16 bits).
-    group_size: weights per scale along the inputs; None = one scale per row ("per channel").
-    symmetric: no zero point. 1 bit (-s, s) and ternary are always symmetric.
-    """
-
-    kind: str = "none"
-    bits: int = REFERENCE_BITS
-    group_size: int | None = None
-    symmetric: bool = False
-
-    def __post_init__(self) -> None:
-        legal = {"int": range(1, 9), "ternary": (2,), "none": (REFERENCE_BITS,)}
-        if self.kind not in legal or self.bits not in legal[self.kind]:
-            raise ConfigError(
-                "A precision is 1, 2, 3, 4, 5, 6, 7 or 8 bits, ternary, or 16 (untouched), not "
-                f"{self.kind} with {self.bits} bits. Change palette.bits."
-            )
-        if self.group_size is not None and self.group_size < 1:
-            raise ConfigError(
-                f"A group holds at least one weight, not {self.group_size}. Change "
-                "palette.group_size; 0 there means one scale per channel."
-            )
-
-    @property
-    def name(self) -> str:
-        if self.kind == "none":
-            return "none"
-        stem = f"int{self.bits}" if self.kind == "int" else "ternary"
-        tail = "channel" if self.group_size is None else f"g{self.group_size}"
-        marked = self.symmetric and self.kind == "int" and self.bits > 1
-        return f"{stem}_{tail}" + ("_sym" if marked else "")
-
-    @property
-    def code_bits(self) -> Fraction:
-        """Bits per weight of the codes alone, without scales and zero points."""
-        return Fraction(8, TRITS_PER_BYTE) if self.kind == "ternary" else Fraction(self.bits)
-
-    def groups(self, cols: int) -> int:
-        """Scales per row."""
-        return cols // (self.group_size or cols)
-
-    def parts(self, rows: int, cols: int) -> dict[str, tuple[str, tuple[int, int]]]:
-        """The stored tensors: suffix -> (safetensors dtype, shape). Rows are padded to bytes."""
-        if self.kind == "none":
-            return {}
-        groups = self.groups(cols)
-        parts = {
-            "codes": ("U8", (rows, packed_bytes(cols, self.code_bits))),
-            "scales": ("F16", (rows, groups)),
-        }
-        if not self.symmetric:
-            parts["zeros"] = ("U8", (rows, packed_bytes(groups, self.code_bits)))
-        return parts
-
-    def bytes(self, rows: int, cols: int) -> int:
-        """Exact bytes on disk of a [rows, cols] layer: codes, scales, zero points, padding."""
-        if self.kind == "none":
-            return rows * cols * REFERENCE_BITS // 8
-        return sum(
-            math.prod(shape) * (SCALE_BYTES if dtype == "F16" else 1)
-            for dtype, shape in self.parts(rows, cols).values()
-        )
-
-    def fits(self, cols: int) -> bool:
-        return self.group_size is None or cols % self.group_size == 0
-
-    def nearest(self, cols: int) -> Precision:
-        """The same precision with the divisor of `cols` that is nearest to the group size."""
-        if self.group_size is None or self.fits(cols):
-            return self
-        wanted = self.group_size
-        divisors = [d for d in range(1, cols + 1) if cols % d == 0]
-        best = min(divisors, key=lambda d: (abs(math.log(d / wanted)), d))
-        return replace(self, group_size=best)
-
-
-UNTOUCHED = Precision()
-
-
-def packed_bytes(count: int, bits: Fraction) -> int:
-    """Bytes of `count` codes in a dense stream, padded to a whole byte."""
-    if bits.denominator == TRITS_PER_BYTE:
-        return -(-count // TRITS_PER_BYTE)
-    return -(-count * int(bits) // 8)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One weight tensor that can be quantized, named as in the checkpoint on disk.
-
-    `parameter` is the live parameter that holds it. Fused experts: the layer is rows
-    [offset, offset + rows) of expert `expert`; `expert=None` on a 3-D parameter means all of
-    them, stacked. `transposed`: the live tensor stores [inputs, outputs].
-    """
-
-    name: str
-    rows: int
-    cols: int
-    kind: str  # linear, conv1d, embedding, head, experts
-    role: str  # the last part of the module's name: q_proj, down_proj, ...
-    block: int | None  # index of the transformer block, None outside the blocks
-    parameter: str
-    shape: tuple[int, ...]  # of the layer's tensor in the checkpoint
-    expert: int | None = None
-    offset: int = 0
-    transposed: bool = False
-    tied: bool = False
-
-    @property
-    def weights(self) -> int:
-        return self.rows * self.cols
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor that is never quantized: norms, biases, routers."""
-
-    name: str
-    parameter: str
-    dtype: str  # safetensors' spelling
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Inventory:
-    """What a model is made of: its layers in checkpoint order, its other tensors, its dtype."""
-
-    layers: tuple[Layer, ...]
-    others: tuple[Tensor, ...]
-    dtype: str  # F16 or BF16: how untouched weights are stored
-
-    def scoped(self, scope: Sequence[str]) -> tuple[Layer, ...]:
-        """Layers in scope. Words: blocks, embeddings, head, all; anything else is a glob.
-
-        Raises ConfigError for a pattern that matches nothing.
-        """
-        chosen: set[str] = set()
-        for pattern in scope:
-            hits = {layer.name for layer in self.layers if _in_scope(layer, pattern)}
-            if not hits:
-                names = [layer.name for layer in self.layers]
-                examples = ", ".join(dict.fromkeys((names[0], names[len(names) // 2], names[-1])))
-                raise ConfigError(
-                    f"Every scope pattern must match a layer; {pattern!r} matches none of the "
-                    f"{len(names)} layers (for example {examples}). Use blocks, embeddings, "
-                    "head, all, or a glob over such names."
-                )
-            chosen |= hits
-        return tuple(layer for layer in self.layers if layer.name in chosen)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Inventory:
-        layers = (Layer(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"])
-        others = (Tensor(**{**row, "shape": tuple(row["shape"])}) for row in data["others"])
-        return cls(tuple(layers), tuple(others), data["dtype"])
-
-
-def _in_scope(layer: Layer, pattern: str) -> bool:
-    if pattern == "all":
-        return True
-    if pattern == "blocks":
-        return layer.block is not None and layer.kind not in ("embedding", "head")
-    if pattern == "embeddings":
-        return layer.kind == "embedding"
-    if pattern == "head":
-        return layer.kind == "head" or layer.tied
-    return glob(pattern).fullmatch(layer.name) is not None
-
-
-def glob(pattern: str) -> re.Pattern[str]:
-    """`*` and `?` as in a shell, over a layer's whole name; a `.weight` may be left out."""
-    stem = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
-    return re.compile(rf"{stem}(\.weight)?")
-
 
 SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 
@@ -434,7 +245,7 @@ class Plan:
                 f"{where} gives layers the precision {sorted(unknown)[0]!r}, which its palette "
                 f"doesn't have ({', '.join(sorted(self.palette))}). Add it there or change it."
             )
-        for name, (rows, cols) in self.shapes.items():
+        for name, (_, cols) in self.shapes.items():
             precision = self.palette[self.layers[name]] if name in self.layers else UNTOUCHED
             if not precision.fits(cols):
                 raise PlanError(
@@ -492,25 +303,3 @@ def assemble(
         code_bits=float(codes / weights),
         **rest,
     )
-
-
-def fuse(
-    layers: Sequence[Layer], rules: Sequence[Sequence[str]], experts: str
-) -> tuple[tuple[str, ...], ...]:
-    """Groups of layer names that one runtime must load with the same precision.
-
-    rules: lists of roles that are fused within one parent module, such as [q_proj, k_proj,
-    v_proj]. experts: `tensor` (one fused parameter, one precision) or `block` (all experts of
-    a block).
-    """
-    fused = {role: index for index, roles in enumerate(rules) for role in roles}
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for layer in layers:
-        key: tuple[Any, ...] = (layer.parameter,)
-        if layer.kind == "experts":
-            key = ("experts", layer.block) if experts == "block" else key
-        elif layer.role in fused:
-            parent = layer.parameter.rsplit(".", 2)[0]
-            key = ("fused", parent, fused[layer.role])
-        groups.setdefault(key, []).append(layer.name)
-    return tuple(tuple(names) for names in groups.values())

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optimizer.plan import TRITS_PER_BYTE, Precision, packed_bytes
+from optimizer.layer import TRITS_PER_BYTE, Precision, packed_bytes
 
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # fp16's subnormal step and maximum
 

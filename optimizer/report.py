@@ -18,8 +18,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from optimizer.pipeline import Outcome, View
-from optimizer.plan import Plan, Precision
+from optimizer.bench import View
+from optimizer.layer import Precision
+from optimizer.pipeline import Outcome
+from optimizer.plan import Plan
 
 # viridis, dark to light: readable by people with any kind of colour-blindness
 COLOURS = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.errors import ConfigError, PlanError, StorageError
+from optimizer.layer import Inventory, Layer, Precision
 from optimizer.model import DTYPES, Model, read, skeleton, take_inventory, write
-from optimizer.plan import Inventory, Layer, Plan, Precision
+from optimizer.plan import Plan
 from optimizer.quantizer import Codes, Rtn
 from optimizer.source import PACKED_FILE
 from optimizer.store import unwritable
@@ -58,7 +59,7 @@ def save(plan: Plan, model: Model, folder: Path, out: Path, track: Track) -> Pat
             _write(tensors, plan, folder, inner)
             if out.is_dir():
                 shutil.rmtree(out)
-            os.replace(inner, out)
+            inner.replace(out)
     except OSError as error:
         raise unwritable(out, error) from None
     return out
@@ -212,8 +213,8 @@ class Piece(nn.Module):
     def __init__(self, layer: Layer, precision: Precision, get: Callable[[str], Tensor]) -> None:
         super().__init__()
         self.layer, self.precision = layer, precision
-        names = precision.parts(layer.rows, layer.cols) or {"weight": None}
-        for suffix in names:
+        names = precision.parts(layer.rows, layer.cols)
+        for suffix in names or ("weight",):
             name = layer.name if suffix == "weight" else f"{layer.name}.{suffix}"
             self.register_buffer(suffix, get(name))
 

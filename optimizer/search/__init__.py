@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from optimizer.errors import BudgetError
-from optimizer.plan import Budget, Inventory, Layer, Precision, parse_size, stored_bytes
+from optimizer.layer import Inventory, Layer, Precision
+from optimizer.plan import Budget, parse_size, stored_bytes
 
 
 @dataclass(frozen=True)

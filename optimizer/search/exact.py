@@ -5,6 +5,8 @@ The problem is a multiple-choice knapsack: min sum_g loss[g, x_g] s.t. sum_g siz
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -62,7 +64,7 @@ def front(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     for group, (size, loss) in enumerate(zip(problem.size, problem.loss, strict=True)):
         hull = _hull(size, loss)
         start[group] = hull[0]
-        for a, b in zip(hull[:-1], hull[1:], strict=True):
+        for a, b in pairwise(hull):
             steps.append((-(loss[a] - loss[b]) / (size[b] - size[a]), group, b))
     steps.sort(key=lambda step: step[0])
     assignments = np.tile(start, (len(steps) + 1, 1))

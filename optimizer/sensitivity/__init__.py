@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from optimizer.errors import ConfigError
-from optimizer.plan import Precision
+from optimizer.layer import Precision
 
 if TYPE_CHECKING:
     from optimizer.model import Model, Rounder
@@ -58,9 +59,7 @@ class Sensitivity:
                 f"sensitivity.chunks={self.chunks} with data.calibration.sequences={windows}."
             )
 
-    def score(
-        self, model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]
-    ) -> np.ndarray:
+    def score(self, model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]) -> np.ndarray:
         """One chunk of windows -> losses [groups, precisions]. Unbiased over chunks."""
         if self.estimator in ("fisher", "directional"):
             from optimizer.sensitivity import fisher
@@ -132,7 +131,7 @@ class Table:
 def chunks(windows: int, count: int) -> list[slice]:
     """`windows` cut into `count` runs of almost equal length."""
     edges = np.linspace(0, windows, count + 1).round().astype(int)
-    return [slice(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [slice(int(a), int(b)) for a, b in pairwise(edges)]
 
 
 def palette_columns(

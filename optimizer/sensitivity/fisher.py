@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from optimizer.layer import Layer
 from optimizer.model import Model, read
-from optimizer.plan import Layer
 from optimizer.sensitivity import Task
 
 
@@ -37,7 +37,7 @@ def diagonal(model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]) -> 
     layers = [model.layers[name] for name in task.layers]
     with _gradients(model.net, {layer.parameter for layer in layers}, add):
         for window, own_seed in _windows(model.net, ids, seed):
-            likelihood(model.net, window, own_seed).backward()  # type: ignore[no-untyped-call]
+            likelihood(model.net, window, own_seed).backward()
     losses = {}
     for layer in layers:
         fisher = read(squares[layer.parameter], layer)
@@ -63,7 +63,7 @@ def directional(model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]) 
     total = np.zeros((len(task.groups), len(task.columns)))
     with _gradients(model.net, set(by_parameter), dot):
         for window, own_seed in _windows(model.net, ids, seed):
-            likelihood(model.net, window, own_seed).backward()  # type: ignore[no-untyped-call]
+            likelihood(model.net, window, own_seed).backward()
             total += task.collect(products) ** 2
     return total / (2 * ids.size)
 
@@ -99,9 +99,12 @@ def _errors(model: Model, task: Task, layer: Layer) -> Iterator[tuple[str, Tenso
     weight = model.weight(layer.name)
     for column in task.columns:
         precision = task.fitted[layer.name, column]
-        yield column, task.quantizer.round(weight, precision).sub_(weight) if (
-            precision.kind != "none"
-        ) else torch.zeros_like(weight)
+        yield (
+            column,
+            task.quantizer.round(weight, precision).sub_(weight)
+            if (precision.kind != "none")
+            else torch.zeros_like(weight),
+        )
 
 
 def _array(values: list[Tensor]) -> np.ndarray:

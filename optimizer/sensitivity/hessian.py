@@ -57,9 +57,7 @@ def trace(
     return task.collect(losses) / (2 * ids.size)
 
 
-def _hvp(
-    net: Any, window: Tensor, parameters: list[Any], rng: torch.Generator
-) -> list[Tensor]:
+def _hvp(net: Any, window: Tensor, parameters: list[Any], rng: torch.Generator) -> list[Tensor]:
     """v * (H v) for one Rademacher vector over all parameters, H summed over the window."""
     logits = net(input_ids=window, use_cache=False).logits[0].float()
     log_q = torch.log_softmax(logits, -1)
@@ -100,7 +98,7 @@ def kronecker(model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]) ->
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     with _watching(model, task.layers, factors):
         for window, own_seed in _windows(model.net, ids, seed):
-            likelihood(model.net, window, own_seed).backward()  # type: ignore[no-untyped-call]
+            likelihood(model.net, window, own_seed).backward()
     losses = {}
     for layer in layers:
         inputs, outputs = factors[layer.name]
@@ -140,7 +138,7 @@ def _watching(
     try:
         for name in names:
             watch(name, model.net.get_submodule(model.layers[name].parameter.rpartition(".")[0]))
-        embeddings: Any = model.net.get_input_embeddings()  # type: ignore[operator]
+        embeddings: Any = model.net.get_input_embeddings()
         handles.append(
             embeddings.register_forward_hook(lambda _m, _a, out: out.requires_grad_(True))
         )

@@ -11,9 +11,9 @@ from __future__ import annotations
 import numpy as np
 
 from optimizer.data import Windows
+from optimizer.layer import Precision
 from optimizer.meaning import Teacher
 from optimizer.model import Model
-from optimizer.plan import Precision
 from optimizer.sensitivity import Task
 
 WINDOWS = 16

