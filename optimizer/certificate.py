@@ -29,10 +29,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A measured plan: its name in the table, its total bytes and its scores."""
+    """A measured plan: its name in the table, its tensors' bytes, its size in the budget's own
+    unit (bytes or code bits; comparisons "at equal size" use it) and its scores."""
 
     name: str
     bytes: int
+    size: float
     scores: Scores
 
 
@@ -77,9 +79,9 @@ def ratio(mine: Scores, other: Callable[[np.ndarray], np.ndarray], counts: np.nd
     return _interval(float(value[0]), _means(mine.kl, counts) / np.maximum(other(counts), 1e-12))
 
 
-def line(low: Candidate, high: Candidate, size: int) -> Callable[[np.ndarray], np.ndarray]:
-    """The straight line between two plans at `size` bytes: resamples -> mean KL there."""
-    share = (size - low.bytes) / max(high.bytes - low.bytes, 1)
+def line(low: Candidate, high: Candidate, size: float) -> Callable[[np.ndarray], np.ndarray]:
+    """The straight line between two plans at `size`: resamples -> mean KL there."""
+    share = (size - low.size) / max(high.size - low.size, 1)
 
     def at(counts: np.ndarray) -> np.ndarray:
         return (1 - share) * _means(low.scores.kl, counts) + share * _means(high.scores.kl, counts)
@@ -115,19 +117,19 @@ def certify(
     """The certificate of a plan, as plain JSON.
 
     uniforms: measured uniform plans, any sizes. The plan is compared with the smallest uniform
-    plan of at least its bytes, with the largest that is no larger than it, and with the straight
-    line between the two at its own bytes.
+    plan of at least its size, with the largest that is no larger than it, and with the straight
+    line between the two at its own size.
     """
     rng = np.random.default_rng([seed, 77])
     counts = resamples(plan.scores.documents, rng)
-    rows = [plan, *sorted(uniforms, key=lambda c: c.bytes), *others]
-    above = min((u for u in uniforms if u.bytes >= plan.bytes), key=_bytes, default=None)
-    below = max((u for u in uniforms if u.bytes <= plan.bytes), key=_bytes, default=None)
+    rows = [plan, *sorted(uniforms, key=_size), *others]
+    above = min((u for u in uniforms if u.size >= plan.size), key=_size, default=None)
+    below = max((u for u in uniforms if u.size <= plan.size), key=_size, default=None)
     versus: dict[str, Any] = {}
     if above is not None:
         versus["uniform"] = _against(plan, above, counts)
     if above is not None and below is not None and above is not below:
-        at = line(below, above, plan.bytes)
+        at = line(below, above, plan.size)
         versus["line"] = {
             "name": f"line {below.name} to {above.name}",
             "kl": float(at(np.ones((1, len(plan.scores.kl))))[0]),
@@ -148,8 +150,8 @@ def certify(
     }
 
 
-def _bytes(candidate: Candidate) -> int:
-    return candidate.bytes
+def _size(candidate: Candidate) -> float:
+    return candidate.size
 
 
 def _against(plan: Candidate, other: Candidate, counts: np.ndarray) -> dict[str, Any]:
@@ -167,7 +169,7 @@ def verdict(versus: Mapping[str, Any], documents: int) -> str:
     if uniform is None:
         return "No uniform plan of at least these bytes was measured, so nothing is claimed."
     gap, share = uniform["difference"], uniform["ratio"]
-    name = f"{uniform['name']} ({uniform['bytes'] / 1e6:.1f} MB)"
+    name = f"{uniform['name']} ({uniform['bytes'] / 1e6:.4g} MB)"
     if documents < FEW:
         return (
             f"Not enough text to say: {documents} documents; {FEW} or more are needed. Measured "

@@ -123,12 +123,12 @@ def _hidden_states(net: nn.Module, ids: np.ndarray) -> Iterator[tuple[Tensor, Te
 
 def head_input(net: nn.Module, ids: Tensor) -> Tensor:
     """ids [b, l] -> what the head receives [b, l, width]. The head itself runs on one position
-    only, so full logits never exist."""
+    of one window only, so full logits never exist."""
     caught: list[Tensor] = []
 
     def catch(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         caught.append(args[0])
-        return (args[0][:, -1:],)
+        return (args[0][:1, -1:].contiguous(),)
 
     handle = _head(net).register_forward_pre_hook(catch)
     try:

@@ -183,7 +183,7 @@ def prove(
         choice = chosen.choice(held[name])
         stored = _bytes(bench.inventory, choice)
         scores = bench.score(choice, "heldout", quantizer)
-        found[name] = certificate.Candidate(name, stored, scores)
+        found[name] = certificate.Candidate(name, stored, problem.sizes(held[name]), scores)
     notes = list(outcome.notes)
     uniforms = [c for n, c in found.items() if n in problem.columns]
     fitting = [c for c in uniforms if problem.fits(held[c.name])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -31,6 +32,12 @@ BLOCKS_PER_LINE = 32
 def console() -> Console:
     found = Console(highlight=False)
     return found if found.is_terminal else Console(highlight=False, width=110)
+
+
+def human(size: float) -> str:
+    """Decimal units, as disks and downloads are sold: 121.4 kB, 114.0 MB."""
+    power = min(int(math.log(max(size, 1), 1000)), 3)
+    return f"{size / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB')[power]}"
 
 
 class Terminal(View):
@@ -68,7 +75,7 @@ def outcome(out: Console, result: Outcome) -> None:
         out.print()
         out.print(plan.certificate["verdict"], style="bold", soft_wrap=True)
     line = (
-        f"Plan {plan.id}: {plan.bytes['total'] / 1e6:.1f} MB, {plan.effective_bits:.3f} bits per "
+        f"Plan {plan.id}: {human(plan.bytes['total'])}, {plan.effective_bits:.3f} bits per "
         f"weight in scope ({plan.code_bits:.3f} of codes), predicted KL "
         f"{plan.predicted['kl']:.4f} +- {plan.predicted['stderr']:.4f}."
     )
@@ -95,7 +102,7 @@ def certificate(plan: Plan) -> Table:
         title_justify="left",
     )
     table.add_column("plan")
-    for name in ("MB", "KL (nats/token)", "KL p99", "flips %", "EAR", "perplexity"):
+    for name in ("size", "KL (nats/token)", "KL p99", "flips %", "EAR", "perplexity"):
         table.add_column(name, justify="right")
     rows = list(proof["rows"])
     between = proof["versus"].get("line")
@@ -106,7 +113,7 @@ def certificate(plan: Plan) -> Table:
             share = between["ratio"]
             table.add_row(
                 between["name"],
-                f"{row['bytes'] / 1e6:.1f}",
+                human(row["bytes"]),
                 f"{between['kl']:.4f}",
                 f"[dim]plan is {share['value']:.2f}x[/dim]",
                 *[""] * 3,
@@ -122,7 +129,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     kl = row["kl"]
     return [
         str(row["name"]),
-        f"{row['bytes'] / 1e6:.1f}",
+        human(row["bytes"]),
         f"{kl['value']:.4f} [dim]\\[{kl['low']:.4f}, {kl['high']:.4f}][/dim]",
         f"{row['kl_p99']['value']:.3f}",
         f"{100 * row['flips']['value']:.1f}",
@@ -161,8 +168,7 @@ def evaluation(out: Console, found: Mapping[str, Any]) -> None:
     out.print(table)
     whole = 2 * sum(r * c for r, c in plan.shapes.values())
     out.print(
-        f"{found['bytes'] / 1e6:.1f} MB packed; the reference's layers alone take "
-        f"{whole / 1e6:.1f} MB at 16 bits.",
+        f"{human(found['bytes'])} packed; the reference's layers take {human(whole)} at 16 bits.",
         soft_wrap=True,
     )
 

@@ -94,6 +94,7 @@ def _write(tensors: dict[str, Tensor], plan: Plan, folder: Path, out: Path) -> N
         save_file(tensors, out / PACKED_FILE, metadata={"format": "pt"})
     except SafetensorError as error:  # its own name for a full disk
         raise unwritable(out / PACKED_FILE, OSError(str(error))) from None
+    (out / PACKED_FILE).chmod((out.stat().st_mode & 0o444) | 0o200)  # safetensors writes 0600
     size = (out / PACKED_FILE).stat().st_size
     if size != plan.bytes["total"]:
         raise PlanError(
