@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from optimizer.meaning import Scores, Teacher
     from optimizer.model import Model
 
+CHECK_WINDOWS = 8
 VERSION = 3  # raised when a stage's numbers change
 
 
@@ -41,6 +42,11 @@ class View:
 
     def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:  # noqa: ARG002
         return items
+
+    @contextmanager
+    def meter(self, text: str, total: int) -> Iterator[Callable[[int, str], None]]:  # noqa: ARG002
+        """Progress of something that isn't a list: call the yielded (done so far, news)."""
+        yield lambda _done, _news: None
 
 
 class Bench:
@@ -101,6 +107,10 @@ class Bench:
         return texts.sample(self.data, LazyModel(self), keep, self.view.track)
 
     def windows(self, part: str) -> Windows:
+        """calibration, search or heldout; `check` is the first search windows, enough to rank
+        plans that differ much."""
+        if part == "check":
+            return self.tokens["search"].head(CHECK_WINDOWS)
         return self.tokens[part]
 
     @cached_property

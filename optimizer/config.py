@@ -10,6 +10,7 @@ from optimizer.data import Data
 from optimizer.errors import ConfigError
 from optimizer.layer import Precision
 from optimizer.plan import Budget
+from optimizer.search import Search
 from optimizer.sensitivity import Sensitivity
 
 INSIDE, BESIDE = Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf"
@@ -107,6 +108,7 @@ class Optimize:
     quantizer: Quantizer = field(default_factory=Quantizer)
     data: Data = field(default_factory=Data)
     sensitivity: Sensitivity = field(default_factory=Sensitivity)
+    search: Search = field(default_factory=Search)
     proof: Proof = field(default_factory=Proof)
     seed: int = 0
     device: str = "cpu"
@@ -124,6 +126,7 @@ class Optimize:
         self.budget.check()
         self.palette.precisions()
         self.quantizer.check()
+        self.search.check()
         self.proof.check()
         self.sensitivity.check(self.data.calibration.sequences)
         self.data.check(None)

@@ -13,6 +13,7 @@ vocabulary]: a hundred times smaller, and exact, since the head turns them into 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,25 @@ class Teacher:
             torch.cat(columns[key]).float().cpu().numpy().reshape(shape) for key in columns
         )
         return Scores(kl, ear, flip, nll, nll_p, self.windows.documents)
+
+    def divergence(self, net: Any, window: int) -> Tensor:
+        """KL [length - 1] of one window, with a gradient with respect to `net`'s weights."""
+        step = max(1, BATCH_TOKENS // self.windows.ids.shape[1])
+        truth = self._hidden[window // step][window % step, :-1]
+        with torch.no_grad():
+            log_p = torch.log_softmax(self._shape(self._reference_head(truth)), -1)
+        ids = torch.from_numpy(self.windows.ids[window])[None].to(truth.device)
+        logits = net(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        return (log_p.exp() * (log_p - torch.log_softmax(logits, -1))).sum(-1)
+
+    def window(self, net: nn.Module, window: int) -> float:
+        """Mean KL of one window."""
+        part = Windows(self.windows.ids[window : window + 1], self.windows.documents[:1])
+        step = max(1, BATCH_TOKENS // self.windows.ids.shape[1])
+        alone = copy.copy(self)
+        alone.windows = part
+        alone._hidden = [self._hidden[window // step][window % step][None]]
+        return alone.score(net).mean_kl
 
     def _reference_head(self, hidden: Tensor) -> Tensor:
         if self._weights is None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -64,6 +65,20 @@ class Terminal(View):
         )
         with Progress(*columns, console=self.out) as progress:
             yield from progress.track(items)
+
+    @contextmanager
+    def meter(self, text: str, total: int) -> Iterator[Callable[[int, str], None]]:
+        columns = (
+            TextColumn(f"{text:<32}"),
+            BarColumn(30),
+            TextColumn("{task.fields[news]}"),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left[/dim]"),
+            TimeRemainingColumn(speed_estimate_period=300),
+        )
+        with Progress(*columns, console=self.out) as progress:
+            task = progress.add_task(text, total=total, news="")
+            yield lambda done, news: progress.update(task, completed=min(done, total), news=news)
 
 
 def outcome(out: Console, result: Outcome) -> None:

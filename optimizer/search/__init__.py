@@ -11,9 +11,49 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from optimizer.errors import BudgetError
+from optimizer.errors import BudgetError, ConfigError
 from optimizer.layer import Inventory, Layer, Precision
 from optimizer.plan import Budget, parse_size, stored_bytes
+
+SPACES = ("moves", "multipliers", "layers")
+SAMPLERS = ("tpe", "nsgaii", "cmaes", "gp", "random")
+CONTINUOUS = ("cmaes", "gp")
+
+
+@dataclass(kw_only=True)
+class Search:
+    """`search=`: exact (the table's optimum, nothing measured) or one of the spaces.
+
+    moves: exchanges around the best plan, guided by the slope of the measured loss there.
+    multipliers: log-factors on the table per layer type, depth band and low bits, decoded by the
+    exact solver. layers: the assignment itself, one categorical choice a group.
+    tokens: evaluated search tokens at most; a backward pass counts as two more forward passes.
+    """
+
+    space: str = "exact"
+    sampler: str = "tpe"
+    tokens: int = 100_000
+    storage: str | None = None
+    first: int = 4  # windows before the pruner may stop a trial
+    prune: float = 0.1  # p-value of the Wilcoxon test; 0 = never prune
+
+    def check(self) -> None:
+        if self.space not in ("exact", *SPACES):
+            raise ConfigError(f"search.space is exact, {', '.join(SPACES)}, not {self.space!r}.")
+        if self.sampler not in SAMPLERS:
+            raise ConfigError(f"search.sampler is {', '.join(SAMPLERS)}, not {self.sampler!r}.")
+        if self.space == "layers" and self.sampler in CONTINUOUS:
+            raise ConfigError(
+                f"The space layers is categorical, which {self.sampler} can't sample. Take "
+                "search.sampler=tpe, nsgaii or random, or search=multipliers."
+            )
+        if self.tokens < 1:
+            raise ConfigError(
+                f"A search needs evaluated tokens; search.tokens is {self.tokens}. Give a positive "
+                "number, or search=exact to measure nothing."
+            )
+        if not 0 <= self.prune < 1 or self.first < 1:
+            raise ConfigError("search.prune is a p-value in [0, 1) and search.first at least 1.")
 
 
 @dataclass(frozen=True)

@@ -124,3 +124,48 @@ def random_plan(problem: Problem, rng: np.random.Generator) -> np.ndarray:
                 break
             total, rank[group] = total + step, rank[group] + 1
     return order[rank]
+
+
+def solve_near(problem: Problem, start: np.ndarray, most: int, frozen: np.ndarray) -> np.ndarray:
+    """As `solve`, changing at most `most` groups of `start`, and none that is `frozen` [G]."""
+    groups, columns = problem.loss.shape
+    rows = np.arange(groups)
+    moved = np.ones((groups, columns))
+    moved[rows, start] = 0
+    upper = np.ones((groups, columns))
+    upper[frozen] = 0
+    upper[rows, start] = 1
+    one_each = sparse.kron(sparse.eye(groups), np.ones((1, columns)))
+    size = problem.size.ravel()[None] / max(problem.limit, 1e-30)
+    result = milp(
+        problem.loss.ravel() / max(float(np.abs(problem.loss).max()), 1e-30),
+        integrality=np.ones(groups * columns),
+        bounds=Bounds(0, upper.ravel()),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(size, -np.inf, 1.0),
+            LinearConstraint(moved.ravel()[None], 0, most),
+        ],
+        options={"mip_rel_gap": 1e-4, "time_limit": SECONDS},
+    )
+    if result.x is None:
+        return start.copy()
+    chosen = np.asarray(result.x.reshape(groups, columns).argmax(1), dtype=np.int64)
+    return chosen if problem.fits(chosen) else _shrunk(problem, chosen)
+
+
+def repaired(problem: Problem, assignment: np.ndarray) -> np.ndarray:
+    """Any assignment -> one that fits and uses its budget: steps down where the table loses least
+    per byte, then up where it gains most, while something fits."""
+    assignment = _shrunk(problem, assignment)
+    rows = np.arange(len(assignment))
+    room = problem.limit - problem.sizes(assignment)
+    while True:
+        extra = problem.size - problem.size[rows, assignment][:, None]
+        gain = problem.loss[rows, assignment][:, None] - problem.loss
+        rate = np.where((extra > 0) & (extra <= room) & (gain > 0), gain / np.maximum(extra, 1), 0)
+        group, column = np.unravel_index(int(rate.argmax()), rate.shape)
+        if rate[group, column] <= 0:
+            return assignment
+        room -= extra[group, column]
+        assignment[group] = column

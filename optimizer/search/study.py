@@ -1,0 +1,260 @@
+"""Optuna over plans: spaces, samplers, storage, and the ask-and-tell loop. The only module that
+imports optuna.
+
+A trial is a plan. A space turns a trial's parameters into an assignment [G] that fits the budget;
+the caller measures it and tells. Every trial keeps its assignment and its evaluated tokens, so a
+killed study goes on from its storage, and any number of workers can share one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import optuna
+from optuna.pruners import NopPruner, WilcoxonPruner
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import TrialState
+
+from optimizer.errors import ConfigError, StorageError
+from optimizer.search import Problem, Search, exact
+
+HEARTBEAT = 30  # seconds; a worker silent for twice as long is taken for dead
+BANDS = 5  # depth bands of `multipliers`
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A measured plan: mean loss over the windows that it was measured on."""
+
+    assignment: np.ndarray
+    loss: float
+    windows: int
+    tokens: int
+    complete: bool
+
+
+@dataclass
+class Study:
+    """Ask for plans, tell their losses. One per model, palette, tokens and budget (its name)."""
+
+    inner: optuna.Study
+    problem: Problem
+    search: Search
+    _cache: dict[int, Tried] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, search: Search, problem: Problem, name: str, default: Path, seed: int) -> Study:
+        """Create, or go on. name: the content key, so that a study is never mixed with another
+        model's. default: the journal file used where search.storage is not given."""
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        logging.getLogger("sqlalchemy").setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # experimental features of optuna, used on purpose
+            inner = optuna.create_study(
+                study_name=name,
+                storage=open_storage(search.storage, default),
+                sampler=_sampler(search.sampler, seed),
+                pruner=WilcoxonPruner(p_threshold=search.prune, n_startup_steps=search.first)
+                if search.prune
+                else NopPruner(),
+                direction="minimize",
+                load_if_exists=True,
+            )
+        return cls(inner, problem, search)
+
+    def tried(self) -> list[Tried]:
+        """All finished trials, of all workers, in order."""
+        states = (TrialState.COMPLETE, TrialState.PRUNED)
+        for trial in self.inner.get_trials(deepcopy=False, states=states):
+            if trial.number not in self._cache and "assignment" in trial.user_attrs:
+                self._cache[trial.number] = Tried(
+                    np.array(json.loads(trial.user_attrs["assignment"]), dtype=np.int64),
+                    float(trial.user_attrs["loss"]),
+                    int(trial.user_attrs["windows"]),
+                    int(trial.user_attrs["tokens"]),
+                    trial.state == TrialState.COMPLETE,
+                )
+        return [self._cache[number] for number in sorted(self._cache)]
+
+    @property
+    def spent(self) -> int:
+        extra = self.inner.user_attrs
+        return sum(t.tokens for t in self.tried()) + sum(
+            int(v) for k, v in extra.items() if k.startswith("slopes ")
+        )
+
+    def spend(self, label: str, tokens: int) -> None:
+        """Count tokens that were evaluated outside trials."""
+        self.inner.set_user_attr(f"slopes {label}", tokens)
+
+    @property
+    def best(self) -> Tried:
+        return min((t for t in self.tried() if t.complete), key=_loss)
+
+    def run(
+        self,
+        assignment: Callable[[optuna.Trial], np.ndarray],
+        losses: Callable[[np.ndarray], Iterator[tuple[int, float]]],
+        window_tokens: int,
+    ) -> Tried:
+        """One trial. losses yields (window, loss) one window after the other; the trial is
+        pruned as soon as Wilcoxon's signed-rank test against the best says that it is worse."""
+        trial = self.inner.ask()
+        chosen = assignment(trial)
+        known = next((t for t in self.tried() if np.array_equal(t.assignment, chosen)), None)
+        seen: list[float] = []
+        pruned = False
+        if known is not None:  # a repeated proposal costs nothing and teaches the sampler
+            seen, pruned = [known.loss] * known.windows, not known.complete
+        else:
+            for window, loss in losses(chosen):
+                seen.append(loss)
+                trial.report(loss, window)
+                if trial.should_prune():
+                    pruned = True
+                    break
+        mean = float(np.mean(seen))
+        cost = 0 if known is not None else len(seen) * window_tokens
+        for key, value in (
+            ("assignment", json.dumps(chosen.tolist())),
+            ("loss", mean),
+            ("windows", len(seen)),
+            ("tokens", cost),
+        ):
+            trial.set_user_attr(key, value)
+        if pruned:
+            self.inner.tell(trial, state=TrialState.PRUNED)
+        else:
+            self.inner.tell(trial, mean)
+        return Tried(chosen, mean, len(seen), cost, not pruned)
+
+
+def _loss(tried: Tried) -> float:
+    return tried.loss
+
+
+def open_storage(url: str | None, default: Path) -> BaseStorage:
+    """A journal file, or a database that several machines reach. Raises StorageError."""
+    if url is None:
+        try:
+            default.parent.mkdir(parents=True, exist_ok=True)
+            lock = JournalFileOpenLock(str(default))
+            return JournalStorage(JournalFileBackend(str(default), lock_obj=lock))
+        except OSError as error:
+            raise StorageError(
+                f"The study's journal {default} can't be opened ({error})."
+            ) from None
+    if "://" not in url:
+        raise ConfigError(
+            f"search.storage is a database address such as postgresql://user@host/name or "
+            f"sqlite:///study.db, not {url!r}."
+        )
+    import sqlalchemy.exc
+    from optuna.exceptions import StorageInternalError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=2 * HEARTBEAT)
+    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        shown = (
+            url.split("://")[0]
+            + "://"
+            + url.split("@")[-1].removeprefix(url.split("://")[0] + "://")
+        )
+        raise StorageError(
+            f"The study's database {shown} can't be used ({reason}). Check the address, that the "
+            "server runs, and that its driver is installed (pip install 'mezzotint[postgres]')."
+        ) from None
+
+
+def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
+    kinds: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
+        "tpe": lambda: optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, constant_liar=True, n_startup_trials=8
+        ),
+        "nsgaii": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=16),
+        "cmaes": lambda: optuna.samplers.CmaEsSampler(seed=seed),
+        "gp": lambda: optuna.samplers.GPSampler(seed=seed, n_startup_trials=8),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+    }
+    return kinds[name]()
+
+
+# ---------------------------------------------------------------- spaces
+
+
+def fixed(assignment: np.ndarray) -> Callable[[optuna.Trial], np.ndarray]:
+    """A trial that isn't sampled: the plans that a study starts from."""
+    return lambda _trial: assignment
+
+
+def layers(problem: Problem) -> Callable[[optuna.Trial], np.ndarray]:
+    """One categorical choice a group; what is over the budget is stepped down where the table
+    says that it costs least, what is left over is spent where it gains most."""
+
+    def suggest(trial: optuna.Trial) -> np.ndarray:
+        order = problem.order
+        names = [problem.columns[c] for c in order]
+        picked = np.array(
+            [
+                names.index(trial.suggest_categorical(f"group {i}", names))
+                for i in range(len(problem.groups))
+            ]
+        )
+        return exact.repaired(problem, order[picked])
+
+    return suggest
+
+
+def multipliers(problem: Problem, roles: Sequence[str]) -> Callable[[optuna.Trial], np.ndarray]:
+    """Factors e^u on the table's rows and columns, decoded at exactly the budget. roles [G]."""
+    kinds = sorted(set(roles))
+    depth = [-1 if b is None else b for b in problem.blocks]
+    band = np.clip(np.array(depth) * BANDS // (max(depth) + 1), 0, BANDS - 1)
+    low = [int(c) for c in problem.order[:2]]
+
+    def suggest(trial: optuna.Trial) -> np.ndarray:
+        by_role = {kind: trial.suggest_float(f"type {kind}", -1.5, 1.5) for kind in kinds}
+        by_band = [trial.suggest_float(f"band {i}", -1.5, 1.5) for i in range(BANDS)]
+        rows = np.array([by_role[role] for role in roles]) + np.array(by_band)[band]
+        loss = problem.loss * np.exp(rows)[:, None]
+        for column in low:
+            loss[:, column] *= np.exp(
+                trial.suggest_float(f"low {problem.columns[column]}", -0.5, 2)
+            )
+        return exact.solve(replace(problem, loss=loss))
+
+    return suggest
+
+
+def moves(
+    problem: Problem, best: np.ndarray, local: Callable[[float, float], np.ndarray]
+) -> Callable[[optuna.Trial], np.ndarray]:
+    """Exchanges around `best`: at most `groups` of them change, together exactly at the budget.
+
+    local(trust, stiff): the expected change of loss [G, P] around `best`, with weight `trust` on
+    the measured slope and `stiff` on the curvature. What a trial samples is how far to go, how
+    much to believe, and which groups stay out (so that repeated proposals differ).
+    """
+
+    def suggest(trial: optuna.Trial) -> np.ndarray:
+        largest = max(2, len(problem.groups) // 3)
+        count = trial.suggest_int("groups", 2, largest, log=True)
+        trust = trial.suggest_float("trust", 0.3, 1.5)
+        stiff = trial.suggest_float("stiff", 0.5, 6.0, log=True)
+        kept = trial.suggest_float("kept", 0.0, 0.6)
+        table = local(trust, stiff)
+        rng = np.random.default_rng([trial.number, 5])
+        frozen = rng.random(len(best)) < kept
+        return exact.solve_near(replace(problem, loss=table), best, count, frozen)
+
+    return suggest

@@ -1,0 +1,67 @@
+"""The slope of the measured loss at a plan: what each change of one group would do *there*.
+
+For a plan with weights W', the mean KL over T tokens changes, when a layer goes from W' to V', by
+    <g, V' - W'>  +  1/2 (V' - W')' F (V' - W'),      g = d mean KL / d W'
+to second order. One backward pass gives the first term for every group and precision, cross terms
+with all other layers' errors included: they are what the additive table at the reference lacks.
+The curvature is the table's own: rounding errors of different precisions are nearly independent,
+so the second term is about table[V'] + table[W'], and the sum is table[V'] - table[W'] where
+layers do not interact. Memory: one accumulator of the scored layers' size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optimizer.layer import Precision
+from optimizer.meaning import Teacher
+from optimizer.model import Model, read
+from optimizer.sensitivity import Task
+from optimizer.sensitivity.fisher import _gradients
+
+
+def slopes(
+    model: Model,
+    task: Task,
+    teacher: Teacher,
+    windows: np.ndarray,
+    choice: Mapping[str, Precision],
+) -> np.ndarray:
+    """<g, rounded weights> [groups, precisions], nats per token, at the plan `choice`.
+
+    Differences along a row are first-order changes of the loss. windows: indices into the
+    teacher's. Cost: a forward and a backward pass over them, one rounding of each precision.
+    """
+    total: dict[str, Tensor] = {}
+
+    def add(name: str, gradient: Tensor) -> None:
+        if name in total:
+            total[name].add_(gradient)
+        else:
+            total[name] = gradient.clone()
+
+    layers = [model.layers[name] for name in task.layers]
+    tokens = 0
+    with (
+        model.rounded(task.quantizer, choice),
+        _gradients(model.net, {layer.parameter for layer in layers}, add),
+    ):
+        for window in windows:
+            kl = teacher.divergence(model.net, int(window))
+            torch.autograd.backward(kl.sum())
+            tokens += kl.numel()
+    values = {}
+    for layer in layers:
+        gradient = read(total[layer.parameter], layer)
+        weight = model.weight(layer.name)
+        values[layer.name] = np.array(
+            [
+                float((gradient * task.quantizer.round(weight, task.fitted[layer.name, c])).sum())
+                for c in task.columns
+            ]
+        )
+    return task.collect(values) / tokens
