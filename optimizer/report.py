@@ -74,9 +74,9 @@ class Terminal(View):
             TextColumn("{task.fields[news]}"),
             TimeElapsedColumn(),
             TextColumn("[dim]left[/dim]"),
-            TimeRemainingColumn(speed_estimate_period=300),
+            TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.out) as progress:
+        with Progress(*columns, console=self.out, speed_estimate_period=300) as progress:
             task = progress.add_task(text, total=total, news="")
             yield lambda done, news: progress.update(task, completed=min(done, total), news=news)
 
