@@ -1,0 +1,53 @@
+"""All plans of a folder of runs -> results.csv, measured on the same held-out windows of one text,
+whatever text each plan was calibrated on. Usage: collect.py RUNS TEXT OUT.csv"""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from optimizer import certificate
+from optimizer.bench import Bench, View
+from optimizer.data import Data
+from optimizer.plan import Plan
+from optimizer.quantizer import Rtn
+
+
+def main(runs: Path, text: str, out: Path) -> None:
+    store = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")
+    bench = Bench("smollm2", None, Data(source="text", path=text), store, "cpu", View())
+    plans = {p.parent.name: Plan.load(p) for p in sorted(runs.glob("*/plan.json"))}
+    uniform = {}
+    first = next(iter(plans.values()))
+    for key, precision in first.palette.items():
+        if key != "none":
+            uniform[f"uniform {key}"] = dict.fromkeys(first.scope, precision)
+    choices = uniform | {name: plan.choice for name, plan in plans.items()}
+    rows = []
+    for name, choice in choices.items():
+        scores = bench.score(choice, "heldout", Rtn())
+        counts = certificate.resamples(scores.documents, np.random.default_rng(0))
+        found = {k: asdict(v) for k, v in certificate.describe(scores, counts).items()}
+        bits = [
+            float(choice[n].code_bits) * first.shapes[n][0] * first.shapes[n][1]
+            for n in first.scope
+        ]
+        weights = sum(first.shapes[n][0] * first.shapes[n][1] for n in first.scope)
+        row = {"plan": name, "code_bits": round(sum(bits) / weights, 4)}
+        for key in ("kl", "kl_p99", "flips", "ear", "perplexity"):
+            row |= {f"{key}_{k}": f"{v:.5f}" for k, v in found[key].items()}
+        rows.append(row)
+        print(row["plan"], row["code_bits"], row["kl_value"], flush=True)
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -1,0 +1,60 @@
+"""Time and peak memory of the diagonal Fisher table against plain forward and backward passes.
+
+Usage: measure.py passes|table|load TEXT -> one JSON line. Each in a process of its own, so that
+the peak is that work's alone (VmHWM of /proc/self/status).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from optimizer.bench import Bench, View, choices, make_quantizer
+from optimizer.config import Optimize, Palette
+from optimizer.data import Data
+from optimizer.plan import Budget
+from optimizer.sensitivity import Task, fisher
+
+
+def peak() -> int:
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def main(what: str, text: str) -> None:
+    store = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")
+    config = Optimize(
+        model="smollm2", budget=Budget(bits=4), palette=Palette(bits=[2, 3, 4, 5, 6, 8])
+    )
+    data = Data(source="text", path=text)
+    bench = Bench("smollm2", None, data, store, "cpu", View())
+    ids = bench.windows("calibration").ids
+    chosen = choices(config, bench.inventory)
+    model = bench.model
+    task = Task(chosen.groups, chosen.columns, chosen.fitted, make_quantizer(config.quantizer))
+    scored = sum(model.layers[name].weights for name in task.layers)
+    begun = time.perf_counter()
+    if what == "table":
+        for part in np.split(ids, 8):
+            fisher.diagonal(model, task, part, [0])
+    elif what == "passes":
+        for name in task.layers:
+            model.net.get_parameter(model.layers[name].parameter).requires_grad_(True)
+        for i, window in enumerate(ids):
+            loss = fisher.likelihood(model.net, torch.from_numpy(window)[None], [0, i])
+            loss.backward()
+            model.net.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - begun
+    size = sum(p.numel() * p.element_size() for p in model.net.parameters())
+    print(json.dumps({"what": what, "seconds": seconds, "peak": peak(), "model": size,
+                      "accumulator": 4 * scored, "tokens": int(ids.size)}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])
