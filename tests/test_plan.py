@@ -160,7 +160,7 @@ def test_a_plan_that_fits_a_size_is_a_file_that_fits_it(
 
 def example() -> Plan:
     inventory = small_inventory("F16")
-    first, second, third = (x.name for x in inventory.layers)
+    first, second, _ = (x.name for x in inventory.layers)
     return assemble(
         inventory,
         inventory.layers[:2],
@@ -230,7 +230,7 @@ FIRST = "blocks.0.proj.weight"
 
 def test_one_changed_value_is_noticed(tmp_path: Path) -> None:
     path = written(tmp_path / "p", lambda d: d["layers"].update({FIRST: "ternary_g32"}))
-    with pytest.raises(PlanError, match="changed after it was written.*checksum"):
+    with pytest.raises(PlanError, match=r"changed after it was written.*checksum"):
         Plan.load(path)
 
 

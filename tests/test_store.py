@@ -34,9 +34,9 @@ def test_arrays_come_back_with_their_types(tmp_path: Path) -> None:
     Store(tmp_path).arrays("tables", "key", lambda: value)
     again = Store(tmp_path).arrays("tables", "key")
     assert again is not None and again.keys() == value.keys()
-    for key in value:
-        assert again[key].dtype == value[key].dtype
-        assert np.array_equal(again[key], value[key])
+    for key, array in value.items():
+        assert again[key].dtype == array.dtype
+        assert np.array_equal(again[key], array)
 
 
 def test_missing_without_a_maker_is_none(tmp_path: Path) -> None:
