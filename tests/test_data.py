@@ -238,7 +238,7 @@ BAD_TEXT: list[tuple[Callable[[Path], Path], str]] = [
     (text_file(b"short"), r"needs 3 windows of 4 tokens.*\(5 tokens in 1 documents\) gives"),
     (text_file("Привет".encode("cp1251")), "UTF-8.*byte 0.*iconv"),
     (text_file(b'{"text": "a"}\n{"text"', "t.jsonl"), "line 2 isn't JSON"),
-    (text_file(b'{"body": "a"}\n', "t.jsonl"), r"line 1 has no text field 'text' .*body.*data\.column"),
+    (text_file(b'{"body": "a"}\n', "t.jsonl"), r"no text field 'text' .*body.*data\.column"),
     (text_file(b'{"text": 3}\n', "t.jsonl"), "line 1 has no text field"),
     (text_file(b"[1]\n", "t.jsonl"), "line 1 has no text field"),
     (text_file(b"", "t.jsonl"), "holds no text"),

@@ -193,9 +193,10 @@ def test_set_goes_from_one_plan_to_another(llama: Small) -> None:
 
 def test_an_unknown_layer_is_refused_and_nothing_stays(llama: Small) -> None:
     before = state(llama.model)
-    with pytest.raises(PlanError, match=r"no layer nowhere\.weight"):
-        with llama.model.rounded(Rtn(), {"nowhere.weight": Precision("int", 4, 32)}):
-            pass
+    choice = {"nowhere.weight": Precision("int", 4, 32)}
+    words = r"no layer nowhere\.weight"
+    with pytest.raises(PlanError, match=words), llama.model.rounded(Rtn(), choice):
+        pass
     assert_same(llama.model, before)
 
 

@@ -44,7 +44,7 @@ def test_sizes(text: str | int, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "MiB", "80 MiBs", "-3MB", "1e6", "8O MiB", "nan", "1,5GB"])
 def test_what_is_no_size_is_an_error_with_an_example(text: str) -> None:
-    with pytest.raises(ConfigError, match="budget.size=80MiB"):
+    with pytest.raises(ConfigError, match=r"budget\.size=80MiB"):
         parse_size(text)
 
 

@@ -138,7 +138,7 @@ def test_a_path_that_is_not_there(tmp_path: Path, name: str) -> None:
 
 
 def test_a_hub_id_without_a_network(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no/such-model is no local folder.*network"):
+    with pytest.raises(ModelError, match=r"no/such-model is no local folder.*network"):
         locate("no/such-model", Store(tmp_path))
 
 
