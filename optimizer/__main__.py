@@ -83,17 +83,28 @@ def _hydra(command: str, rest: list[str], job: Callable[[Any], None]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print a traceback and exit with 1
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from pathlib import Path
+
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     from optimizer import config
-    from optimizer.errors import ConfigError
+    from optimizer.errors import ConfigError, MezzotintError
+    from optimizer.store import unwritable
 
     config.register()
+    failures: list[MezzotintError] = []
+    busy = False
 
     def task(cfg: Any) -> None:
-        job(config.build(command, cfg))
+        nonlocal busy
+        busy = True
+        try:
+            job(config.build(command, cfg))
+        except MezzotintError as error:  # passing through Hydra it would print more lines
+            failures.append(error)
+        busy = False
 
     before = sys.argv
     sys.argv = [f"mezzotint {command}", *rest]
@@ -101,8 +112,16 @@ def _hydra(command: str, rest: list[str], job: Callable[[Any], None]) -> int:
         hydra.main(str(config.conf_folder()), command, version_base="1.3")(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explained(command, error)) from None
+    except OSError as error:
+        if busy:
+            raise
+        raise unwritable(Path(error.filename or "The run's folder"), error) from None
     finally:
         sys.argv = before
+    for failure in failures[:-1]:  # of a sweep, which goes on after one
+        print(f"mezzotint: {failure}", file=sys.stderr)
+    if failures:
+        raise failures[-1]
     return 0
 
 

@@ -248,17 +248,25 @@ class Model:
 
         full: compute in fp32; otherwise weights stay 16-bit, enough for reading them.
         """
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
         dtype = torch.float32 if full else DTYPES[inventory.dtype]
         try:
             with quiet():
-                net = AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=dtype, use_safetensors=True
-                ).to(device)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ModelError(f"{folder} couldn't be loaded ({error}).") from None
-        _settle(net.eval().requires_grad_(False), inventory)
+                net, report = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+                )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ModelError(
+                f"{folder} couldn't be loaded ({error}). Copy or download it again."
+            ) from None
+        if report["missing_keys"]:  # transformers would fill them with random numbers
+            raise ModelError(
+                f"A checkpoint must hold all of its model's weights; {folder} lacks "
+                f"{sorted(report['missing_keys'])[0]}. Copy or download it again."
+            )
+        _settle(net.to(device).eval().requires_grad_(False), inventory)
         return cls(net, inventory)
 
     def weight(self, name: str) -> Tensor:

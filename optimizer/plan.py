@@ -73,12 +73,12 @@ def container_bytes(entries: Iterable[tuple[str, str, Sequence[int], int]]) -> i
     """Header bytes of a safetensors file with these (name, dtype, shape, bytes) entries.
 
     The format: an 8-byte length, then JSON padded with spaces to a multiple of 8; tensors lie
-    in the order of falling alignment, then name.
+    in the order of the library's own list of dtypes, then name.
     """
-    width = {"F32": 4, "I64": 8, "F16": 2, "BF16": 2, "U8": 1}
+    rank = {dtype: i for i, dtype in enumerate(("I64", "F32", "BF16", "F16", "U8"))}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, dtype, shape, size in sorted(entries, key=lambda e: (-width.get(e[1], 1), e[0])):
+    for name, dtype, shape, size in sorted(entries, key=lambda e: (rank[e[1]], e[0])):
         header[name] = {
             "dtype": dtype,
             "shape": list(shape),

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import re
 import shutil
+import struct
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -147,7 +148,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
-    except (OSError, ValueError, KeyError, NotImplementedError, IndexError) as error:
+    except (
+        OSError, ValueError, KeyError, NotImplementedError, IndexError, struct.error
+    ) as error:  # fmt: skip
         raise ModelError(
             f"{gguf} couldn't be read as a GGUF language model ({error}). It may be cut off, or "
             "of an architecture that transformers doesn't convert; give the original folder."
@@ -185,6 +188,8 @@ def fingerprint(folder: Path, store: Store) -> str:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / 'config.json'} can't be read ({error}).") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder / 'config.json'} can't be read (it holds no JSON object).")
     for key in ("transformers_version", "_name_or_path"):
         config.pop(key, None)
     return "sha256:" + digest([parts, config])

@@ -123,7 +123,7 @@ def verify(folder: Path) -> Plan:
     try:
         hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
         pairs = [(folder / str(name), str(value)) for name, value in hashes.items()]
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise PlanError(
             f"{folder} is no packed model: it has no readable {MANIFEST}. `mezzotint apply "
             "plan.json out=DIR` writes such a folder."
@@ -145,7 +145,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "
     Layers compute in `dtype`; their weights stay packed in memory and are unpacked for each use.
     Raises PlanError if anything in the folder was changed.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     folder = Path(folder)
     plan = verify(folder)
@@ -153,8 +153,13 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "
     inventory = take_inventory(folder)
     if {layer.name for layer in inventory.layers} != set(plan.layers):
         raise PlanError(f"The plan in {folder} and its config.json name different layers.")
-    with safe_open(folder / PACKED_FILE, framework="pt") as file:
-        _fill(net, inventory, plan.choice, file.get_tensor, dtype)
+    try:
+        with safe_open(folder / PACKED_FILE, framework="pt") as file:
+            _fill(net, inventory, plan.choice, file.get_tensor, dtype)
+    except SafetensorError as error:
+        raise PlanError(
+            f"{folder / PACKED_FILE} and its config.json don't belong together ({error})."
+        ) from None
     if hasattr(net, "generation_config"):
         with suppress(OSError):
             from transformers import GenerationConfig

@@ -81,7 +81,7 @@ class Problem:
         return float(self.loss[np.arange(len(self.groups)), assignment].sum())
 
     def fits(self, assignment: np.ndarray) -> bool:
-        return self.sizes(assignment) <= self.limit + 1e-9 * abs(self.limit)
+        return self.sizes(assignment) <= self.limit + 1e-13 * abs(self.limit)  # float sums
 
     @property
     def order(self) -> np.ndarray:
@@ -126,7 +126,7 @@ def pose(
         "code bits" if coded else "bytes",
     )
     smallest = float(size.min(1).sum())
-    if smallest > problem.limit:
+    if not problem.fits(size.argmin(1)):
         raise BudgetError(_too_small(budget, problem, smallest))
     return problem
 

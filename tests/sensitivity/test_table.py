@@ -1,0 +1,211 @@
+"""The table that every estimator fills, measured rows, and how well it foretells real losses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from optimizer.config import Palette
+from optimizer.data import Windows
+from optimizer.errors import ConfigError
+from optimizer.layer import Precision, fuse
+from optimizer.meaning import Teacher
+from optimizer.model import Model
+from optimizer.quantizer import Rtn
+from optimizer.sensitivity import Sensitivity, Table, Task, chunks, palette_columns
+from optimizer.sensitivity.measured import WINDOWS, measure
+from tests.conftest import Small
+
+# ---------------------------------------------------------------- arithmetic
+
+
+@pytest.mark.parametrize(("windows", "count"), [(64, 8), (7, 3), (5, 5), (2, 2), (100, 7)])
+def test_chunks_are_even_and_cover_all(windows: int, count: int) -> None:
+    found = chunks(windows, count)
+    assert [i for part in found for i in range(windows)[part]] == list(range(windows))
+    lengths = [part.stop - part.start for part in found]
+    assert len(found) == count and max(lengths) - min(lengths) <= 1
+
+
+def example(samples: np.ndarray) -> Table:
+    groups = tuple((f"layer{i}",) for i in range(samples.shape[1]))
+    columns = tuple(f"p{i}" for i in range(samples.shape[2]))
+    return Table.from_samples(Task(groups, columns, {}, Rtn()), samples)
+
+
+def test_the_table_is_the_chunks_mean_with_its_standard_error() -> None:
+    samples = np.random.default_rng(0).exponential(size=(6, 4, 3))
+    table = example(samples)
+    assert np.allclose(table.loss, samples.mean(0))
+    assert np.allclose(table.stderr, samples.std(0, ddof=1) / np.sqrt(6))
+
+
+def test_a_plans_error_counts_the_correlation_between_groups() -> None:
+    """All groups rise and fall together: the errors of four groups add up, not their squares."""
+    level = np.array([1.0, 1.2, 0.8, 1.0])[:, None, None]
+    table = example(np.ones((1, 4, 1)) * level)
+    value, error = table.predict(np.zeros(4, dtype=int))
+    assert value == pytest.approx(4)
+    assert error == pytest.approx(4 * table.stderr[0, 0])
+
+
+def test_measured_rows_replace_and_count_in_predictions() -> None:
+    samples = np.random.default_rng(0).exponential(size=(6, 3, 2))
+    table = example(samples)
+    new = table.with_rows({1: (np.array([5.0, 0.5]), np.array([0.1, 0.2]))})
+    assert new.loss[1].tolist() == [5.0, 0.5] and new.stderr[1].tolist() == [0.1, 0.2]
+    assert np.array_equal(new.loss[[0, 2]], table.loss[[0, 2]])
+    assert np.array_equal(table.loss, samples.mean(0)), "the old table was changed"
+    assert np.allclose(new.samples.mean(0), new.loss)
+    value, _ = new.predict(np.array([0, 0, 1]))
+    assert value == pytest.approx(table.loss[0, 0] + 5 + table.loss[2, 1])
+
+
+def test_a_palette_that_does_not_divide_names_the_layer_and_a_divisor(llama: Small) -> None:
+    layers = llama.inventory.scoped(["blocks"])
+    with pytest.raises(ConfigError, match=r"groups of 48 don't divide the 64 columns of .*64 is"):
+        palette_columns(layers, [Precision("int", 4, 48)], nearest=False)
+    fitted = palette_columns(layers, [Precision("int", 4, 48), Precision()], nearest=True)
+    sizes = {fitted[x.name, "int4_g48"].group_size for x in layers if x.cols == 64}
+    assert sizes == {64}
+    assert all(fitted[x.name, "int4_g48"].fits(x.cols) for x in layers)
+    assert all(fitted[x.name, "none"] == Precision() for x in layers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (Sensitivity(estimator="magic"), "estimator is one of fisher"),
+        (Sensitivity(chunks=1), "at least two chunks"),
+        (Sensitivity(chunks=9), r"sensitivity\.chunks=9 with data\.calibration\.sequences=8"),
+    ],
+)
+def test_wrong_settings(settings: Sensitivity, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        settings.check(8)
+
+
+# ---------------------------------------------------------------- every architecture
+
+ESTIMATORS = ("fisher", "directional", "hessian", "kronecker")
+
+
+def task(model: Model, scope: str = "blocks", experts: str = "tensor") -> Task:
+    layers = model.inventory.scoped([scope])
+    palette = Palette(bits=[3, 4, 6, 16], group_size=32).precisions()
+    fitted = palette_columns(layers, palette, nearest=False)
+    return Task(fuse(layers, [], experts), tuple(p.name for p in palette), fitted, Rtn())
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_estimator_fills_the_same_table(small: Small, estimator: str) -> None:
+    work = task(small.model)
+    ids = np.random.default_rng(2).integers(96, size=(2, 12))
+    experts = any(x.kind == "experts" for x in small.inventory.layers)
+    if estimator == "kronecker" and experts:
+        with pytest.raises(ConfigError, match="sensitivity=fisher"):
+            Sensitivity(estimator=estimator).score(small.model, work, ids, [0])
+        return
+    table = Sensitivity(estimator=estimator).score(small.model, work, ids, [0])
+    assert table.shape == (len(work.groups), 4) and table.dtype == np.float64
+    assert np.isfinite(table).all() and (table >= 0).all()
+    assert (table[:, 3] == 0).all(), "untouched costs nothing"
+    assert table[:, 0].sum() > 3 * table[:, 2].sum() > 0, "three bits cost more than six"
+
+
+def test_embeddings_and_heads_are_scored_too(small: Small) -> None:
+    ids = np.random.default_rng(2).integers(96, size=(2, 12))
+    work = task(small.model, "all")
+    table = Sensitivity().score(small.model, work, ids, [0])
+    row = [i for i, g in enumerate(work.groups) if small.model.layers[g[0]].kind == "embedding"]
+    assert row and (table[row, 0] > 0).any()
+
+
+# ---------------------------------------------------------------- against the truth
+
+
+@pytest.fixture(scope="module")
+def text(stories: Model) -> Windows:
+    """16 windows of 64 tokens sampled from the model."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ids = stories.net.generate(
+            torch.ones(16, 1, dtype=torch.long), do_sample=True, min_new_tokens=63,
+            max_new_tokens=63, pad_token_id=0,
+        )  # fmt: skip
+    return Windows(ids.numpy(), np.arange(16))
+
+
+def true_loss(model: Model, text: Windows, choice: dict[str, Precision]) -> float:
+    teacher = Teacher(model.net, text)
+    with model.rounded(Rtn(), choice):
+        return teacher.score(model.net).mean_kl
+
+
+def plan(work: Task, columns: np.ndarray) -> dict[str, Precision]:
+    return {
+        name: work.fitted[name, work.columns[column]]
+        for group, column in zip(work.groups, columns, strict=True)
+        for name in group
+    }
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_predictions_are_nats_and_rank_real_plans(
+    stories: Model, text: Windows, estimator: str
+) -> None:
+    """On the calibration windows themselves, from mostly three bits to mostly six: the right
+    size, and nearly the right order."""
+    work = task(stories)
+    settings = Sensitivity(estimator=estimator, probes=2)
+    parts = [settings.score(stories, work, text.ids[c], [0, c.start]) for c in chunks(16, 4)]
+    table = Table.from_samples(work, np.array(parts))
+    rng = np.random.default_rng(0)
+    shares = [(1 - t, t * (1 - t), t) for t in np.linspace(0, 1, 12)]
+    size = len(work.groups)
+    columns = [rng.choice(3, size=size, p=np.array(s) / sum(s)) for s in shares]
+    predicted = np.array([table.predict(c)[0] for c in columns])
+    measured = np.array([true_loss(stories, text, plan(work, c)) for c in columns])
+    ratio = measured / predicted
+    assert 0.5 < np.median(ratio) < 2, ratio
+    assert spearmanr(predicted, measured).statistic > 0.85
+
+
+def test_measured_rows_are_the_true_losses(stories: Model, text: Windows) -> None:
+    work = task(stories)
+    group = work.groups[3]
+    found = measure(stories, work, text, group, "reference")
+    for column, value in zip(work.columns, found["loss"], strict=True):
+        choice = {name: work.fitted[name, column] for name in group}
+        assert value == pytest.approx(true_loss(stories, text, choice), rel=1e-4, abs=1e-9)
+    assert found["loss"][3] == 0
+    assert (found["stderr"][:3] > 0).all()
+
+
+def test_measured_at_an_operating_point_is_what_the_group_adds(
+    stories: Model, text: Windows
+) -> None:
+    work = task(stories)
+    group, low = work.groups[3], work.columns[0]
+    base = {name: work.fitted[name, low] for name in work.layers if name not in group}
+    found = measure(stories, work, text, group, low)
+    floor = true_loss(stories, text, base)
+    assert floor > 0
+    for column, value in zip(work.columns, found["loss"], strict=True):
+        whole = base | {name: work.fitted[name, column] for name in group}
+        assert value == pytest.approx(true_loss(stories, text, whole) - floor, rel=1e-3, abs=1e-7)
+    assert found["loss"][3] == 0
+
+
+def test_measuring_restores_and_reads_few_windows(stories: Model, text: Windows) -> None:
+    work = task(stories)
+    before = {k: v.clone() for k, v in stories.net.state_dict().items()}
+    twice = Windows(np.concatenate([text.ids, text.ids]), np.arange(32))
+    one = measure(stories, work, twice, work.groups[0], "reference")
+    assert WINDOWS == 16
+    assert np.allclose(
+        one["loss"], measure(stories, work, text, work.groups[0], "reference")["loss"]
+    )
+    assert all(torch.equal(v, before[k]) for k, v in stories.net.state_dict().items())

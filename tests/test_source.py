@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from optimizer.errors import ModelError, StorageError
+from optimizer.source import Source, fingerprint, locate
+from optimizer.store import Store
+from tests.conftest import Small
+
+
+@pytest.fixture
+def copy(llama: Small, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama.folder, tmp_path / "copy"))
+
+
+def test_a_built_in_model_is_made_once(source: Source, store: Path) -> None:
+    again = locate("stories", Store(store))
+    assert again == source
+    assert again.folder.is_relative_to(store)
+    assert not list(store.rglob(".making-*"))
+
+
+def test_a_folder_is_used_where_it_lies(llama: Small, tmp_path: Path) -> None:
+    found = locate(str(llama.folder), Store(tmp_path))
+    assert found.folder == llama.folder
+    assert found.fingerprint.startswith("sha256:") and len(found.fingerprint) == 7 + 64
+
+
+# ---------------------------------------------------------------- fingerprints
+
+
+def test_copies_agree_wherever_they_lie(llama: Small, copy: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    assert fingerprint(copy, store) == fingerprint(llama.folder, store)
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_the_program_that_saved_the_config_does_not_count(copy: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    before = fingerprint(copy, store)
+    rewrite(copy, transformers_version="0.0.1", _name_or_path="elsewhere")
+    assert fingerprint(copy, store) == before
+    rewrite(copy, rms_norm_eps=0.1)
+    assert fingerprint(copy, store) != before
+
+
+@pytest.mark.parametrize("place", [200, -1])
+def test_one_changed_bit_of_the_weights_counts(copy: Path, tmp_path: Path, place: int) -> None:
+    store = Store(tmp_path / "store")
+    before = fingerprint(copy, store)
+    file = copy / "model.safetensors"
+    stat = file.stat()
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert fingerprint(copy, store) != before
+
+
+def test_the_tokenizer_counts(copy: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    before = fingerprint(copy, store)
+    (copy / "tokenizer.json").write_text("{}")
+    assert fingerprint(copy, store) != before
+
+
+# ---------------------------------------------------------------- what is no model
+
+
+def only_config(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def only_weights(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def empty(folder: Path) -> None:
+    only_config(folder)
+    for file in folder.iterdir():
+        file.unlink()
+
+
+def already_packed(folder: Path) -> None:
+    (folder / "packed.safetensors").write_bytes(b"")
+
+
+def config(text: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / "config.json").write_bytes(text.encode("latin-1"))
+
+    return change
+
+
+def two_ggufs(folder: Path) -> None:
+    only_weights(folder)
+    (folder / "a.gguf").write_bytes(b"")
+    (folder / "b.gguf").write_bytes(b"")
+
+
+NO_MODEL: list[tuple[Callable[[Path], None], str]] = [
+    (only_config, "lacks weights"),
+    (only_weights, "lacks a config"),
+    (empty, "it holds nothing"),
+    (already_packed, "mezzotint evaluate"),
+    (two_ggufs, r"several GGUF files \(a\.gguf, b\.gguf\)"),
+    (config(""), "can't be read"),
+    (config('{"a":'), "can't be read"),
+    (config("\xff\xfe"), "can't be read"),
+    (config("[1, 2]"), "can't be read"),
+    (config("null"), "can't be read"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), NO_MODEL)
+def test_a_folder_that_is_no_model(
+    copy: Path, tmp_path: Path, change: Callable[[Path], None], words: str
+) -> None:
+    change(copy)
+    with pytest.raises(ModelError, match=words):
+        locate(str(copy), Store(tmp_path / "store"))
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "./nothing", "~/nothing", "a/b/c", "we ird"])
+def test_a_path_that_is_not_there(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ModelError, match="There is no model at"):
+        locate(name, Store(tmp_path))
+
+
+def test_a_hub_id_without_a_network(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no/such-model is no local folder.*network"):
+        locate("no/such-model", Store(tmp_path))
+
+
+def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"a folder or a \.gguf file"):
+        locate(str(tmp_path / "model.bin"), Store(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a gguf file at all", b"\0" * 4000])
+def test_a_damaged_gguf_leaves_nothing_behind(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(ModelError, match="couldn't be read as a GGUF"):
+        locate(str(tmp_path / "model.gguf"), Store(tmp_path / "store"))
+    assert not any((tmp_path / "store" / "models").iterdir())
+
+
+def test_a_store_that_cannot_be_written(llama: Small, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="couldn't be written"):
+        locate(str(llama.folder), Store(tmp_path / "file"))
