@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from optimizer.model import Model
 
 CHECK_WINDOWS = 8
-VERSION = 3  # raised when a stage's numbers change
+VERSION = 4  # raised when a stage's numbers change
 
 
 class View:
@@ -95,15 +96,24 @@ class Bench:
     def tokens(self) -> Tokens:
         from optimizer import data as texts
 
-        if self.data.source != "self":
-            from optimizer.model import load_tokenizer
-
-            return texts.cut(self.data, load_tokenizer(self.source.folder))
-
         def keep(name: str, make: Any) -> dict[str, np.ndarray]:
-            found = self.store.arrays("tokens", digest([self.tokens_key, name]), make)
+            key = digest(["tokens", texts.VERSION, self.source.fingerprint, name])
+            found = self.store.arrays("tokens", key, make)
             assert found is not None
             return found
+
+        def cut() -> dict[str, np.ndarray]:
+            from optimizer.model import load_tokenizer
+
+            parts = texts.cut(self.data, load_tokenizer(self.source.folder))
+            return {f"{name}.{k}": v for name, w in parts.items() for k, v in vars(w).items()}
+
+        if self.data.source != "self":
+            kept = keep(self.tokens_key, cut)
+            return {
+                name: Windows(kept[f"{name}.ids"], kept[f"{name}.documents"])
+                for name in self.data.parts
+            }
 
         return texts.sample(self.data, LazyModel(self), keep, self.view.track)
 
@@ -114,6 +124,13 @@ class Bench:
             return self.tokens["search"].head(CHECK_WINDOWS)
         return self.tokens[part]
 
+    def part_key(self, part: str) -> str:
+        """What results on these windows depend on: the model and the tokens themselves."""
+        ids = np.ascontiguousarray(self.windows(part).ids)
+        return digest(
+            [self.source.fingerprint, list(ids.shape), sha256(ids.tobytes()).hexdigest()]
+        )
+
     @cached_property
     def teachers(self) -> dict[str, Teacher]:
         return {}
@@ -123,7 +140,7 @@ class Bench:
         from optimizer.meaning import Scores, Teacher
 
         real = {name: p.name for name, p in sorted(choice.items()) if p.kind != "none"}
-        key = digest(["scores", VERSION, self.tokens_key, part, quantizer.name, real])
+        key = digest(["scores", VERSION, self.part_key(part), quantizer.name, real])
         found = self.store.arrays("scores", key)
         if found is None:
             if part not in self.teachers:
@@ -180,8 +197,8 @@ def measure_table(bench: Bench, config: Optimize, chosen: Choices) -> Table:
     fitted = [[chosen.fitted[g[0], c].name for c in chosen.columns] for g in chosen.groups]
     estimator = [settings.estimator, settings.chunks, settings.probes]
     key = digest(
-        ["table", VERSION, bench.tokens_key, estimator, chosen.groups, chosen.columns, fitted,
-         config.quantizer.name, config.seed]
+        ["table", VERSION, bench.part_key("calibration"), estimator, chosen.groups,
+         chosen.columns, fitted, config.quantizer.name, config.seed]
     )  # fmt: skip
     task = Task(
         chosen.groups,

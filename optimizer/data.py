@@ -23,6 +23,8 @@ from optimizer.errors import ConfigError, TextError
 
 VERSION = 1
 SAMPLED_TOGETHER = 64  # documents in one generation batch; a killed run loses at most one batch
+SHARES = {"calibration": 2.0, "search": 1.0, "heldout": 1.0}  # fixed, so that a longer search
+# doesn't change the calibration windows, and a measured table stays good
 DRAWN = 4  # from a hub data set: this many times the tokens that are needed, then stop
 
 
@@ -125,21 +127,30 @@ def cut(data: Data, tokenizer: Any) -> Tokens:
         if data.source == "hub" and total > DRAWN * wanted:
             break
     order = np.random.default_rng(data.seed).permutation(len(documents))
-    shares = _shared_out([documents[i] for i in order], data)
+    shuffled = [documents[i] for i in order]
     prefix = _prefix(tokenizer)
-    return {
-        name: _windows(shares[name], part, prefix, name, total, len(documents))
-        for name, part in data.parts.items()
-    }
+
+    def windows(shares: dict[str, float]) -> Tokens:
+        parts = _shared_out(shuffled, shares)
+        return {
+            name: _windows(parts[name], part, prefix, name, total, len(documents))
+            for name, part in data.parts.items()
+        }
+
+    try:
+        return windows(SHARES)
+    except TextError:  # a small text: cut it by need
+        return windows({n: float(p.sequences * p.length) for n, p in data.parts.items()})
 
 
-def _shared_out(documents: list[list[int]], data: Data) -> dict[str, list[list[int]]]:
-    """Give each document to the part that still lacks the largest share of its need."""
-    need = {name: part.sequences * part.length for name, part in data.parts.items()}
-    have = dict.fromkeys(need, 0)
-    shares: dict[str, list[list[int]]] = {name: [] for name in need}
+def _shared_out(
+    documents: list[list[int]], shares_wanted: dict[str, float]
+) -> dict[str, list[list[int]]]:
+    """Give each document to the part that still lacks the largest part of its share."""
+    have = dict.fromkeys(shares_wanted, 0)
+    shares: dict[str, list[list[int]]] = {name: [] for name in have}
     for document in documents:
-        name = min(need, key=lambda n: have[n] / need[n])
+        name = min(have, key=lambda n: have[n] / shares_wanted[n])
         shares[name].append(document)
         have[name] += len(document)
     return shares
@@ -307,10 +318,11 @@ def sample(data: Data, model: HasNet, keep: Batch, track: Callable[..., Iterable
         for first in range(0, part.sequences, SAMPLED_TOGETHER)
     ]
     pieces: dict[str, list[np.ndarray]] = {name: [] for name in data.parts}
-    for index, (name, part, first) in enumerate(track(jobs, "sampling text from the reference")):
+    for name, part, first in track(jobs, "sampling text from the reference"):
         count = min(SAMPLED_TOGETHER, part.sequences - first)
-        make = partial(_generate, model, count, part.length, [data.seed, index])
-        batch = keep(f"{name}-{first}", make)
+        seed = [data.seed, list(data.parts).index(name), first]
+        make = partial(_generate, model, count, part.length, seed)
+        batch = keep(f"{name} {first} {count} {part.length} {data.seed}", make)
         pieces[name].append(batch["ids"])
     ids = {name: np.concatenate(batches) for name, batches in pieces.items()}
     return {name: Windows(block, np.arange(len(block))) for name, block in ids.items()}

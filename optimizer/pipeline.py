@@ -120,7 +120,7 @@ def _refine(
         return None
     from optimizer.refine import refine
 
-    journal = bench.store.root / "studies" / f"{bench.tokens_key[:40]}.journal"
+    journal = bench.store.root / "studies" / f"{bench.part_key('search')[:40]}.journal"
     return refine(bench, config, chosen, table, problem, start, journal)
 
 

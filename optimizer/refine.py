@@ -81,8 +81,9 @@ def refine(
 def _name(bench: Bench, config: Optimize, problem: Problem) -> str:
     """The study's name: everything that two workers must agree on to share their trials."""
     content = [
-        bench.tokens_key, config.quantizer.name, problem.groups, problem.columns, problem.limit,
-        problem.unit, config.search.space, config.seed,
+        bench.part_key("calibration"), bench.part_key("search"), config.quantizer.name,
+        problem.groups, problem.columns, problem.limit, problem.unit, config.search.space,
+        config.seed,
     ]  # fmt: skip
     return f"mezzotint-{config.search.space}-{digest(content)[:24]}"
 

@@ -152,7 +152,7 @@ def test_a_ratio_is_of_means() -> None:
 
 def candidate(name: str, size: int, kl: float, documents: np.ndarray = DOCUMENTS) -> Candidate:
     noise = np.random.default_rng(len(name)).normal(1, 0.05, (len(documents), 4))
-    return Candidate(name, size, scores(kl * noise, documents))
+    return Candidate(name, size, size, scores(kl * noise, documents))
 
 
 UNIFORMS = [
