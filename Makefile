@@ -32,7 +32,7 @@ test: $(READY)
 	$(BIN)/pytest -m 'not slow and not gpu'
 
 slow: $(READY)
-	$(BIN)/pytest -m 'slow and not gpu'
+	tests/postgres.sh $(BIN)/pytest -m 'slow and not gpu'
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 LOW_BIT_FACTORS = (1.5, 2.0, 3.0, 5.0)
 SLOPE_WINDOWS = 16
 MEMORY = 0.6  # of older slopes, taken at earlier best plans; .0 and .8 were no better at 3 bits
+POLL = 1.0  # seconds
 STALE = 6  # trials without progress, then the slope is taken again on other windows
 
 
@@ -74,7 +75,7 @@ def refine(
             scout.step()
             spent = study.spent
             rate = (spent - before) / (time.monotonic() - begun)
-            show(spent, f"best {study.best.loss:.4f}  {spent} tokens, {rate:.0f}/s")
+            show(spent, f"best {scout.leader.loss:.4f}  {spent} tokens, {rate:.0f}/s")
     return scout.confirm(start)
 
 
@@ -113,6 +114,7 @@ class Scout:
         self.slope: np.ndarray | None = None
         self.at: np.ndarray | None = None
         self.idle = 0
+        self.fallback: np.ndarray = problem.uniform(int(problem.order[0]))
         self.roles = [bench.model.layers[group[0]].role for group in chosen.groups]
 
     def losses(self, windows: range) -> Callable[[np.ndarray], Iterator[tuple[int, float]]]:
@@ -132,8 +134,6 @@ class Scout:
         """The plans that the study starts from: the table's optimum, the same with the lowest
         bits made dearer (where the second order ends, the table is too kind to them), and the
         largest uniform plan that fits."""
-        from optimizer.search.study import fixed
-
         starts = [start]
         lowest = int(self.problem.order[0])
         for factor in LOW_BIT_FACTORS:
@@ -143,9 +143,17 @@ class Scout:
         uniform = [self.problem.uniform(c) for c in range(len(self.problem.columns))]
         fitting = [u for u in uniform if self.problem.fits(u)]
         starts += [max(fitting, key=self.problem.sizes)] if fitting else []
-        done = len(self.study.tried())
-        for assignment in self.bench.view.track(starts[done:], "search: first plans"):
-            self.run(fixed(assignment))
+        self.fallback = start
+        self.study.begin(starts)
+        for _ in self.bench.view.track(range(self.study.waiting), "search: first plans"):
+            if self.study.waiting:
+                self.run(self._nothing)
+        while self.study.best is None:  # another worker measures the last of them
+            time.sleep(POLL)
+
+    def _nothing(self, _trial: Any) -> np.ndarray:
+        """Another worker took the last queued plan in this very moment: repeat the first."""
+        return self.study.tried()[0].assignment if self.study.tried() else self.fallback
 
     def step(self) -> None:
         """One proposal in the chosen space."""
@@ -158,12 +166,18 @@ class Scout:
         if space == "multipliers":
             self.run(study.multipliers(self.problem, self.roles))
             return
-        best = self.study.best.assignment
+        leader = self.leader
+        best = leader.assignment
         if self.at is None or not np.array_equal(self.at, best) or self.idle >= STALE:
             self._take_slope(best)
-        before = self.study.best.loss
         self.run(study.moves(self.problem, best, self._local))
-        self.idle = 0 if self.study.best.loss < before else self.idle + 1
+        self.idle = 0 if self.leader.loss < leader.loss else self.idle + 1
+
+    @property
+    def leader(self) -> Tried:
+        best = self.study.best
+        assert best is not None  # seed() saw to it
+        return best
 
     def _take_slope(self, best: np.ndarray) -> None:
         from optimizer.sensitivity.slope import slopes
@@ -175,7 +189,7 @@ class Scout:
         old = self.slope
         self.slope = fresh if old is None else MEMORY * old + (1 - MEMORY) * fresh
         self.at, self.idle = best, 0
-        self.study.spend(f"{self.study.spent}-{id(self)}", 3 * count * self.length)
+        self.study.spend(3 * count * self.length)
 
     def _local(self, trust: float, stiff: float) -> np.ndarray:
         """Expected change of the loss around the best plan [G, P]; see sensitivity.slope."""

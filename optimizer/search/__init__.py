@@ -28,12 +28,14 @@ class Search:
     multipliers: log-factors on the table per layer type, depth band and low bits, decoded by the
     exact solver. layers: the assignment itself, one categorical choice a group.
     tokens: evaluated search tokens at most; a backward pass counts as two more forward passes.
+    heartbeat: seconds; a worker on a database that is silent for twice as long is taken for dead.
     """
 
     space: str = "exact"
     sampler: str = "tpe"
     tokens: int = 100_000
     storage: str | None = None
+    heartbeat: int = 30
     first: int = 4  # windows before the pruner may stop a trial
     prune: float = 0.1  # p-value of the Wilcoxon test; 0 = never prune
 
@@ -52,6 +54,8 @@ class Search:
                 f"A search needs evaluated tokens; search.tokens is {self.tokens}. Give a positive "
                 "number, or search=exact to measure nothing."
             )
+        if self.heartbeat < 1:
+            raise ConfigError(f"search.heartbeat is at least 1 second, not {self.heartbeat}.")
         if not 0 <= self.prune < 1 or self.first < 1:
             raise ConfigError("search.prune is a p-value in [0, 1) and search.first at least 1.")
 

@@ -10,22 +10,29 @@ from __future__ import annotations
 
 import json
 import logging
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
 from optuna.pruners import NopPruner, WilcoxonPruner
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages import (
+    BaseStorage,
+    JournalStorage,
+    RDBStorage,
+    RetryHeartbeatStaleTrialCallback,
+)
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 
 from optimizer.errors import ConfigError, StorageError
 from optimizer.search import Problem, Search, exact
 
-HEARTBEAT = 30  # seconds; a worker silent for twice as long is taken for dead
+OUTSIDE = "tokens outside trials "
 BANDS = 5  # depth bands of `multipliers`
 
 
@@ -59,7 +66,7 @@ class Study:
             warnings.simplefilter("ignore")  # experimental features of optuna, used on purpose
             inner = optuna.create_study(
                 study_name=name,
-                storage=open_storage(search.storage, default),
+                storage=open_storage(search.storage, default, search.heartbeat),
                 sampler=_sampler(search.sampler, seed),
                 pruner=WilcoxonPruner(p_threshold=search.prune, n_startup_steps=search.first)
                 if search.prune
@@ -85,29 +92,43 @@ class Study:
 
     @property
     def spent(self) -> int:
+        """Evaluated tokens of all workers."""
         extra = self.inner.user_attrs
-        return sum(t.tokens for t in self.tried()) + sum(
-            int(v) for k, v in extra.items() if k.startswith("slopes ")
-        )
+        outside = sum(int(v) for k, v in extra.items() if k.startswith(OUTSIDE))
+        return outside + sum(t.tokens for t in self.tried())
 
-    def spend(self, label: str, tokens: int) -> None:
+    def spend(self, tokens: int) -> None:
         """Count tokens that were evaluated outside trials."""
-        self.inner.set_user_attr(f"slopes {label}", tokens)
+        self.inner.set_user_attr(f"{OUTSIDE}{uuid.uuid4().hex}", tokens)
 
     @property
-    def best(self) -> Tried:
-        return min((t for t in self.tried() if t.complete), key=_loss)
+    def best(self) -> Tried | None:
+        """The lowest loss among trials that were not stopped early."""
+        return min((t for t in self.tried() if t.complete), key=_loss, default=None)
+
+    def begin(self, starts: Sequence[np.ndarray]) -> None:
+        """Queue the plans that a new study starts from."""
+        if not self.inner.get_trials(deepcopy=False):
+            for assignment in starts:
+                self.inner.enqueue_trial({}, user_attrs={"start": assignment.tolist()})
+
+    @property
+    def waiting(self) -> int:
+        states = (TrialState.WAITING,)
+        return len(self.inner.get_trials(deepcopy=False, states=states))
 
     def run(
         self,
-        assignment: Callable[[optuna.Trial], np.ndarray],
+        suggest: Callable[[optuna.Trial], np.ndarray],
         losses: Callable[[np.ndarray], Iterator[tuple[int, float]]],
         window_tokens: int,
     ) -> Tried:
         """One trial. losses yields (window, loss) one window after the other; the trial is
         pruned as soon as Wilcoxon's signed-rank test against the best says that it is worse."""
+        self._revive()
         trial = self.inner.ask()
-        chosen = assignment(trial)
+        start = trial.user_attrs.get("start")
+        chosen = suggest(trial) if start is None else np.array(start, dtype=np.int64)
         known = next((t for t in self.tried() if np.array_equal(t.assignment, chosen)), None)
         seen: list[float] = []
         pruned = False
@@ -116,6 +137,7 @@ class Study:
         else:
             for window, loss in losses(chosen):
                 seen.append(loss)
+                self._beat(trial)
                 trial.report(loss, window)
                 if trial.should_prune():
                     pruned = True
@@ -135,12 +157,27 @@ class Study:
             self.inner.tell(trial, mean)
         return Tried(chosen, mean, len(seen), cost, not pruned)
 
+    def _beat(self, trial: optuna.Trial) -> None:
+        """Tell the other workers that this one lives."""
+        storage: Any = self.inner._storage
+        if _has_heartbeat(storage):
+            storage.record_heartbeat(trial._trial_id)
+
+    def _revive(self) -> None:
+        """Queue the trials of dead workers again: none is lost, and a failed one never counts."""
+        if _has_heartbeat(self.inner._storage):
+            optuna.storages.fail_stale_trials(self.inner)
+
+
+def _has_heartbeat(storage: BaseStorage) -> bool:
+    return isinstance(getattr(storage, "_backend", storage), RDBStorage)
+
 
 def _loss(tried: Tried) -> float:
     return tried.loss
 
 
-def open_storage(url: str | None, default: Path) -> BaseStorage:
+def open_storage(url: str | None, default: Path, heartbeat: int = 30) -> BaseStorage:
     """A journal file, or a database that several machines reach. Raises StorageError."""
     if url is None:
         try:
@@ -162,7 +199,12 @@ def open_storage(url: str | None, default: Path) -> BaseStorage:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=2 * HEARTBEAT)
+            return RDBStorage(
+                url,
+                heartbeat_interval=heartbeat,
+                grace_period=2 * heartbeat,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+            )
     except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         shown = (
@@ -190,11 +232,6 @@ def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
 
 
 # ---------------------------------------------------------------- spaces
-
-
-def fixed(assignment: np.ndarray) -> Callable[[optuna.Trial], np.ndarray]:
-    """A trial that isn't sampled: the plans that a study starts from."""
-    return lambda _trial: assignment
 
 
 def layers(problem: Problem) -> Callable[[optuna.Trial], np.ndarray]:

@@ -1,0 +1,141 @@
+"""The ask-and-tell loop on a known loss: budgets, seeds, resuming, pruning, bad settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+
+from optimizer.errors import ConfigError, StorageError
+from optimizer.search import SAMPLERS, SPACES, Problem, Search, exact
+from optimizer.search import study as studies
+from optimizer.search.study import Study
+from tests.search.test_contract import problem
+
+WINDOWS, TOKENS = 6, 10
+
+
+def hidden_loss(posed: Problem) -> Callable[[np.ndarray], Iterator[tuple[int, float]]]:
+    """A loss that the table doesn't know: pairs of neighbours interact, windows differ."""
+    rng = np.random.default_rng(5)
+    noise = rng.normal(1, 0.05, WINDOWS)
+
+    def losses(assignment: np.ndarray) -> Iterator[tuple[int, float]]:
+        own = posed.loss[np.arange(len(assignment)), assignment]
+        total = own.sum() + 3 * (own[1:] * own[:-1]).sum()
+        for window in range(WINDOWS):
+            yield window, float(total * noise[window])
+
+    return losses
+
+
+def space(name: str, posed: Problem, best: np.ndarray) -> Callable[[optuna.Trial], np.ndarray]:
+    if name == "layers":
+        return studies.layers(posed)
+    if name == "multipliers":
+        return studies.multipliers(posed, ["a", "b"] * (len(posed.groups) // 2))
+    own = posed.loss[np.arange(len(best)), best]
+    beside = np.r_[own[1:], 0] + np.r_[0, own[:-1]]
+    table = posed.loss * (1 + 3 * beside[:, None])  # the true loss's slope at `best`
+    table -= table[np.arange(len(best)), best][:, None]
+    return studies.moves(posed, best, lambda trust, stiff: trust * table / stiff)
+
+
+def opened(posed: Problem, folder: Path, **settings: object) -> Study:
+    search = Search(**{"space": "moves", "first": 2, **settings})
+    return Study.open(search, posed, "study", folder / "study.journal", 0)
+
+
+PAIRS = [(s, k) for s in SPACES for k in SAMPLERS if not (s == "layers" and k in ("cmaes", "gp"))]
+
+
+@pytest.mark.parametrize(("name", "sampler"), PAIRS)
+def test_every_trial_fits_and_the_best_is_never_worse_than_the_start(
+    name: str, sampler: str, tmp_path: Path
+) -> None:
+    posed = problem(1, 24, 5, tightness=0.4)
+    start = exact.solve(posed)
+    study = opened(posed, tmp_path, space=name, sampler=sampler)
+    study.begin([start])
+    for _ in range(12):
+        study.run(space(name, posed, start), hidden_loss(posed), TOKENS)
+    tried = study.tried()
+    assert len(tried) == 12
+    assert all(posed.fits(t.assignment) for t in tried)
+    assert np.array_equal(tried[0].assignment, start)
+    assert study.best is not None and study.best.loss <= tried[0].loss
+    assert len({t.assignment.tobytes() for t in tried}) > 1
+
+
+def test_the_same_seed_gives_the_same_trials(tmp_path: Path) -> None:
+    posed = problem(3, 12, 4)
+    runs = []
+    for folder in ("a", "b"):
+        study = opened(posed, tmp_path / folder, space="multipliers")
+        for _ in range(6):
+            study.run(space("multipliers", posed, posed.uniform(0)), hidden_loss(posed), TOKENS)
+        runs.append(np.array([t.assignment for t in study.tried()]))
+    assert np.array_equal(*runs)
+
+
+def test_a_study_goes_on_from_its_journal_and_counts_every_token(tmp_path: Path) -> None:
+    posed = problem(4, 12, 4)
+    first = opened(posed, tmp_path)
+    first.begin([exact.solve(posed), posed.uniform(0)])
+    first.run(space("moves", posed, posed.uniform(0)), hidden_loss(posed), TOKENS)
+    first.spend(123)
+    again = opened(posed, tmp_path)
+    assert len(again.tried()) == 1 and again.waiting == 1
+    assert again.spent == 123 + WINDOWS * TOKENS
+    again.begin([posed.uniform(1)])  # not a new study: nothing is queued twice
+    assert again.waiting == 1
+
+
+def test_a_repeated_plan_costs_nothing(tmp_path: Path) -> None:
+    posed = problem(4, 12, 4)
+    study = opened(posed, tmp_path)
+    study.begin([posed.uniform(0), posed.uniform(0)])
+    for _ in range(2):
+        study.run(space("moves", posed, posed.uniform(0)), hidden_loss(posed), TOKENS)
+    assert [t.tokens for t in study.tried()] == [WINDOWS * TOKENS, 0]
+
+
+def test_a_hopeless_plan_stops_early_and_never_becomes_the_best(tmp_path: Path) -> None:
+    posed = problem(6, 12, 4, tightness=1.0)
+    good = exact.solve(posed)
+    study = opened(posed, tmp_path, prune=0.2)
+    study.begin([good, posed.uniform(0)])
+    for _ in range(2):
+        study.run(space("moves", posed, good), hidden_loss(posed), TOKENS)
+    bad = study.tried()[1]
+    assert not bad.complete and bad.windows < WINDOWS
+    assert study.best is not None and np.array_equal(study.best.assignment, good)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"space": "layer"}, "moves"),
+        ({"sampler": "annealing"}, "tpe"),
+        ({"space": "layers", "sampler": "cmaes"}, "categorical"),
+        ({"tokens": 0}, "search.tokens is 0"),
+        ({"prune": 1.5}, "p-value"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Search(**settings).check()
+
+
+def test_an_unusable_storage_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="database address"):
+        studies.open_storage("study.db", tmp_path / "j")
+    missing = f"sqlite:///{tmp_path}/no/such/folder/study.db"
+    with pytest.raises(StorageError, match="can't be used"):
+        studies.open_storage(missing, tmp_path / "j")
+    with pytest.raises(StorageError, match="can't be used") as caught:
+        studies.open_storage("postgresql://me:secret@127.0.0.1:9/none", tmp_path / "j")
+    assert "secret" not in str(caught.value)
