@@ -17,6 +17,7 @@ Mezzotint: make a language model fit a memory budget and keep what it means.
   mezzotint show plan.json                              heat map, bytes, promise, certificate
   mezzotint apply plan.json out=DIR                     write the packed model
   mezzotint evaluate model=DIR                          packed model against its reference
+  mezzotint report DIR                                  make a run's report.html again
 
 model=   smollm2, stories, a folder, a .gguf file, or a hub id
 budget.  bits=4.5 (per weight, scales counted), code_bits=4 (codes alone), size=80MiB (whole file)
@@ -25,7 +26,7 @@ data=    self (default: text sampled from the model), text data.path=FILE, hub d
 `mezzotint optimize --cfg job` prints every setting, `-m` sweeps over comma-separated values,
 `--config-dir DIR` adds a folder of your own settings. Results: hydra.run.dir=DIR chooses where.
 """
-COMMANDS = ("optimize", "show", "apply", "evaluate")
+COMMANDS = ("optimize", "show", "apply", "evaluate", "report")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,8 +62,9 @@ def _dispatch(command: str, rest: list[str]) -> int:
 
     if command not in COMMANDS:
         raise ConfigError(f"There is no command {command!r}; there are {', '.join(COMMANDS)}.")
-    if command == "show":
-        _show(rest)
+    plain = {"show": _show, "report": _report}
+    if command in plain:
+        plain[command](rest)
         return 0
     if command == "apply" and rest and "=" not in rest[0] and not rest[0].startswith("-"):
         rest = [f"plan={_quoted(rest[0])}", *rest[1:]]
@@ -168,6 +170,17 @@ def _show(rest: list[str]) -> None:
     if len(rest) != 1:
         raise ConfigError("Give one plan: mezzotint show plan.json")
     report.show(report.console(), Plan.load(rest[0]))
+
+
+def _report(rest: list[str]) -> None:
+    from pathlib import Path
+
+    from optimizer import page
+    from optimizer.errors import ConfigError
+
+    if len(rest) != 1:
+        raise ConfigError("Give one run's folder: mezzotint report outputs/DAY/TIME")
+    print(f"Wrote {page.write(Path(rest[0]))}.")
 
 
 if __name__ == "__main__":

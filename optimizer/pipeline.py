@@ -6,6 +6,7 @@ a measured model costs seconds. No Hydra, no printing.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -14,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from optimizer import search
+from optimizer import page, search
 from optimizer.bench import Bench, Choices, View, choices, make_quantizer, measure_table
 from optimizer.config import Optimize
 from optimizer.layer import Inventory, Precision
-from optimizer.plan import Plan, assemble, digest, stored_bytes
+from optimizer.plan import Plan, assemble, identity, stored_bytes
+from optimizer.run import Run, Scale, chosen_point, overrides, run_key
 from optimizer.search import Problem, exact
 from optimizer.sensitivity import Table
 from optimizer.store import write_atomically
@@ -35,6 +37,8 @@ class Row:
     bits: float
     predicted: float
     measured: float
+    measures: dict[str, dict[str, float]]
+    assignment: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,12 @@ class Outcome:
     prediction: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    run: Run | None = None
 
 
 def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
-    """The main job: measure, allocate, plan, prove. Writes plan.json, front.csv, measured.csv and
-    certificate.json to `out`."""
+    """The main job: measure, allocate, plan, prove. Writes plan.json, front.csv, measured.csv,
+    run.json and report.html to `out`."""
     begun = time.monotonic()
     view = view or View()
     config.check()
@@ -71,7 +76,42 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     outcome = Outcome(plan, files, notes=notes)
     if config.proof.certify:
         outcome = prove(bench, config, chosen, table, problem, assignment, outcome, out)
-    return replace(outcome, seconds=time.monotonic() - begun)
+    outcome = replace(outcome, seconds=time.monotonic() - begun)
+    return _publish(bench, config, chosen, problem, outcome, out)
+
+
+def _publish(
+    bench: Bench, config: Optimize, chosen: Choices, problem: Problem, outcome: Outcome, out: Path
+) -> Outcome:
+    """What a person looks at afterwards: run.json, and the page that is made from it."""
+    fingerprint, settings = bench.source.fingerprint, asdict(config)
+    scale = Scale.of(bench.inventory, chosen, fingerprint, asdict(config.quantizer))
+    measured = tuple(
+        scale.point(
+            row.name, row.assignment, row.predicted, measured=row.measured, measures=row.measures
+        )
+        for row in outcome.measured
+    )
+    run = Run(
+        model=bench.source.name,
+        key=run_key(settings, fingerprint),
+        columns=_palette(chosen),
+        groups=chosen.groups,
+        chosen=chosen_point(scale, outcome.plan, measured),
+        front=scale.front(problem, FRONT_ROWS),
+        measured=measured,
+        prediction=outcome.prediction,
+        notes=tuple(outcome.notes),
+        config=settings,
+        seconds=outcome.seconds,
+    )
+    files = outcome.files | {"run": run.save(out), "report": page.write(out)}
+    return replace(outcome, files=files, run=run)
+
+
+def _palette(chosen: Choices) -> dict[str, Precision]:
+    """Column name -> the precision as most layers have it (`fit=nearest` adapts some)."""
+    return {column: chosen.fitted[chosen.groups[0][0], column] for column in chosen.columns}
 
 
 def _pose(config: Optimize, inventory: Inventory, chosen: Choices, loss: np.ndarray) -> Problem:
@@ -117,17 +157,12 @@ def _plan(
         predicted={"kl": kl, "stderr": error, "estimator": config.sensitivity.estimator},
         budget={k: v for k, v in asdict(config.budget).items() if v is not None},
         provenance={
-            "command": _command(config),
+            "command": shlex.join(["mezzotint", "optimize", *overrides(asdict(config))]),
             "seed": config.seed,
             "data": asdict(config.data),
             "versions": versions(),
         },
     )
-
-
-def _command(config: Optimize) -> str:
-    budget = next((f"budget.{k}={v}" for k, v in asdict(config.budget).items() if v), "")
-    return f"mezzotint optimize model={config.model} {budget} data={config.data.source}"
 
 
 def versions() -> dict[str, str]:
@@ -251,16 +286,23 @@ def _check_prediction(
     problem: Problem,
     plans: Mapping[str, np.ndarray],
 ) -> list[Row]:
+    from optimizer import certificate
+
     quantizer = make_quantizer(config.quantizer)
     weights = problem.weights.sum()
     rows = []
     for name in bench.view.track(list(plans), "measuring plans"):
         choice = chosen.choice(plans[name])
         size = sum(choice[x.name].bytes(x.rows, x.cols) for x in chosen.scope)
-        measured = bench.score(choice, "search", quantizer).mean_kl
-        key = digest(sorted((k, p.name) for k, p in choice.items()))[:12]
-        predicted = table.predict(plans[name])[0]
-        rows.append(Row(name, key, 8 * size / float(weights), predicted, measured))
+        scores = bench.score(choice, "search", quantizer)
+        counts = certificate.resamples(scores.documents, np.random.default_rng([config.seed, 78]))
+        measures = {k: asdict(v) for k, v in certificate.describe(scores, counts).items()}
+        layers = {x.name: "none" for x in bench.inventory.layers}
+        layers |= {k: precision.name for k, precision in choice.items()}
+        key = identity(bench.source.fingerprint, asdict(config.quantizer), layers)
+        predicted, measured = table.predict(plans[name])[0], scores.mean_kl
+        bits = 8 * size / float(weights)
+        rows.append(Row(name, key, bits, predicted, measured, measures, plans[name]))
     return rows
 
 

@@ -152,8 +152,7 @@ class Plan:
     @property
     def id(self) -> str:
         """Twelve hex digits that depend on the model, the quantizer and the assignment only."""
-        content = [self.model.get("fingerprint"), self.quantizer, self.layers]
-        return digest(content)[:12]
+        return identity(self.model.get("fingerprint"), self.quantizer, self.layers)
 
     def to_json(self) -> dict[str, Any]:
         data = {"format": FORMAT, "version": VERSION, **{k: getattr(self, k) for k in _KEYS}}
@@ -283,6 +282,13 @@ def digest(content: Any) -> str:
     """sha256 of canonical JSON."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def identity(
+    fingerprint: str | None, quantizer: Mapping[str, Any], layers: Mapping[str, str]
+) -> str:
+    """A plan's id from what determines it; `layers` names every layer, untouched ones too."""
+    return digest([fingerprint, quantizer, layers])[:12]
 
 
 def assemble(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,13 +17,12 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from optimizer import grid
 from optimizer.bench import View
 from optimizer.layer import Precision
 from optimizer.pipeline import Outcome
 from optimizer.plan import Plan
 
-# viridis, dark to light: readable by people with any kind of colour-blindness
-COLOURS = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
 BLOCKS_PER_LINE = 32
 
 
@@ -192,16 +190,7 @@ def show(out: Console, plan: Plan) -> None:
 def heat_map(plan: Plan) -> Text:
     """Rows: kinds of layers; columns: blocks; each cell the bits, on a colour. Layers outside the
     blocks follow by name. Several layers in a cell (experts): their average."""
-    cells: dict[str, dict[int, list[Precision]]] = {}
-    rest: list[tuple[str, Precision]] = []
-    for name, precision in plan.choice.items():
-        stem = re.sub(r"\.weight$", "", name)
-        match = re.search(r"\.(\d+)\.", stem)
-        if match is None:
-            rest.append((stem, precision))
-            continue
-        role = re.sub(r"\.\d+\.", ".", stem[match.end() :])
-        cells.setdefault(role, {}).setdefault(int(match.group(1)), []).append(precision)
+    cells, rest = grid.arrange(plan.choice)
     text = Text()
     blocks = sorted({block for row in cells.values() for block in row})
     width = max([len(role) for role in cells] + [5])
@@ -211,15 +200,15 @@ def heat_map(plan: Plan) -> Text:
         for role, row in cells.items():
             text.append(f"{role:<{width}} ")
             for block in part:
-                text.append(*_cell(row.get(block, [])))
+                text.append(*_cell([plan.choice[name] for name in row.get(block, [])]))
             text.append("\n")
-    for name, precision in rest:
-        text.append(f"{name:<{width}} ")
-        text.append(*_cell([precision]))
-        text.append(f" {precision.name}\n", "dim")
+    for name in rest:
+        text.append(f"{name.removesuffix('.weight'):<{width}} ")
+        text.append(*_cell([plan.choice[name]]))
+        text.append(f" {plan.choice[name].name}\n", "dim")
     text.append("bits: ")
-    for bits in (1, 2, 3, 4, 5, 6, 8, 16):
-        text.append(f"{bits:>2}", _style(bits))
+    for bits in grid.STEPS:
+        text.append(f"{bits:>2}", _style(grid.shade(bits)))
     text.append("  (t: ternary, 16: untouched)\n", "dim")
     return text
 
@@ -227,12 +216,9 @@ def heat_map(plan: Plan) -> Text:
 def _cell(precisions: list[Precision]) -> tuple[str, str]:
     if not precisions:
         return "  ", ""
-    bits = round(sum(float(p.code_bits) for p in precisions) / len(precisions))
-    label = " t" if all(p.kind == "ternary" for p in precisions) else f"{bits:>2}"
-    return label, _style(bits)
+    text, shade = grid.label(precisions)
+    return f"{text:>2}", _style(shade)
 
 
-def _style(bits: int) -> str:
-    steps = (1, 2, 3, 4, 5, 6, 8, 16)
-    index = sum(bits > step for step in steps[:-1])
-    return f"{'white' if index < 4 else 'black'} on {COLOURS[index]}"
+def _style(shade: int) -> str:
+    return f"{'white' if shade < grid.DARK else 'black'} on {grid.COLOURS[shade]}"
