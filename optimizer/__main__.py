@@ -129,7 +129,26 @@ def _optimize(settings: Any) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     here = Path.cwd()
     folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
-    report.outcome(out, pipeline.optimize(settings, folder, report.Terminal(out)))
+    outcome = pipeline.optimize(settings, folder, report.Terminal(out))
+    report.outcome(out, outcome)
+    if outcome.run is not None and settings.wandb.mode != "off":
+        from optimizer import record
+
+        for line in record.record(outcome.plan, folder, settings.wandb, _sweep()):
+            report.Terminal(out).note(line)
+
+
+def _sweep() -> str | None:
+    """The name of the sweep that this job belongs to."""
+    from pathlib import Path
+
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        return None
+    return "/".join(Path(hydra.sweep.dir).parts[-2:])
 
 
 def _apply(settings: Any) -> None:

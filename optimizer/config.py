@@ -95,6 +95,22 @@ class Proof:
 
 
 @dataclass(kw_only=True)
+class Wandb:
+    """Where a run is recorded besides its folder. mode: `offline` (files that `wandb sync` sends
+    later), `online` or `off`. group: None puts the jobs of a sweep together."""
+
+    mode: str = "offline"
+    project: str = "mezzotint"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        if self.mode not in ("offline", "online", "off"):
+            raise ConfigError(f"wandb.mode is offline, online or off, not {self.mode!r}.")
+
+
+@dataclass(kw_only=True)
 class Optimize:
     """`mezzotint optimize`."""
 
@@ -108,6 +124,7 @@ class Optimize:
     data: Data = field(default_factory=Data)
     sensitivity: Sensitivity = field(default_factory=Sensitivity)
     proof: Proof = field(default_factory=Proof)
+    wandb: Wandb = field(default_factory=Wandb)
     seed: int = 0
     device: str = "cpu"
     store: str = "~/.cache/mezzotint"
@@ -125,6 +142,7 @@ class Optimize:
         self.palette.precisions()
         self.quantizer.check()
         self.proof.check()
+        self.wandb.check()
         self.sensitivity.check(self.data.calibration.sequences)
         self.data.check(None)
         _ = self.scopes

@@ -14,7 +14,7 @@ from html import escape
 from optimizer.run import Point, Run
 
 WIDTH, HEIGHT = 720, 430
-LEFT, RIGHT, TOP, BOTTOM = 76, 20, 16, 58
+LEFT, RIGHT, TOP, BOTTOM = 84, 24, 36, 58
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,11 @@ def size(count: float) -> str:
 
 
 def loss(value: float) -> str:
-    return f"{value:.3g}" if value >= 1e-4 or value == 0 else f"{value:.1e}"
+    """`0.0123`, `1.2e-5`."""
+    if value >= 1e-3 or value == 0:
+        return f"{value:.3g}"
+    number, _, exponent = f"{value:.1e}".partition("e")
+    return f"{number.removesuffix('.0')}e{int(exponent)}"
 
 
 def summary(point: Point, role: str) -> str:
@@ -164,7 +168,7 @@ def _axes(x: Axis, y: Axis, across: str, up: str, text: Callable[[float], str]) 
         )
     middle = (x.start + x.stop) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 8}" class="mid name">{across}</text>')
-    parts.append(f'<text x="{LEFT + 8}" y="{TOP + 16}" class="name">{up} (lower is better)</text>')
+    parts.append(f'<text x="{LEFT}" y="22" class="name">{up} (lower is better)</text>')
     return "".join(parts)
 
 
