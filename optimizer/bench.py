@@ -55,9 +55,15 @@ class Bench:
         self.source: Source = locate(name, self.store, revision)
         data.check(self._context())
 
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json."""
+        text = (self.source.folder / "config.json").read_text(encoding="utf-8")
+        found: dict[str, Any] = json.loads(text)
+        return found
+
     def _context(self) -> int | None:
-        config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
-        config = config.get("text_config", config)
+        config = self.config.get("text_config", self.config)
         for key in ("max_position_embeddings", "n_positions"):
             if isinstance(config.get(key), int):
                 return int(config[key])

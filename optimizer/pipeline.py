@@ -12,14 +12,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from optimizer import page, search
+from optimizer import memory, page, search
 from optimizer.bench import Bench, Choices, View, choices, make_quantizer, measure_table
 from optimizer.config import Optimize
+from optimizer.errors import ModelError
 from optimizer.layer import Inventory, Precision
-from optimizer.plan import Plan, assemble, identity, stored_bytes
+from optimizer.plan import Budget, Plan, assemble, identity, stored_bytes
 from optimizer.run import Run, Scale, chosen_point, overrides, run_key
 from optimizer.search import Problem, exact
 from optimizer.sensitivity import Table
@@ -63,11 +65,15 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     bench = Bench(config.model, config.revision, config.data, config.store, config.device, view)
     chosen = choices(config, bench.inventory)
     blank = np.zeros((len(chosen.groups), len(chosen.columns)))
-    _pose(config, bench.inventory, chosen, blank)  # an impossible budget ends here
+    budget, room = _room(config, bench, chosen)
+    if room:
+        view.note(room)
+    sized = replace(config, budget=budget)
+    _pose(sized, bench.inventory, chosen, blank)  # an impossible budget ends here
     write_atomically(out / "plan.json", b"{}\n")  # an unwritable folder ends here
     (out / "plan.json").unlink()
     table = measure_table(bench, config, chosen)
-    problem = _pose(config, bench.inventory, chosen, table.loss)
+    problem = _pose(sized, bench.inventory, chosen, table.loss)
     notes: list[str] = []
     assignment = _allocate(config, problem, notes)
     plan = _plan(bench, config, chosen, table, assignment)
@@ -78,6 +84,31 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
         outcome = prove(bench, config, chosen, table, problem, assignment, outcome, out)
     outcome = replace(outcome, seconds=time.monotonic() - begun)
     return _publish(bench, config, chosen, problem, outcome, out)
+
+
+def _room(config: Optimize, bench: Bench, chosen: Choices) -> tuple[Budget, str]:
+    """A machine's memory as bytes of weights, and the sum in words."""
+    if config.budget.memory is None:
+        return config.budget, ""
+    smallest = {
+        layer.name: min(
+            (chosen.fitted[layer.name, column] for column in chosen.columns),
+            key=lambda precision: precision.bytes(layer.rows, layer.cols),
+        )
+        for layer in chosen.scope
+    }
+    least = stored_bytes(bench.inventory, smallest)["total"] + 8 * len(chosen.scope)
+    largest = max(layer.weights for layer in chosen.scope)
+    shape = memory.geometry(bench.config, config.runtime.name)
+    return memory.resolve(config.budget, shape, config.runtime.name, least, largest)
+
+
+def _geometry(bench: Bench, config: Optimize) -> dict[str, Any]:
+    """For `mezzotint fit`; empty where the memory model doesn't know the architecture."""
+    try:
+        return asdict(memory.geometry(bench.config, config.runtime.name))
+    except ModelError:
+        return {}
 
 
 def _publish(
@@ -155,11 +186,12 @@ def _plan(
         runtime=config.runtime.name,
         quantizer=asdict(config.quantizer),
         predicted={"kl": kl, "stderr": error, "estimator": config.sensitivity.estimator},
-        budget={k: v for k, v in asdict(config.budget).items() if v is not None},
+        budget=config.budget.asked,
         provenance={
             "command": shlex.join(["mezzotint", "optimize", *overrides(asdict(config))]),
             "seed": config.seed,
             "data": asdict(config.data),
+            "geometry": _geometry(bench, config),
             "versions": versions(),
         },
     )
