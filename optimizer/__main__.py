@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 a mistake that the user can correct, 130 interrupted.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,16 +18,18 @@ Mezzotint: make a language model fit a memory budget and keep what it means.
   mezzotint show plan.json                              heat map, bytes, promise, certificate
   mezzotint apply plan.json out=DIR                     write the packed model
   mezzotint evaluate model=DIR                          packed model against its reference
+  mezzotint fit DIR budget=rtx3060_12gb                 memory, longest context, smallest machine
   mezzotint report DIR                                  make a run's report.html again
 
 model=   smollm2, stories, a folder, a .gguf file, or a hub id
 budget.  bits=4.5 (per weight, scales counted), code_bits=4 (codes alone), size=80MiB (whole file)
+budget=  a machine (rtx3060_12gb, m2_16gb, pi_zero2w ...) with budget.context, .batch and .kv
 data=    self (default: text sampled from the model), text data.path=FILE, hub data.path=ID
 
 `mezzotint optimize --cfg job` prints every setting, `-m` sweeps over comma-separated values,
 `--config-dir DIR` adds a folder of your own settings. Results: hydra.run.dir=DIR chooses where.
 """
-COMMANDS = ("optimize", "show", "apply", "evaluate", "report")
+COMMANDS = ("optimize", "show", "apply", "evaluate", "fit", "report")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,12 +69,13 @@ def _dispatch(command: str, rest: list[str]) -> int:
     if command in plain:
         plain[command](rest)
         return 0
-    if command == "apply" and rest and "=" not in rest[0] and not rest[0].startswith("-"):
+    if command in ("apply", "fit") and rest and "=" not in rest[0] and not rest[0].startswith("-"):
         rest = [f"plan={_quoted(rest[0])}", *rest[1:]]
     jobs: dict[str, Callable[[Any], None]] = {
         "optimize": _optimize,
         "apply": _apply,
         "evaluate": _evaluate,
+        "fit": _fit,
     }
     return _hydra(command, rest, jobs[command])
 
@@ -109,6 +113,9 @@ def _hydra(command: str, rest: list[str], job: Callable[[Any], None]) -> int:
 
 
 def _explained(command: str, error: Exception) -> str:
+    preset = re.search(r"Could not find '(\w+)/([^']*)'", str(error))
+    if preset:
+        return _no_preset(*preset.groups())
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if error.__cause__ is not None:
         lines += [line.strip() for line in str(error.__cause__).splitlines()[:1]]
@@ -116,6 +123,20 @@ def _explained(command: str, error: Exception) -> str:
         dict.fromkeys(line for line in lines if "+" not in line and "_type" not in line)
     )
     return f"{seen} `mezzotint {command} --cfg job` prints every key with its value."
+
+
+def _no_preset(group: str, name: str) -> str:
+    from difflib import get_close_matches
+
+    from optimizer.config import conf_folder
+
+    names = sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+    near = get_close_matches(name, names, n=4, cutoff=0.5)
+    near += [other for other in names if name[:3] and other.startswith(name[:3])]
+    text = f"There is no preset {group}={name}."
+    if near:
+        text += f" Near names: {', '.join(dict.fromkeys(near))}."
+    return f"{text} All of them: {', '.join(names)}."
 
 
 def _optimize(settings: Any) -> None:
@@ -179,6 +200,12 @@ def _evaluate(settings: Any) -> None:
 
     out = report.console()
     report.evaluation(out, deploy.evaluate(settings, report.Terminal(out)))
+
+
+def _fit(settings: Any) -> None:
+    from optimizer import fit, report
+
+    report.fitting(report.console(), fit.answer(settings))
 
 
 def _show(rest: list[str]) -> None:

@@ -170,7 +170,35 @@ class Evaluate:
     store: str = "~/.cache/mezzotint"
 
 
-COMMANDS: dict[str, type[Any]] = {"optimize": Optimize, "apply": Apply, "evaluate": Evaluate}
+@dataclass(kw_only=True)
+class Fit:
+    """`mezzotint fit`. plan: a plan.json or a run's folder. budget: a machine, and the context,
+    batch and cache precision that are meant. loss: look for the smallest plan of the front with at
+    most this KL. more: memory whose worth is asked for."""
+
+    plan: str
+    budget: Budget = field(default_factory=Budget)
+    loss: float | None = None
+    more: str | None = "1GiB"
+
+    def check(self) -> None:
+        if self.budget.memory is not None:
+            self.budget.check()
+        elif self.budget.given:
+            raise ConfigError(
+                "`mezzotint fit` asks about machines: give budget=NAME or budget.memory=12GiB, not "
+                f"budget.{next(iter(self.budget.given))}."
+            )
+        if self.loss is not None and not self.loss >= 0:
+            raise ConfigError(f"loss is a KL in nats per token, 0 or more, not {self.loss}.")
+
+
+COMMANDS: dict[str, type[Any]] = {
+    "optimize": Optimize,
+    "apply": Apply,
+    "evaluate": Evaluate,
+    "fit": Fit,
+}
 
 
 def register() -> None:

@@ -6,7 +6,6 @@ leaves in a block (values, not bytes)
     full attention       2 * kv_heads * head_dim             grouped queries: kv_heads < heads
     sliding window       the same, for the last `window` tokens only
     latent attention     kv_lora_rank + qk_rope_head_dim     (DeepSeek-V2, arXiv:2405.04434, eq. 9)
-                         torch caches what it expands to:    heads * (qk_nope + qk_rope + v_head)
     recurrent blocks     nothing per token; a fixed state    (Mamba-2, gated delta rule)
     shared blocks        nothing: they read an earlier block's cache
 
@@ -20,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from optimizer.errors import BudgetError, ConfigError, ModelError
-from optimizer.plan import Budget, parse_size
+from optimizer.plan import Budget, Plan, parse_size
 
 MIB = 2**20
 STATE_BYTES = 4  # recurrent states are kept in fp32
@@ -31,11 +30,11 @@ UNPACKING = 14  # torch: bytes per weight while a layer is unpacked: codes, offs
 @dataclass(frozen=True)
 class Engine:
     """What is particular to a runtime. kv: cache bits -> stored bits per value; prefill: tokens
-    that it pushes through together; overhead: its own bytes by kind of machine."""
+    that it pushes through together; overhead: its own bytes by kind of machine. All of them keep
+    latent attention latent; for transformers 5.23 that was read off its own cache."""
 
     kv: Mapping[int, float]
     prefill: int
-    latent: bool
     overhead: Mapping[str, int]
 
 
@@ -44,15 +43,14 @@ class Engine:
 # budget.overhead: a CUDA context is some 300 to 500 MiB, vLLM's graphs and workspaces as much again.
 ENGINES = {
     "torch": Engine(
-        {32: 32, 16: 16}, 512, False, {"cpu": 480 * MIB, "gpu": 600 * MIB, "apple": 600 * MIB}
+        {32: 32, 16: 16}, 512, {"cpu": 480 * MIB, "gpu": 600 * MIB, "apple": 600 * MIB}
     ),
     "vllm": Engine(
-        {16: 16, 8: 8}, 2048, True, {"cpu": 1024 * MIB, "gpu": 1024 * MIB, "apple": 1024 * MIB}
+        {16: 16, 8: 8}, 2048, {"cpu": 1024 * MIB, "gpu": 1024 * MIB, "apple": 1024 * MIB}
     ),
     "llamacpp": Engine(
         {32: 32, 16: 16, 8: 8.5, 4: 4.5},
         512,
-        True,
         {"cpu": 32 * MIB, "gpu": 400 * MIB, "apple": 150 * MIB},
     ),
 }
@@ -107,7 +105,7 @@ class Use:
 # ---------------------------------------------------------------- geometry
 
 
-def geometry(config: Mapping[str, Any], runtime: str = "torch") -> Geometry:
+def geometry(config: Mapping[str, Any]) -> Geometry:
     """A model's config.json -> its sizes. Raises ModelError if one that is needed is missing."""
     config = config.get("text_config") or config
     hidden = _number(config, "hidden_size", "n_embd", "d_model")
@@ -115,7 +113,7 @@ def geometry(config: Mapping[str, Any], runtime: str = "torch") -> Geometry:
     count = _number(config, "num_hidden_layers", "n_layer", "num_layers")
     head_dim = _optional(config, "head_dim") or hidden // heads
     kinds = _kinds(config, count)
-    per_token = _values(config, heads, head_dim, _engine(runtime).latent)
+    per_token = _values(config, heads, head_dim)
     window = _optional(config, "sliding_window", "attention_chunk_size") or 0
     shared = _optional(config, "num_kv_shared_layers") or 0
     blocks: dict[Block, int] = {}
@@ -190,14 +188,10 @@ def _kinds(config: Mapping[str, Any], count: int) -> list[str]:
     return ["full" if i < below else "sliding" for i in range(count)]
 
 
-def _values(config: Mapping[str, Any], heads: int, head_dim: int, latent: bool) -> int:
+def _values(config: Mapping[str, Any], heads: int, head_dim: int) -> int:
     rank = _optional(config, "kv_lora_rank")
     if rank:
-        rope, nope, value = (
-            _number(config, name)
-            for name in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-        )
-        return rank + rope if latent else heads * (nope + rope + value)
+        return rank + _number(config, "qk_rope_head_dim")
     kv_heads = _optional(config, "num_key_value_heads", "num_kv_heads") or heads
     if config.get("multi_query") is True and not config.get("new_decoder_architecture"):
         kv_heads = 1
@@ -286,6 +280,21 @@ def use(
     )
 
 
+def resident_weights(plan: Plan, compute: int = 16) -> int:
+    """Bytes of a plan's weights in memory: packed layers as stored, all others in `compute` bits."""
+    return plan.bytes["quantized"] + plan.bytes.get("untouched", 0) * compute // 16
+
+
+def largest_packed(plan: Plan) -> int:
+    """Weights of the largest layer that is unpacked as a whole: embeddings unpack single rows."""
+    sizes = (
+        rows * cols
+        for name, (rows, cols) in plan.shapes.items()
+        if plan.choice[name].kind != "none"
+    )
+    return max(sizes, default=0)
+
+
 def usable(budget: Budget) -> int:
     """Bytes of the machine that a program can have."""
     return int(parse_size(str(budget.memory)) * budget.usable)
@@ -329,7 +338,7 @@ def resolve(
         )
         raise BudgetError(
             f"Weights, cache, activations and runtime must fit the machine together. "
-            f"{budget.device or 'It'} has {mib(usable(budget))} usable; at budget.context="
+            f"{_sentence(budget.device or 'it')} has {mib(usable(budget))} usable; at budget.context="
             f"{budget.context}, budget.batch={budget.batch} and budget.kv={budget.kv} the cache "
             f"takes {mib(need.cache)}, activations {mib(need.activations)}, the runtime "
             f"{mib(need.runtime)}, and the smallest plan {mib(smallest)}. {remedy}, or lower "
@@ -343,5 +352,12 @@ def resolve(
     return Budget(size=str(room)), text
 
 
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 def mib(count: float) -> str:
-    return f"{count / MIB / 1024:.2f} GiB" if count >= 1024 * MIB else f"{count / MIB:.1f} MiB"
+    """Bytes for a person, in powers of two."""
+    if count >= 1024 * MIB:
+        return f"{count / MIB / 1024:.2f} GiB"
+    return f"{count / MIB:.1f} MiB" if count >= MIB else f"{count / 1024:.1f} KiB"

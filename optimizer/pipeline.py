@@ -99,14 +99,14 @@ def _room(config: Optimize, bench: Bench, chosen: Choices) -> tuple[Budget, str]
     }
     least = stored_bytes(bench.inventory, smallest)["total"] + 8 * len(chosen.scope)
     largest = max(layer.weights for layer in chosen.scope)
-    shape = memory.geometry(bench.config, config.runtime.name)
+    shape = memory.geometry(bench.config)
     return memory.resolve(config.budget, shape, config.runtime.name, least, largest)
 
 
-def _geometry(bench: Bench, config: Optimize) -> dict[str, Any]:
+def _geometry(bench: Bench) -> dict[str, Any]:
     """For `mezzotint fit`; empty where the memory model doesn't know the architecture."""
     try:
-        return asdict(memory.geometry(bench.config, config.runtime.name))
+        return asdict(memory.geometry(bench.config))
     except ModelError:
         return {}
 
@@ -191,7 +191,7 @@ def _plan(
             "command": shlex.join(["mezzotint", "optimize", *overrides(asdict(config))]),
             "seed": config.seed,
             "data": asdict(config.data),
-            "geometry": _geometry(bench, config),
+            "geometry": _geometry(bench),
             "versions": versions(),
         },
     )

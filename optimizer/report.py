@@ -19,7 +19,9 @@ from rich.text import Text
 
 from optimizer import grid
 from optimizer.bench import View
+from optimizer.fit import Answer
 from optimizer.layer import Precision
+from optimizer.memory import mib, usable
 from optimizer.pipeline import Outcome
 from optimizer.plan import Plan
 
@@ -222,3 +224,57 @@ def _cell(precisions: list[Precision]) -> tuple[str, str]:
 
 def _style(shade: int) -> str:
     return f"{'white' if shade < grid.DARK else 'black'} on {grid.COLOURS[shade]}"
+
+
+def fitting(out: Console, found: Answer) -> None:
+    """Memory line by line, and the questions that people ask."""
+    budget, need = found.budget, found.need
+    where = f" on {budget.device or budget.memory}" if budget.memory else ""
+    out.print(f"Plan {found.plan.id} with {found.plan.runtime}{where}", style="bold")
+    table = Table()
+    table.add_column("")
+    table.add_column("memory", justify="right")
+    tokens = f"{budget.context} tokens, batch {budget.batch}, {budget.kv} bits"
+    table.add_row("weights", mib(need.weights))
+    table.add_row(f"cache: {tokens}", mib(need.cache))
+    table.add_row("activations", mib(need.activations))
+    table.add_row("runtime", mib(need.runtime), end_section=True)
+    table.add_row("together", mib(need.total), style="bold")
+    if budget.memory:
+        table.add_row(
+            f"usable: {100 * budget.usable:.0f} % of {budget.memory}", mib(usable(budget))
+        )
+    out.print(table)
+    for line in _answers(found):
+        out.print(line, soft_wrap=True)
+
+
+def _answers(found: Answer) -> Iterable[str]:
+    if found.wanted is not None:
+        yield (
+            f"Smallest plan of the front with this loss: {mib(found.wanted.bytes)}, "
+            f"{found.wanted.bits:.3f} bits per weight, predicted KL {found.wanted.predicted:.4g}. "
+            f"To make it: budget.bits={found.wanted.bits + 5e-7:.6f}"
+        )
+    if found.room is not None:
+        room = f"{mib(found.room)} to spare" if found.room >= 0 else f"{mib(-found.room)} too much"
+        yield f"It {'fits' if found.room >= 0 else 'does not fit'}: {room}."
+        yield (
+            f"Longest context that fits: {found.longest} tokens per sequence"
+            f"{', all that the model was made for' if found.longest == found.made_for else ''}."
+            if found.longest
+            else "No context fits beside these weights."
+        )
+    if found.smallest:
+        names = ", ".join(f"{m.budget.device} (budget={m.name})" for m in found.smallest)
+        yield f"Smallest machine of each kind: {names}."
+    else:
+        yield "No preset is large enough."
+    if found.step is not None:
+        now, then = found.step.now, found.step.then
+        share = then.predicted / now.predicted if now.predicted else 1.0
+        gain = f"{share:.2g} times the loss" if share < 1 else "nothing more: the front ends there"
+        yield (
+            f"{mib(found.step.more)} more would buy: predicted KL {now.predicted:.3g} at "
+            f"{now.bits:.2f} bits -> {then.predicted:.3g} at {then.bits:.2f} bits, {gain}."
+        )
