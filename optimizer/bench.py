@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimizer import sensitivity
+from optimizer import policy, sensitivity
 from optimizer.config import Optimize, Quantizer
 from optimizer.data import Data, Tokens, Windows
 from optimizer.errors import ConfigError
@@ -119,13 +119,14 @@ class Bench:
 
         real = {name: p.name for name, p in sorted(choice.items()) if p.kind != "none"}
         key = digest(["scores", VERSION, self.tokens_key, part, quantizer.name, real])
-        found = self.store.arrays("scores", key)
-        if found is None:
+
+        def make() -> dict[str, np.ndarray]:
             if part not in self.teachers:
                 self.teachers[part] = Teacher(self.model.net, self.windows(part), own_head=True)
             with self.model.rounded(quantizer, choice):
-                scores = self.teachers[part].score(self.model.net)
-            found = self.store.arrays("scores", key, scores.arrays)
+                return self.teachers[part].score(self.model.net).arrays()
+
+        found = self.store.arrays("scores", key, make)
         assert found is not None
         return Scores(**found)
 
@@ -149,6 +150,7 @@ class Choices:
     groups: tuple[tuple[str, ...], ...]
     columns: tuple[str, ...]
     fitted: dict[tuple[str, str], Precision]
+    allowed: np.ndarray | None = None  # bool [G, P]; None: everything
 
     def choice(self, assignment: np.ndarray) -> dict[str, Precision]:
         """Column index per group -> precision per layer."""
@@ -166,7 +168,9 @@ def choices(config: Optimize, inventory: Inventory) -> Choices:
     if config.runtime.experts not in ("tensor", "block"):
         raise ConfigError(f"runtime.experts is tensor or block, not {config.runtime.experts!r}.")
     groups = fuse(scope, config.runtime.fused, config.runtime.experts)
-    return Choices(scope, groups, tuple(p.name for p in palette), fitted)
+    columns = tuple(p.name for p in palette)
+    left = policy.allowed(config.policy, scope, groups, columns, fitted)
+    return Choices(scope, groups, columns, fitted, left)
 
 
 def measure_table(bench: Bench, config: Optimize, chosen: Choices) -> Table:

@@ -10,6 +10,7 @@ from optimizer.data import Data
 from optimizer.errors import ConfigError
 from optimizer.layer import Precision
 from optimizer.plan import Budget
+from optimizer.policy import Policy
 from optimizer.sensitivity import Sensitivity
 
 INSIDE, BESIDE = Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf"
@@ -119,6 +120,7 @@ class Optimize:
     scope: Any = field(default_factory=lambda: ["blocks"])
     budget: Budget = field(default_factory=Budget)
     palette: Palette = field(default_factory=Palette)
+    policy: Policy = field(default_factory=Policy)
     runtime: Runtime = field(default_factory=Runtime)
     quantizer: Quantizer = field(default_factory=Quantizer)
     data: Data = field(default_factory=Data)
@@ -140,6 +142,7 @@ class Optimize:
         """What can be wrong before anything is loaded."""
         self.budget.check()
         self.palette.precisions()
+        self.policy.check()
         self.quantizer.check()
         self.proof.check()
         self.wandb.check()

@@ -76,6 +76,7 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     problem = _pose(sized, bench.inventory, chosen, table.loss)
     notes: list[str] = []
     assignment = _allocate(config, problem, notes)
+    notes += _policy_note(config, problem, assignment)
     plan = _plan(bench, config, chosen, table, assignment)
     files = {"plan": plan.save(out / "plan.json"), "front": _front(problem, out / "front.csv")}
     view.note(f"wrote {files['plan']}")
@@ -90,9 +91,16 @@ def _room(config: Optimize, bench: Bench, chosen: Choices) -> tuple[Budget, str]
     """A machine's memory as bytes of weights, and the sum in words."""
     if config.budget.memory is None:
         return config.budget, ""
+    free = np.ones((len(chosen.groups), len(chosen.columns)), dtype=bool)
+    free = free if chosen.allowed is None else chosen.allowed
+    left = {
+        name: np.flatnonzero(row)
+        for group, row in zip(chosen.groups, free, strict=True)
+        for name in group
+    }
     smallest = {
         layer.name: min(
-            (chosen.fitted[layer.name, column] for column in chosen.columns),
+            (chosen.fitted[layer.name, chosen.columns[c]] for c in left[layer.name]),
             key=lambda precision: precision.bytes(layer.rows, layer.cols),
         )
         for layer in chosen.scope
@@ -154,20 +162,38 @@ def _pose(config: Optimize, inventory: Inventory, chosen: Choices, loss: np.ndar
         chosen.fitted,
         loss,
         config.budget,
+        chosen.allowed,
     )
 
 
 def _allocate(config: Optimize, problem: Problem, notes: list[str]) -> np.ndarray:
-    largest = problem.uniform(int(problem.order[-1]))
+    largest = problem.largest
     if problem.fits(largest):
-        name = problem.columns[int(problem.order[-1])]
+        name = problem.columns[int(largest[0])]
         what = "the reference itself" if name == "none" else f"{name} everywhere"
+        if len(set(largest)) > 1:
+            what = "the largest that the policy allows"
         notes.append(
             f"The budget of {config.budget.text} is above the largest plan of this palette, so "
             f"the plan is {what}."
         )
         return largest
     return exact.solve(problem)
+
+
+def _policy_note(config: Optimize, problem: Problem, assignment: np.ndarray) -> list[str]:
+    """What the policy cost against a free plan of the same bytes, by the table."""
+    if problem.free.all():
+        return []
+    limit = problem.sizes(assignment)
+    rival = exact.solve(replace(problem, allowed=None, limit=limit))
+    own, free = problem.losses(assignment), problem.losses(rival)
+    pins = f" with {len(config.policy.pins)} pins" if config.policy.pins else ""
+    return [
+        f"policy={config.policy.name}{pins}: predicted KL {own:.4f}; the free plan of the same "
+        f"bytes has {free:.4f}, so the policy costs {own - free:.4f} ({own / max(free, 1e-12):.3g} "
+        "times), by the table."
+    ]
 
 
 def _plan(
@@ -253,7 +279,7 @@ def prove(
         found[name] = certificate.Candidate(name, stored, scores)
     notes = list(outcome.notes)
     uniforms = [c for n, c in found.items() if n in problem.columns]
-    fitting = [c for c in uniforms if problem.fits(held[c.name])]
+    fitting = [c for c in uniforms if _may_be(held[c.name], problem)]
     best = min(fitting, key=lambda c: c.scores.mean_kl, default=None)
     winner = "plan"
     if best is not None and best.scores.mean_kl <= found["plan"].scores.mean_kl:
@@ -276,6 +302,10 @@ def prove(
     }
     quality = _quality(rows)
     return replace(outcome, plan=plan, files=files, measured=rows, prediction=quality, notes=notes)
+
+
+def _may_be(assignment: np.ndarray, problem: Problem) -> bool:
+    return problem.fits(assignment) and problem.allows(assignment)
 
 
 def _rivals(config: Optimize, problem: Problem) -> dict[str, np.ndarray]:
