@@ -20,6 +20,7 @@ Mezzotint: make a language model fit a memory budget and keep what it means.
   mezzotint evaluate model=DIR                          packed model against its reference
   mezzotint fit DIR budget=rtx3060_12gb                 memory, longest context, smallest machine
   mezzotint report DIR                                  make a run's report.html again
+  mezzotint compare multirun/DAY/TIME                   the runs of a sweep in one table and page
 
 model=   smollm2, stories, a folder, a .gguf file, or a hub id
 budget.  bits=4.5 (per weight, scales counted), code_bits=4 (codes alone), size=80MiB (whole file)
@@ -29,7 +30,7 @@ data=    self (default: text sampled from the model), text data.path=FILE, hub d
 `mezzotint optimize --cfg job` prints every setting, `-m` sweeps over comma-separated values,
 `--config-dir DIR` adds a folder of your own settings. Results: hydra.run.dir=DIR chooses where.
 """
-COMMANDS = ("optimize", "show", "apply", "evaluate", "fit", "report")
+COMMANDS = ("optimize", "show", "apply", "evaluate", "fit", "report", "compare")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,7 +66,7 @@ def _dispatch(command: str, rest: list[str]) -> int:
 
     if command not in COMMANDS:
         raise ConfigError(f"There is no command {command!r}; there are {', '.join(COMMANDS)}.")
-    plain = {"show": _show, "report": _report}
+    plain = {"show": _show, "report": _report, "compare": _compare}
     if command in plain:
         plain[command](rest)
         return 0
@@ -227,6 +228,19 @@ def _report(rest: list[str]) -> None:
     if len(rest) != 1:
         raise ConfigError("Give one run's folder: mezzotint report outputs/DAY/TIME")
     print(f"Wrote {page.write(Path(rest[0]))}.")
+
+
+def _compare(rest: list[str]) -> None:
+    from pathlib import Path
+
+    from optimizer import report
+    from optimizer.errors import ConfigError
+    from optimizer.page import compare
+
+    if len(rest) != 1:
+        raise ConfigError("Give one sweep's folder: mezzotint compare multirun/DAY/TIME")
+    folder = Path(rest[0])
+    report.sweep(report.console(), compare.gather(folder), compare.write(folder))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +23,7 @@ from optimizer.bench import View
 from optimizer.fit import Answer
 from optimizer.layer import Precision
 from optimizer.memory import mib, usable
+from optimizer.page.compare import Sweep
 from optimizer.pipeline import Outcome
 from optimizer.plan import Plan
 
@@ -278,3 +280,25 @@ def _answers(found: Answer) -> Iterable[str]:
             f"{mib(found.step.more)} more would buy: predicted KL {now.predicted:.3g} at "
             f"{now.bits:.2f} bits -> {then.predicted:.3g} at {then.bits:.2f} bits, {gain}."
         )
+
+
+def sweep(out: Console, found: Sweep, written: Path) -> None:
+    """The runs of a sweep, smallest plan first, and the jobs that didn't finish."""
+    table = Table()
+    table.add_column("job", overflow="fold")
+    for name in ("MB", "bits", "predicted KL", "held-out KL", "s"):
+        table.add_column(name, justify="right")
+    for job in found.jobs:
+        kl = job.heldout
+        table.add_row(
+            Text(job.label),
+            f"{job.plan.bytes['total'] / 1e6:.2f}",
+            f"{job.plan.effective_bits:.3f}",
+            f"{job.run.chosen.predicted:.4f}",
+            f"{kl[0]:.4f} [dim]\\[{kl[1]:.4f}, {kl[2]:.4f}][/dim]" if kl else "not measured",
+            f"{job.run.seconds:.0f}",
+        )
+    out.print(table)
+    for name, asked in found.unfinished:
+        out.print(f"Not finished: job {name} ({asked}).", style="yellow", markup=False)
+    out.print(f"Wrote {written}.", soft_wrap=True)

@@ -105,7 +105,7 @@ def summary(point: Point, role: str) -> str:
     return text + ("" if point.measured is None else f", measured {loss(point.measured)}")
 
 
-def _value(point: Point) -> float:
+def value(point: Point) -> float:
     return point.predicted if point.measured is None else point.measured
 
 
@@ -113,21 +113,21 @@ def front(run: Run) -> str:
     """Size against loss: the front's prediction as a line, measured plans as marks."""
     points = shown(run)
     x = linear([p.bytes for p, _ in points], LEFT, WIDTH - RIGHT)
-    y = logarithmic([_value(p) for p, _ in points], HEIGHT - BOTTOM, TOP)
+    y = logarithmic([value(p) for p, _ in points], HEIGHT - BOTTOM, TOP)
     uniform = sorted((p for p, role in points if role == "uniform"), key=lambda p: p.bytes)
     body = [
-        _axes(x, y, "bytes of the model's tensors", "KL, nats per token", size),
-        _path(x, y, [(p.bytes, p.predicted) for p in run.front], "line-front"),
-        _path(x, y, [(p.bytes, _value(p)) for p in uniform], "line-uniform"),
+        axes(x, y, "bytes of the model's tensors", "KL, nats per token", size),
+        path(x, y, [(p.bytes, p.predicted) for p in run.front], "line-front"),
+        path(x, y, [(p.bytes, value(p)) for p in uniform], "line-uniform"),
     ]
     for index, (point, role) in enumerate(points):
-        body.append(_mark(index, role, x.at(point.bytes), y.at(_value(point))))
+        body.append(shape(index, role, x.at(point.bytes), y.at(value(point))))
     note = (
         f"Chart of size against loss for {len(points)} plans. The chosen plan takes "
-        f"{size(run.chosen.bytes)} at a KL of {loss(_value(run.chosen))}. The table below the "
+        f"{size(run.chosen.bytes)} at a KL of {loss(value(run.chosen))}. The table below the "
         "chart holds the measured plans."
     )
-    return _svg("front", note, body)
+    return svg("front", note, body)
 
 
 def prediction(run: Run) -> str:
@@ -138,23 +138,23 @@ def prediction(run: Run) -> str:
     y = logarithmic(values, HEIGHT - BOTTOM, TOP)
     ends = [(x.low, x.low), (x.high, x.high)]
     body = [
-        _axes(x, y, "predicted KL, nats per token", "measured KL", loss),
-        _path(x, y, ends, "line-uniform"),
+        axes(x, y, "predicted KL, nats per token", "measured KL", loss),
+        path(x, y, ends, "line-uniform"),
     ]
     for index, point, role in points:
-        body.append(_mark(index, role, x.at(point.predicted), y.at(point.measured or 0.0)))
+        body.append(shape(index, role, x.at(point.predicted), y.at(point.measured or 0.0)))
     note = f"Chart of predicted against measured loss for {len(points)} plans."
-    return _svg("prediction", note, body)
+    return svg("prediction", note, body)
 
 
-def _svg(name: str, note: str, body: list[str]) -> str:
+def svg(name: str, note: str, body: list[str]) -> str:
     return (
         f'<svg class="chart" id="{name}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(note)}">{"".join(body)}</svg>'
     )
 
 
-def _axes(x: Axis, y: Axis, across: str, up: str, text: Callable[[float], str]) -> str:
+def axes(x: Axis, y: Axis, across: str, up: str, text: Callable[[float], str]) -> str:
     parts = []
     for tick in x.ticks:
         at = x.at(tick)
@@ -172,12 +172,12 @@ def _axes(x: Axis, y: Axis, across: str, up: str, text: Callable[[float], str]) 
     return "".join(parts)
 
 
-def _path(x: Axis, y: Axis, values: Sequence[tuple[float, float]], kind: str) -> str:
+def path(x: Axis, y: Axis, values: Sequence[tuple[float, float]], kind: str) -> str:
     steps = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in values)
     return f'<polyline class="{kind}" points="{steps}"/>'
 
 
-def _mark(index: int, role: str, x: float, y: float) -> str:
+def shape(index: int, role: str, x: float, y: float) -> str:
     """One shape per role, so that colour is never the only difference."""
     own = f'class="mark {role}" data-i="{index}" data-x="{x:.1f}" data-y="{y:.1f}"'
     if role == "uniform":
@@ -198,4 +198,4 @@ def _mark(index: int, role: str, x: float, y: float) -> str:
 
 def mark(role: str) -> str:
     """A mark for a legend, around (0, 0)."""
-    return _mark(-1, role, 0, 0)
+    return shape(-1, role, 0, 0)
