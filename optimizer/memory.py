@@ -38,12 +38,12 @@ class Engine:
     overhead: Mapping[str, int]
 
 
-# overhead. torch on CPU: resident memory of an interpreter with torch and transformers loaded,
-# measured (experiments). The others: allowances, to be replaced by measurements of your own with
-# budget.overhead: a CUDA context is some 300 to 500 MiB, vLLM's graphs and workspaces as much again.
+# overhead. torch on CPU: resident memory of an interpreter that has run a tiny model, measured at
+# 391 MiB (experiments/06_memory, one machine). All others are allowances that nobody measured here;
+# budget.overhead replaces them.
 ENGINES = {
     "torch": Engine(
-        {32: 32, 16: 16}, 512, {"cpu": 480 * MIB, "gpu": 600 * MIB, "apple": 600 * MIB}
+        {32: 32, 16: 16}, 512, {"cpu": 391 * MIB, "gpu": 600 * MIB, "apple": 600 * MIB}
     ),
     "vllm": Engine(
         {16: 16, 8: 8}, 2048, {"cpu": 1024 * MIB, "gpu": 1024 * MIB, "apple": 1024 * MIB}
@@ -241,6 +241,7 @@ def activation_bytes(
     Two hidden states and the larger of a gated feed-forward (gate, up, product) and an attention
     (queries, keys, values, output); the logits of one position, twice. largest: weights of the
     largest layer that is unpacked to be used, 0 where kernels read packed codes.
+    Too low where activations dominate: 31 and 44 % under the measured peak (experiments/06_memory).
     """
     tokens = batch * min(context, prefill)
     wide = max(3 * shape.intermediate, 4 * shape.heads)

@@ -6,6 +6,7 @@ Each stage is read from the operating system (CPU) or the allocator and the driv
 happened; `peak` is the most that was ever resident. Run it in a fresh process per setting.
 """
 
+import ctypes
 import gc
 import sys
 from pathlib import Path
@@ -33,6 +34,26 @@ def reader(device: str):
     return on_gpu
 
 
+def tidy() -> None:
+    """What Python and the allocator no longer need goes back to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def warm_up(folder: Path, device: str) -> None:
+    """Load and run a tiny model of the same architecture: what the libraries import and allocate
+    at their first use belongs to the runtime, not to the weights."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.update({"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64})
+    config.update({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16})
+    net = transformers.AutoModelForCausalLM.from_config(config).to(device).eval()
+    with torch.inference_mode():
+        net(input_ids=torch.zeros((1, 8), dtype=torch.long, device=device), use_cache=True)
+
+
 def main() -> None:
     folder, context = Path(sys.argv[1]), int(sys.argv[2])
     batch = int(sys.argv[3]) if len(sys.argv) > 3 else 1
@@ -45,15 +66,13 @@ def main() -> None:
     from optimizer.backends import packed
     from optimizer.plan import Budget, Plan
 
-    _ = transformers.AutoModelForCausalLM  # what loading a model imports
-    if device != "cpu":
-        torch.zeros(1, device=device)
+    warm_up(folder, device)
     read = reader(device)
-    gc.collect()
+    tidy()
     start = read()[0]
     plan = Plan.load(folder)
     net = packed.load(folder, dtype=getattr(torch, dtype), device=device)
-    gc.collect()
+    tidy()
     loaded = read()[0]
     cache = transformers.DynamicCache(config=net.config)
     ids = torch.zeros((batch, context), dtype=torch.long, device=device)
@@ -61,7 +80,7 @@ def main() -> None:
         for i in range(0, context, memory.ENGINES["torch"].prefill):
             step = ids[:, i : i + memory.ENGINES["torch"].prefill]
             net(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    gc.collect()
+    tidy()
     filled, peak = read()
 
     bits = torch.finfo(getattr(torch, dtype)).bits
