@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 a mistake that the user can correct, 130 interrupted.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,15 +18,19 @@ Mezzotint: make a language model fit a memory budget and keep what it means.
   mezzotint show plan.json                              heat map, bytes, promise, certificate
   mezzotint apply plan.json out=DIR                     write the packed model
   mezzotint evaluate model=DIR                          packed model against its reference
+  mezzotint fit DIR budget=rtx3060_12gb                 memory, longest context, smallest machine
+  mezzotint report DIR                                  make a run's report.html again
+  mezzotint compare multirun/DAY/TIME                   the runs of a sweep in one table and page
 
 model=   smollm2, stories, a folder, a .gguf file, or a hub id
 budget.  bits=4.5 (per weight, scales counted), code_bits=4 (codes alone), size=80MiB (whole file)
+budget=  a machine (rtx3060_12gb, m2_16gb, pi_zero2w ...) with budget.context, .batch and .kv
 data=    self (default: text sampled from the model), text data.path=FILE, hub data.path=ID
 
 `mezzotint optimize --cfg job` prints every setting, `-m` sweeps over comma-separated values,
 `--config-dir DIR` adds a folder of your own settings. Results: hydra.run.dir=DIR chooses where.
 """
-COMMANDS = ("optimize", "show", "apply", "evaluate")
+COMMANDS = ("optimize", "show", "apply", "evaluate", "fit", "report", "compare")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,15 +66,17 @@ def _dispatch(command: str, rest: list[str]) -> int:
 
     if command not in COMMANDS:
         raise ConfigError(f"There is no command {command!r}; there are {', '.join(COMMANDS)}.")
-    if command == "show":
-        _show(rest)
+    plain = {"show": _show, "report": _report, "compare": _compare}
+    if command in plain:
+        plain[command](rest)
         return 0
-    if command == "apply" and rest and "=" not in rest[0] and not rest[0].startswith("-"):
+    if command in ("apply", "fit") and rest and "=" not in rest[0] and not rest[0].startswith("-"):
         rest = [f"plan={_quoted(rest[0])}", *rest[1:]]
     jobs: dict[str, Callable[[Any], None]] = {
         "optimize": _optimize,
         "apply": _apply,
         "evaluate": _evaluate,
+        "fit": _fit,
     }
     return _hydra(command, rest, jobs[command])
 
@@ -126,6 +133,9 @@ def _hydra(command: str, rest: list[str], job: Callable[[Any], None]) -> int:
 
 
 def _explained(command: str, error: Exception) -> str:
+    preset = re.search(r"Could not find '(\w+)/([^']*)'", str(error))
+    if preset:
+        return _no_preset(*preset.groups())
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if error.__cause__ is not None:
         lines += [line.strip() for line in str(error.__cause__).splitlines()[:1]]
@@ -133,6 +143,20 @@ def _explained(command: str, error: Exception) -> str:
         dict.fromkeys(line for line in lines if "+" not in line and "_type" not in line)
     )
     return f"{seen} `mezzotint {command} --cfg job` prints every key with its value."
+
+
+def _no_preset(group: str, name: str) -> str:
+    from difflib import get_close_matches
+
+    from optimizer.config import conf_folder
+
+    names = sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+    near = get_close_matches(name, names, n=4, cutoff=0.5)
+    near += [other for other in names if name[:3] and other.startswith(name[:3])]
+    text = f"There is no preset {group}={name}."
+    if near:
+        text += f" Near names: {', '.join(dict.fromkeys(near))}."
+    return f"{text} All of them: {', '.join(names)}."
 
 
 def _optimize(settings: Any) -> None:
@@ -146,7 +170,26 @@ def _optimize(settings: Any) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     here = Path.cwd()
     folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
-    report.outcome(out, pipeline.optimize(settings, folder, report.Terminal(out)))
+    outcome = pipeline.optimize(settings, folder, report.Terminal(out))
+    report.outcome(out, outcome)
+    if outcome.run is not None and settings.wandb.mode != "off":
+        from optimizer import record
+
+        for line in record.record(outcome.plan, folder, settings.wandb, _sweep()):
+            report.Terminal(out).note(line)
+
+
+def _sweep() -> str | None:
+    """The name of the sweep that this job belongs to."""
+    from pathlib import Path
+
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        return None
+    return "/".join(Path(hydra.sweep.dir).parts[-2:])
 
 
 def _apply(settings: Any) -> None:
@@ -179,6 +222,12 @@ def _evaluate(settings: Any) -> None:
     report.evaluation(out, deploy.evaluate(settings, report.Terminal(out)))
 
 
+def _fit(settings: Any) -> None:
+    from optimizer import fit, report
+
+    report.fitting(report.console(), fit.answer(settings))
+
+
 def _show(rest: list[str]) -> None:
     from optimizer import report
     from optimizer.errors import ConfigError
@@ -187,6 +236,30 @@ def _show(rest: list[str]) -> None:
     if len(rest) != 1:
         raise ConfigError("Give one plan: mezzotint show plan.json")
     report.show(report.console(), Plan.load(rest[0]))
+
+
+def _report(rest: list[str]) -> None:
+    from pathlib import Path
+
+    from optimizer import page
+    from optimizer.errors import ConfigError
+
+    if len(rest) != 1:
+        raise ConfigError("Give one run's folder: mezzotint report outputs/DAY/TIME")
+    print(f"Wrote {page.write(Path(rest[0]))}.")
+
+
+def _compare(rest: list[str]) -> None:
+    from pathlib import Path
+
+    from optimizer import report
+    from optimizer.errors import ConfigError
+    from optimizer.page import compare
+
+    if len(rest) != 1:
+        raise ConfigError("Give one sweep's folder: mezzotint compare multirun/DAY/TIME")
+    folder = Path(rest[0])
+    report.sweep(report.console(), compare.gather(folder), compare.write(folder))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimizer import sensitivity
+from optimizer import policy, sensitivity
 from optimizer.config import Optimize, Quantizer
 from optimizer.data import Data, Tokens, Windows
 from optimizer.errors import ConfigError
@@ -63,9 +63,15 @@ class Bench:
         self.source: Source = locate(name, self.store, revision)
         data.check(self._context())
 
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json."""
+        text = (self.source.folder / "config.json").read_text(encoding="utf-8")
+        found: dict[str, Any] = json.loads(text)
+        return found
+
     def _context(self) -> int | None:
-        config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
-        config = config.get("text_config", config)
+        config = self.config.get("text_config", self.config)
         for key in ("max_position_embeddings", "n_positions"):
             if isinstance(config.get(key), int):
                 return int(config[key])
@@ -141,13 +147,14 @@ class Bench:
 
         real = {name: p.name for name, p in sorted(choice.items()) if p.kind != "none"}
         key = digest(["scores", VERSION, self.part_key(part), quantizer.name, real])
-        found = self.store.arrays("scores", key)
-        if found is None:
+
+        def make() -> dict[str, np.ndarray]:
             if part not in self.teachers:
                 self.teachers[part] = Teacher(self.model.net, self.windows(part), own_head=True)
             with self.model.rounded(quantizer, choice):
-                scores = self.teachers[part].score(self.model.net)
-            found = self.store.arrays("scores", key, scores.arrays)
+                return self.teachers[part].score(self.model.net).arrays()
+
+        found = self.store.arrays("scores", key, make)
         assert found is not None
         return Scores(**found)
 
@@ -171,6 +178,7 @@ class Choices:
     groups: tuple[tuple[str, ...], ...]
     columns: tuple[str, ...]
     fitted: dict[tuple[str, str], Precision]
+    allowed: np.ndarray | None = None  # bool [G, P]; None: everything
 
     def choice(self, assignment: np.ndarray) -> dict[str, Precision]:
         """Column index per group -> precision per layer."""
@@ -188,7 +196,9 @@ def choices(config: Optimize, inventory: Inventory) -> Choices:
     if config.runtime.experts not in ("tensor", "block"):
         raise ConfigError(f"runtime.experts is tensor or block, not {config.runtime.experts!r}.")
     groups = fuse(scope, config.runtime.fused, config.runtime.experts)
-    return Choices(scope, groups, tuple(p.name for p in palette), fitted)
+    columns = tuple(p.name for p in palette)
+    left = policy.allowed(config.policy, scope, groups, columns, fitted)
+    return Choices(scope, groups, columns, fitted, left)
 
 
 def measure_table(bench: Bench, config: Optimize, chosen: Choices) -> Table:

@@ -10,6 +10,7 @@ from optimizer.data import Data
 from optimizer.errors import ConfigError
 from optimizer.layer import Precision
 from optimizer.plan import Budget
+from optimizer.policy import Policy
 from optimizer.search import Search
 from optimizer.sensitivity import Sensitivity
 
@@ -96,6 +97,22 @@ class Proof:
 
 
 @dataclass(kw_only=True)
+class Wandb:
+    """Where a run is recorded besides its folder. mode: `offline` (files that `wandb sync` sends
+    later), `online` or `off`. group: None puts the jobs of a sweep together."""
+
+    mode: str = "offline"
+    project: str = "mezzotint"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        if self.mode not in ("offline", "online", "off"):
+            raise ConfigError(f"wandb.mode is offline, online or off, not {self.mode!r}.")
+
+
+@dataclass(kw_only=True)
 class Optimize:
     """`mezzotint optimize`."""
 
@@ -104,12 +121,14 @@ class Optimize:
     scope: Any = field(default_factory=lambda: ["blocks"])
     budget: Budget = field(default_factory=Budget)
     palette: Palette = field(default_factory=Palette)
+    policy: Policy = field(default_factory=Policy)
     runtime: Runtime = field(default_factory=Runtime)
     quantizer: Quantizer = field(default_factory=Quantizer)
     data: Data = field(default_factory=Data)
     sensitivity: Sensitivity = field(default_factory=Sensitivity)
     search: Search = field(default_factory=Search)
     proof: Proof = field(default_factory=Proof)
+    wandb: Wandb = field(default_factory=Wandb)
     seed: int = 0
     device: str = "cpu"
     store: str = "~/.cache/mezzotint"
@@ -125,9 +144,11 @@ class Optimize:
         """What can be wrong before anything is loaded."""
         self.budget.check()
         self.palette.precisions()
+        self.policy.check()
         self.quantizer.check()
         self.search.check()
         self.proof.check()
+        self.wandb.check()
         self.sensitivity.check(self.data.calibration.sequences)
         self.data.check(None)
         _ = self.scopes
@@ -155,7 +176,35 @@ class Evaluate:
     store: str = "~/.cache/mezzotint"
 
 
-COMMANDS: dict[str, type[Any]] = {"optimize": Optimize, "apply": Apply, "evaluate": Evaluate}
+@dataclass(kw_only=True)
+class Fit:
+    """`mezzotint fit`. plan: a plan.json or a run's folder. budget: a machine, and the context,
+    batch and cache precision that are meant. loss: look for the smallest plan of the front with at
+    most this KL. more: memory whose worth is asked for."""
+
+    plan: str
+    budget: Budget = field(default_factory=Budget)
+    loss: float | None = None
+    more: str | None = "1GiB"
+
+    def check(self) -> None:
+        if self.budget.memory is not None:
+            self.budget.check()
+        elif self.budget.given:
+            raise ConfigError(
+                "`mezzotint fit` asks about machines: give budget=NAME or budget.memory=12GiB, not "
+                f"budget.{next(iter(self.budget.given))}."
+            )
+        if self.loss is not None and not self.loss >= 0:
+            raise ConfigError(f"loss is a KL in nats per token, 0 or more, not {self.loss}.")
+
+
+COMMANDS: dict[str, type[Any]] = {
+    "optimize": Optimize,
+    "apply": Apply,
+    "evaluate": Evaluate,
+    "fit": Fit,
+}
 
 
 def register() -> None:

@@ -6,20 +6,23 @@ a measured model costs seconds. No Hydra, no printing.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimizer import search
+from optimizer import memory, page, search
 from optimizer.bench import Bench, Choices, View, choices, make_quantizer, measure_table
 from optimizer.config import Optimize
+from optimizer.errors import ModelError
 from optimizer.layer import Inventory, Precision
-from optimizer.plan import Plan, assemble, digest, stored_bytes
+from optimizer.plan import Budget, Plan, assemble, identity, stored_bytes
+from optimizer.run import Run, Scale, chosen_point, overrides, run_key
 from optimizer.search import Problem, exact
 from optimizer.sensitivity import Table
 from optimizer.store import write_atomically
@@ -39,6 +42,8 @@ class Row:
     bits: float
     predicted: float
     measured: float
+    measures: dict[str, dict[str, float]]
+    assignment: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -51,35 +56,108 @@ class Outcome:
     prediction: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    run: Run | None = None
 
 
 def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
-    """The main job: measure, allocate, plan, prove. Writes plan.json, front.csv, measured.csv and
-    certificate.json to `out`."""
+    """The main job: measure, allocate, plan, prove. Writes plan.json, front.csv, measured.csv,
+    run.json and report.html to `out`."""
     begun = time.monotonic()
     view = view or View()
     config.check()
     bench = Bench(config.model, config.revision, config.data, config.store, config.device, view)
     chosen = choices(config, bench.inventory)
     blank = np.zeros((len(chosen.groups), len(chosen.columns)))
-    _pose(config, bench.inventory, chosen, blank)  # an impossible budget ends here
+    budget, room = _room(config, bench, chosen)
+    if room:
+        view.note(room)
+    sized = replace(config, budget=budget)
+    _pose(sized, bench.inventory, chosen, blank)  # an impossible budget ends here
     write_atomically(out / "plan.json", b"{}\n")  # an unwritable folder ends here
     (out / "plan.json").unlink()
     table = measure_table(bench, config, chosen)
-    problem = _pose(config, bench.inventory, chosen, table.loss)
+    problem = _pose(sized, bench.inventory, chosen, table.loss)
     notes: list[str] = []
     assignment = _allocate(config, problem, notes)
     refined = _refine(bench, config, chosen, table, problem, assignment)
     if refined is not None:
         notes.append(_gain(refined))
         assignment = refined.assignment
+    notes += _policy_note(config, problem, assignment)
     plan = _plan(bench, config, chosen, table, assignment)
     files = {"plan": plan.save(out / "plan.json"), "front": _front(problem, out / "front.csv")}
     view.note(f"wrote {files['plan']}")
     outcome = Outcome(plan, files, notes=notes)
     if config.proof.certify:
         outcome = prove(bench, config, chosen, table, problem, assignment, outcome, out)
-    return replace(outcome, seconds=time.monotonic() - begun)
+    outcome = replace(outcome, seconds=time.monotonic() - begun)
+    return _publish(bench, config, chosen, problem, outcome, out)
+
+
+def _room(config: Optimize, bench: Bench, chosen: Choices) -> tuple[Budget, str]:
+    """A machine's memory as bytes of weights, and the sum in words."""
+    if config.budget.memory is None:
+        return config.budget, ""
+    free = np.ones((len(chosen.groups), len(chosen.columns)), dtype=bool)
+    free = free if chosen.allowed is None else chosen.allowed
+    left = {
+        name: np.flatnonzero(row)
+        for group, row in zip(chosen.groups, free, strict=True)
+        for name in group
+    }
+    smallest = {
+        layer.name: min(
+            (chosen.fitted[layer.name, chosen.columns[c]] for c in left[layer.name]),
+            key=lambda precision: precision.bytes(layer.rows, layer.cols),
+        )
+        for layer in chosen.scope
+    }
+    least = stored_bytes(bench.inventory, smallest)["total"] + 8 * len(chosen.scope)
+    largest = max(layer.weights for layer in chosen.scope)
+    shape = memory.geometry(bench.config)
+    return memory.resolve(config.budget, shape, config.runtime.name, least, largest)
+
+
+def _geometry(bench: Bench) -> dict[str, Any]:
+    """For `mezzotint fit`; empty where the memory model doesn't know the architecture."""
+    try:
+        return asdict(memory.geometry(bench.config))
+    except ModelError:
+        return {}
+
+
+def _publish(
+    bench: Bench, config: Optimize, chosen: Choices, problem: Problem, outcome: Outcome, out: Path
+) -> Outcome:
+    """What a person looks at afterwards: run.json, and the page that is made from it."""
+    fingerprint, settings = bench.source.fingerprint, asdict(config)
+    scale = Scale.of(bench.inventory, chosen, fingerprint, asdict(config.quantizer))
+    measured = tuple(
+        scale.point(
+            row.name, row.assignment, row.predicted, measured=row.measured, measures=row.measures
+        )
+        for row in outcome.measured
+    )
+    run = Run(
+        model=bench.source.name,
+        key=run_key(settings, fingerprint),
+        columns=_palette(chosen),
+        groups=chosen.groups,
+        chosen=chosen_point(scale, outcome.plan, measured),
+        front=scale.front(problem, FRONT_ROWS),
+        measured=measured,
+        prediction=outcome.prediction,
+        notes=tuple(outcome.notes),
+        config=settings,
+        seconds=outcome.seconds,
+    )
+    files = outcome.files | {"run": run.save(out), "report": page.write(out)}
+    return replace(outcome, files=files, run=run)
+
+
+def _palette(chosen: Choices) -> dict[str, Precision]:
+    """Column name -> the precision as most layers have it (`fit=nearest` adapts some)."""
+    return {column: chosen.fitted[chosen.groups[0][0], column] for column in chosen.columns}
 
 
 def _pose(config: Optimize, inventory: Inventory, chosen: Choices, loss: np.ndarray) -> Problem:
@@ -91,14 +169,17 @@ def _pose(config: Optimize, inventory: Inventory, chosen: Choices, loss: np.ndar
         chosen.fitted,
         loss,
         config.budget,
+        chosen.allowed,
     )
 
 
 def _allocate(config: Optimize, problem: Problem, notes: list[str]) -> np.ndarray:
-    largest = problem.uniform(int(problem.order[-1]))
+    largest = problem.largest
     if problem.fits(largest):
-        name = problem.columns[int(problem.order[-1])]
+        name = problem.columns[int(largest[0])]
         what = "the reference itself" if name == "none" else f"{name} everywhere"
+        if len(set(largest)) > 1:
+            what = "the largest that the policy allows"
         notes.append(
             f"The budget of {config.budget.text} is above the largest plan of this palette, so "
             f"the plan is {what}."
@@ -116,7 +197,7 @@ def _refine(
     start: np.ndarray,
 ) -> Refined | None:
     """The searched plan, or None where there is nothing to search."""
-    if config.search.space == "exact" or problem.fits(problem.uniform(int(problem.order[-1]))):
+    if config.search.space == "exact" or problem.fits(problem.largest):
         return None
     from optimizer.refine import refine
 
@@ -131,6 +212,21 @@ def _gain(refined: Refined) -> str:
         f"search text that it hadn't used, KL went from {start:.4f} (the table's optimum) to "
         f"{choice:.4f}."
     )
+
+
+def _policy_note(config: Optimize, problem: Problem, assignment: np.ndarray) -> list[str]:
+    """What the policy cost against a free plan of the same bytes, by the table."""
+    if problem.free.all():
+        return []
+    limit = problem.sizes(assignment)
+    rival = exact.solve(replace(problem, allowed=None, limit=limit))
+    own, free = problem.losses(assignment), problem.losses(rival)
+    pins = f" with {len(config.policy.pins)} pins" if config.policy.pins else ""
+    return [
+        f"policy={config.policy.name}{pins}: predicted KL {own:.4f}; the free plan of the same "
+        f"bytes has {free:.4f}, so the policy costs {own - free:.4f} ({own / max(free, 1e-12):.3g} "
+        "times), by the table."
+    ]
 
 
 def _plan(
@@ -149,19 +245,15 @@ def _plan(
         runtime=config.runtime.name,
         quantizer=asdict(config.quantizer),
         predicted={"kl": kl, "stderr": error, "estimator": config.sensitivity.estimator},
-        budget={k: v for k, v in asdict(config.budget).items() if v is not None},
+        budget=config.budget.asked,
         provenance={
-            "command": _command(config),
+            "command": shlex.join(["mezzotint", "optimize", *overrides(asdict(config))]),
             "seed": config.seed,
             "data": asdict(config.data),
+            "geometry": _geometry(bench),
             "versions": versions(),
         },
     )
-
-
-def _command(config: Optimize) -> str:
-    budget = next((f"budget.{k}={v}" for k, v in asdict(config.budget).items() if v), "")
-    return f"mezzotint optimize model={config.model} {budget} data={config.data.source}"
 
 
 def versions() -> dict[str, str]:
@@ -220,7 +312,7 @@ def prove(
         found[name] = certificate.Candidate(name, stored, problem.sizes(held[name]), scores)
     notes = list(outcome.notes)
     uniforms = [c for n, c in found.items() if n in problem.columns]
-    fitting = [c for c in uniforms if problem.fits(held[c.name])]
+    fitting = [c for c in uniforms if _may_be(held[c.name], problem)]
     best = min(fitting, key=lambda c: c.scores.mean_kl, default=None)
     winner = "plan"
     if best is not None and best.scores.mean_kl <= found["plan"].scores.mean_kl:
@@ -243,6 +335,10 @@ def prove(
     }
     quality = _quality(rows)
     return replace(outcome, plan=plan, files=files, measured=rows, prediction=quality, notes=notes)
+
+
+def _may_be(assignment: np.ndarray, problem: Problem) -> bool:
+    return problem.fits(assignment) and problem.allows(assignment)
 
 
 def _rivals(config: Optimize, problem: Problem) -> dict[str, np.ndarray]:
@@ -285,16 +381,23 @@ def _check_prediction(
     problem: Problem,
     plans: Mapping[str, np.ndarray],
 ) -> list[Row]:
+    from optimizer import certificate
+
     quantizer = make_quantizer(config.quantizer)
     weights = problem.weights.sum()
     rows = []
     for name in bench.view.track(list(plans), "measuring plans"):
         choice = chosen.choice(plans[name])
         size = sum(choice[x.name].bytes(x.rows, x.cols) for x in chosen.scope)
-        measured = bench.score(choice, "check", quantizer).mean_kl
-        key = digest(sorted((k, p.name) for k, p in choice.items()))[:12]
-        predicted = table.predict(plans[name])[0]
-        rows.append(Row(name, key, 8 * size / float(weights), predicted, measured))
+        scores = bench.score(choice, "check", quantizer)
+        counts = certificate.resamples(scores.documents, np.random.default_rng([config.seed, 78]))
+        measures = {k: asdict(v) for k, v in certificate.describe(scores, counts).items()}
+        layers = {x.name: "none" for x in bench.inventory.layers}
+        layers |= {k: precision.name for k, precision in choice.items()}
+        key = identity(bench.source.fingerprint, asdict(config.quantizer), layers)
+        predicted, measured = table.predict(plans[name])[0], scores.mean_kl
+        bits = 8 * size / float(weights)
+        rows.append(Row(name, key, bits, predicted, measured, measures, plans[name]))
     return rows
 
 

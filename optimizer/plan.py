@@ -37,36 +37,74 @@ def parse_size(text: str | int) -> int:
 
 @dataclass(kw_only=True)
 class Budget:
-    """What the plan must fit in; exactly one of the three is given.
+    """What the plan must fit in; exactly one of the first four is given.
 
     bits: average bits per weight in scope, scales and zero points counted.
     code_bits: average bits per weight in scope, codes alone.
     size: the whole weight file, untouched tensors and header counted, e.g. `80MiB`.
+    memory: a machine's memory, of which the share `usable` is for a program; what the cache (of
+        `batch` sequences of `context` tokens at `kv` bits), activations and the runtime take is
+        subtracted (optimizer.memory). overhead: replaces the runtime's own estimate.
+    machine: gpu, apple or cpu. device, source: what it is called and where that is known from.
     """
 
     bits: float | None = None
     code_bits: float | None = None
     size: str | None = None
+    memory: str | None = None
+    usable: float = 1.0
+    context: int = 4096
+    batch: int = 1
+    kv: int = 16
+    overhead: str | None = None
+    machine: str = "gpu"
+    device: str | None = None
+    source: str | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Which of the four are given."""
+        four = {k: getattr(self, k) for k in ("bits", "code_bits", "size", "memory")}
+        return {k: v for k, v in four.items() if v is not None}
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What determines the bytes, for a plan's own record."""
+        if self.memory is None:
+            return self.given
+        return {k: v for k, v in asdict(self).items() if v is not None}
 
     def check(self) -> None:
-        given = {k: v for k, v in asdict(self).items() if v is not None}
+        given = self.given
         if len(given) != 1:
             found = ", ".join(f"budget.{k}={v}" for k, v in given.items()) or "none"
             raise ConfigError(
-                f"Exactly one of budget.bits, budget.code_bits and budget.size is needed; found "
-                f"{found}. For example: budget.bits=4.5"
+                f"Exactly one of budget.bits, budget.code_bits, budget.size and a machine's "
+                f"memory (budget=NAME) is needed; found {found}. For example: budget.bits=4.5"
             )
-        value = next(iter(given.values()))
-        number = parse_size(value) if self.size is not None else float(value)
+        key, value = next(iter(given.items()))
+        number = parse_size(value) if key in ("size", "memory") else float(value)
         if not (math.isfinite(number) and number > 0):
             raise ConfigError(f"A budget is a positive number, not {value}.")
+        self._check_machine()
+
+    def _check_machine(self) -> None:
+        if self.machine not in ("gpu", "apple", "cpu"):
+            raise ConfigError(f"budget.machine is gpu, apple or cpu, not {self.machine!r}.")
+        if not 0 < self.usable <= 1:
+            raise ConfigError(f"budget.usable is a share above 0, at most 1, not {self.usable}.")
+        for key in ("context", "batch"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"budget.{key} is at least 1, not {getattr(self, key)}.")
+        if self.overhead is not None:
+            parse_size(self.overhead)
 
     @property
     def text(self) -> str:
         for key, unit in (("bits", "bits per weight"), ("code_bits", "code bits per weight")):
             if getattr(self, key) is not None:
                 return f"{getattr(self, key):g} {unit}"
-        return str(self.size)
+        return str(self.size if self.memory is None else self.device or self.memory)
 
 
 def container_bytes(entries: Iterable[tuple[str, str, Sequence[int], int]]) -> int:
@@ -152,8 +190,7 @@ class Plan:
     @property
     def id(self) -> str:
         """Twelve hex digits that depend on the model, the quantizer and the assignment only."""
-        content = [self.model.get("fingerprint"), self.quantizer, self.layers]
-        return digest(content)[:12]
+        return identity(self.model.get("fingerprint"), self.quantizer, self.layers)
 
     def to_json(self) -> dict[str, Any]:
         data = {"format": FORMAT, "version": VERSION, **{k: getattr(self, k) for k in _KEYS}}
@@ -283,6 +320,13 @@ def digest(content: Any) -> str:
     """sha256 of canonical JSON."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def identity(
+    fingerprint: str | None, quantizer: Mapping[str, Any], layers: Mapping[str, str]
+) -> str:
+    """A plan's id from what determines it; `layers` names every layer, untouched ones too."""
+    return digest([fingerprint, quantizer, layers])[:12]
 
 
 def assemble(

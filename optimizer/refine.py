@@ -83,7 +83,7 @@ def _name(bench: Bench, config: Optimize, problem: Problem) -> str:
     """The study's name: everything that two workers must agree on to share their trials."""
     content = [
         bench.part_key("calibration"), bench.part_key("search"), config.quantizer.name,
-        problem.groups, problem.columns, problem.limit, problem.unit, config.search.space,
+        problem.groups, problem.columns, problem.limit, problem.unit, problem.free.tolist(), config.search.space,
         config.seed,
     ]  # fmt: skip
     return f"mezzotint-{config.search.space}-{digest(content)[:24]}"
@@ -114,7 +114,7 @@ class Scout:
         self.slope: np.ndarray | None = None
         self.at: np.ndarray | None = None
         self.idle = 0
-        self.fallback: np.ndarray = problem.uniform(int(problem.order[0]))
+        self.fallback = problem.largest
         self.roles = [bench.model.layers[group[0]].role for group in chosen.groups]
 
     def losses(self, windows: range) -> Callable[[np.ndarray], Iterator[tuple[int, float]]]:
@@ -141,7 +141,7 @@ class Scout:
             loss[:, lowest] *= factor
             starts.append(exact.solve(replace(self.problem, loss=loss)))
         uniform = [self.problem.uniform(c) for c in range(len(self.problem.columns))]
-        fitting = [u for u in uniform if self.problem.fits(u)]
+        fitting = [u for u in uniform if self.problem.fits(u) and self.problem.allows(u)]
         starts += [max(fitting, key=self.problem.sizes)] if fitting else []
         self.fallback = start
         self.study.begin(starts)

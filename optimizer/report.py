@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,13 +20,15 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from optimizer import grid
 from optimizer.bench import View
+from optimizer.fit import Answer
 from optimizer.layer import Precision
+from optimizer.memory import mib, usable
+from optimizer.page.compare import Sweep
 from optimizer.pipeline import Outcome
 from optimizer.plan import Plan
 
-# viridis, dark to light: readable by people with any kind of colour-blindness
-COLOURS = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
 BLOCKS_PER_LINE = 32
 
 
@@ -213,16 +215,7 @@ def show(out: Console, plan: Plan) -> None:
 def heat_map(plan: Plan) -> Text:
     """Rows: kinds of layers; columns: blocks; each cell the bits, on a colour. Layers outside the
     blocks follow by name. Several layers in a cell (experts): their average."""
-    cells: dict[str, dict[int, list[Precision]]] = {}
-    rest: list[tuple[str, Precision]] = []
-    for name, precision in plan.choice.items():
-        stem = re.sub(r"\.weight$", "", name)
-        match = re.search(r"\.(\d+)\.", stem)
-        if match is None:
-            rest.append((stem, precision))
-            continue
-        role = re.sub(r"\.\d+\.", ".", stem[match.end() :])
-        cells.setdefault(role, {}).setdefault(int(match.group(1)), []).append(precision)
+    cells, rest = grid.arrange(plan.choice)
     text = Text()
     blocks = sorted({block for row in cells.values() for block in row})
     width = max([len(role) for role in cells] + [5])
@@ -232,15 +225,15 @@ def heat_map(plan: Plan) -> Text:
         for role, row in cells.items():
             text.append(f"{role:<{width}} ")
             for block in part:
-                text.append(*_cell(row.get(block, [])))
+                text.append(*_cell([plan.choice[name] for name in row.get(block, [])]))
             text.append("\n")
-    for name, precision in rest:
-        text.append(f"{name:<{width}} ")
-        text.append(*_cell([precision]))
-        text.append(f" {precision.name}\n", "dim")
+    for name in rest:
+        text.append(f"{name.removesuffix('.weight'):<{width}} ")
+        text.append(*_cell([plan.choice[name]]))
+        text.append(f" {plan.choice[name].name}\n", "dim")
     text.append("bits: ")
-    for bits in (1, 2, 3, 4, 5, 6, 8, 16):
-        text.append(f"{bits:>2}", _style(bits))
+    for bits in grid.STEPS:
+        text.append(f"{bits:>2}", _style(grid.shade(bits)))
     text.append("  (t: ternary, 16: untouched)\n", "dim")
     return text
 
@@ -248,12 +241,85 @@ def heat_map(plan: Plan) -> Text:
 def _cell(precisions: list[Precision]) -> tuple[str, str]:
     if not precisions:
         return "  ", ""
-    bits = round(sum(float(p.code_bits) for p in precisions) / len(precisions))
-    label = " t" if all(p.kind == "ternary" for p in precisions) else f"{bits:>2}"
-    return label, _style(bits)
+    text, shade = grid.label(precisions)
+    return f"{text:>2}", _style(shade)
 
 
-def _style(bits: int) -> str:
-    steps = (1, 2, 3, 4, 5, 6, 8, 16)
-    index = sum(bits > step for step in steps[:-1])
-    return f"{'white' if index < 4 else 'black'} on {COLOURS[index]}"
+def _style(shade: int) -> str:
+    return f"{'white' if shade < grid.DARK else 'black'} on {grid.COLOURS[shade]}"
+
+
+def fitting(out: Console, found: Answer) -> None:
+    """Memory line by line, and the questions that people ask."""
+    budget, need = found.budget, found.need
+    where = f" on {budget.device or budget.memory}" if budget.memory else ""
+    out.print(f"Plan {found.plan.id} with {found.plan.runtime}{where}", style="bold")
+    table = Table()
+    table.add_column("")
+    table.add_column("memory", justify="right")
+    tokens = f"{budget.context} tokens, batch {budget.batch}, {budget.kv} bits"
+    table.add_row("weights", mib(need.weights))
+    table.add_row(f"cache: {tokens}", mib(need.cache))
+    table.add_row("activations", mib(need.activations))
+    table.add_row("runtime", mib(need.runtime), end_section=True)
+    table.add_row("together", mib(need.total), style="bold")
+    if budget.memory:
+        table.add_row(
+            f"usable: {100 * budget.usable:.0f} % of {budget.memory}", mib(usable(budget))
+        )
+    out.print(table)
+    for line in _answers(found):
+        out.print(line, soft_wrap=True)
+
+
+def _answers(found: Answer) -> Iterable[str]:
+    if found.wanted is not None:
+        yield (
+            f"Smallest plan of the front with this loss: {mib(found.wanted.bytes)}, "
+            f"{found.wanted.bits:.3f} bits per weight, predicted KL {found.wanted.predicted:.4g}. "
+            f"To make it: budget.bits={found.wanted.bits + 5e-7:.6f}"
+        )
+    if found.room is not None:
+        room = f"{mib(found.room)} to spare" if found.room >= 0 else f"{mib(-found.room)} too much"
+        yield f"It {'fits' if found.room >= 0 else 'does not fit'}: {room}."
+        yield (
+            f"Longest context that fits: {found.longest} tokens per sequence"
+            f"{', all that the model was made for' if found.longest == found.made_for else ''}."
+            if found.longest
+            else "No context fits beside these weights."
+        )
+    if found.smallest:
+        names = ", ".join(f"{m.budget.device} (budget={m.name})" for m in found.smallest)
+        yield f"Smallest machine of each kind: {names}."
+    else:
+        yield "No preset is large enough."
+    if found.step is not None:
+        now, then = found.step.now, found.step.then
+        share = then.predicted / now.predicted if now.predicted else 1.0
+        gain = f"{share:.2g} times the loss" if share < 1 else "nothing more: the front ends there"
+        yield (
+            f"{mib(found.step.more)} more would buy: predicted KL {now.predicted:.3g} at "
+            f"{now.bits:.2f} bits -> {then.predicted:.3g} at {then.bits:.2f} bits, {gain}."
+        )
+
+
+def sweep(out: Console, found: Sweep, written: Path) -> None:
+    """The runs of a sweep, smallest plan first, and the jobs that didn't finish."""
+    table = Table()
+    table.add_column("job", overflow="fold")
+    for name in ("MB", "bits", "predicted KL", "held-out KL", "s"):
+        table.add_column(name, justify="right")
+    for job in found.jobs:
+        kl = job.heldout
+        table.add_row(
+            Text(job.label),
+            f"{job.plan.bytes['total'] / 1e6:.2f}",
+            f"{job.plan.effective_bits:.3f}",
+            f"{job.run.chosen.predicted:.4f}",
+            f"{kl[0]:.4f} [dim]\\[{kl[1]:.4f}, {kl[2]:.4f}][/dim]" if kl else "not measured",
+            f"{job.run.seconds:.0f}",
+        )
+    out.print(table)
+    for name, asked in found.unfinished:
+        out.print(f"Not finished: job {name} ({asked}).", style="yellow", markup=False)
+    out.print(f"Wrote {written}.", soft_wrap=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from optimizer.errors import ModelError
 from optimizer.plan import digest
-from optimizer.store import Store, unwritable
+from optimizer.store import Store, alone, unwritable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,11 +123,14 @@ def _made(store: Store, key: str, make: Callable[[Path], None]) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as draft:
+        with (
+            alone(target),
+            tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as draft,
+        ):
             inner = Path(draft) / "model"
-            with quiet():
-                make(inner)
-            if not target.exists():
+            if not target.exists():  # made while this process waited
+                with quiet():
+                    make(inner)
                 shutil.move(inner, target)
     except OSError as error:
         raise unwritable(target, error) from None

@@ -2,7 +2,9 @@
 
 An entry's key is the digest of everything that determines its value, so an entry is never
 stale and is found again by the next run, whatever that run is called. Entries are JSON or
-safetensors, never pickles. A damaged entry counts as missing.
+safetensors, never pickles. A damaged entry counts as missing. Processes that want the same entry
+at the same time make it once: the others wait for the one that holds its lock. A killed process
+loses its locks, so nothing stays locked.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,8 +69,11 @@ class Store:
             return json.loads(path.read_text(encoding="utf-8"))
         if make is None:
             return None
-        value = make()
-        write_atomically(path, json.dumps(value).encode())
+        with alone(path):
+            with suppress(OSError, ValueError):  # made while this process waited
+                return json.loads(path.read_text(encoding="utf-8"))
+            value = make()
+            write_atomically(path, json.dumps(value).encode())
         return value
 
     def arrays(
@@ -83,6 +88,26 @@ class Store:
             return load(path.read_bytes())
         if make is None:
             return None
-        value = make()
-        write_atomically(path, save(value))
+        with alone(path):
+            with suppress(OSError, SafetensorError):  # made while this process waited
+                return load(path.read_bytes())
+            value = make()
+            write_atomically(path, save(value))
         return value
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """The only process on this machine that makes the entry at `path`."""
+    from filelock import FileLock
+
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        raise unwritable(path, OSError(str(error))) from None
+    try:
+        yield
+    finally:
+        lock.release()

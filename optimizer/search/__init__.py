@@ -65,7 +65,7 @@ class Problem:
     """Choose one column per group: least total loss with total size <= limit.
 
     loss: predicted nats per token [G, P], lower is better. size: in `unit`s [G, P]; limit in the
-    same unit. code_bits [P] orders the columns. weights [G].
+    same unit. code_bits [P] orders the columns. weights [G]. allowed: what a policy leaves.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -77,6 +77,21 @@ class Problem:
     weights: np.ndarray
     blocks: tuple[int | None, ...]
     unit: str = "bytes"
+    allowed: np.ndarray | None = None
+
+    @property
+    def free(self) -> np.ndarray:
+        """Which columns a group may take, bool [G, P]."""
+        every = np.ones(self.loss.shape, dtype=bool)
+        return every if self.allowed is None else self.allowed
+
+    def allows(self, assignment: np.ndarray) -> bool:
+        return bool(self.free[np.arange(len(self.groups)), assignment].all())
+
+    @property
+    def largest(self) -> np.ndarray:
+        """The largest assignment that is allowed."""
+        return np.asarray(np.where(self.free, self.size, -1).argmax(1))
 
     def sizes(self, assignment: np.ndarray) -> float:
         return float(self.size[np.arange(len(self.groups)), assignment].sum())
@@ -104,6 +119,7 @@ def pose(
     fitted: Mapping[tuple[str, str], Precision],
     loss: np.ndarray,
     budget: Budget,
+    allowed: np.ndarray | None = None,
 ) -> Problem:
     """Turn names into arrays. Raises BudgetError if even the smallest plan is over the budget."""
     layers = {layer.name: layer for layer in scope}
@@ -128,9 +144,10 @@ def pose(
         weights,
         tuple(layers[group[0]].block for group in groups),
         "code bits" if coded else "bytes",
+        allowed,
     )
-    smallest = float(size.min(1).sum())
-    if not problem.fits(size.argmin(1)):
+    smallest = float(np.where(problem.free, size, np.inf).min(1).sum())
+    if not problem.fits(np.where(problem.free, size, np.inf).argmin(1)):
         raise BudgetError(_too_small(budget, problem, smallest))
     return problem
 
@@ -181,9 +198,11 @@ def _too_small(budget: Budget, problem: Problem, smallest: float) -> str:
         least = np.ceil(1e4 * factor * smallest / problem.weights.sum()) / 1e4
         value = f"{budget.text}; the smallest plan has {least:g}"
         remedy = f"budget.{key}={least:g}"
-    lowest = problem.columns[int(problem.order[0])]
+    lowest = f"{problem.columns[int(problem.order[0])]}, the smallest of the palette"
+    if not problem.free.all():
+        lowest = "the smallest precision that the policy and its pins allow"
     return (
-        f"A plan must fit its budget. The budget is {value}, with every layer in scope at {lowest}, "
-        f"the smallest of the palette. Set {remedy} or more, add lower precisions to palette.bits, "
+        f"A plan must fit its budget. The budget is {value}, with every layer in scope at {lowest}"
+        f". Set {remedy} or more, add lower precisions to palette.bits, "
         "or widen scope."
     )

@@ -28,7 +28,7 @@ def solve(problem: Problem) -> np.ndarray:
     result = milp(
         problem.loss.ravel() / scale,
         integrality=np.ones(groups * columns),
-        bounds=Bounds(0, 1),
+        bounds=Bounds(0, problem.free.ravel().astype(float)),
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size, -np.inf, 1.0)],
         options={"mip_rel_gap": GAP, "time_limit": SECONDS},
     )
@@ -45,7 +45,7 @@ def _shrunk(problem: Problem, assignment: np.ndarray) -> np.ndarray:
     while not problem.fits(assignment):
         saved = problem.size[rows, assignment][:, None] - problem.size
         cost = problem.loss - problem.loss[rows, assignment][:, None]
-        rate = np.where(saved > 0, cost / np.where(saved > 0, saved, 1), np.inf)
+        rate = np.where((saved > 0) & problem.free, cost / np.where(saved > 0, saved, 1), np.inf)
         group, column = np.unravel_index(int(rate.argmin()), rate.shape)
         assignment[group] = column
     return assignment
@@ -62,7 +62,7 @@ def front(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     steps: list[tuple[float, int, int]] = []
     start = np.zeros(len(problem.groups), dtype=np.int64)
     for group, (size, loss) in enumerate(zip(problem.size, problem.loss, strict=True)):
-        hull = _hull(size, loss)
+        hull = _hull(size, loss, np.flatnonzero(problem.free[group]))
         start[group] = hull[0]
         for a, b in pairwise(hull):
             steps.append((-(loss[a] - loss[b]) / (size[b] - size[a]), group, b))
@@ -75,10 +75,10 @@ def front(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return sizes, problem.loss[rows, assignments].sum(1), assignments
 
 
-def _hull(size: np.ndarray, loss: np.ndarray) -> list[int]:
-    """Columns on the lower convex hull of (size, loss), sizes rising and losses falling."""
+def _hull(size: np.ndarray, loss: np.ndarray, columns: np.ndarray) -> list[int]:
+    """Those of `columns` on the lower convex hull of (size, loss): sizes rise, losses fall."""
     hull: list[int] = []
-    for column in np.lexsort((loss, size)):
+    for column in columns[np.lexsort((loss[columns], size[columns]))]:
         if hull and loss[column] >= loss[hull[-1]]:
             continue
         while len(hull) > 1:
@@ -106,24 +106,26 @@ def first_last_high(problem: Problem) -> np.ndarray | None:
 
 
 def random_plan(problem: Problem, rng: np.random.Generator) -> np.ndarray:
-    """A random assignment that uses its budget: columns drawn at random, then single groups
-    stepped down or up at random until nothing more fits."""
-    order = problem.order
-    rank = rng.integers(len(order), size=len(problem.groups))
+    """A random assignment that uses its budget: allowed columns drawn at random, then single
+    groups stepped down or up at random until nothing more fits."""
+    order, counts = problem.order, problem.free.sum(1)
+    # [G, P]: a group's allowed columns from the smallest to the largest, then the others
+    order = order[np.argsort(~problem.free[:, order], axis=1, kind="stable")]
+    rank = rng.integers(order.shape[1], size=len(problem.groups)) % counts
     rows = np.arange(len(rank))
-    sizes = problem.size[:, order]
+    sizes = np.take_along_axis(problem.size, order, 1)
     total = sizes[rows, rank].sum()
     while total > problem.limit:
         group = rng.choice(np.flatnonzero(rank > 0))
         total += sizes[group, rank[group] - 1] - sizes[group, rank[group]]
         rank[group] -= 1
     for group in rng.permutation(len(rank)):
-        while rank[group] + 1 < len(order):
+        while rank[group] + 1 < counts[group]:
             step = sizes[group, rank[group] + 1] - sizes[group, rank[group]]
             if total + step > problem.limit:
                 break
             total, rank[group] = total + step, rank[group] + 1
-    return order[rank]
+    return np.asarray(order[rows, rank])
 
 
 def solve_near(problem: Problem, start: np.ndarray, most: int, frozen: np.ndarray) -> np.ndarray:
@@ -132,7 +134,7 @@ def solve_near(problem: Problem, start: np.ndarray, most: int, frozen: np.ndarra
     rows = np.arange(groups)
     moved = np.ones((groups, columns))
     moved[rows, start] = 0
-    upper = np.ones((groups, columns))
+    upper = problem.free.astype(float)
     upper[frozen] = 0
     upper[rows, start] = 1
     one_each = sparse.kron(sparse.eye(groups), np.ones((1, columns)))
@@ -157,13 +159,16 @@ def solve_near(problem: Problem, start: np.ndarray, most: int, frozen: np.ndarra
 def repaired(problem: Problem, assignment: np.ndarray) -> np.ndarray:
     """Any assignment -> one that fits and uses its budget: steps down where the table loses least
     per byte, then up where it gains most, while something fits."""
-    assignment = _shrunk(problem, assignment)
     rows = np.arange(len(assignment))
+    banned = ~problem.free[rows, assignment]
+    smallest = np.where(problem.free, problem.size, np.inf).argmin(1)
+    assignment = _shrunk(problem, np.where(banned, smallest, assignment))
     room = problem.limit - problem.sizes(assignment)
     while True:
         extra = problem.size - problem.size[rows, assignment][:, None]
         gain = problem.loss[rows, assignment][:, None] - problem.loss
-        rate = np.where((extra > 0) & (extra <= room) & (gain > 0), gain / np.maximum(extra, 1), 0)
+        usable = (extra > 0) & (extra <= room) & (gain > 0) & problem.free
+        rate = np.where(usable, gain / np.maximum(extra, 1), 0)
         group, column = np.unravel_index(int(rate.argmax()), rate.shape)
         if rate[group, column] <= 0:
             return assignment

@@ -1,0 +1,304 @@
+"""The sections of the page: facts of a plan and a run -> HTML. Everything that isn't a literal
+goes through `escape`.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+from html import escape
+from typing import Any
+
+from optimizer import grid
+from optimizer.layer import Precision
+from optimizer.page import chart
+from optimizer.plan import Plan
+from optimizer.run import Point, Run, overrides
+
+EXPERTS = 6  # experts of a cell that are named; the rest is counted
+
+
+def head(plan: Plan, run: Run) -> str:
+    """Title, verdict and the few numbers that matter."""
+    proof = plan.certificate
+    if proof:
+        kl = proof["rows"][0]["kl"]
+        loss = (
+            f"{kl['value']:.4f}",
+            f"KL on held-out text, 95 %: {kl['low']:.4f} to {kl['high']:.4f}",
+        )
+    else:
+        loss = (f"{plan.predicted['kl']:.4f}", "KL, predicted only; not measured on held-out text")
+    facts = [
+        (chart.size(plan.bytes["total"]), "whole weight file"),
+        (f"{plan.effective_bits:.3f}", "bits per weight in scope, scales counted"),
+        loss,
+    ]
+    if "spearman" in run.prediction:
+        count = int(run.prediction["plans"])
+        facts.append(
+            (f"{run.prediction['spearman']:.3f}", f"rank correlation of prediction, {count} plans")
+        )
+    cells = "".join(f"<div><dt>{escape(b)}</dt><dd>{escape(a)}</dd></div>" for a, b in facts)
+    verdict = proof.get("verdict", "No certificate: nothing was measured on held-out text.")
+    notes = "".join(f'<p class="note"><b>Note:</b> {escape(note)}</p>' for note in run.notes)
+    return (
+        f"<header><p class=over>Mezzotint report</p><h1>{escape(run.model)}</h1>"
+        f"<p class=verdict>{escape(verdict)}</p><dl class=facts>{cells}</dl>{notes}</header>"
+    )
+
+
+LEGEND = {
+    "chosen": "the chosen plan",
+    "front": "predicted front",
+    "uniform": "uniform plans",
+    "random": "random plans",
+    "baseline": "other baselines",
+}
+
+
+def front(plan: Plan, run: Run) -> str:  # noqa: ARG001
+    roles = {role for _, role in chart.shown(run)}
+    keys = "".join(
+        f'<li><svg viewBox="-12 -12 24 24" aria-hidden="true">{chart.mark(role)}</svg>{text}</li>'
+        for role, text in LEGEND.items()
+        if role in roles
+    )
+    return (
+        f"<ul class=legend>{keys}</ul>{chart.front(run)}"
+        "<p class=hint>The front is the table's prediction; marks are measured on search documents "
+        "where a plan was measured. KL says how far the quantized model's next-token distribution "
+        "moved from the reference's: 0 is no change. <span class=script>Point at a plan to read it; "
+        "click it to see its heat map.</span></p>"
+        f"{_measured_table(run)}"
+    )
+
+
+def _measured_table(run: Run) -> str:
+    shown = chart.shown(run)
+    rows = [(i, p, role) for i, (p, role) in enumerate(shown) if role not in ("front", "random")]
+    head = "".join(
+        f"<th scope=col>{name}</th>"
+        for name in ("plan", "size", "bits", "predicted KL", "measured KL")
+    )
+    body = "".join(_measured_row(i, point, role) for i, point, role in rows)
+    hidden = sum(role == "random" for _, role in shown)
+    note = f"<p class=hint>{hidden} random plans are in the chart and in measured.csv.</p>"
+    return (
+        f"<details><summary>The measured plans as a table</summary><div class=wide><table><thead>"
+        f"<tr>{head}<th scope=col class=script>heat map</th></tr></thead><tbody>{body}</tbody>"
+        f"</table></div>{note if hidden else ''}</details>"
+    )
+
+
+def _measured_row(index: int, point: Point, role: str) -> str:
+    measured = "" if point.measured is None else chart.loss(point.measured)
+    kl = point.measures.get("kl")
+    if kl:
+        measured += f" <small>[{chart.loss(kl['low'])}, {chart.loss(kl['high'])}]</small>"
+    name = "chosen plan" if role == "chosen" else point.name
+    cells = (chart.size(point.bytes), f"{point.bits:.3f}", chart.loss(point.predicted))
+    numbers = "".join(f"<td>{cell}</td>" for cell in cells)
+    button = (
+        f'<button type=button data-show="{index}" aria-label="Show {escape(name)}">show</button>'
+    )
+    return (
+        f"<tr><th scope=row>{escape(name)}</th>{numbers}<td>{measured}</td>"
+        f"<td class=script>{button}</td></tr>"
+    )
+
+
+# ---------------------------------------------------------------- heat map
+
+
+def heat(plan: Plan, run: Run) -> str:
+    group = {name: i for i, names in enumerate(run.groups) for name in names}
+    keys = "".join(f'<span class="cell h{grid.shade(bits)}">{bits}</span>' for bits in grid.STEPS)
+    return (
+        f"<p id=shown aria-live=polite>Shown: the chosen plan.</p>{heat_table(plan, group)}"
+        f"<p class=hint>Bits per weight: {keys} (t: ternary, 16: untouched). Rows are kinds of "
+        "layers, columns are blocks from the input on the left to the output on the right.</p>"
+    )
+
+
+def heat_table(plan: Plan, group: Mapping[str, int]) -> str:
+    """Kinds of layers x blocks. group: layer name -> index in `layers`, for the script."""
+    choice = plan.choice
+    cells, rest = grid.arrange(choice)
+    blocks = sorted({block for row in cells.values() for block in row})
+    head = "".join(f"<th scope=col>{block}</th>" for block in blocks)
+    rows = []
+    for kind, row in cells.items():
+        found = "".join(_heat_cell(row.get(block, []), choice, group) for block in blocks)
+        rows.append(f"<tr><th scope=row>{escape(kind)}</th>{found}</tr>")
+    for name in rest:
+        cell = _heat_cell([name], choice, group)
+        rows.append(f"<tr><th scope=row>{escape(name.removesuffix('.weight'))}</th>{cell}</tr>")
+    return (
+        "<div class=wide><table class=heat><caption>Bits of each layer</caption><thead><tr>"
+        f"<th scope=col>block</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _heat_cell(names: list[str], choice: Mapping[str, Precision], group: Mapping[str, int]) -> str:
+    if not names:
+        return "<td></td>"
+    text, shade = grid.label([choice[name] for name in names])
+    kinds = list(dict.fromkeys(choice[name].name for name in names))
+    title = names[0] if len(names) == 1 else f"{len(names)} layers like {names[0]}"
+    title += ": " + ", ".join(kinds[:EXPERTS])
+    known = [str(group[name]) for name in names if name in group]
+    own = f' data-g="{",".join(dict.fromkeys(known))}"' if len(known) == len(names) else ""
+    return f'<td class="h{shade}" title="{escape(title)}"{own}>{text}</td>'
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def prediction(run: Run) -> str:
+    found = run.prediction
+    if not any(point.measured is not None for point in run.measured):
+        return "<p>No plan was measured in this run (proof.certify=false).</p>"
+    words = "Each mark is a plan; on the dashed line the table foretold its loss exactly."
+    if "spearman" in found:
+        words += (
+            f" Over {found['plans']:.0f} plans the rank correlation is {found['spearman']:.3f}: 1 "
+            f"would mean that the table orders all plans rightly. Measured over predicted is "
+            f"{found['calibration']:.2f} in the median"
+        )
+        own = found.get("calibration_plan")
+        words += "." if own is None else f" and {own:.2f} for the chosen plan."
+    return f"{chart.prediction(run)}<p class=hint>{words}</p>"
+
+
+def bytes_table(plan: Plan) -> str:
+    """Kinds of layers by their bytes in the packed file, largest first."""
+    sizes: dict[str, list[float]] = {}
+    cells, rest = grid.arrange(plan.layers)
+    kinds = {kind: [n for names in row.values() for n in names] for kind, row in cells.items()}
+    kinds |= {name.removesuffix(".weight"): [name] for name in rest}
+    for kind, names in kinds.items():
+        stored = sum(plan.choice[name].bytes(*plan.shapes[name]) for name in names)
+        weights = sum(rows * cols for rows, cols in (plan.shapes[name] for name in names))
+        sizes[kind] = [stored, 8 * stored / weights]
+    known = sum(stored for stored, _ in sizes.values())
+    tensors = plan.bytes["quantized"] + plan.bytes.get("untouched", 0)
+    order = sorted(sizes.items(), key=lambda item: -item[1][0])
+    rows = [(kind, stored, f"{bits:.2f}") for kind, (stored, bits) in order]
+    rows += [("norms, biases and other tensors", tensors - known, "")]
+    rows += [("the file's header", plan.bytes.get("container", 0), "")]
+    total = plan.bytes["total"]
+    body = "".join(_bytes_row(name, stored, bits, total) for name, stored, bits in rows)
+    return (
+        "<div class=wide><table class=bytes><thead><tr><th scope=col>layers</th><th scope=col>bytes"
+        "</th><th scope=col>share</th><th scope=col>bits per weight</th></tr></thead>"
+        f"<tbody>{body}</tbody><tfoot><tr><th scope=row>total</th><td>{total}</td><td>100 %</td>"
+        "<td></td></tr></tfoot></table></div>"
+    )
+
+
+def _bytes_row(name: str, stored: float, bits: str, total: int) -> str:
+    share = 100 * stored / total
+    bar = f'<span class=bar style="width:{share:.1f}%"></span>'
+    return (
+        f"<tr><th scope=row>{escape(name)}</th><td>{stored:.0f}</td>"
+        f"<td class=share>{bar}<span>{share:.1f} %</span></td><td>{bits}</td></tr>"
+    )
+
+
+# ---------------------------------------------------------------- certificate
+
+
+MEASURES = {
+    "kl": ("KL", "{:.4f}", 1),
+    "kl_p99": ("KL, worst 1 %", "{:.3f}", 1),
+    "flips": ("other top token, %", "{:.1f}", 100),
+    "ear": ("EAR", "{:.4f}", 1),
+    "perplexity": ("perplexity", "{:.3f}", 1),
+}
+
+
+def certificate(plan: Plan) -> str:
+    proof = plan.certificate
+    if not proof:
+        return (
+            "<p>Nothing was measured on held-out text, so nothing is claimed. Run without "
+            "proof.certify=false to get a certificate.</p>"
+        )
+    own = proof["rows"][0]
+    words = (
+        f"The plan was compared with the reference on {proof['documents']} documents "
+        f"({proof['tokens']} tokens) that were not used to make it. Per token, its predictions move "
+        f"by {own['kl']['value']:.4f} nats on average and by {own['kl_p99']['value']:.3f} or more at "
+        f"the worst 1 % of tokens. At {100 * own['flips']['value']:.1f} % of tokens it finds "
+        f"another token most likely. Its perplexity is {own['perplexity']['value']:.3f}, the "
+        f"reference's {own['perplexity_reference']['value']:.3f}."
+    )
+    names = {key: value for key, value in MEASURES.items() if key in own}
+    head = "".join(f"<th scope=col>{title}</th>" for title, _, _ in names.values())
+    body = "".join(_proof_row(row, names) for row in proof["rows"])
+    between = proof["versus"].get("line")
+    line = ""
+    if between:
+        line = (
+            f"<p>At exactly the plan's bytes, a straight {escape(between['name'])} would give a KL "
+            f"of {between['kl']:.4f}; the plan has {between['ratio']['value']:.2f} times that.</p>"
+        )
+    return (
+        f"<p><b>{escape(proof['verdict'])}</b></p><p>{words}</p>{line}<div class=wide><table>"
+        f"<caption>{escape(proof['interval'])} in brackets</caption><thead><tr><th scope=col>plan"
+        f"</th><th scope=col>size</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        "<p class=hint>Lower is better, except EAR: the share of probability that both models agree "
+        "on. &ldquo;plan&rdquo; is the chosen one.</p>"
+    )
+
+
+def _proof_row(row: Mapping[str, Any], names: Mapping[str, tuple[str, str, int]]) -> str:
+    cells = [f"<td>{chart.size(row['bytes'])}</td>"]
+    for key, (_, pattern, factor) in names.items():
+        value, low, high = (pattern.format(factor * row[key][k]) for k in ("value", "low", "high"))
+        cells.append(f"<td>{value} <small>[{low}, {high}]</small></td>")
+    own = ' class="own"' if row["name"] == "plan" else ""
+    return f"<tr{own}><th scope=row>{escape(str(row['name']))}</th>{''.join(cells)}</tr>"
+
+
+# ---------------------------------------------------------------- reproduce
+
+
+def reproduce(plan: Plan, run: Run) -> str:
+    command = shlex.join(["mezzotint", "optimize", *overrides(run.config)])
+    origin = plan.provenance
+    rows = [
+        ("model", f"{run.model}, {plan.model.get('fingerprint', '')}"),
+        ("plan", plan.id),
+        ("run", run.key),
+        ("seeds", f"search {run.config.get('seed')}, data {_data_seed(run)}"),
+        ("text", _text(run)),
+        ("quantizer", str(plan.quantizer.get("name"))),
+        ("table", str(plan.predicted.get("estimator", ""))),
+        ("versions", ", ".join(f"{k} {v}" for k, v in origin.get("versions", {}).items())),
+        ("time", f"{run.seconds:.0f} s, with what the store already held"),
+    ]
+    return (
+        f"<pre tabindex=0><code>{escape(command)}</code></pre>"
+        "<p>Then pack and measure it:</p><pre tabindex=0><code>mezzotint apply plan.json out=packed"
+        "\nmezzotint evaluate model=packed</code></pre>" + _facts(rows)
+    )
+
+
+def _facts(rows: Iterable[tuple[str, str]]) -> str:
+    body = "".join(
+        f"<tr><th scope=row>{name}</th><td>{escape(value)}</td></tr>" for name, value in rows
+    )
+    return f"<div class=wide><table class=plain><tbody>{body}</tbody></table></div>"
+
+
+def _data_seed(run: Run) -> Any:
+    return run.config.get("data", {}).get("seed")
+
+
+def _text(run: Run) -> str:
+    data = run.config.get("data", {})
+    if data.get("source") == "self":
+        return "sampled from the reference itself"
+    return f"{data.get('source')}: {data.get('path')}"

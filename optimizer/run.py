@@ -1,0 +1,252 @@
+"""What a run leaves behind besides its plan: the front, the measured plans, how it was asked.
+
+`run.json` holds everything that the page and the records draw, so both can be made again without
+the model. Plans are named by `layers`: one letter per group, chr(48 + column).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optimizer.errors import PlanError
+from optimizer.layer import Inventory, Precision
+from optimizer.plan import Plan, digest, identity, stored_bytes
+from optimizer.store import write_atomically
+
+if TYPE_CHECKING:
+    from optimizer.bench import Choices
+    from optimizer.search import Problem
+
+FORMAT, VERSION = "mezzotint-run", 1
+FILE = "run.json"
+LETTERS = 400_000  # groups times front rows that are kept: half a megabyte
+FIRST = 48  # "0"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A plan in the plane of bytes and loss.
+
+    bytes: of the tensors, headers not counted, as in the certificate. bits: per weight in scope,
+    scales counted. predicted, measured: mean KL, nats per token, the latter on search documents
+    (None: not measured). measures: name -> {value, low, high}.
+    """
+
+    name: str
+    id: str
+    bytes: int
+    bits: float
+    predicted: float
+    measured: float | None = None
+    measures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    layers: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """columns: the palette's names; groups: layer names per group; chosen: the plan's point."""
+
+    model: str
+    key: str
+    columns: dict[str, Precision]
+    groups: tuple[tuple[str, ...], ...]
+    chosen: Point
+    front: tuple[Point, ...]
+    measured: tuple[Point, ...]
+    prediction: dict[str, float]
+    notes: tuple[str, ...]
+    config: dict[str, Any]
+    seconds: float
+
+    def save(self, folder: Path) -> Path:
+        data = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+        return write_atomically(folder / FILE, text.encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> Run:
+        """Raises PlanError for anything but a whole run.json."""
+        path = folder / FILE
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise PlanError(
+                f"A run's folder holds {FILE}; {folder} doesn't. Give the folder that `mezzotint "
+                "optimize` wrote (hydra.run.dir)."
+            ) from None
+        except (OSError, ValueError) as error:
+            raise PlanError(
+                f"{path} can't be read ({error}). Run the same command again."
+            ) from None
+        try:
+            if (data["format"], data["version"]) != (FORMAT, VERSION):
+                raise ValueError(f"{data['format']} {data['version']}")
+            return cls._build(data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(
+                f"{path} isn't a run of this version ({type(error).__name__}: {error}). Run the "
+                "same command again: what was measured is kept."
+            ) from None
+
+    @classmethod
+    def _build(cls, data: Mapping[str, Any]) -> Run:
+        rest = {k: v for k, v in data.items() if k not in ("format", "version")}
+        return cls(
+            **rest
+            | {
+                "columns": {str(k): Precision(**v) for k, v in data["columns"].items()},
+                "groups": tuple(tuple(map(str, group)) for group in data["groups"]),
+                "chosen": Point(**data["chosen"]),
+                "front": tuple(Point(**point) for point in data["front"]),
+                "measured": tuple(Point(**point) for point in data["measured"]),
+                "notes": tuple(map(str, data["notes"])),
+            }
+        )
+
+
+def letters(assignment: Sequence[int] | np.ndarray) -> str:
+    return "".join(chr(FIRST + int(column)) for column in assignment)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Turns assignments of one model into points without touching its inventory again.
+
+    size [G, P]: bytes; constant: bytes of everything outside the groups.
+    """
+
+    fingerprint: str
+    quantizer: Mapping[str, Any]
+    chosen: Choices
+    names: tuple[str, ...]
+    size: np.ndarray
+    constant: int
+    weights: float
+
+    @classmethod
+    def of(
+        cls,
+        inventory: Inventory,
+        chosen: Choices,
+        fingerprint: str,
+        quantizer: Mapping[str, Any],
+    ) -> Scale:
+        layers = {layer.name: layer for layer in chosen.scope}
+
+        def size(group: Sequence[str], column: str) -> int:
+            return sum(
+                chosen.fitted[name, column].bytes(layers[name].rows, layers[name].cols)
+                for name in group
+            )
+
+        sizes = np.array([[size(g, c) for c in chosen.columns] for g in chosen.groups])
+        whole = stored_bytes(inventory, {})
+        inside = sum(2 * layer.weights for layer in chosen.scope)
+        return cls(
+            fingerprint,
+            quantizer,
+            chosen,
+            tuple(layer.name for layer in inventory.layers),
+            sizes,
+            whole["untouched"] - inside,
+            float(sum(layer.weights for layer in chosen.scope)),
+        )
+
+    def point(self, name: str, assignment: np.ndarray, predicted: float, **rest: Any) -> Point:
+        inside = int(self.size[np.arange(len(self.size)), assignment].sum())
+        choice = self.chosen.choice(assignment)
+        full = {layer: choice[layer].name if layer in choice else "none" for layer in self.names}
+        return Point(
+            name,
+            identity(self.fingerprint, self.quantizer, full),
+            inside + self.constant,
+            8 * inside / self.weights,
+            float(predicted),
+            layers=letters(assignment),
+            **rest,
+        )
+
+    def front(self, problem: Problem, rows: int) -> tuple[Point, ...]:
+        """The exact front, thinned evenly to `rows` plans."""
+        from optimizer.search import exact
+
+        _, losses, assignments = exact.front(problem)
+        rows = max(2, min(rows, LETTERS // len(self.size)))
+        keep = np.unique(np.linspace(0, len(losses) - 1, rows).round().astype(int))
+        return tuple(self.point("front", assignments[i], losses[i]) for i in keep)
+
+
+def chosen_point(scale: Scale, plan: Plan, measured: Sequence[Point]) -> Point:
+    """The plan's own point, with its measurement if one of the measured plans is the same."""
+    column = {name: i for i, name in enumerate(scale.chosen.columns)}
+    fitted = {key: precision.name for key, precision in scale.chosen.fitted.items()}
+    assignment = np.array(
+        [
+            next(c for c in column if fitted[group[0], c] == plan.layers[group[0]])
+            for group in scale.chosen.groups
+        ]
+    )
+    indices = np.array([column[name] for name in assignment])
+    twin = next((point for point in measured if point.id == plan.id), None)
+    rest: dict[str, Any] = {}
+    if twin is not None:
+        rest = {"measured": twin.measured, "measures": twin.measures}
+    return scale.point("plan", indices, plan.predicted["kl"], **rest)
+
+
+def run_key(config: Mapping[str, Any], fingerprint: str) -> str:
+    """The same question about the same model has the same key, wherever its results lie."""
+    asked = {k: v for k, v in config.items() if k not in ("store", "device", "wandb")}
+    return digest(["run", VERSION, fingerprint, asked])[:16]
+
+
+def overrides(config: Mapping[str, Any]) -> list[str]:
+    """The words after `mezzotint optimize` that make this configuration: what differs from the
+    defaults, as Hydra reads it."""
+    from optimizer.config import Optimize
+
+    model = config.get("model")
+    default = _flat(asdict(Optimize(model="")))
+    found = [f"model={_written(model)}"]
+    for key, value in _flat(config).items():
+        own = key in ("model", "store", "device") or key.startswith("wandb")
+        if not own and value != default.get(key, None):
+            found.append(f"{key}={_written(value)}")
+    return found
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+PLAIN = re.compile(r"[\w./@%+~-]+( [\w./@%+~-]+)*")  # needs no quotes in Hydra's grammar
+
+
+def _written(value: Any) -> str:
+    """A value in the grammar of Hydra's overrides."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{k}:{_written(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_written(item) for item in value) + "]"
+    text = str(value)
+    if isinstance(value, str) and not PLAIN.fullmatch(text):
+        escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{escaped}'"
+    return text

@@ -1,0 +1,260 @@
+"""The memory model against closed forms, against caches that transformers really fills, and the
+answers of `mezzotint fit`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_page import make_run
+
+from optimizer import fit, memory
+from optimizer.config import Fit
+from optimizer.errors import BudgetError, ConfigError, ModelError, PlanError
+from optimizer.memory import ENGINES, MIB, Block, Geometry
+from optimizer.plan import Budget
+
+CARD = Budget(memory="1GiB", usable=0.9, context=100)
+LLAMA3_8B = {
+    "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "num_hidden_layers": 32, "intermediate_size": 14336, "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
+DEEPSEEK_V3 = {
+    "hidden_size": 7168, "num_attention_heads": 128, "num_key_value_heads": 128,
+    "num_hidden_layers": 61, "kv_lora_rank": 512, "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128, "v_head_dim": 128, "vocab_size": 129280,
+}  # fmt: skip
+
+
+def per_token(config):
+    return memory.cache_bytes(memory.geometry(config), 1, 1, 16)
+
+
+def test_grouped_queries():
+    assert per_token(LLAMA3_8B) == 131072  # 2 * 8 heads * 128 * 32 blocks * 2 bytes
+
+
+def test_latent_attention():
+    assert per_token(DEEPSEEK_V3) == 61 * 576 * 2
+
+
+def test_a_window_ends_the_growth():
+    config = LLAMA3_8B | {"sliding_window": 1024}
+    shape = memory.geometry(config)
+    assert memory.cache_bytes(shape, 5000, 1, 16) == memory.cache_bytes(shape, 1024, 1, 16)
+    unused = memory.geometry(config | {"use_sliding_window": False})
+    assert memory.cache_bytes(unused, 5000, 1, 16) == 5000 * 131072
+
+
+def test_alternating_windows():
+    gemma2 = LLAMA3_8B | {"sliding_window": 1024, "model_type": "gemma2"}
+    assert memory.cache_bytes(memory.geometry(gemma2), 8192, 1, 16) == 16 * 4096 * (8192 + 1024)
+
+
+def test_caches_of_few_bits_carry_their_scales():
+    shape = memory.geometry(LLAMA3_8B)
+    sixteen, eight, four = (
+        memory.use(shape, "llamacpp", replace(CARD, kv=bits), 0).cache for bits in (16, 8, 4)
+    )
+    assert eight / sixteen == 8.5 / 16 and four / sixteen == 4.5 / 16
+
+
+def test_batches_multiply():
+    shape = memory.geometry(LLAMA3_8B)
+    assert memory.cache_bytes(shape, 77, 5, 16) == 5 * memory.cache_bytes(shape, 77, 1, 16)
+
+
+COMMON = {
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 128,
+}  # fmt: skip
+TINY = {
+    "llama": {"num_hidden_layers": 3},
+    "mistral": {"num_hidden_layers": 2, "sliding_window": 8},
+    "gemma3_text": {"num_hidden_layers": 6, "sliding_window": 8, "head_dim": 16},
+    "gpt2": {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 128, "vocab_size": 50},
+    "deepseek_v3": {
+        "num_hidden_layers": 2, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 12, "v_head_dim": 20, "num_key_value_heads": 4, "n_group": 1,
+        "topk_group": 1, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+    },
+    "qwen3_next": {
+        "num_hidden_layers": 4, "head_dim": 16, "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", TINY)
+def test_caches_that_transformers_fills(kind):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokens, batch = 20, 2
+    common = {} if kind == "gpt2" else COMMON
+    config = AutoConfig.for_model(kind, **(common | TINY[kind]))
+    net = AutoModelForCausalLM.from_config(config).eval()
+    with torch.inference_mode():
+        ids = torch.zeros((batch, tokens), dtype=torch.long)
+        cache = net(input_ids=ids, use_cache=True).past_key_values
+    held = [
+        value
+        for layer in cache.layers
+        for value in vars(layer).values()
+        if isinstance(value, torch.Tensor)
+    ]
+    held += [
+        v
+        for layer in cache.layers
+        for value in vars(layer).values()
+        if isinstance(value, dict)
+        for v in value.values()
+        if isinstance(v, torch.Tensor)
+    ]
+    found = sum(value.numel() * value.element_size() for value in held)
+    shape = memory.geometry(json.loads(config.to_json_string(use_diff=False)))
+    predicted = memory.cache_bytes(shape, tokens, batch, 32)
+    one_token = memory.cache_bytes(shape, 1, batch, 32)  # a window keeps one token less
+    assert found <= predicted <= found + one_token
+
+
+def test_an_architecture_that_is_not_known_says_so():
+    with pytest.raises(ModelError, match="hidden_size"):
+        memory.geometry({"d": 3})
+    with pytest.raises(ModelError, match="telepathy"):
+        memory.geometry(LLAMA3_8B | {"layer_types": ["telepathy"] * 32})
+
+
+SHAPE = Geometry((Block(4, 1024),), 64, 256, 64, 1000, 100_000)
+
+
+def test_other_budgets_are_left_alone():
+    assert memory.resolve(Budget(bits=4.0), SHAPE, "torch", 1) == (Budget(bits=4.0), "")
+
+
+def test_what_is_left_is_for_weights():
+    budget, text = memory.resolve(CARD, SHAPE, "torch", 1000)
+    need = memory.use(SHAPE, "torch", CARD, int(budget.size))
+    assert need.total == memory.usable(CARD)
+    assert "100 tokens" in text and "for weights" in text
+
+
+def test_a_cache_that_does_not_fit_says_which_context_would():
+    budget = replace(CARD, context=90_000)
+    with pytest.raises(BudgetError, match=r"budget\.context=(\d+)") as caught:
+        memory.resolve(budget, SHAPE, "torch", MIB)
+    longest = int(str(caught.value).split("budget.context=")[2].split(",")[0])
+    assert memory.use(SHAPE, "torch", replace(CARD, context=longest), MIB).total <= memory.usable(
+        CARD
+    )
+    assert memory.use(
+        SHAPE, "torch", replace(CARD, context=longest + 1), MIB
+    ).total > memory.usable(CARD)
+    memory.resolve(replace(CARD, context=longest), SHAPE, "torch", MIB)
+
+
+def test_nothing_fits_a_machine_below_the_runtime():
+    with pytest.raises(BudgetError, match="No context fits"):
+        memory.resolve(replace(CARD, memory="100MiB"), SHAPE, "torch", MIB)
+
+
+def test_a_cache_that_the_runtime_does_not_have():
+    with pytest.raises(ConfigError, match=r"budget\.kv=4"):
+        memory.use(SHAPE, "vllm", replace(CARD, kv=4), 0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"usable": 0.0}, {"usable": 1.1}, {"context": 0}, {"batch": 0}, {"machine": "abacus"},
+     {"overhead": "much"}, {"bits": 4.0}],
+)  # fmt: skip
+def test_wrong_machines(wrong):
+    with pytest.raises(ConfigError):
+        replace(CARD, **wrong).check()
+
+
+def test_presets():
+    found = fit.machines()
+    assert len(found) >= 20
+    assert {machine.budget.machine for machine in found} == {"gpu", "apple", "cpu"}
+    for machine in found:
+        machine.budget.check()
+        assert machine.budget.device and machine.budget.source, machine.name
+    sizes = [memory.usable(machine.budget) for machine in found]
+    assert sizes == sorted(sizes)
+
+
+def save(folder: Path, geometry=SHAPE):
+    from dataclasses import asdict
+
+    plan, run = make_run()
+    plan = replace(plan, provenance={"geometry": asdict(geometry)} if geometry else {})
+    plan.save(folder / "plan.json")
+    run.save(folder)
+    return plan, run
+
+
+def test_fit_answers(tmp_path):
+    _, run = save(tmp_path)
+    machine = replace(CARD, memory="1GiB", usable=1.0)
+    found = fit.answer(Fit(plan=str(tmp_path), budget=machine))
+    assert found.need.weights == run.chosen.bytes
+    assert found.room == MIB * 1024 - found.need.total
+    assert 100 < found.longest < SHAPE.longest
+    names = [m.name for m in found.smallest]
+    assert names[0] == "pi3_1gb" and "gpu4gb" in names  # torch does not fit in 512 MiB
+
+
+def test_fit_finds_the_smallest_plan_for_a_loss(tmp_path):
+    _, run = save(tmp_path)
+    wanted = run.front[3].predicted
+    found = fit.answer(Fit(plan=str(tmp_path), loss=wanted))
+    assert found.wanted == run.front[3]
+    with pytest.raises(BudgetError, match="the least is"):
+        fit.answer(Fit(plan=str(tmp_path), loss=0.0))
+
+
+def test_fit_says_what_more_memory_buys(tmp_path):
+    _, run = save(tmp_path)
+    besides = memory.use(SHAPE, "torch", CARD, 0).besides
+    packed = 64 * 64  # at unpacking, the largest layer
+    besides += memory.UNPACKING * packed
+    small = besides + run.front[1].bytes
+    more = run.front[4].bytes - run.front[1].bytes
+    machine = replace(CARD, memory=str(small), usable=1.0)
+    step = fit.answer(Fit(plan=str(tmp_path), budget=machine, more=str(more))).step
+    assert (step.now, step.then) == (run.front[1], run.front[4])
+
+
+def test_fit_needs_what_it_asks_about(tmp_path):
+    save(tmp_path)
+    with pytest.raises(ConfigError, match=r"budget\.bits"):
+        fit.answer(Fit(plan=str(tmp_path), budget=Budget(bits=4)))
+    with pytest.raises(ConfigError, match="no run's folder"):
+        fit.answer(Fit(plan=str(tmp_path / "plan.json"), loss=0.1))
+    save(tmp_path, None)
+    with pytest.raises(PlanError, match="sizes"):
+        fit.answer(Fit(plan=str(tmp_path)))
+
+
+def test_the_command_line_says_it(tmp_path, capsys):
+    from optimizer.__main__ import main
+
+    save(tmp_path)
+    assert main(["fit", str(tmp_path), "budget=rtx3060_12gb", "loss=1.5"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for part in ("RTX 3060", "It fits", "Longest context", "budget=pi3_1gb", "1.00 GiB more"):
+        assert part in said
+    assert main(["fit", str(tmp_path), "budget=rtx306"]) == 2
+    assert "Near names: rtx3060_12gb" in capsys.readouterr().err
+
+
+def test_every_engine_knows_every_machine():
+    assert all(engine.overhead.keys() == {"gpu", "apple", "cpu"} for engine in ENGINES.values())

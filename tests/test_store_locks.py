@@ -1,0 +1,68 @@
+"""Parallel processes make an entry once, and damaged or half-written ones are made again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optimizer.errors import StorageError
+from optimizer.store import Store
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from optimizer.store import Store
+folder = Path(sys.argv[1])
+def make():
+    with (folder / "made").open("a") as file:
+        file.write("x")
+    time.sleep(0.4)
+    return {"value": 7}
+print(Store(folder / "store").json("kind", "key", make)["value"])
+"""
+
+
+def test_parallel_processes_make_an_entry_once(tmp_path):
+    command = [sys.executable, "-c", WORKER, str(tmp_path)]
+    root = str(Path(__file__).parents[1])
+    jobs = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(4)
+    ]
+    assert [job.communicate(timeout=60)[0].strip() for job in jobs] == ["7"] * 4
+    assert (tmp_path / "made").read_text() == "x"
+
+
+def test_a_maker_that_fails_leaves_neither_an_entry_nor_a_lock(tmp_path):
+    store = Store(tmp_path)
+
+    def fail():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        store.json("kind", "key", fail)
+    assert store.json("kind", "key", lambda: 1) == 1
+
+
+@pytest.mark.parametrize("data", [b"", b"\x00" * 50, b"{"])
+def test_a_damaged_entry_is_made_again(tmp_path, data):
+    store = Store(tmp_path)
+    store.arrays("kind", "key", lambda: {"a": np.ones(3)})
+    store.path("kind", "key", ".safetensors").write_bytes(data)
+    assert store.arrays("kind", "key") is None
+    assert store.arrays("kind", "key", lambda: {"a": np.zeros(3)})["a"].sum() == 0
+    assert store.arrays("kind", "key")["a"].sum() == 0
+
+
+def test_makers_may_make_other_entries(tmp_path):
+    store = Store(tmp_path)
+    assert store.json("kind", "a", lambda: store.json("kind", "b", lambda: 2)) == 2
+
+
+def test_a_store_that_cannot_be_written_is_an_error_of_the_user(tmp_path):
+    (tmp_path / "kind").write_text("in the way")
+    with pytest.raises(StorageError):
+        Store(tmp_path).json("kind", "key", lambda: 1)
