@@ -83,8 +83,8 @@ def _name(bench: Bench, config: Optimize, problem: Problem) -> str:
     """The study's name: everything that two workers must agree on to share their trials."""
     content = [
         bench.part_key("calibration"), bench.part_key("search"), config.quantizer.name,
-        problem.groups, problem.columns, problem.limit, problem.unit, problem.free.tolist(), config.search.space,
-        config.seed,
+        problem.groups, problem.columns, problem.limit, problem.unit, problem.free.tolist(),
+        config.search.space, config.seed,
     ]  # fmt: skip
     return f"mezzotint-{config.search.space}-{digest(content)[:24]}"
 

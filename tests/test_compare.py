@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from test_page import EVIL, make_run
 
 from optimizer.errors import BudgetError, ConfigError
 from optimizer.page import compare
+from tests.test_page import EVIL, make_run
 
 
 def save(folder, bits, model="tiny"):

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_page import make_run
 
 from optimizer import fit, memory
 from optimizer.config import Fit
 from optimizer.errors import BudgetError, ConfigError, ModelError, PlanError
 from optimizer.memory import ENGINES, MIB, Block, Geometry
 from optimizer.plan import Budget
+from tests.test_page import make_run
 
 CARD = Budget(memory="1GiB", usable=0.9, context=100)
 LLAMA3_8B = {

@@ -11,12 +11,12 @@ import pytest
 
 pytest.importorskip("wandb")
 
-from test_page import EVIL, save
 from wandb.proto import wandb_internal_pb2
 
 from optimizer import page, record
 from optimizer.config import Wandb
 from optimizer.errors import ConfigError
+from tests.test_page import EVIL, save
 
 BLOCK = 32768
 
