@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _dispatch(argv[0], argv[1:])
     except MezzotintError as error:
-        print(f"mezzotint: {error}", file=sys.stderr)
+        print(_paragraph(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(
@@ -59,6 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _paragraph(error: Exception) -> str:
+    """Reasons quoted from a library may have many lines."""
+    return f"mezzotint: {' '.join(str(error).split())}"
 
 
 def _dispatch(command: str, rest: list[str]) -> int:
@@ -126,7 +131,7 @@ def _hydra(command: str, rest: list[str], job: Callable[[Any], None]) -> int:
     finally:
         sys.argv = before
     for failure in failures[:-1]:  # of a sweep, which goes on after one
-        print(f"mezzotint: {failure}", file=sys.stderr)
+        print(_paragraph(failure), file=sys.stderr)
     if failures:
         raise failures[-1]
     return 0

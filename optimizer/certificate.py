@@ -175,6 +175,8 @@ def verdict(versus: Mapping[str, Any], documents: int) -> str:
             f"Not enough text to say: {documents} documents; {FEW} or more are needed. Measured "
             f"{share['value']:.2f} times the KL of {name}."
         )
+    if gap["low"] == gap["value"] == gap["high"] == 0:
+        return f"The same as {name}: nothing was gained over rounding every layer alike."
     if gap["high"] < 0:
         return (
             f"Better than {name}: {share['value']:.2f} times its KL "

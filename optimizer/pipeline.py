@@ -73,8 +73,7 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
         view.note(room)
     sized = replace(config, budget=budget)
     _pose(sized, bench.inventory, chosen, blank)  # an impossible budget ends here
-    write_atomically(out / "plan.json", b"{}\n")  # an unwritable folder ends here
-    (out / "plan.json").unlink()
+    write_atomically(out / ".writable", b"").unlink()  # an unwritable folder ends here
     table = measure_table(bench, config, chosen)
     problem = _pose(sized, bench.inventory, chosen, table.loss)
     notes: list[str] = []

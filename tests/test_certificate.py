@@ -222,6 +222,8 @@ def test_no_word_goes_beyond_the_interval(gap: list[float], documents: int) -> N
     better, worse = (re.search(word, said, re.I) for word in (r"\bbetter", r"\bworse"))
     if documents < FEW:
         assert not better and not worse and "Not enough text" in said
+    elif low == high == 0:
+        assert not better and not worse and "The same as" in said
     elif low <= 0 <= high:
         assert not better and not worse and "Not distinguishable" in said
     else:
@@ -236,7 +238,7 @@ def test_no_word_goes_beyond_the_interval(gap: list[float], documents: int) -> N
         ((-0.1, 0.0, 0.1), "Not distinguishable from int4 (4.0 MB) on 20 documents: 1.00 times"),
         ((-0.2, -0.1, 0.0), "Not distinguishable from int4"),
         ((0.0, 0.1, 0.2), "Not distinguishable from int4"),
-        ((0.0, 0.0, 0.0), "Not distinguishable from int4"),
+        ((0.0, 0.0, 0.0), "The same as int4 (4.0 MB): nothing was gained"),
     ],
 )
 def test_verdicts(gap: tuple[float, float, float], words: str) -> None:
