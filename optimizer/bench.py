@@ -4,7 +4,6 @@ each made once and kept under a content key. Nothing here depends on a budget.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +19,7 @@ from optimizer.errors import ConfigError
 from optimizer.layer import Inventory, Layer, Precision, fuse, glob
 from optimizer.plan import digest
 from optimizer.sensitivity import Table, Task
-from optimizer.source import Source, locate
+from optimizer.source import Source, context_length, locate
 from optimizer.store import Store
 
 if TYPE_CHECKING:
@@ -53,15 +52,7 @@ class Bench:
         self.view, self.data, self.device = view, data, device
         view.stage(f"finding {name}")
         self.source: Source = locate(name, self.store, revision)
-        data.check(self._context())
-
-    def _context(self) -> int | None:
-        config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
-        config = config.get("text_config", config)
-        for key in ("max_position_embeddings", "n_positions"):
-            if isinstance(config.get(key), int):
-                return int(config[key])
-        return None
+        data.check(context_length(self.source.folder))
 
     @cached_property
     def inventory(self) -> Inventory:
