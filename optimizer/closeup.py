@@ -153,8 +153,6 @@ def _shaded(found: Map, reading: Reading, passage: range, plain: bool) -> Text:
 
 
 def _tokens(found: Map) -> Table:
-    from optimizer.blur.page import said
-
     table = Table(title="The worst tokens", title_justify="left")
     table.add_column("KL", justify="right")
     table.add_column("before the token, and it", overflow="fold")
@@ -166,6 +164,12 @@ def _tokens(found: Map) -> Table:
         before = " ".join(found.text[max(0, unit.start - 24) : unit.start].split())
         place = Text(visible(f"... {before} "))
         place.append(visible(found.text[unit.start : unit.end].strip()), "bold")
-        words = [Text(said(found, r, token, 3)) for r in (found.reference, *found.others)]
+        words = [Text(_said(found, r, token)) for r in (found.reference, *found.others)]
         table.add_row(f"{found.plan.shade(unit):.2f}", place, *words)
     return table
+
+
+def _said(found: Map, reading: Reading, token: int) -> str:
+    """The three likeliest words at a token's prediction, with their probabilities."""
+    pairs = zip(reading.words[token][:3], reading.chances[token][:3], strict=True)
+    return "  ".join(f"{found.spelling[int(word)]} {100 * chance:.0f} %" for word, chance in pairs)

@@ -129,7 +129,12 @@ def test_a_token_may_straddle_the_boundary() -> None:
 
 
 def test_what_cannot_be_measured_has_a_reason() -> None:
-    pairs = [pair("x", " a", " b"), pair("x" * 9, "a", "b"), pair("x", "q", "b"), pair("x", "q", "z")]
+    pairs = [
+        pair("x", " a", " b"),
+        pair("x" * 9, "a", "b"),
+        pair("x", "q", "b"),
+        pair("x", "q", "z"),
+    ]
     found = margins.encode(pairs, Greedy(), 8)
     assert isinstance(found[0], margins.Job)
     assert found[1:] == [margins.TOO_LONG, margins.UNKNOWN, margins.UNKNOWN]
@@ -238,7 +243,9 @@ def test_uninformative_pairs_are_reported_and_not_counted() -> None:
     plan = np.array([-1.0, -9.0, 9.0, np.nan, 0.5, -9.0])
     (cell,), _ = damage.judge(pairs, reference, {"plan": plan}, 0.5)
     assert cell.count == damage.Count(pairs=6, used=2, wrong=1, weak=2, skipped=1)
-    assert cell.damage["plan"].flips.value == 0.5  # the pair put right (third) makes up for nothing
+    assert (
+        cell.damage["plan"].flips.value == 0.5
+    )  # the pair put right (third) makes up for nothing
     assert cell.damage["plan"].loss.value == pytest.approx((3.0 + 0.5) / 2)
     (none,), _ = damage.judge(pairs, np.full(6, -1.0), {"plan": plan}, 0.5)
     assert none.damage == {}

@@ -64,7 +64,7 @@ def _summary(found: Map) -> str:
         ]  # fmt: skip
         numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells)
         rows.append(f"<tr><th>{_text(reading.name)}</th>{numbers}</tr>")
-    heads = ("MB of weights", "mean KL", "worst 1 %", "other top word")
+    heads = ("MB of weights", "mean KL", "mean of the worst 1 %", "other top word")
     columns = "".join(f'<th class="n">{head}</th>' for head in heads)
     notes = "".join(f'<p class="quiet">{_text(note)}</p>' for note in found.notes)
     return (
@@ -116,13 +116,13 @@ def _worst_tokens(found: Map) -> str:
         before = found.text[max(0, unit.start - 40) : unit.start]
         here = found.text[unit.start : unit.end]
         words = "".join(
-            f"<td><bdi>{_text(said(found, reading, token, 3))}</bdi></td>"
+            f"<td>{_said(found, reading, token)}</td>"
             for reading in (found.reference, *found.others)
         )
         rows.append(
             f'<tr><td class="n">{found.plan.shade(unit):.2f}</td>'
-            f'<td><a href="#p{found.passage_of(index)}"><bdi>… {_text(" ".join(before.split()))} '
-            f"<b>{_text(here.strip() or '⏎')}</b></bdi></a></td>{words}</tr>"
+            f'<td><bdi>… {_text(" ".join(before.split()))} <a href="#p{found.passage_of(index)}">'
+            f"<b>{_text(here.strip() or '⏎')}</b></a></bdi></td>{words}</tr>"
         )
     return (
         "<h2>The worst tokens</h2>"
@@ -131,10 +131,13 @@ def _worst_tokens(found: Map) -> str:
     )
 
 
-def said(found: Map, reading: Reading, token: int, count: int) -> str:
-    """The likeliest words at a token's prediction, with their probabilities."""
-    pairs = zip(reading.words[token][:count], reading.chances[token][:count], strict=True)
-    return ", ".join(f"{found.spelling[int(word)]} {100 * chance:.0f} %" for word, chance in pairs)
+def _said(found: Map, reading: Reading, token: int) -> str:
+    pairs = zip(reading.words[token][:3], reading.chances[token][:3], strict=True)
+    return " ".join(
+        f'<span class="said"><bdi>{_text(found.spelling[int(word)])}</bdi> '
+        f'<span class="quiet">{100 * chance:.0f} %</span></span>'
+        for word, chance in pairs
+    )
 
 
 def _panes(found: Map) -> str:
