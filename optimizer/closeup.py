@@ -144,7 +144,7 @@ def _shaded(found: Map, reading: Reading, passage: range, plain: bool) -> Text:
         shade = level(reading.shade(unit))
         word = visible(found.text[unit.start : unit.end])
         inner = word.lstrip(" \n\t")
-        text.append(word[: len(word) - len(inner)])
+        text.append("" if index == passage.start else word[: len(word) - len(inner)])
         text.append(f"[[{inner}]]" if plain and shade >= MARKED else inner, SHADES[shade])
         if index + 1 < len(found.units):
             text.append(visible(found.text[unit.end : found.units[index + 1].start]))

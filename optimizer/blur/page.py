@@ -177,11 +177,14 @@ def _shaded(found: Map, reading: Reading, passage: range) -> str:
         name = f' class="k{shade}"' if shade else ""
         word = found.text[unit.start : unit.end]
         inner = word.lstrip(" \n\t")
-        parts.append(_text(word[: len(word) - len(inner)]))  # no shade on the space before a word
+        space = word[: len(word) - len(inner)]
+        if index == passage.start:  # a row begins with its text, but code keeps its indentation
+            space = space.rpartition("\n")[2] if "\n" in space else ""
+        parts.append(_text(space))  # no shade on the space before a word
         parts.append(f'<span data-i="{index}"{name}>{_text(inner)}</span>' if inner else "")
         if index + 1 < len(found.units):
             parts.append(_text(found.text[unit.end : found.units[index + 1].start]))
-    return "".join(parts)
+    return "".join(parts).rstrip()
 
 
 def _panel() -> str:
