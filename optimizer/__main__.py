@@ -21,6 +21,8 @@ Mezzotint: make a language model fit a memory budget and keep what it means.
   mezzotint fit DIR budget=rtx3060_12gb                 memory, longest context, smallest machine
   mezzotint report DIR                                  make a run's report.html again
   mezzotint compare multirun/DAY/TIME                   the runs of a sweep in one table and page
+  mezzotint probe plan.json                             which distinctions of meaning it lost
+  mezzotint blur plan.json text.txt out=blur.html       where in a text it changed what is said
 
 model=   smollm2, stories, a folder, a .gguf file, or a hub id
 budget.  bits=4.5 (per weight, scales counted), code_bits=4 (codes alone), size=80MiB (whole file)
@@ -30,7 +32,8 @@ data=    self (default: text sampled from the model), text data.path=FILE, hub d
 `mezzotint optimize --cfg job` prints every setting, `-m` sweeps over comma-separated values,
 `--config-dir DIR` adds a folder of your own settings. Results: hydra.run.dir=DIR chooses where.
 """
-COMMANDS = ("optimize", "show", "apply", "evaluate", "fit", "report", "compare")
+COMMANDS = ("optimize", "show", "apply", "evaluate", "probe", "blur", "fit", "report", "compare")
+POSITIONAL = {"apply": ["plan"], "fit": ["plan"], "probe": ["plan"], "blur": ["plan", "text"]}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,13 +78,17 @@ def _dispatch(command: str, rest: list[str]) -> int:
     if command in plain:
         plain[command](rest)
         return 0
-    if command in ("apply", "fit") and rest and "=" not in rest[0] and not rest[0].startswith("-"):
-        rest = [f"plan={_quoted(rest[0])}", *rest[1:]]
+    for i, key in enumerate(POSITIONAL.get(command, [])[: len(rest)]):
+        if "=" in rest[i] or rest[i].startswith("-"):
+            break
+        rest = [*rest[:i], f"{key}={_quoted(rest[i])}", *rest[i + 1 :]]
     jobs: dict[str, Callable[[Any], None]] = {
         "optimize": _optimize,
         "apply": _apply,
         "evaluate": _evaluate,
         "fit": _fit,
+        "probe": _probe,
+        "blur": _blur,
     }
     return _hydra(command, rest, jobs[command])
 
@@ -231,6 +238,25 @@ def _fit(settings: Any) -> None:
     from optimizer import fit, report
 
     report.fitting(report.console(), fit.answer(settings))
+
+
+def _probe(settings: Any) -> None:
+    from optimizer import closeup, examine, report
+
+    out = report.console()
+    closeup.probes(out, examine.probe(settings, report.Terminal(out)))
+    if settings.out is not None:
+        out.print(f"Wrote {settings.out}.", soft_wrap=True)
+
+
+def _blur(settings: Any) -> None:
+    from optimizer import closeup, examine, report
+
+    out = report.console()
+    found = examine.blur(settings, report.Terminal(out))
+    closeup.blur(out, found, settings.passages, whole=settings.to == "terminal")
+    if settings.to == "html":
+        out.print(f"Wrote {settings.out}. Open it in a browser.", soft_wrap=True)
 
 
 def _show(rest: list[str]) -> None:

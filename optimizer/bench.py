@@ -22,7 +22,7 @@ from optimizer.errors import ConfigError
 from optimizer.layer import Inventory, Layer, Precision, fuse, glob
 from optimizer.plan import digest
 from optimizer.sensitivity import Table, Task
-from optimizer.source import Source, locate
+from optimizer.source import Source, context_length, locate
 from optimizer.store import Store
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Bench:
         self.view, self.data, self.device = view, data, device
         view.stage(f"finding {name}")
         self.source: Source = locate(name, self.store, revision)
-        data.check(self._context())
+        data.check(context_length(self.source.folder))
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -69,13 +69,6 @@ class Bench:
         text = (self.source.folder / "config.json").read_text(encoding="utf-8")
         found: dict[str, Any] = json.loads(text)
         return found
-
-    def _context(self) -> int | None:
-        config = self.config.get("text_config", self.config)
-        for key in ("max_position_embeddings", "n_positions"):
-            if isinstance(config.get(key), int):
-                return int(config[key])
-        return None
 
     @cached_property
     def inventory(self) -> Inventory:

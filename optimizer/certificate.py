@@ -47,20 +47,27 @@ def resamples(documents: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def describe(scores: Scores, counts: np.ndarray) -> dict[str, Interval]:
-    """kl and its p99, flips, ear, perplexity (of this model and of the reference)."""
-
-    def mean(values: np.ndarray) -> Interval:
-        return _interval(float(values.mean(dtype=np.float64)), _means(values, counts))
+    """kl and its tail (p99, p99.9, CVaR 0.99: the mean of the worst 1 % of tokens), flips, ear,
+    drift (RMS change of the true token's probability), perplexity (of this model and of the
+    reference)."""
 
     def perplexity(nll: np.ndarray) -> Interval:
         own = float(np.exp(nll.mean(dtype=np.float64)))
         return _interval(own, np.exp(_means(nll, counts)))
 
+    def tail(level: float) -> Interval:
+        own = float(np.quantile(scores.kl, level))
+        return _interval(own, _quantiles(scores.kl, counts, level))
+
+    change = np.square(np.exp(-scores.nll) - np.exp(-scores.nll_reference))
     return {
-        "kl": mean(scores.kl),
-        "kl_p99": _interval(float(np.quantile(scores.kl, 0.99)), _quantiles(scores.kl, counts)),
-        "flips": mean(scores.flip),
-        "ear": mean(scores.ear),
+        "kl": mean(scores.kl, counts),
+        "kl_p99": tail(0.99),
+        "kl_p999": tail(0.999),
+        "kl_cvar99": cvar(scores.kl, counts, 0.99),
+        "flips": mean(scores.flip, counts),
+        "ear": mean(scores.ear, counts),
+        "drift": _interval(float(np.sqrt(change.mean())), np.sqrt(_means(change, counts))),
         "perplexity": perplexity(scores.nll),
         "perplexity_reference": perplexity(scores.nll_reference),
     }
@@ -104,6 +111,33 @@ def _quantiles(values: np.ndarray, counts: np.ndarray, q: float = 0.99) -> np.nd
         mass = np.cumsum(count[sorted_windows])
         found.append(sorted_values[np.searchsorted(mass, q * mass[-1])])
     return np.array(found)
+
+
+def cvar(values: np.ndarray, counts: np.ndarray, level: float) -> Interval:
+    """Conditional value at risk: the mean of the worst (largest) 1 - level of the values.
+
+    values [windows, n] or [windows]; counts [resamples, windows]. A value that the boundary cuts
+    counts in part (Rockafellar and Uryasev 2002), so the tail's mass is exact. 500 resamples.
+    """
+    flat = values.reshape(len(values), -1)
+    order = np.argsort(-flat, axis=None)
+    worst = flat.ravel()[order].astype(np.float64)
+    windows = np.repeat(np.arange(len(flat)), flat.shape[1])[order]
+
+    def tail(count: np.ndarray) -> float:
+        weight = count[windows].astype(np.float64)
+        before = np.cumsum(weight) - weight
+        mass = (1 - level) * weight.sum()
+        return float(np.clip(mass - before, 0, weight) @ worst / mass)
+
+    own = tail(np.ones(len(flat)))
+    return _interval(own, np.array([tail(count) for count in counts[:500]]))
+
+
+def mean(values: np.ndarray, counts: np.ndarray) -> Interval:
+    """Mean of values [windows] or [windows, n] with its interval."""
+    flat = values.reshape(len(values), -1)
+    return _interval(float(flat.mean(dtype=np.float64)), _means(flat, counts))
 
 
 def _interval(value: float, samples: np.ndarray) -> Interval:

@@ -199,11 +199,67 @@ class Fit:
             raise ConfigError(f"loss is a KL in nats per token, 0 or more, not {self.loss}.")
 
 
+@dataclass(kw_only=True)
+class Probe:
+    """`mezzotint probe`. probes: a JSONL file of one's own, else the built-in pairs in `languages`.
+    threshold: pairs whose margin in the reference is not above it, in nats, don't count. out: a
+    file for the result as JSON. model: as Apply.model."""
+
+    plan: str
+    probes: str | None = None
+    languages: Any = field(default_factory=lambda: ["en", "ru"])
+    threshold: float = 0.5
+    out: str | None = None
+    model: str | None = None
+    device: str = "cpu"
+    store: str = "~/.cache/mezzotint"
+
+    @property
+    def language_list(self) -> list[str]:
+        found = self.languages if isinstance(self.languages, list) else [self.languages]
+        if not found or not all(isinstance(language, str) for language in found):
+            raise ConfigError(f"languages is en, ru or [en,ru], not {self.languages!r}.")
+        return list(dict.fromkeys(found))
+
+    def check(self) -> None:
+        if not 0 <= self.threshold < float("inf"):
+            raise ConfigError(f"threshold is a margin in nats, 0 or more, not {self.threshold}.")
+        _ = self.language_list
+
+
+@dataclass(kw_only=True)
+class Blur:
+    """`mezzotint blur`. to: html (the page `out`) or terminal. context: tokens that one prediction
+    may look back on, at most. tokens: of the text that are read, at most. top: words shown per
+    prediction. passages: how many are listed as the worst. model: as Apply.model."""
+
+    plan: str
+    text: str
+    to: str = "html"
+    out: str = "blur.html"
+    context: int = 1024
+    tokens: int = 8192
+    top: int = 5
+    passages: int = 8
+    model: str | None = None
+    device: str = "cpu"
+    store: str = "~/.cache/mezzotint"
+
+    def check(self) -> None:
+        if self.to not in ("html", "terminal"):
+            raise ConfigError(f"to is html or terminal, not {self.to!r}.")
+        for name, least in (("context", 8), ("tokens", 8), ("top", 1), ("passages", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {least} or more, not {getattr(self, name)}.")
+
+
 COMMANDS: dict[str, type[Any]] = {
     "optimize": Optimize,
     "apply": Apply,
     "evaluate": Evaluate,
     "fit": Fit,
+    "probe": Probe,
+    "blur": Blur,
 }
 
 

@@ -200,6 +200,16 @@ def _prefix(tokenizer: Any) -> list[int]:
     return ids[:1] if start is not None and ids[:1] == [start] else []
 
 
+def text_start(tokenizer: Any) -> list[int]:
+    """The token that a text of its own begins with: BOS, or the one that separates documents in
+    training; [] if the tokenizer has neither."""
+    for name in ("bos_token_id", "eos_token_id"):
+        token = getattr(tokenizer, name, None)
+        if token is not None:
+            return [int(token)]
+    return []
+
+
 def _documents(data: Data) -> Iterator[str]:
     if data.source == "hub":
         yield from _hub(data)
@@ -223,8 +233,14 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read(file: Path, column: str) -> Iterable[str]:
+    text = read_text(file)
+    return _lines(file, text, column) if file.suffix == ".jsonl" else split_documents(text)
+
+
+def read_text(file: Path) -> str:
+    """The whole of a UTF-8 file. Raises TextError."""
     try:
-        text = file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise TextError(
             f"Text must be UTF-8; {file} isn't, at byte {error.start}. Convert it, for example "
@@ -232,7 +248,6 @@ def _read(file: Path, column: str) -> Iterable[str]:
         ) from None
     except OSError as error:
         raise TextError(f"{file} can't be read ({error.strerror}).") from None
-    return _lines(file, text, column) if file.suffix == ".jsonl" else split_documents(text)
 
 
 def _lines(file: Path, text: str, column: str) -> Iterator[str]:

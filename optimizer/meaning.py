@@ -65,6 +65,21 @@ class Teacher:
     def score(self, net: nn.Module) -> Scores:
         """Compare `net` as it is now with the reference. Cost: one forward pass and two heads."""
         columns: dict[str, list[Tensor]] = {k: [] for k in ("kl", "ear", "flip", "nll", "nll_p")}
+        for log_p, log_q, target in self.pairs(net):
+            for key, value in compare(log_p, log_q, target).items():
+                columns[key].append(value)
+        shape = (len(self.windows.ids), self.windows.ids.shape[1] - 1)
+        kl, ear, flip, nll, nll_p = (
+            torch.cat(columns[key]).float().cpu().numpy().reshape(shape) for key in columns
+        )
+        return Scores(kl, ear, flip, nll, nll_p, self.windows.documents)
+
+    @torch.inference_mode()
+    def pairs(self, net: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Chunks of (log p, log q [tokens, vocabulary], true ids [tokens]), in the windows' order.
+
+        Whoever takes a chunk may change it; no more than CHUNK tokens of logits exist at a time.
+        """
         head = _head(net)
         for (ids, hidden), reference in zip(
             _hidden_states(net, self.windows.ids), self._hidden, strict=True
@@ -73,16 +88,9 @@ class Teacher:
             truth = reference[:, :-1].flatten(0, 1)
             for i in range(0, len(flat), CHUNK):
                 part = slice(i, i + CHUNK)
-                with torch.inference_mode():
-                    log_p = torch.log_softmax(self._shape(self._reference_head(truth[part])), -1)
-                    log_q = torch.log_softmax(self._shape(head(flat[part]).float()), -1)
-                    for key, value in _compare(log_p, log_q, target[part]).items():
-                        columns[key].append(value)
-        shape = (len(self.windows.ids), self.windows.ids.shape[1] - 1)
-        kl, ear, flip, nll, nll_p = (
-            torch.cat(columns[key]).float().cpu().numpy().reshape(shape) for key in columns
-        )
-        return Scores(kl, ear, flip, nll, nll_p, self.windows.documents)
+                log_p = torch.log_softmax(self._shape(self._reference_head(truth[part])), -1)
+                log_q = torch.log_softmax(self._shape(head(flat[part]).float()), -1)
+                yield log_p, log_q, target[part]
 
     def divergence(self, net: Any, window: int) -> Tensor:
         """KL [length - 1] of one window, with a gradient with respect to `net`'s weights."""
@@ -109,7 +117,19 @@ class Teacher:
         return torch.func.functional_call(self._head, self._weights, (hidden,)).float()
 
 
-def _compare(log_p: Tensor, log_q: Tensor, target: Tensor) -> dict[str, Tensor]:
+class Predictor:
+    """A model's head and what follows it: hidden states -> log-probabilities of the next token."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self._head, self._shape = _head(net), _final_transform(net, np.zeros((1, 2), np.int64))
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Input of the head [tokens, width] -> [tokens, vocabulary]. Give CHUNK tokens at most."""
+        return torch.log_softmax(self._shape(self._head(hidden).float()), -1)
+
+
+@torch.inference_mode()
+def compare(log_p: Tensor, log_q: Tensor, target: Tensor) -> dict[str, Tensor]:
     """Log-probabilities [tokens, vocabulary] twice, ids [tokens] -> measures [tokens]."""
     p = log_p.exp()
     flip = log_p.argmax(-1) != log_q.argmax(-1)

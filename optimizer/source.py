@@ -178,6 +178,16 @@ def _split_digits(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
         tokenizer.backend_tokenizer.pre_tokenizer = Steps(steps)
 
 
+def context_length(folder: Path) -> int | None:
+    """The longest input that the model's config promises, in tokens; None if it names none."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
+    for key in ("max_position_embeddings", "n_positions"):
+        if isinstance(config.get(key), int):
+            return int(config[key])
+    return None
+
+
 def fingerprint(folder: Path, store: Store) -> str:
     """`sha256:` over the config, the weights and the tokenizer of a model folder.
 
