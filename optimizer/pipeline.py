@@ -113,7 +113,7 @@ def _plan(
             "fingerprint": bench.source.fingerprint,
         },
         runtime=config.runtime.name,
-        quantizer=asdict(config.quantizer),
+        quantizer=config.quantizer.described(bench.tokens_key),
         predicted={"kl": kl, "stderr": error, "estimator": config.sensitivity.estimator},
         budget={k: v for k, v in asdict(config.budget).items() if v is not None},
         provenance={
@@ -168,7 +168,7 @@ def prove(
     plan that fits is worse, the best uniform one becomes the plan."""
     from optimizer import certificate
 
-    quantizer = make_quantizer(config.quantizer)
+    quantizer = make_quantizer(config.quantizer, bench)
     rivals = _rivals(config, problem)
     rows = _check_prediction(bench, config, chosen, table, problem, rivals | {"plan": assignment})
     best_random = min(
@@ -251,7 +251,7 @@ def _check_prediction(
     problem: Problem,
     plans: Mapping[str, np.ndarray],
 ) -> list[Row]:
-    quantizer = make_quantizer(config.quantizer)
+    quantizer = make_quantizer(config.quantizer, bench)
     weights = problem.weights.sum()
     rows = []
     for name in bench.view.track(list(plans), "measuring plans"):
