@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -51,7 +52,8 @@ class Gptq:
             order = self._order(hessian.diagonal(), group)
             upper = inverse_factor(hessian, self.damping, order)
             for part in _portions(mine, jobs):
-                found = self._stack([jobs[i] for i in part], upper, order)
+                with _one_thread():
+                    found = self._stack([jobs[i] for i in part], upper, order)
                 done |= dict(zip(part, found, strict=True))
         return [done[i] for i in range(len(jobs))]
 
@@ -133,6 +135,18 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor) -> Tensor:
         damping *= 10
     identity = torch.eye(len(h), device=h.device)
     return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Steps of some microseconds can't be shared out: two threads took 5 to 37 times as long as
+    one on a machine with other work to do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _spans(cols: int, size: int) -> list[tuple[int, int]]:

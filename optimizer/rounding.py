@@ -24,7 +24,7 @@ from optimizer.quantizer import Codes, Given, Rtn
 from optimizer.stream import Stream, has_inputs
 
 if TYPE_CHECKING:
-    from optimizer.model import Model, Rounder
+    from optimizer.model import Model, Rounder, Rounding
     from optimizer.store import Store
 
 VERSION = 1  # raised when codes change
@@ -107,14 +107,16 @@ class Calibrated:
             own = [n for n in missing if model.layers[n].block == block]
             sets = [[n for n in names if n in own] for names in stream.inputs(block)]
             for name, precision, codes in self._solved(model, stream, block, sets, missing):
-                parts = _arrays(codes.pack())
-                store.arrays("codes", self._alone(name, precision), lambda parts=parts: parts)
+                self._keep(name, precision, codes)
             for name in set(own) - {n for names in sets for n in names}:  # never ran
                 for p in missing[name]:
-                    parts = _arrays(self._nearest.encode(model.weight(name), p).pack())
-                    store.arrays("codes", self._alone(name, p), lambda parts=parts: parts)
+                    self._keep(name, p, self._nearest.encode(model.weight(name), p))
             if block < last:
                 stream.advance(block)
+
+    def _keep(self, layer: str, precision: Precision, codes: Codes) -> None:
+        key = self._alone(layer, precision)
+        self._material.store.arrays("codes", key, lambda: _arrays(codes.pack()))
 
     def _solved(
         self,
@@ -191,25 +193,38 @@ class Calibrated:
             stream = Stream(model, ids)
             for block in self._material.track(range(max(keys) + 1), "gptq, block by block"):
                 own = {name: p for name, p in real.items() if places[name] == block}
-
-                def make(block: int = block, own: dict[str, Precision] = own) -> Any:
-                    made: dict[str, Parts] = {}
-                    for names in stream.inputs(block):
-                        sets = [[name for name in names if name in own]]
-                        wanted = {name: [p] for name, p in own.items()}
-                        for name, p, codes in self._solved(model, stream, block, sets, wanted):
-                            made[name] = parts[name] = codes.pack()
-                            done[name] = p
-                        rounding.set(done)  # what comes next in this block sees these rounded
-                    return _flat(made)
-
-                if block in keys:
-                    found = self._material.store.arrays("codes", keys[block], make)
-                    parts |= _by_layer(found or {})
+                stored = self._material.store.arrays("codes", keys[block]) if own else {}
+                if stored is None:
+                    self._round_block(stream, block, own, parts, rounding, done)
+                    made = _flat({name: parts[name] for name in own if name in parts})
+                    self._material.store.arrays("codes", keys[block], lambda made=made: made)  # type: ignore[misc]
+                parts |= _by_layer(stored or {})
                 done |= own
                 rounding.set(done)
                 if block < max(keys):
                     stream.advance(block)
+
+    def _round_block(
+        self,
+        stream: Stream,
+        block: int,
+        own: Mapping[str, Precision],
+        parts: dict[str, Parts],
+        rounding: Rounding,
+        before: Mapping[str, Precision],
+    ) -> None:
+        """Fill `parts` for the block's layers in the order of execution: what comes later in the
+        block sees its earlier layers rounded. Layers that never ran get no parts."""
+        done = dict(before)
+        wanted = {name: [precision] for name, precision in own.items()}
+        for names in stream.inputs(block):
+            sets = [[name for name in names if name in own]]
+            for name, precision, codes in self._solved(
+                self._material.model, stream, block, sets, wanted
+            ):
+                parts[name] = codes.pack()
+                done[name] = precision
+            rounding.set(done)
 
 
 def _arrays(parts: Parts) -> dict[str, np.ndarray]:
