@@ -22,7 +22,7 @@ from torch import Tensor
 
 from optimizer.errors import ModelError
 from optimizer.layer import Precision
-from optimizer.quantizer import Codes, Levels, clipped, levels_of
+from optimizer.quantizer import Codes, Levels, Rtn, clipped, levels_of
 
 BLOCK = 128  # columns whose errors reach the columns behind them as one matrix product
 STACKED = 2**26  # weights that are solved together; bounds the memory
@@ -37,6 +37,7 @@ class Gptq:
     of the unrounded weights, since a stored group is contiguous; `groups`, the loudest group
     first and its loudest column first, with scales of the weights as updated so far.
     clip: shrink a group's range where that lowers the loss; see `quantizer.clipped`.
+    Never worse than rounding to nearest in the damped loss, row by row.
     """
 
     damping: float = 0.01
@@ -50,11 +51,16 @@ class Gptq:
         for group in dict.fromkeys(precision.group_size for _, precision in jobs):
             mine = [i for i, (_, precision) in enumerate(jobs) if precision.group_size == group]
             order = self._order(hessian.diagonal(), group)
-            upper = inverse_factor(hessian, self.damping, order)
+            root, upper = factors(hessian, self.damping, order)
             for part in _portions(mine, jobs):
+                own = [jobs[i] for i in part]
                 with _one_thread():
-                    found = self._stack([jobs[i] for i in part], upper, order)
-                done |= dict(zip(part, found, strict=True))
+                    found, losses = self._stack(own, upper, order)
+                better = [
+                    self._or_nearest(job, codes, loss, root, order)
+                    for job, codes, loss in zip(own, found, losses, strict=True)
+                ]
+                done |= dict(zip(part, better, strict=True))
         return [done[i] for i in range(len(jobs))]
 
     def _order(self, loudness: Tensor, group: int | None) -> Tensor:
@@ -70,8 +76,28 @@ class Gptq:
         rank[by_group] = torch.arange(len(by_group), device=rank.device)
         return by_column[rank[by_column // group].argsort(stable=True)]
 
-    def _stack(self, jobs: Sequence[Job], upper: Tensor, order: Tensor) -> list[Codes]:
-        """Jobs of one group size -> their codes."""
+    def _or_nearest(
+        self, job: Job, codes: Codes, losses: Tensor, root: Tensor, order: Tensor
+    ) -> Codes:
+        """Rows that are better off rounded to nearest get that: below 2 bits a few are, where the
+        corrections leave the range of the levels."""
+        weight, precision = job
+        nearest = Rtn(clip=self.clip).encode(weight, precision)
+        error = (nearest.decode() - weight.float())[:, order]
+        keep = (losses <= (error @ root).square_().sum(1)).unsqueeze(1)
+        return Codes(
+            precision,
+            torch.where(keep, codes.codes, nearest.codes),
+            torch.where(keep, codes.scales, nearest.scales),
+            None
+            if codes.zeros is None or nearest.zeros is None
+            else torch.where(keep, codes.zeros, nearest.zeros),
+        )
+
+    def _stack(
+        self, jobs: Sequence[Job], upper: Tensor, order: Tensor
+    ) -> tuple[list[Codes], list[Tensor]]:
+        """Jobs of one group size -> their codes, and the loss of each row [rows]."""
         w = torch.cat([weight.float() for weight, _ in jobs]).T.contiguous()
         cols = len(w)
         size = jobs[0][1].group_size or cols
@@ -84,7 +110,7 @@ class Gptq:
                 own = slice(group * size, (group + 1) * size)
                 found[group] = self._fit(w[own], jobs, by_column[own])
         group_of, divisors = (order // size).tolist(), diagonal.tolist()
-        w, q = w[order], torch.empty_like(w)
+        w, q, loss = w[order], torch.empty_like(w), torch.zeros_like(w[0])
         for start, stop in _spans(cols, size):
             errors = torch.empty_like(w[start:stop])
             for j in range(start, stop):
@@ -97,8 +123,10 @@ class Gptq:
                 # (2) within the span now, behind it once for all of the span's columns
                 w[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j - start], alpha=-1)
             w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+            loss += errors.square_().sum(0)
         q = torch.empty_like(q).index_copy_(0, order, q)
-        return _taken_apart(q, [found[group] for group in range(cols // size)], jobs)
+        codes = _taken_apart(q, [found[group] for group in range(cols // size)], jobs)
+        return codes, list(loss.split([len(weight) for weight, _ in jobs]))
 
     def _fit(self, w: Tensor, jobs: Sequence[Job], importance: Tensor) -> Levels:
         """A group's columns [g, rows] of all jobs -> levels, each field [rows]."""
@@ -113,12 +141,13 @@ class Gptq:
         return _each(lambda *parts: torch.cat(parts).squeeze(-1), found)
 
 
-def inverse_factor(hessian: Tensor, damping: float, order: Tensor) -> Tensor:
-    """U [cols, cols], upper triangular, of the damped Hessian in that order: H^-1 = U' U.
+def factors(hessian: Tensor, damping: float, order: Tensor) -> tuple[Tensor, Tensor]:
+    """R, U [cols, cols], upper triangular, of the damped Hessian in that order, over its mean
+    diagonal: H = R R', H^-1 = U' U, U = R^-1.
 
-    From one Cholesky factor of the reversed matrix, H = R R' with R upper triangular and
-    U = R^-1: half the work of inverting first, and no squared condition number. An input that
-    was never seen has a zero row in H; damping makes it an ordinary one that nobody depends on.
+    From one Cholesky factor of the reversed matrix: half the work of inverting first, and no
+    squared condition number. An input that was never seen has a zero row in H; damping makes it
+    an ordinary one that nobody depends on.
     """
     scale = float(hessian.diagonal().mean())
     if not math.isfinite(scale):
@@ -133,8 +162,8 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor) -> Tensor:
         if not int(failed):
             break
         damping *= 10
-    identity = torch.eye(len(h), device=h.device)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    root, identity = lower.flip(0, 1), torch.eye(len(h), device=h.device)
+    return root, torch.linalg.solve_triangular(root, identity, upper=True)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from optimizer.model import Model, Rounder, Rounding
     from optimizer.store import Store
 
-VERSION = 1  # raised when codes change
+VERSION = 2  # raised when codes change
 Parts = dict[str, Tensor]  # a layer's packed tensors by suffix
 
 
