@@ -124,9 +124,10 @@ class Bench:
         key = digest(["scores", VERSION, self.tokens_key, part, quantizer.key, real])
         found = self.store.arrays("scores", key)
         if found is None:
+            # first what is kept piece by piece, so that a killed run doesn't read again for nothing
+            rounder = quantizer.rounder(choice, joint=part == "heldout")
             if part not in self.teachers:
                 self.teachers[part] = Teacher(self.model.net, self.windows(part), own_head=True)
-            rounder = quantizer.rounder(choice, joint=part == "heldout")
             with self.model.rounded(rounder, choice):
                 scores = self.teachers[part].score(self.model.net)
             found = self.store.arrays("scores", key, scores.arrays)
@@ -178,11 +179,11 @@ def measure_table(bench: Bench, config: Optimize, chosen: Choices) -> Table:
     settings = config.sensitivity
     fitted = [[chosen.fitted[g[0], c].name for c in chosen.columns] for g in chosen.groups]
     estimator = [settings.estimator, settings.chunks, settings.probes]
+    quantizer = make_quantizer(config.quantizer, bench)
     key = digest(
         ["table", VERSION, bench.tokens_key, estimator, chosen.groups, chosen.columns, fitted,
-         config.quantizer.described(), config.seed]
+         quantizer.key, config.seed]
     )  # fmt: skip
-    quantizer = make_quantizer(config.quantizer, bench)
     task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
     runs = sensitivity.chunks(config.data.calibration.sequences, settings.chunks)
     samples = []
@@ -248,9 +249,10 @@ class LazyQuantizer:
         self._settings, self._material = settings, material
 
     @property
-    def key(self) -> list[Any]:
+    def key(self) -> Any:
+        """What determines the codes, besides weights and precisions."""
         tokens = self._material.tokens_key if self._settings.calibrated else None
-        return [self._settings.described(), tokens]
+        return self._settings.key(tokens)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._made, name)

@@ -106,12 +106,17 @@ class Quantizer:
                 f"not {self.damping}."
             )
 
-    def described(self, tokens: str | None = None) -> dict[str, Any]:
-        """For keys and plans: only what matters to this quantizer. tokens: the key of those that
-        it was calibrated with."""
+    def described(self, tokens: str | None) -> dict[str, Any]:
+        """For plans: only what matters to this quantizer. tokens: the key of those that it is
+        calibrated with."""
         if not self.calibrated:
             return {"name": self.name} | ({"clip": True} if self.clip else {})
-        return asdict(self) | ({} if tokens is None else {"tokens": tokens})
+        return asdict(self) | {"tokens": tokens}
+
+    def key(self, tokens: str | None) -> Any:
+        """For the store. Plain rtn is its name, as in entries made before it had settings."""
+        plain = not self.calibrated and not self.clip
+        return self.name if plain else self.described(tokens)
 
 
 @dataclass(kw_only=True)

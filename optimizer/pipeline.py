@@ -63,7 +63,7 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     (out / "plan.json").unlink()
     table = measure_table(bench, config, chosen)
     problem = _pose(config, bench.inventory, chosen, table.loss)
-    notes: list[str] = []
+    notes = _unwatched(config, chosen)
     assignment = _allocate(config, problem, notes)
     plan = _plan(bench, config, chosen, table, assignment)
     files = {"plan": plan.save(out / "plan.json"), "front": _front(problem, out / "front.csv")}
@@ -72,6 +72,17 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     if config.proof.certify:
         outcome = prove(bench, config, chosen, table, problem, assignment, outcome, out)
     return replace(outcome, seconds=time.monotonic() - begun)
+
+
+def _unwatched(config: Optimize, chosen: Choices) -> list[str]:
+    names = [layer.name for layer in chosen.scope if not layer.watchable]
+    if not config.quantizer.calibrated or not names:
+        return []
+    return [
+        f"{config.quantizer.name} needs a layer's inputs. {len(names)} of {len(chosen.scope)} layers "
+        f"in scope have none that can be watched (embeddings, the head, fused experts: "
+        f"{names[0]}); they are rounded to nearest."
+    ]
 
 
 def _pose(config: Optimize, inventory: Inventory, chosen: Choices, loss: np.ndarray) -> Problem:

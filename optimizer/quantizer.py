@@ -38,11 +38,6 @@ class Rtn:
     name: ClassVar[str] = "rtn"
     clip: bool = False
 
-    @property
-    def key(self) -> list[object]:
-        """What determines the codes, besides weights and precision."""
-        return [self.name, True] if self.clip else [self.name]
-
     def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:  # noqa: ARG002
         """W' [rows, cols] fp32, exactly what the packed layer unpacks to."""
         if precision.kind == "none":

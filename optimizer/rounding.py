@@ -21,7 +21,7 @@ from optimizer.gptq import Gptq
 from optimizer.layer import Inventory, Precision
 from optimizer.plan import digest
 from optimizer.quantizer import Codes, Given, Rtn
-from optimizer.stream import Stream, has_inputs
+from optimizer.stream import Stream
 
 if TYPE_CHECKING:
     from optimizer.model import Model, Rounder, Rounding
@@ -141,7 +141,7 @@ class Calibrated:
     def _cols(self) -> dict[str, int]:
         """Columns of the layers whose inputs can be watched; all others are rounded to nearest."""
         layers = self._material.inventory.layers
-        return {layer.name: layer.cols for layer in layers if has_inputs(layer)}
+        return {layer.name: layer.cols for layer in layers if layer.watchable}
 
     def _alone(self, layer: str, precision: Precision) -> str:
         return digest([*self.key[:-1], "alone", layer, precision.name])

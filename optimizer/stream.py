@@ -22,15 +22,6 @@ from optimizer.layer import Layer
 from optimizer.meaning import batches, head_input
 from optimizer.model import Model
 
-WATCHED = ("linear", "conv1d")  # kinds of layers that are modules with one input
-
-
-def has_inputs(layer: Layer) -> bool:
-    """Whether a layer is a module of a block, whose input can be watched. Fused experts, embeddings
-    and the head are not."""
-    return layer.block is not None and layer.kind in WATCHED
-
-
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -48,7 +39,7 @@ class Stream:
 
     def __init__(self, model: Model, ids: np.ndarray) -> None:
         self._model = model
-        self._watched = [layer for layer in model.inventory.layers if has_inputs(layer)]
+        self._watched = [layer for layer in model.inventory.layers if layer.watchable]
         self.blocks = _blocks_of(model)
         self._shared: dict[int, list[list[str]]] = {}
         self._batches = self._begin(ids)
