@@ -130,21 +130,36 @@ class Bench:
             [self.source.fingerprint, list(ids.shape), sha256(ids.tobytes()).hexdigest()]
         )
 
+    @property
+    def calibration_key(self) -> str:
+        return self.part_key("calibration")
+
+    def calibration(self) -> np.ndarray:
+        """Token ids [windows, length]."""
+        return self.windows("calibration").ids
+
+    def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:
+        return self.view.track(items, text)
+
     @cached_property
     def teachers(self) -> dict[str, Teacher]:
         return {}
 
     def score(self, choice: Mapping[str, Precision], part: str, quantizer: Any) -> Scores:
-        """The plan's scores on a part of the tokens; kept by content."""
+        """The plan's scores on a part of the tokens; kept by content. Held-out: of the plan's joint
+        rounding, which is what gets packed. Search: of layers rounded by themselves, whose codes
+        all plans share."""
         from optimizer.meaning import Scores, Teacher
 
         real = {name: p.name for name, p in sorted(choice.items()) if p.kind != "none"}
-        key = digest(["scores", VERSION, self.part_key(part), quantizer.name, real])
+        key = digest(["scores", VERSION, self.part_key(part), quantizer.key, real])
 
         def make() -> dict[str, np.ndarray]:
+            # first what is kept piece by piece, so that a killed run doesn't read again for nothing
+            rounder = quantizer.rounder(choice, joint=part == "heldout")
             if part not in self.teachers:
                 self.teachers[part] = Teacher(self.model.net, self.windows(part), own_head=True)
-            with self.model.rounded(quantizer, choice):
+            with self.model.rounded(rounder, choice):
                 return self.teachers[part].score(self.model.net).arrays()
 
         found = self.store.arrays("scores", key, make)
@@ -199,25 +214,24 @@ def measure_table(bench: Bench, config: Optimize, chosen: Choices) -> Table:
     settings = config.sensitivity
     fitted = [[chosen.fitted[g[0], c].name for c in chosen.columns] for g in chosen.groups]
     estimator = [settings.estimator, settings.chunks, settings.probes]
+    quantizer = make_quantizer(config.quantizer, bench)
     key = digest(
         ["table", VERSION, bench.part_key("calibration"), estimator, chosen.groups,
-         chosen.columns, fitted, config.quantizer.name, config.seed]
+         chosen.columns, fitted, quantizer.key, config.seed]
     )  # fmt: skip
-    task = Task(
-        chosen.groups,
-        chosen.columns,
-        chosen.fitted,
-        _Later(lambda: make_quantizer(config.quantizer)),
-    )
+    task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
     runs = sensitivity.chunks(config.data.calibration.sequences, settings.chunks)
     samples = []
     todo = [i for i in range(len(runs)) if bench.store.arrays("tables", _part(key, i)) is None]
     if todo:
-        _ = bench.windows("calibration").ids
+        quantizer.prepare(
+            {name: [chosen.fitted[name, c] for c in task.columns] for name in task.layers}
+        )
+        _ = bench.calibration()
     for i in bench.view.track(range(len(runs)), "sensitivity") if todo else range(len(runs)):
 
         def make(i: int = i) -> dict[str, np.ndarray]:
-            ids = bench.windows("calibration").ids[runs[i]]
+            ids = bench.calibration()[runs[i]]
             seed = [config.seed, runs[i].start]
             return {"loss": settings.score(bench.model, task, ids, seed)}
 
@@ -230,24 +244,6 @@ def measure_table(bench: Bench, config: Optimize, chosen: Choices) -> Table:
 
 def _part(key: str, index: Any) -> str:
     return digest([key, index])
-
-
-class _Later:
-    """A quantizer made at its first use: a finished table doesn't need torch."""
-
-    def __init__(self, make: Any) -> None:
-        self._make = make
-
-    def round(self, weight: Any, precision: Precision) -> Any:
-        return self._made.round(weight, precision)
-
-    @cached_property
-    def _made(self) -> Any:
-        return self._make()
-
-    @property
-    def name(self) -> str:
-        return str(self._made.name)
 
 
 def _measured_rows(bench: Bench, config: Optimize, task: Task, table: Table, key: str) -> Table:
@@ -281,8 +277,36 @@ def _measured_rows(bench: Bench, config: Optimize, task: Task, table: Table, key
     return table.with_rows(rows)
 
 
-def make_quantizer(settings: Quantizer) -> Any:
-    settings.check()
-    from optimizer.quantizer import Rtn
+class LazyQuantizer:
+    """A quantizer made at its first use: a finished table or score doesn't need torch."""
 
-    return Rtn()
+    def __init__(self, settings: Quantizer, material: Any) -> None:
+        self._settings, self._material = settings, material
+
+    @property
+    def key(self) -> Any:
+        """What determines the codes, besides weights and precisions."""
+        tokens = self._material.calibration_key if self._settings.calibrated else None
+        return self._settings.key(tokens)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._made, name)
+
+    @cached_property
+    def _made(self) -> Any:
+        settings = self._settings
+        if not settings.calibrated:
+            from optimizer.quantizer import Rtn
+
+            return Rtn(clip=settings.clip)
+        from optimizer.gptq import Gptq
+        from optimizer.rounding import Calibrated
+
+        method = Gptq(settings.damping, settings.order, settings.clip)
+        return Calibrated(method, settings.inputs == "rounded", self._material)
+
+
+def make_quantizer(settings: Quantizer, material: Any) -> Any:
+    """material: the bench, or whatever has its model, tokens and store; see `rounding.Material`."""
+    settings.check()
+    return LazyQuantizer(settings, material)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +76,49 @@ class Runtime:
 
 @dataclass(kw_only=True)
 class Quantizer:
+    """How numbers are rounded. name: rtn (to nearest) or gptq. clip: also try smaller ranges of
+    a group. The rest is gptq's: damping, order (none, columns, groups: see `optimizer.gptq`),
+    inputs (rounded: from the model as rounded so far; reference: from the reference)."""
+
     name: str = "rtn"
+    clip: bool = False
+    damping: float = 0.01
+    order: str = "columns"
+    inputs: str = "rounded"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the codes depend on calibration tokens."""
+        return self.name == "gptq"
 
     def check(self) -> None:
-        if self.name != "rtn":
-            raise ConfigError(f"quantizer.name is rtn in this version, not {self.name!r}.")
+        allowed = {
+            "name": ("rtn", "gptq"),
+            "order": ("none", "columns", "groups"),
+            "inputs": ("rounded", "reference"),
+        }
+        for key, values in allowed.items():
+            if getattr(self, key) not in values:
+                raise ConfigError(
+                    f"quantizer.{key} is one of {', '.join(values)}, not {getattr(self, key)!r}."
+                )
+        if not 0 < self.damping < 1:
+            raise ConfigError(
+                f"quantizer.damping is a share of the mean diagonal between 0 and 1, such as 0.01, "
+                f"not {self.damping}."
+            )
+
+    def described(self, tokens: str | None) -> dict[str, Any]:
+        """For plans: only what matters to this quantizer. tokens: the key of those that it is
+        calibrated with."""
+        if not self.calibrated:
+            return {"name": self.name} | ({"clip": True} if self.clip else {})
+        return asdict(self) | {"tokens": tokens}
+
+    def key(self, tokens: str | None) -> Any:
+        """For the store. Plain rtn is its name, as in entries made before it had settings."""
+        plain = not self.calibrated and not self.clip
+        return self.name if plain else self.described(tokens)
 
 
 @dataclass(kw_only=True)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimizer.bench import Bench, View
-from optimizer.config import Evaluate
+from optimizer.bench import Bench, View, make_quantizer
+from optimizer.config import Evaluate, Quantizer
+from optimizer.data import Data, Part
 from optimizer.errors import PlanError
 from optimizer.layer import Inventory
 from optimizer.plan import Plan
 from optimizer.source import PACKED_FILE, Source, locate
 from optimizer.store import Store
+
+if TYPE_CHECKING:
+    from optimizer.backends import packed
+    from optimizer.model import Model
 
 
 def apply(
@@ -36,10 +43,77 @@ def apply(
     packed.check_target(out, overwrite)
     source, inventory = reference_of(plan, model, Store(Path(store).expanduser()))
     check_names(plan, inventory)
+    encoder = codes_of(plan, source, inventory, Store(Path(store).expanduser()), view)
     view.stage("loading the reference")
     reference = Model.load(source.folder, inventory, full=False)
-    packed.save(plan, reference, source.folder, out, view.track)
+    packed.save(plan, reference, source.folder, out, view.track, encoder)
     return out
+
+
+def codes_of(
+    plan: Plan, source: Source, inventory: Inventory, store: Store, view: View
+) -> packed.Encoder:
+    """What gives every layer of the plan its codes: the very ones that were certified. They are
+    in the store, or made again from the same tokens. Raises PlanError if those are gone."""
+    encoder: packed.Encoder = quantizer_of(plan, source, inventory, store, view).rounder(
+        plan.choice
+    )
+    return encoder
+
+
+def quantizer_of(
+    plan: Plan, source: Source, inventory: Inventory, store: Store, view: View
+) -> Any:
+    """The plan's quantizer, bound to its own model and calibration tokens."""
+    known = {f.name for f in fields(Quantizer)}
+    settings = {key: value for key, value in plan.quantizer.items() if key in known}
+    return make_quantizer(Quantizer(**settings), Recipe(plan, source, inventory, store, view))
+
+
+class Recipe:
+    """A plan's model and calibration tokens; see `rounding.Material`."""
+
+    def __init__(
+        self, plan: Plan, source: Source, inventory: Inventory, store: Store, view: View
+    ) -> None:
+        self._plan, self._source, self._view = plan, source, view
+        self.inventory, self.store = inventory, store
+
+    @property
+    def calibration_key(self) -> str:
+        key = self._plan.quantizer.get("tokens")
+        if not key:
+            raise PlanError(
+                f"A plan for {self._plan.quantizer['name']} names its calibration tokens "
+                "(quantizer.tokens), and this one doesn't. Make it again, or change its quantizer "
+                "to rtn."
+            )
+        return str(key)
+
+    @cached_property
+    def model(self) -> Model:
+        from optimizer.model import Model
+
+        self._view.stage("loading the reference")
+        return Model.load(self._source.folder, self.inventory)
+
+    def calibration(self) -> np.ndarray:
+        settings = dict(self._plan.provenance.get("data", {}))
+        parts = {k: Part(**v) for k, v in settings.items() if isinstance(v, dict)}
+        data = Data(**(settings | parts))
+        revision = self._plan.model.get("revision")
+        bench = Bench(self._source.name, revision, data, str(self.store.root), "cpu", self._view)
+        if bench.calibration_key != self.calibration_key:
+            raise PlanError(
+                f"A plan's codes come from its own calibration tokens. The text at {data.path} "
+                "isn't the one that this plan was made with. Put that text back, or make a plan "
+                "with this one."
+            )
+        bench.model = self.model
+        return bench.calibration()
+
+    def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:
+        return self._view.track(items, text)
 
 
 def reference_of(plan: Plan, name: str | None, store: Store) -> tuple[Source, Inventory]:

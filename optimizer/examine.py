@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optimizer import probes
-from optimizer.bench import View, make_quantizer
-from optimizer.config import Blur, Probe, Quantizer
-from optimizer.deploy import check_names, reference_of
+from optimizer.bench import View
+from optimizer.config import Blur, Probe
+from optimizer.deploy import check_names, quantizer_of, reference_of
 from optimizer.errors import ConfigError, StorageError, TextError
 from optimizer.layer import UNTOUCHED, Inventory, Precision
 from optimizer.plan import Plan, digest, stored_bytes
@@ -41,10 +41,10 @@ class Subject:
     def __init__(self, plan: str, model: str | None, store: str, device: str, view: View) -> None:
         self.plan, self.view, self.device = Plan.load(plan), view, device
         self.store = Store(Path(store).expanduser())
-        self.quantizer = make_quantizer(Quantizer(name=str(self.plan.quantizer["name"])))
         view.stage(f"finding {model or self.plan.model['name']}")
         self.source, self.inventory = reference_of(self.plan, model, self.store)
         check_names(self.plan, self.inventory)
+        self.quantizer = quantizer_of(self.plan, self.source, self.inventory, self.store, view)
         self.context = context_length(self.source.folder)
         self.rival = uniform_beside(self.plan, self.inventory)
 
@@ -73,7 +73,7 @@ class Subject:
     @contextmanager
     def holding(self, choice: Choice) -> Iterator[Any]:
         """The network with these weights; afterwards with the reference's own again."""
-        with self.model.rounded(self.quantizer, choice):
+        with self.model.rounded(self.quantizer.rounder(choice), choice):
             yield self.model.net
 
 
@@ -200,7 +200,7 @@ def _margins(
     from optimizer.probes import margins
 
     real = {layer: p.name for layer, p in sorted(choice.items()) if p.kind != "none"}
-    weights = [subject.source.fingerprint, subject.quantizer.name, real]
+    weights = [subject.source.fingerprint, subject.quantizer.key, real]
     found = np.full(len(pairs), np.nan)
     rows = {
         key: [

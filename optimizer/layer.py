@@ -138,6 +138,12 @@ class Layer:
     def weights(self) -> int:
         return self.rows * self.cols
 
+    @property
+    def watchable(self) -> bool:
+        """Whether it is a module of a block, so that its inputs can be watched. Fused experts,
+        embeddings and the head are not."""
+        return self.block is not None and self.kind in ("linear", "conv1d")
+
 
 @dataclass(frozen=True)
 class Other:

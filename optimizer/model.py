@@ -24,9 +24,9 @@ SPELLING = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Rounder(Protocol):
-    """What the model needs of a quantizer."""
+    """What the model needs of a quantizer; `layer` is its name."""
 
-    def round(self, weight: Tensor, precision: Precision) -> Tensor: ...
+    def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor: ...
 
 
 # ---------------------------------------------------------------- what a model is made of
@@ -295,7 +295,7 @@ class Model:
             self._stash[name] = read(value, layer).to(DTYPES[self.inventory.dtype], copy=True)
         weight = self._stash[name].float()
         if precision.kind != "none":
-            weight = quantizer.round(weight, precision)
+            weight = quantizer.round(weight, precision, name)
         write(value, layer, weight)
         self._now[name] = precision
 

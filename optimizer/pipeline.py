@@ -76,7 +76,7 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     write_atomically(out / ".writable", b"").unlink()  # an unwritable folder ends here
     table = measure_table(bench, config, chosen)
     problem = _pose(sized, bench.inventory, chosen, table.loss)
-    notes: list[str] = []
+    notes = _unwatched(config, chosen)
     assignment = _allocate(config, problem, notes)
     refined = _refine(bench, config, chosen, table, problem, assignment)
     if refined is not None:
@@ -157,6 +157,17 @@ def _publish(
 def _palette(chosen: Choices) -> dict[str, Precision]:
     """Column name -> the precision as most layers have it (`fit=nearest` adapts some)."""
     return {column: chosen.fitted[chosen.groups[0][0], column] for column in chosen.columns}
+
+
+def _unwatched(config: Optimize, chosen: Choices) -> list[str]:
+    names = [layer.name for layer in chosen.scope if not layer.watchable]
+    if not config.quantizer.calibrated or not names:
+        return []
+    return [
+        f"{config.quantizer.name} needs a layer's inputs. {len(names)} of {len(chosen.scope)} layers "
+        f"in scope have none that can be watched (embeddings, the head, fused experts: "
+        f"{names[0]}); they are rounded to nearest."
+    ]
 
 
 def _pose(config: Optimize, inventory: Inventory, chosen: Choices, loss: np.ndarray) -> Problem:
@@ -242,7 +253,7 @@ def _plan(
             "fingerprint": bench.source.fingerprint,
         },
         runtime=config.runtime.name,
-        quantizer=asdict(config.quantizer),
+        quantizer=config.quantizer.described(bench.calibration_key),
         predicted={"kl": kl, "stderr": error, "estimator": config.sensitivity.estimator},
         budget=config.budget.asked,
         provenance={
@@ -293,7 +304,7 @@ def prove(
     plan that fits is worse, the best uniform one becomes the plan."""
     from optimizer import certificate
 
-    quantizer = make_quantizer(config.quantizer)
+    quantizer = make_quantizer(config.quantizer, bench)
     rivals = _rivals(config, problem)
     rows = _check_prediction(bench, config, chosen, table, problem, rivals | {"plan": assignment})
     best_random = min(
@@ -382,7 +393,7 @@ def _check_prediction(
 ) -> list[Row]:
     from optimizer import certificate
 
-    quantizer = make_quantizer(config.quantizer)
+    quantizer = make_quantizer(config.quantizer, bench)
     weights = problem.weights.sum()
     rows = []
     for name in bench.view.track(list(plans), "measuring plans"):

@@ -12,7 +12,8 @@ Scales are fp16 before they are used, so that what is scored is what is stored.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -21,31 +22,62 @@ from torch import Tensor
 from optimizer.layer import TRITS_PER_BYTE, Precision, packed_bytes
 
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # fp16's subnormal step and maximum
+TINY = 1e-30  # as a step: every weight is far from zero, so only its sign counts
+SHRINKS = [1 - i / 20 for i in range(1, 11)]
 
 
 @dataclass(kw_only=True)
 class Rtn:
-    """Round to nearest; no data needed. `quantizer=rtn`."""
+    """Round to nearest; no data needed. `quantizer=rtn`.
+
+    clip: try group ranges shrunk to half in steps of 1/20 and keep the one with the least squared
+    error. Every method takes the layer's name and does nothing with it: a quantizer that knows
+    layers apart has the same methods.
+    """
 
     name: ClassVar[str] = "rtn"
+    clip: bool = False
 
-    def round(self, weight: Tensor, precision: Precision) -> Tensor:
+    def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:  # noqa: ARG002
         """W' [rows, cols] fp32, exactly what the packed layer unpacks to."""
         if precision.kind == "none":
             return weight.float()
-        codes, scales, zeros = _levels(_grouped(weight, precision), precision)
-        return _values(codes, scales, zeros).view(weight.shape)
+        w = grouped(weight, precision)
+        levels = self._levels(w, precision)
+        return levels.values(levels.nearest(w)).view(weight.shape)
 
-    def encode(self, weight: Tensor, precision: Precision) -> Codes:
-        codes, scales, zeros = _levels(_grouped(weight, precision), precision)
-        if zeros is None:
-            codes = _unsigned(codes, precision)
-        return Codes(
-            precision,
-            codes.to(torch.uint8).view(weight.shape),
-            scales.squeeze(-1).half(),
-            None if zeros is None else zeros.squeeze(-1).to(torch.uint8),
+    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes:  # noqa: ARG002
+        w = grouped(weight, precision)
+        levels = self._levels(w, precision)
+        return levels.codes(levels.nearest(w).view(weight.shape), precision)
+
+    def rounder(self, choice: Mapping[str, Precision], joint: bool = True) -> Rtn:  # noqa: ARG002
+        """What rounds the layers of `choice`; here always each by itself."""
+        return self
+
+    def prepare(self, wanted: Mapping[str, Sequence[Precision]]) -> None:
+        """Nothing has to be made before `round`."""
+
+    def _levels(self, w: Tensor, precision: Precision) -> Levels:
+        return (
+            clipped(w, precision, torch.ones_like(w[:1])) if self.clip else levels_of(w, precision)
         )
+
+
+class Given:
+    """Codes that were made beforehand, by layer. Layers without any are rounded to nearest."""
+
+    def __init__(self, find: Callable[[str, Precision], Codes | None]) -> None:
+        self._find, self._other = find, Rtn()
+
+    def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:
+        codes = self._find(layer, precision)
+        if codes is None:
+            return self._other.round(weight, precision)
+        return codes.decode().to(weight.device)
+
+    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes:
+        return self._find(layer, precision) or self._other.encode(weight, precision)
 
 
 @dataclass(frozen=True)
@@ -85,32 +117,95 @@ class Codes:
         )
 
 
-def _grouped(weight: Tensor, precision: Precision) -> Tensor:
+def grouped(weight: Tensor, precision: Precision) -> Tensor:
+    """[rows, cols] -> [rows, groups, group size], fp32."""
     rows, cols = weight.shape
     return weight.float().reshape(rows, precision.groups(cols), -1)
 
 
-def _levels(w: Tensor, precision: Precision) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Grouped weights [r, k, g] -> codes [r, k, g], scales [r, k, 1], zeros, all fp32.
+@dataclass(frozen=True)
+class Levels:
+    """What the weights of a group may become: one form for all kinds of precision,
 
-    Codes of symmetric precisions are signed here; 1 bit has the codes -1 and 1.
+        q = clamp(round(w / step - shift), low, high),   w' = (q + shift) value
+
+    with step = value = s and shift = 0 for integers, from low = -z to high = 2^b - 1 - z; 1 bit
+    has step -> 0, shift = 1/2 and value = 2s; ternary has low, high = -1, 1 and twice the
+    threshold as its step. The stored code is q - low. Shapes: all [..., 1] or a number.
     """
+
+    step: Tensor
+    shift: Tensor
+    low: Tensor
+    high: Tensor
+    value: Tensor
+
+    def nearest(self, w: Tensor) -> Tensor:
+        return (w / self.step).sub_(self.shift).round_().clamp_(self.low, self.high)
+
+    def values(self, q: Tensor) -> Tensor:
+        return (q + self.shift) * self.value
+
+    def codes(self, q: Tensor, precision: Precision) -> Codes:
+        """q [rows, cols] and levels [rows, groups, 1] -> what is stored."""
+        stored = q.view(*self.value.shape[:2], -1) - self.low
+        scales = self.value * (0.5 if _is_sign(precision) else 1.0)
+        return Codes(
+            precision,
+            stored.to(torch.uint8).view(q.shape),
+            scales.squeeze(-1).half(),
+            None if precision.symmetric else self.low.neg().squeeze(-1).to(torch.uint8),
+        )
+
+
+def _is_sign(precision: Precision) -> bool:
+    return precision.kind == "int" and precision.bits == 1
+
+
+def levels_of(w: Tensor, precision: Precision, shrink: float = 1.0) -> Levels:
+    """Grouped weights [..., g] -> their levels [..., 1]. shrink: of the range of integers."""
+    zero = torch.zeros_like(w[..., :1])
     if precision.kind == "ternary":  # (4)
         size = w.abs()
-        keep = size > 0.7 * size.mean(-1, keepdim=True)
-        scales = _half((size * keep).sum(-1, keepdim=True) / keep.sum(-1, keepdim=True).clamp_(1))
-        return w.sign() * keep, scales, None
-    if precision.bits == 1:  # (3)
-        return torch.where(w < 0, -1.0, 1.0), _half(w.abs().mean(-1, keepdim=True)), None
+        cut = 0.7 * size.mean(-1, keepdim=True)
+        keep = size > cut
+        total = (size * keep).sum(-1, keepdim=True)
+        scales = _half(total / keep.sum(-1, keepdim=True).clamp_(1))
+        return Levels((2 * cut).clamp_(min=TINY), zero, zero - 1, zero + 1, scales)
+    if _is_sign(precision):  # (3)
+        scales = _half(w.abs().mean(-1, keepdim=True))
+        return Levels(zero + TINY, zero + 0.5, zero - 1, zero, 2 * scales)
     top = 2**precision.bits - 1
     if precision.symmetric:  # (2)
-        scales = _half(w.abs().amax(-1, keepdim=True) * (2 / top))
+        scales = _half(w.abs().amax(-1, keepdim=True) * (2 * shrink / top))
         half = 2 ** (precision.bits - 1)
-        return (w / scales).round_().clamp_(-half, half - 1), scales, None
-    low = w.amin(-1, keepdim=True).clamp_(max=0)  # (1)
-    scales = _half((w.amax(-1, keepdim=True).clamp_(min=0) - low) / top)
-    zeros = (-low / scales).round_().clamp_(0, top)
-    return (w / scales).round_().add_(zeros).clamp_(0, top), scales, zeros
+        return Levels(scales, zero, zero - half, zero + (half - 1), scales)
+    least = w.amin(-1, keepdim=True).clamp_(max=0) * shrink  # (1)
+    scales = _half((w.amax(-1, keepdim=True).clamp_(min=0) * shrink - least) / top)
+    zeros = (-least / scales).round_().clamp_(0, top)
+    return Levels(scales, zero, -zeros, top - zeros, scales)
+
+
+def clipped(w: Tensor, precision: Precision, importance: Tensor) -> Levels:
+    """The levels of the shrunk range with the least sum of importance (w - w')^2 in each group.
+    importance: of the inputs, broadcast over w."""
+    best = levels_of(w, precision)
+    if precision.kind == "ternary" or _is_sign(precision):  # their scale is a mean, not a range
+        return best
+    least = _loss(best, w, importance)
+    for shrink in SHRINKS:
+        found = levels_of(w, precision, shrink)
+        loss = _loss(found, w, importance)
+        better = loss < least
+        least = torch.where(better, loss, least)
+        pairs = [(getattr(found, f.name), getattr(best, f.name)) for f in fields(Levels)]
+        best = Levels(*(torch.where(better, new, old) for new, old in pairs))
+    return best
+
+
+def _loss(levels: Levels, w: Tensor, importance: Tensor) -> Tensor:
+    error = levels.values(levels.nearest(w)).sub_(w)
+    return error.square_().mul_(importance).sum(-1, keepdim=True)
 
 
 def _half(scales: Tensor) -> Tensor:
@@ -121,14 +216,8 @@ def _values(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     return (codes if zeros is None else codes - zeros) * scales
 
 
-def _unsigned(codes: Tensor, precision: Precision) -> Tensor:
-    """Signed codes of a symmetric precision -> what is stored, counted from 0."""
-    if precision.kind == "ternary":
-        return codes + 1
-    return (codes + 1) / 2 if precision.bits == 1 else codes + 2 ** (precision.bits - 1)
-
-
 def _signed(codes: Tensor, precision: Precision) -> Tensor:
+    """Stored codes of a symmetric precision -> multiples of the scale."""
     if precision.kind == "ternary":
         return codes - 1
     return codes * 2 - 1 if precision.bits == 1 else codes - 2 ** (precision.bits - 1)

@@ -82,7 +82,8 @@ def refine(
 def _name(bench: Bench, config: Optimize, problem: Problem) -> str:
     """The study's name: everything that two workers must agree on to share their trials."""
     content = [
-        bench.part_key("calibration"), bench.part_key("search"), config.quantizer.name,
+        bench.part_key("calibration"), bench.part_key("search"),
+        make_quantizer(config.quantizer, bench).key,
         problem.groups, problem.columns, problem.limit, problem.unit, problem.free.tolist(),
         config.search.space, config.seed,
     ]  # fmt: skip
@@ -106,7 +107,7 @@ class Scout:
 
         self.bench, self.config, self.chosen = bench, config, chosen
         self.table, self.problem, self.study, self.half = table, problem, study, half
-        self.quantizer = make_quantizer(config.quantizer)
+        self.quantizer = make_quantizer(config.quantizer, bench)
         self.task = Task(chosen.groups, chosen.columns, chosen.fitted, self.quantizer)
         self.teacher = Teacher(bench.model.net, bench.windows("search"), own_head=True)
         self.length = bench.windows("search").ids.shape[1]
@@ -120,7 +121,9 @@ class Scout:
     def losses(self, windows: range) -> Callable[[np.ndarray], Iterator[tuple[int, float]]]:
         def measure(assignment: np.ndarray) -> Iterator[tuple[int, float]]:
             model = self.bench.model
-            with model.rounded(self.quantizer, self.chosen.choice(assignment)):
+            choice = self.chosen.choice(assignment)
+            rounder = self.quantizer.rounder(choice, joint=False)
+            with model.rounded(rounder, choice):
                 for window in windows:
                     yield window, self.teacher.window(model.net, window)
 

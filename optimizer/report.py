@@ -48,6 +48,7 @@ class Terminal(View):
 
     def __init__(self, out: Console) -> None:
         self.out = out
+        self._tracking = False
 
     def stage(self, text: str) -> None:
         self.out.print(f"[dim]{text} ...[/dim]")
@@ -57,6 +58,9 @@ class Terminal(View):
 
     def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:
         items = list(items)
+        if self._tracking:  # a bar inside a bar would break both
+            yield from items
+            return
         columns = (
             TextColumn(f"{text:<32}"),
             BarColumn(30),
@@ -65,8 +69,12 @@ class Terminal(View):
             TextColumn("[dim]left[/dim]"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.out) as progress:
-            yield from progress.track(items)
+        self._tracking = True
+        try:
+            with Progress(*columns, console=self.out) as progress:
+                yield from progress.track(items)
+        finally:
+            self._tracking = False
 
     @contextmanager
     def meter(self, text: str, total: int) -> Iterator[Callable[[int, str], None]]:

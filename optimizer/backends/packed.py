@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +47,19 @@ def check_target(out: Path, overwrite: bool) -> None:
         raise StorageError(f"{probe} can't be written to. Choose another out=DIR.")
 
 
-def save(plan: Plan, model: Model, folder: Path, out: Path, track: Track) -> Path:
+class Encoder(Protocol):
+    """What packing needs of a quantizer; `layer` is its name."""
+
+    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes: ...
+
+
+def save(
+    plan: Plan, model: Model, folder: Path, out: Path, track: Track, encoder: Encoder | None = None
+) -> Path:
     """Pack `model` as `plan` says and write it to `out`, with what `folder` says beside weights.
-    Appears whole or not at all. Memory: the packed model."""
-    tensors = _pack(plan, model, track)
+    encoder: gives the codes; rounding to nearest if none is given. Appears whole or not at all.
+    Memory: the packed model."""
+    tensors = _pack(plan, model, track, encoder or Rtn())
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=".packing-") as draft:
@@ -65,9 +74,8 @@ def save(plan: Plan, model: Model, folder: Path, out: Path, track: Track) -> Pat
     return out
 
 
-def _pack(plan: Plan, model: Model, track: Track) -> dict[str, Tensor]:
+def _pack(plan: Plan, model: Model, track: Track, encoder: Encoder) -> dict[str, Tensor]:
     choice, inventory = plan.choice, model.inventory
-    rounder = Rtn()
     dtype = DTYPES[inventory.dtype]
     tensors: dict[str, Tensor] = {}
     for layer in track(inventory.layers, "packing layers"):
@@ -78,7 +86,7 @@ def _pack(plan: Plan, model: Model, track: Track) -> dict[str, Tensor]:
             target.copy_(weight.reshape(target.shape))
             tensors[layer.name] = whole
             continue
-        for suffix, part in rounder.encode(weight, precision).pack().items():
+        for suffix, part in encoder.encode(weight, precision, layer.name).pack().items():
             tensors[f"{layer.name}.{suffix}"] = part.contiguous()
     state = model.net.state_dict()
     for tensor in inventory.others:

@@ -101,7 +101,7 @@ def _errors(model: Model, task: Task, layer: Layer) -> Iterator[tuple[str, Tenso
         precision = task.fitted[layer.name, column]
         yield (
             column,
-            task.quantizer.round(weight, precision).sub_(weight)
+            task.quantizer.round(weight, precision, layer.name).sub_(weight)
             if (precision.kind != "none")
             else torch.zeros_like(weight),
         )

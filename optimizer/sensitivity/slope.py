@@ -59,9 +59,10 @@ def slopes(
         gradient = read(total[layer.parameter], layer)
         weight = model.weight(layer.name)
         values[layer.name] = np.array(
-            [
-                float((gradient * task.quantizer.round(weight, task.fitted[layer.name, c])).sum())
-                for c in task.columns
-            ]
+            [float((gradient * _rounded(task, layer.name, c, weight)).sum()) for c in task.columns]
         )
     return task.collect(values) / tokens
+
+
+def _rounded(task: Task, layer: str, column: str, weight: Tensor) -> Tensor:
+    return task.quantizer.round(weight, task.fitted[layer, column], layer)

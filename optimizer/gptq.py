@@ -1,0 +1,222 @@
+"""GPTQ: round a matrix column by column, and let later columns make up for each error.
+
+Minimises tr((W - W') H (W - W')') over codes, H = sum x x' over a layer's inputs x [cols]
+(Frantar et al., arXiv:2210.17323). With U upper triangular, H^-1 = U' U, for columns j in order:
+    (1) q_j = nearest level of w_j          e_j = (w_j - w'_j) / U_jj
+    (2) w_k -= e_j U_jk  for k > j          the loss grows by e_j^2
+Every row is a problem of its own under the same H, so layers that share an input, and all
+precisions of a layer, are stacked as rows and solved in one pass.
+Legend: W [rows, cols]; H, U [cols, cols]; g group size; matrices of the inner loop are transposed,
+[cols, rows], so that a column of W is contiguous.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from optimizer.errors import ModelError
+from optimizer.layer import Precision
+from optimizer.quantizer import Codes, Levels, Rtn, clipped, levels_of
+
+BLOCK = 128  # columns whose errors reach the columns behind them as one matrix product
+STACKED = 2**26  # weights that are solved together; bounds the memory
+Job = tuple[Tensor, Precision]  # a weight [rows, cols] and what it becomes
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """damping: added to H's diagonal, as a share of its mean; times ten until H factors.
+
+    order: `none`; `columns`, the loudest inputs first, whose group scales then have to be those
+    of the unrounded weights, since a stored group is contiguous; `groups`, the loudest group
+    first and its loudest column first, with scales of the weights as updated so far.
+    clip: shrink a group's range where that lowers the loss; see `quantizer.clipped`.
+    Never worse than rounding to nearest in the damped loss, row by row.
+    """
+
+    damping: float = 0.01
+    order: str = "groups"
+    clip: bool = False
+
+    def solve(self, jobs: Sequence[Job], hessian: Tensor) -> list[Codes]:
+        """Codes of every job, all under one Hessian [cols, cols]. Cost of a job: rows cols^2
+        multiplications, and cols short steps that all jobs of one group size share."""
+        done: dict[int, Codes] = {}
+        for group in dict.fromkeys(precision.group_size for _, precision in jobs):
+            mine = [i for i, (_, precision) in enumerate(jobs) if precision.group_size == group]
+            order = self._order(hessian.diagonal(), group)
+            root, upper = factors(hessian, self.damping, order)
+            for part in _portions(mine, jobs):
+                own = [jobs[i] for i in part]
+                with _one_thread():
+                    found, losses = self._stack(own, upper, order)
+                better = [
+                    self._or_nearest(job, codes, loss, root, order)
+                    for job, codes, loss in zip(own, found, losses, strict=True)
+                ]
+                done |= dict(zip(part, better, strict=True))
+        return [done[i] for i in range(len(jobs))]
+
+    def _order(self, loudness: Tensor, group: int | None) -> Tensor:
+        """Columns in the order in which they are rounded [cols]."""
+        cols = len(loudness)
+        if self.order == "none":
+            return torch.arange(cols, device=loudness.device)
+        by_column = loudness.argsort(descending=True, stable=True)
+        if self.order == "columns" or group is None:
+            return by_column
+        by_group = loudness.view(-1, group).sum(1).argsort(descending=True, stable=True)
+        rank = torch.empty_like(by_group)
+        rank[by_group] = torch.arange(len(by_group), device=rank.device)
+        return by_column[rank[by_column // group].argsort(stable=True)]
+
+    def _or_nearest(
+        self, job: Job, codes: Codes, losses: Tensor, root: Tensor, order: Tensor
+    ) -> Codes:
+        """Rows that are better off rounded to nearest get that: below 2 bits a few are, where the
+        corrections leave the range of the levels."""
+        weight, precision = job
+        nearest = Rtn(clip=self.clip).encode(weight, precision)
+        error = (nearest.decode() - weight.float())[:, order]
+        keep = (losses <= (error @ root).square_().sum(1)).unsqueeze(1)
+        return Codes(
+            precision,
+            torch.where(keep, codes.codes, nearest.codes),
+            torch.where(keep, codes.scales, nearest.scales),
+            None
+            if codes.zeros is None or nearest.zeros is None
+            else torch.where(keep, codes.zeros, nearest.zeros),
+        )
+
+    def _stack(
+        self, jobs: Sequence[Job], upper: Tensor, order: Tensor
+    ) -> tuple[list[Codes], list[Tensor]]:
+        """Jobs of one group size -> their codes, and the loss of each row [rows]."""
+        w = torch.cat([weight.float() for weight, _ in jobs]).T.contiguous()
+        cols = len(w)
+        size = jobs[0][1].group_size or cols
+        diagonal = upper.diagonal()
+        importance = diagonal.pow(-2)  # (1): what an error in a column costs
+        found: dict[int, Levels] = {}
+        if self.order == "columns" and size < cols:
+            by_column = torch.empty_like(importance).index_copy_(0, order, importance)
+            for group in range(cols // size):
+                own = slice(group * size, (group + 1) * size)
+                found[group] = self._fit(w[own], jobs, by_column[own])
+        group_of, divisors = (order // size).tolist(), diagonal.tolist()
+        w, q, loss = w[order], torch.empty_like(w), torch.zeros_like(w[0])
+        for start, stop in _spans(cols, size):
+            errors = torch.empty_like(w[start:stop])
+            for j in range(start, stop):
+                if group_of[j] not in found:
+                    own = slice(j, j + size)
+                    found[group_of[j]] = self._fit(w[own], jobs, importance[own])
+                levels = found[group_of[j]]
+                q[j] = levels.nearest(w[j])
+                errors[j - start] = (w[j] - levels.values(q[j])).div_(divisors[j])
+                # (2) within the span now, behind it once for all of the span's columns
+                w[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j - start], alpha=-1)
+            w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+            loss += errors.square_().sum(0)
+        q = torch.empty_like(q).index_copy_(0, order, q)
+        codes = _taken_apart(q, [found[group] for group in range(cols // size)], jobs)
+        return codes, list(loss.split([len(weight) for weight, _ in jobs]))
+
+    def _fit(self, w: Tensor, jobs: Sequence[Job], importance: Tensor) -> Levels:
+        """A group's columns [g, rows] of all jobs -> levels, each field [rows]."""
+        found, first = [], 0
+        for weight, precision in jobs:
+            own = w[:, first : first + len(weight)].T
+            first += len(weight)
+            levels = (
+                clipped(own, precision, importance) if self.clip else levels_of(own, precision)
+            )
+            found.append(levels)
+        return _each(lambda *parts: torch.cat(parts).squeeze(-1), found)
+
+
+def factors(hessian: Tensor, damping: float, order: Tensor) -> tuple[Tensor, Tensor]:
+    """R, U [cols, cols], upper triangular, of the damped Hessian in that order, over its mean
+    diagonal: H = R R', H^-1 = U' U, U = R^-1.
+
+    From one Cholesky factor of the reversed matrix: half the work of inverting first, and no
+    squared condition number. An input that was never seen has a zero row in H; damping makes it
+    an ordinary one that nobody depends on.
+    """
+    scale = float(hessian.diagonal().mean())
+    if not math.isfinite(scale):
+        raise ModelError(
+            "Inputs of the layers must be finite for quantizer=gptq, and some became NaN or "
+            "infinite on the calibration text. Take quantizer=rtn, or other text."
+        )
+    h = hessian[order][:, order] / (scale or 1.0)
+    while True:
+        damped = h + damping * torch.eye(len(h), device=h.device)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not int(failed):
+            break
+        damping *= 10
+    root, identity = lower.flip(0, 1), torch.eye(len(h), device=h.device)
+    return root, torch.linalg.solve_triangular(root, identity, upper=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Steps of some microseconds can't be shared out: two threads took 5 to 37 times as long as
+    one on a machine with other work to do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _spans(cols: int, size: int) -> list[tuple[int, int]]:
+    """Runs of at most about BLOCK columns. None straddles the start of a group, so that a group's
+    scale is fitted to weights that have seen every error before it."""
+    if size <= BLOCK:
+        step = size * (BLOCK // size)
+        return [(i, min(i + step, cols)) for i in range(0, cols, step)]
+    return [
+        (i, min(i + BLOCK, first + size))
+        for first in range(0, cols, size)
+        for i in range(first, first + size, BLOCK)
+    ]
+
+
+def _portions(indices: Sequence[int], jobs: Sequence[Job]) -> Iterator[list[int]]:
+    """Jobs in runs of at most STACKED weights; a job is never cut."""
+    part: list[int] = []
+    total = 0
+    for i in indices:
+        size = jobs[i][0].numel()
+        if part and total + size > STACKED:
+            yield part
+            part, total = [], 0
+        part.append(i)
+        total += size
+    yield part
+
+
+def _taken_apart(q: Tensor, found: Sequence[Levels], jobs: Sequence[Job]) -> list[Codes]:
+    """q [cols, all rows] and every group's levels -> each job's codes."""
+    levels = _each(lambda *parts: torch.stack(parts, 1).unsqueeze(-1), found)
+    codes, first = [], 0
+    for weight, precision in jobs:
+        own = slice(first, first + len(weight))
+        first += len(weight)
+        mine = _each(lambda part, own=own: part[own], [levels])
+        codes.append(mine.codes(q[:, own].T.contiguous(), precision))
+    return codes
+
+
+def _each(change: Callable[..., Tensor], levels: Sequence[Levels]) -> Levels:
+    """Apply a function to each field of several levels at once."""
+    return Levels(*(change(*(getattr(x, f.name) for x in levels)) for f in fields(Levels)))
