@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from optimizer.data import Data
 from optimizer.errors import ConfigError
-from optimizer.layer import Precision
+from optimizer.layer import GGML, Precision
 from optimizer.plan import Budget
 from optimizer.sensitivity import Sensitivity
 
@@ -22,8 +23,9 @@ def conf_folder() -> Path:
 
 @dataclass(kw_only=True)
 class Palette:
-    """bits: numbers 1 to 8, `ternary`, and 16 (untouched). group_size: one or several; 0 = per
-    channel. fit: `strict` (a group must divide every layer) or `nearest`."""
+    """bits: numbers 1 to 8, `ternary`, 16 (untouched), and types of llama.cpp such as q4_k.
+    group_size: one or several; 0 = per channel. fit: `strict` (a group must divide every layer)
+    or `nearest`."""
 
     bits: list[Any] = field(default_factory=lambda: [2, 3, 4, 5, 6, 8, 16])
     group_size: Any = 64
@@ -53,9 +55,12 @@ class Palette:
         group = size or None
         if bits == "ternary":
             return Precision("ternary", 2, group, True)
+        if bits in GGML:
+            return Precision.ggml(bits)
         if not isinstance(bits, int) or isinstance(bits, bool):
             raise ConfigError(
-                f"palette.bits holds whole numbers 1 to 8, 16 and ternary, not {bits!r}."
+                f"palette.bits holds whole numbers 1 to 8, 16, ternary, and types of llama.cpp "
+                f"({', '.join(GGML)}), not {bits!r}."
             )
         if bits == 16:
             return Precision()
@@ -64,12 +69,25 @@ class Palette:
 
 @dataclass(kw_only=True)
 class Runtime:
-    """An engine's grouping rules. fused: roles that it loads as one matrix; experts: `tensor` or
-    `block`, how far one precision reaches."""
+    """An engine's rules. fused: roles that it loads as one matrix; experts: `tensor` or `block`,
+    how far one precision reaches; executes: globs of the precisions that it runs, empty = all."""
 
     name: str = "torch"
     fused: list[list[str]] = field(default_factory=list)
     experts: str = "tensor"
+    executes: list[str] = field(default_factory=list)
+
+    def runs(self, precision: Precision) -> bool:
+        return not self.executes or any(fnmatchcase(precision.name, p) for p in self.executes)
+
+    def check(self, palette: list[Precision]) -> None:
+        wrong = [p.name for p in palette if not self.runs(p)]
+        if wrong:
+            raise ConfigError(
+                f"The search may only offer what the engine executes; {self.name} runs "
+                f"{', '.join(self.executes)}, and the palette holds {', '.join(wrong)}. Take "
+                f"palette={self.name}, or another runtime."
+            )
 
 
 @dataclass(kw_only=True)
@@ -122,7 +140,7 @@ class Optimize:
     def check(self) -> None:
         """What can be wrong before anything is loaded."""
         self.budget.check()
-        self.palette.precisions()
+        self.runtime.check(self.palette.precisions())
         self.quantizer.check()
         self.proof.check()
         self.sensitivity.check(self.data.calibration.sequences)

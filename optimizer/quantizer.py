@@ -18,7 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optimizer.layer import TRITS_PER_BYTE, Precision, packed_bytes
+from optimizer import ggml
+from optimizer.layer import GGML, TRITS_PER_BYTE, Precision, packed_bytes
 
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # fp16's subnormal step and maximum
 
@@ -33,10 +34,14 @@ class Rtn:
         """W' [rows, cols] fp32, exactly what the packed layer unpacks to."""
         if precision.kind == "none":
             return weight.float()
+        if precision.kind in GGML:
+            return ggml.round_to(weight, precision)
         codes, scales, zeros = _levels(_grouped(weight, precision), precision)
         return _values(codes, scales, zeros).view(weight.shape)
 
-    def encode(self, weight: Tensor, precision: Precision) -> Codes:
+    def encode(self, weight: Tensor, precision: Precision) -> Codes | ggml.Blocks:
+        if precision.kind in GGML:
+            return ggml.encode(weight, precision)
         codes, scales, zeros = _levels(_grouped(weight, precision), precision)
         if zeros is None:
             codes = _unsigned(codes, precision)
@@ -75,7 +80,11 @@ class Codes:
         return parts
 
     @classmethod
-    def unpack(cls, parts: dict[str, Tensor], precision: Precision, cols: int) -> Codes:
+    def unpack(
+        cls, parts: dict[str, Tensor], precision: Precision, cols: int
+    ) -> Codes | ggml.Blocks:
+        if precision.kind in GGML:
+            return ggml.Blocks(precision, parts["blocks"], cols)
         zeros = parts.get("zeros")
         return cls(
             precision,
