@@ -16,6 +16,8 @@ Mezzotint: make a language model fit a memory budget and keep what it means.
   mezzotint optimize model=smollm2 budget.bits=4.5      measure, allocate, prove; writes plan.json
   mezzotint show plan.json                              heat map, bytes, promise, certificate
   mezzotint apply plan.json out=DIR                     write the packed model
+  mezzotint check plan.json to=ENGINE                   would the engine load it, and in what size
+  mezzotint export plan.json to=ENGINE out=DIR          write it for vllm, llamacpp, ...
   mezzotint evaluate model=DIR                          packed model against its reference
 
 model=   smollm2, stories, a folder, a .gguf file, or a hub id
@@ -25,7 +27,7 @@ data=    self (default: text sampled from the model), text data.path=FILE, hub d
 `mezzotint optimize --cfg job` prints every setting, `-m` sweeps over comma-separated values,
 `--config-dir DIR` adds a folder of your own settings. Results: hydra.run.dir=DIR chooses where.
 """
-COMMANDS = ("optimize", "show", "apply", "evaluate")
+COMMANDS = ("optimize", "show", "apply", "check", "export", "evaluate")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,11 +66,18 @@ def _dispatch(command: str, rest: list[str]) -> int:
     if command == "show":
         _show(rest)
         return 0
-    if command == "apply" and rest and "=" not in rest[0] and not rest[0].startswith("-"):
+    if (
+        command in ("apply", "check", "export")
+        and rest
+        and "=" not in rest[0]
+        and not rest[0].startswith("-")
+    ):
         rest = [f"plan={_quoted(rest[0])}", *rest[1:]]
     jobs: dict[str, Callable[[Any], None]] = {
         "optimize": _optimize,
         "apply": _apply,
+        "check": _check,
+        "export": _export,
         "evaluate": _evaluate,
     }
     return _hydra(command, rest, jobs[command])
@@ -151,6 +160,38 @@ def _apply(settings: Any) -> None:
         f"mezzotint evaluate model={folder}",
         soft_wrap=True,
     )
+
+
+def _check(settings: Any) -> None:
+    from optimizer import export, report
+    from optimizer.plan import Plan
+
+    verdict = export.check(Plan.load(settings.plan), settings.to, settings.store, settings.model)
+    report.verdict(report.console(), verdict)
+    verdict.require()
+
+
+def _export(settings: Any) -> None:
+    from pathlib import Path
+
+    from optimizer import export, report
+    from optimizer.plan import Plan
+    from optimizer.source import PACKED_FILE
+
+    out = report.console()
+    given, folder = Path(settings.plan), Path(settings.out)
+    verdict = export.export(
+        Plan.load(given),
+        settings.to,
+        folder,
+        settings.store,
+        settings.model,
+        settings.overwrite,
+        given if (given / PACKED_FILE).is_file() else None,
+        report.Terminal(out),
+    )
+    report.verdict(out, verdict)
+    out.print(f"Wrote {folder}. Its README.md says how it was made.", soft_wrap=True)
 
 
 def _evaluate(settings: Any) -> None:

@@ -160,6 +160,29 @@ class Apply:
 
 
 @dataclass(kw_only=True)
+class Export:
+    """`mezzotint export`. to: the engine or format. plan: a plan, or a folder that `apply` wrote,
+    whose rounded weights are then taken as they are. Others as Apply."""
+
+    plan: str
+    to: str
+    out: str
+    model: str | None = None
+    overwrite: bool = False
+    store: str = "~/.cache/mezzotint"
+
+
+@dataclass(kw_only=True)
+class Check:
+    """`mezzotint check`. As Export, without a folder."""
+
+    plan: str
+    to: str
+    model: str | None = None
+    store: str = "~/.cache/mezzotint"
+
+
+@dataclass(kw_only=True)
 class Evaluate:
     """`mezzotint evaluate`. model: a packed folder. reference: as Apply.model."""
 
@@ -170,7 +193,23 @@ class Evaluate:
     store: str = "~/.cache/mezzotint"
 
 
-COMMANDS: dict[str, type[Any]] = {"optimize": Optimize, "apply": Apply, "evaluate": Evaluate}
+COMMANDS: dict[str, type[Any]] = {
+    "optimize": Optimize,
+    "apply": Apply,
+    "export": Export,
+    "check": Check,
+    "evaluate": Evaluate,
+}
+
+
+def profile(name: str) -> Runtime:
+    """The rules of an engine from conf/runtime/."""
+    from omegaconf import OmegaConf
+
+    values: Any = OmegaConf.to_container(
+        OmegaConf.load(conf_folder() / "runtime" / f"{name}.yaml")
+    )
+    return Runtime(**values.get("runtime", values))
 
 
 def register() -> None:

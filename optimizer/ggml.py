@@ -142,7 +142,11 @@ def round_to(weight: Tensor, precision: Precision) -> Tensor:
     parts = []
     for rows in _slices(weight):
         grid = fit(rows, precision.kind)
-        w, step, lower = rows.reshape(*grid.a.shape, -1), grid.step[..., None], grid.minimum[..., None]
+        w, step, lower = (
+            rows.reshape(*grid.a.shape, -1),
+            grid.step[..., None],
+            grid.minimum[..., None],
+        )
         parts.append(_nearest(w, step, lower, grid.kind).mul_(step).sub_(lower).view(rows.shape))
     return torch.cat(parts)
 
@@ -354,9 +358,7 @@ def _pack_q3_k(grid: Grid, q: Tensor) -> Tensor:
     low = (a[:, :8] & 15) | ((a[:, 8:] & 15) << 4)
     high = ((a >> 4).view(-1, 4, 4) << (2 * torch.arange(4))[:, None]).sum(1)
     scales = torch.cat([low, high], 1).to(torch.uint8)
-    return torch.cat(
-        [_planes(q >> 2, 1, 32), _planes(q & 3, 2, 32), scales, _bytes_of(grid.d)], 1
-    )
+    return torch.cat([_planes(q >> 2, 1, 32), _planes(q & 3, 2, 32), scales, _bytes_of(grid.d)], 1)
 
 
 def _unpack_q3_k(raw: Tensor, kind: str) -> Opened:  # noqa: ARG001

@@ -75,7 +75,7 @@ def container_bytes(entries: Iterable[tuple[str, str, Sequence[int], int]]) -> i
     The format: an 8-byte length, then JSON padded with spaces to a multiple of 8; tensors lie
     in the order of falling alignment, then name.
     """
-    width = {"F32": 4, "I64": 8, "F16": 2, "BF16": 2, "U8": 1}
+    width = {"F32": 4, "I32": 4, "I64": 8, "F16": 2, "BF16": 2, "U8": 1}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, dtype, shape, size in sorted(entries, key=lambda e: (-width.get(e[1], 1), e[0])):
