@@ -164,11 +164,13 @@ def _apply(settings: Any) -> None:
 
 def _check(settings: Any) -> None:
     from optimizer import export, report
+    from optimizer.errors import PlanError
     from optimizer.plan import Plan
 
     verdict = export.check(Plan.load(settings.plan), settings.to, settings.store, settings.model)
     report.verdict(report.console(), verdict)
-    verdict.require()
+    if verdict.errors:
+        raise PlanError(f"{verdict.engine} would not run this plan; the reasons are above.")
 
 
 def _export(settings: Any) -> None:

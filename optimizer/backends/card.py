@@ -14,8 +14,6 @@ RUN = {
     "transformers": "AutoModelForCausalLM.from_pretrained(THIS_FOLDER)  # pip install "
     "compressed-tensors",
     "llamacpp": "llama-server --model THIS_FOLDER/model.gguf",
-    "gptq": "vllm serve THIS_FOLDER",
-    "autoround": "AutoModelForCausalLM.from_pretrained(THIS_FOLDER)  # pip install auto-round",
 }
 
 

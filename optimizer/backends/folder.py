@@ -77,12 +77,12 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 def seal(plan: Plan, out: Path, about: Mapping[str, Any] | None = None) -> None:
     """Add the plan and, last, the manifest. about: more entries of the manifest."""
     plan.save(out / "plan.json")
-    hashes = {file.name: _sha256(file) for file in sorted(out.iterdir())}
+    hashes = {file.name: sha256(file) for file in sorted(out.iterdir())}
     text = json.dumps({**(about or {}), "sha256": hashes}, indent=1)
     (out / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -98,7 +98,7 @@ def manifest(folder: Path) -> dict[str, Any]:
             "`mezzotint apply plan.json out=DIR` and `mezzotint export` write such folders."
         ) from None
     for file, value in pairs:
-        if not file.is_file() or file.parent != folder or _sha256(file) != value:
+        if not file.is_file() or file.parent != folder or sha256(file) != value:
             raise PlanError(
                 f"{file} was changed, cut off or removed after it was written. Make the folder "
                 "again with the command that made it."

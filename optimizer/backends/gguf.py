@@ -56,10 +56,13 @@ def check(
     engine = profile.name
     try:
         settings = _settings(folder)
+        if origin is None:
+            vocabulary.kind(vocabulary.read(folder))
     except ModelError as error:
         return Verdict(engine, (str(error),))
     errors = rules.executed(plan, profile) + rules.agreed(plan, inventory, profile)
-    errors += rules.kinds(plan, inventory, engine, lambda layer: _holds(plan, layer))
+    if not errors:
+        errors = rules.kinds(plan, inventory, engine, lambda layer: _holds(plan, layer))
     if errors:
         return Verdict(engine, tuple(errors))
     stored = {
@@ -67,14 +70,9 @@ def check(
         for x in rules.quantized(plan, inventory)
     }
     tensors = _tensors(plan, inventory, settings)
-    notes = list(_odd_rows(inventory))
-    if origin is None and vocabulary.kind(vocabulary.read(folder)) == "none":
-        notes.append(
-            "llama.cpp has no tokenizer like this model's, so the file holds none: it takes token "
-            "numbers and refuses text."
-        )
+    notes = tuple(_odd_rows(inventory))
     size = _size(tensors, settings, folder, origin)
-    return Verdict(engine, (), tuple(notes), stored, size)
+    return Verdict(engine, (), notes, stored, size)
 
 
 def _holds(plan: Plan, layer: Layer) -> str | None:

@@ -6,7 +6,6 @@ October 2026, GPTQModel 7, AutoRound 0.16.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -42,16 +41,15 @@ def quantized(plan: Plan, inventory: Inventory) -> list[Layer]:
 
 def executed(plan: Plan, profile: Runtime) -> list[str]:
     """Precisions that the engine doesn't run."""
-    errors = []
-    used = Counter(plan.layers.values())
-    for name, precision in plan.palette.items():
-        if used[name] and not profile.runs(precision):
-            layers = [layer for layer, key in plan.layers.items() if key == name]
-            errors.append(
-                f"{profile.name} executes {', '.join(profile.executes)}, and not {name}, which the "
-                f"plan gives to {listed(layers)}. Make the plan with runtime={profile.name}."
-            )
-    return errors
+    wrong = {name for name, p in plan.palette.items() if not profile.runs(p)}
+    layers = [layer for layer, name in plan.layers.items() if name in wrong]
+    if not layers:
+        return []
+    used = sorted({plan.layers[layer] for layer in layers})
+    return [
+        f"{profile.name} executes {', '.join(profile.executes)}, and not {', '.join(used)}, which the "
+        f"plan gives to {listed(layers)}. Make the plan with runtime={profile.name}."
+    ]
 
 
 def agreed(plan: Plan, inventory: Inventory, profile: Runtime) -> list[str]:

@@ -2,8 +2,9 @@
 
 llama.cpp has the tokenizers themselves built in and reads their tables from the file, so only
 tokenizers that it knows can be written: byte-level BPE with a known splitting of text, and BPE with
-byte fallback (Llama's), which it runs as a scored vocabulary. For any other the file gets no
-vocabulary: llama.cpp then takes token numbers and refuses text, instead of cutting it wrongly.
+byte fallback (Llama's), which it runs as a scored vocabulary. Whole words between spaces become a
+unigram vocabulary, which finds the same words; a word outside of it is cut in another way. Any
+other tokenizer is an error that says so.
 """
 
 from __future__ import annotations
@@ -37,13 +38,20 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def kind(tokenizer: dict[str, Any]) -> str:
-    """`gpt2`, `llama` or `none`, llama.cpp's names."""
+    """`gpt2`, `llama` or `t5` (unigrams), llama.cpp's names. Raises ModelError."""
     model = tokenizer["model"]
-    if model.get("type") != "BPE":
-        return "none"
-    if model.get("byte_fallback"):
+    before = (tokenizer.get("pre_tokenizer") or {}).get("type")
+    if model.get("type") == "WordLevel" and before == "WhitespaceSplit":
+        return "t5"
+    if model.get("type") == "BPE" and model.get("byte_fallback"):
         return "llama"
-    return "gpt2" if splitting(tokenizer) else "none"
+    if model.get("type") == "BPE" and splitting(tokenizer):
+        return "gpt2"
+    raise ModelError(
+        f"llama.cpp has no tokenizer like this model's ({model.get('type')} after {before}); it has "
+        "byte-level BPE split as gpt-2, llama 3, qwen2 or smollm do, BPE with byte fallback, and "
+        "whole words. Convert the model with llama.cpp's own script and take to=llama-quantize."
+    )
 
 
 def splitting(tokenizer: dict[str, Any]) -> str | None:
@@ -60,26 +68,27 @@ def add(writer: Any, folder: Path, size: int) -> None:
     """Write the fields. size: rows of the embedding; ids without a token are padded."""
     tokenizer = read(folder)
     name = kind(tokenizer)
-    if name == "none":
-        writer.add_tokenizer_model("none")
-        writer.add_vocab_size(size)
-        return
     model = tokenizer["model"]
     tokens = {i: text for text, i in model["vocab"].items()}
     added = {row["id"]: row for row in tokenizer.get("added_tokens", [])}
     tokens |= {i: row["content"] for i, row in added.items()}
     listed = [tokens.get(i, f"[PAD{i}]") for i in range(size)]
-    merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
+    merges = [" ".join(m) if isinstance(m, list) else m for m in model.get("merges", [])]
     writer.add_tokenizer_model(name)
+    types = [_type(i, text, tokens, added, model) for i, text in enumerate(listed)]
+    if name == "t5":  # a word begins with its space
+        listed = ["\u2581" * (t == NORMAL) + x for x, t in zip(listed, types, strict=True)]
     writer.add_token_list(listed)
-    writer.add_token_types([_type(i, text, tokens, added, model) for i, text in enumerate(listed)])
+    writer.add_token_types(types)
     if name == "gpt2":
         writer.add_tokenizer_pre(splitting(tokenizer))
         writer.add_token_merges(merges)
     else:
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(_scores(listed, merges))
-        writer.add_add_space_prefix("Prepend" in json.dumps(tokenizer.get("normalizer")))
+        prefix = name == "t5" or "Prepend" in json.dumps(tokenizer.get("normalizer"))
+        writer.add_add_space_prefix(prefix)
+        writer.add_add_eos_token(False)
     _special(writer, folder, {text: i for i, text in tokens.items()}, tokenizer)
 
 
