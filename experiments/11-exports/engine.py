@@ -34,7 +34,7 @@ def llamacpp(file: Path, ids: np.ndarray, positions: list[int], speed: int = 64)
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
     params.n_ctx, params.n_parallel = max(256, ids.shape[1] + speed + 8), 1
-    params.cpuparams.n_threads = THREADS
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = THREADS
     params.warmup, params.verbosity = False, 0
     begun = time.perf_counter()
     server = xllamacpp.Server(params)

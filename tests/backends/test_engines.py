@@ -103,7 +103,7 @@ SYMMETRIC = [Precision("int", b, g, True) for b, g in ((3, 64), (5, 32), (2, 128
 VLLM = [*SYMMETRIC, UNTOUCHED, Precision("int", 4, 64, True), Precision("int", 7, None, True)]
 BLOCKS = [Precision.ggml(k) for k in ("q3_k", "q4_0", "iq4_nl", "q5_1", "q2_k", "q6_k", "q8_0")]
 OWN = [
-    Precision("int", 4, 64, True), Precision("int", 4, 32), Precision("int", 8, None, True),
+    Precision("int", 4, 64, True), Precision("int", 4, 32), Precision("int", 8, 64, True),
     Precision("int", 5, 128), Precision("int", 5, 32, True), UNTOUCHED, Precision.ggml("q5_k"),
     Precision.ggml("q4_k"),
 ]  # fmt: skip
@@ -177,7 +177,8 @@ def test_llama_cpp_computes_what_we_compute(
     assert file.stat().st_size == verdict.bytes
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = str(file), 128, 1
-    params.cpuparams.n_threads, params.warmup, params.verbosity = 1, False, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.warmup, params.verbosity = False, 0
     server = xllamacpp.Server(params)
     ids = IDS[:2]
     ours, reference = wide.log_p(plan, ids)[:, -1], wide.log_p(None, ids)[:, -1]
