@@ -95,7 +95,7 @@ def main(model: str, to: str, given: str, out: str, windows: int = 6, length: in
     measured, _ = mean_and_error(p, run.log_q)
     noise, _ = mean_and_error(ours, run.log_q)
     row = {
-        "model": model, "engine": to, "plan": given if given == "dealt" else plan.id,
+        "model": Path(model).name, "engine": to, "plan": given if given == "dealt" else plan.id,
         "bits_per_weight": f"{plan.effective_bits:.3f}", "bytes_predicted": verdict.bytes,
         "bytes_on_disk": size, "positions": p.shape[0] * p.shape[1],
         "kl_promised": f"{promised:.5f}", "kl_promised_stderr": f"{error:.5f}",
