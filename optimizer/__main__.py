@@ -17,6 +17,8 @@ Mezzotint: make a language model fit a memory budget and keep what it means.
   mezzotint optimize model=smollm2 budget.bits=4.5      measure, allocate, prove; writes plan.json
   mezzotint show plan.json                              heat map, bytes, promise, certificate
   mezzotint apply plan.json out=DIR                     write the packed model
+  mezzotint check plan.json to=ENGINE                   would the engine load it, and in what size
+  mezzotint export plan.json to=ENGINE out=DIR          write it for vllm, llamacpp, ...
   mezzotint evaluate model=DIR                          packed model against its reference
   mezzotint fit DIR budget=rtx3060_12gb                 memory, longest context, smallest machine
   mezzotint report DIR                                  make a run's report.html again
@@ -32,8 +34,18 @@ data=    self (default: text sampled from the model), text data.path=FILE, hub d
 `mezzotint optimize --cfg job` prints every setting, `-m` sweeps over comma-separated values,
 `--config-dir DIR` adds a folder of your own settings. Results: hydra.run.dir=DIR chooses where.
 """
-COMMANDS = ("optimize", "show", "apply", "evaluate", "probe", "blur", "fit", "report", "compare")
-POSITIONAL = {"apply": ["plan"], "fit": ["plan"], "probe": ["plan"], "blur": ["plan", "text"]}
+COMMANDS = (
+    "optimize", "show", "apply", "check", "export", "evaluate", "probe", "blur", "fit", "report",
+    "compare",
+)  # fmt: skip
+POSITIONAL = {
+    "apply": ["plan"],
+    "check": ["plan"],
+    "export": ["plan"],
+    "fit": ["plan"],
+    "probe": ["plan"],
+    "blur": ["plan", "text"],
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,6 +97,8 @@ def _dispatch(command: str, rest: list[str]) -> int:
     jobs: dict[str, Callable[[Any], None]] = {
         "optimize": _optimize,
         "apply": _apply,
+        "check": _check,
+        "export": _export,
         "evaluate": _evaluate,
         "fit": _fit,
         "probe": _probe,
@@ -225,6 +239,40 @@ def _apply(settings: Any) -> None:
         f"mezzotint evaluate model={folder}",
         soft_wrap=True,
     )
+
+
+def _check(settings: Any) -> None:
+    from optimizer import export, report
+    from optimizer.errors import PlanError
+    from optimizer.plan import Plan
+
+    verdict = export.check(Plan.load(settings.plan), settings.to, settings.store, settings.model)
+    report.verdict(report.console(), verdict)
+    if verdict.errors:
+        raise PlanError(f"{verdict.engine} would not run this plan; the reasons are above.")
+
+
+def _export(settings: Any) -> None:
+    from pathlib import Path
+
+    from optimizer import export, report
+    from optimizer.plan import Plan
+    from optimizer.source import PACKED_FILE
+
+    out = report.console()
+    given, folder = Path(settings.plan), Path(settings.out)
+    verdict = export.export(
+        Plan.load(given),
+        settings.to,
+        folder,
+        settings.store,
+        settings.model,
+        settings.overwrite,
+        given if (given / PACKED_FILE).is_file() else None,
+        report.Terminal(out),
+    )
+    report.verdict(out, verdict)
+    out.print(f"Wrote {folder}. Its README.md says how it was made.", soft_wrap=True)
 
 
 def _evaluate(settings: Any) -> None:

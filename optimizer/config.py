@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from optimizer.data import Data
 from optimizer.errors import ConfigError
-from optimizer.layer import Precision
+from optimizer.layer import GGML, Precision
 from optimizer.plan import Budget
 from optimizer.policy import Policy
 from optimizer.search import Search
@@ -24,8 +25,9 @@ def conf_folder() -> Path:
 
 @dataclass(kw_only=True)
 class Palette:
-    """bits: numbers 1 to 8, `ternary`, and 16 (untouched). group_size: one or several; 0 = per
-    channel. fit: `strict` (a group must divide every layer) or `nearest`."""
+    """bits: numbers 1 to 8, `ternary`, 16 (untouched), and types of llama.cpp such as q4_k.
+    group_size: one or several; 0 = per channel. fit: `strict` (a group must divide every layer)
+    or `nearest`."""
 
     bits: list[Any] = field(default_factory=lambda: [2, 3, 4, 5, 6, 8, 16])
     group_size: Any = 64
@@ -55,9 +57,12 @@ class Palette:
         group = size or None
         if bits == "ternary":
             return Precision("ternary", 2, group, True)
+        if bits in GGML:
+            return Precision.ggml(bits)
         if not isinstance(bits, int) or isinstance(bits, bool):
             raise ConfigError(
-                f"palette.bits holds whole numbers 1 to 8, 16 and ternary, not {bits!r}."
+                f"palette.bits holds whole numbers 1 to 8, 16, ternary, and types of llama.cpp "
+                f"({', '.join(GGML)}), not {bits!r}."
             )
         if bits == 16:
             return Precision()
@@ -66,12 +71,25 @@ class Palette:
 
 @dataclass(kw_only=True)
 class Runtime:
-    """An engine's grouping rules. fused: roles that it loads as one matrix; experts: `tensor` or
-    `block`, how far one precision reaches."""
+    """An engine's rules. fused: roles that it loads as one matrix; experts: `tensor` or `block`,
+    how far one precision reaches; executes: globs of the precisions that it runs, empty = all."""
 
     name: str = "torch"
     fused: list[list[str]] = field(default_factory=list)
     experts: str = "tensor"
+    executes: list[str] = field(default_factory=list)
+
+    def runs(self, precision: Precision) -> bool:
+        return not self.executes or any(fnmatchcase(precision.name, p) for p in self.executes)
+
+    def check(self, palette: list[Precision]) -> None:
+        wrong = [p.name for p in palette if not self.runs(p)]
+        if wrong:
+            raise ConfigError(
+                f"The search may only offer what the engine executes; {self.name} runs "
+                f"{', '.join(self.executes)}, and the palette holds {', '.join(wrong)}. Take "
+                f"palette={self.name}, or another runtime."
+            )
 
 
 @dataclass(kw_only=True)
@@ -178,12 +196,22 @@ class Optimize:
             raise ConfigError(f"scope is a pattern or a list of patterns, not {self.scope!r}.")
         return list(found)
 
+    def _check_kinds(self) -> None:
+        blocks = [p.name for p in self.palette.precisions() if p.kind in GGML]
+        if self.quantizer.calibrated and blocks:
+            raise ConfigError(
+                f"llama.cpp's blocks ({blocks[0]}) are rounded to nearest in this version; "
+                f"quantizer={self.quantizer.name} knows integer groups only. Take quantizer=rtn, or "
+                "a palette of integers."
+            )
+
     def check(self) -> None:
         """What can be wrong before anything is loaded."""
         self.budget.check()
-        self.palette.precisions()
+        self.runtime.check(self.palette.precisions())
         self.policy.check()
         self.quantizer.check()
+        self._check_kinds()
         self.search.check()
         self.proof.check()
         self.wandb.check()
@@ -200,6 +228,29 @@ class Apply:
     out: str
     model: str | None = None
     overwrite: bool = False
+    store: str = "~/.cache/mezzotint"
+
+
+@dataclass(kw_only=True)
+class Export:
+    """`mezzotint export`. to: the engine or format. plan: a plan, or a folder that `apply` wrote,
+    whose rounded weights are then taken as they are. Others as Apply."""
+
+    plan: str
+    to: str
+    out: str
+    model: str | None = None
+    overwrite: bool = False
+    store: str = "~/.cache/mezzotint"
+
+
+@dataclass(kw_only=True)
+class Check:
+    """`mezzotint check`. As Export, without a folder."""
+
+    plan: str
+    to: str
+    model: str | None = None
     store: str = "~/.cache/mezzotint"
 
 
@@ -295,10 +346,22 @@ COMMANDS: dict[str, type[Any]] = {
     "optimize": Optimize,
     "apply": Apply,
     "evaluate": Evaluate,
+    "export": Export,
+    "check": Check,
     "fit": Fit,
     "probe": Probe,
     "blur": Blur,
 }
+
+
+def profile(name: str) -> Runtime:
+    """The rules of an engine from conf/runtime/."""
+    from omegaconf import OmegaConf
+
+    values: Any = OmegaConf.to_container(
+        OmegaConf.load(conf_folder() / "runtime" / f"{name}.yaml")
+    )
+    return Runtime(**values.get("runtime", values))
 
 
 def register() -> None:

@@ -82,7 +82,7 @@ class Gptq:
         """Rows that are better off rounded to nearest get that: below 2 bits a few are, where the
         corrections leave the range of the levels."""
         weight, precision = job
-        nearest = Rtn(clip=self.clip).encode(weight, precision)
+        nearest = Rtn(clip=self.clip).codes(weight, precision)
         error = (nearest.decode() - weight.float())[:, order]
         keep = (losses <= (error @ root).square_().sum(1)).unsqueeze(1)
         return Codes(

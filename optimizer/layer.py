@@ -22,11 +22,38 @@ SCALE_BYTES = 2  # fp16
 TRITS_PER_BYTE = 5  # 3**5 = 243 <= 256
 
 
+@dataclass(frozen=True)
+class Block:
+    """A block type of ggml, llama.cpp's tensor library: `weights` consecutive weights of a row
+    take `size` bytes. fallback: what llama.cpp stores instead where no block fits the row."""
+
+    bits: int
+    weights: int
+    size: int
+    fallback: str | None = None
+
+
+GGML = {
+    "q4_0": Block(4, 32, 18),
+    "q4_1": Block(4, 32, 20),
+    "q5_0": Block(5, 32, 22),
+    "q5_1": Block(5, 32, 24),
+    "q8_0": Block(8, 32, 34),
+    "iq4_nl": Block(4, 32, 18),
+    "q2_k": Block(2, 256, 84, "q4_0"),
+    "q3_k": Block(3, 256, 110, "q4_0"),
+    "q4_k": Block(4, 256, 144, "q5_0"),
+    "q5_k": Block(5, 256, 176, "q5_1"),
+    "q6_k": Block(6, 256, 210, "q8_0"),
+}
+
+
 @dataclass(frozen=True, order=True)
 class Precision:
     """How one layer is stored.
 
-    kind: `int` (uniform levels), `ternary` (-s, 0, s) or `none` (the reference's own 16 bits).
+    kind: `int` (uniform levels), `ternary` (-s, 0, s), `none` (the reference's own 16 bits) or a
+    key of GGML (that type's blocks; group_size is the block's length).
     group_size: weights per scale along the inputs; None = one scale per row ("per channel").
     symmetric: no zero point. 1 bit (-s, s) and ternary are always symmetric.
     """
@@ -37,11 +64,20 @@ class Precision:
     symmetric: bool = False
 
     def __post_init__(self) -> None:
+        if self.kind in GGML:
+            block = GGML[self.kind]
+            if (self.bits, self.group_size) != (block.bits, block.weights):
+                raise ConfigError(
+                    f"{self.kind} has {block.bits} bits in blocks of {block.weights}, not "
+                    f"{self.bits} in blocks of {self.group_size}. Correct or leave out both."
+                )
+            return
         legal = {"int": range(1, 9), "ternary": (2,), "none": (REFERENCE_BITS,)}
         if self.kind not in legal or self.bits not in legal[self.kind]:
             raise ConfigError(
-                "A precision is 1, 2, 3, 4, 5, 6, 7 or 8 bits, ternary, or 16 (untouched), not "
-                f"{self.kind} with {self.bits} bits. Change palette.bits."
+                "A precision is 1, 2, 3, 4, 5, 6, 7 or 8 bits, ternary, 16 (untouched), or a type of "
+                f"llama.cpp ({', '.join(GGML)}), not {self.kind} with {self.bits} bits. Change "
+                "palette.bits."
             )
         if self.group_size is not None and self.group_size < 1:
             raise ConfigError(
@@ -49,10 +85,14 @@ class Precision:
                 "palette.group_size; 0 there means one scale per channel."
             )
 
+    @classmethod
+    def ggml(cls, kind: str) -> Precision:
+        return cls(kind, GGML[kind].bits, GGML[kind].weights)
+
     @property
     def name(self) -> str:
-        if self.kind == "none":
-            return "none"
+        if self.kind == "none" or self.kind in GGML:
+            return self.kind
         stem = f"int{self.bits}" if self.kind == "int" else "ternary"
         tail = "channel" if self.group_size is None else f"g{self.group_size}"
         marked = self.symmetric and self.kind == "int" and self.bits > 1
@@ -72,6 +112,8 @@ class Precision:
         if self.kind == "none":
             return {}
         groups = self.groups(cols)
+        if self.kind in GGML:
+            return {"blocks": ("U8", (rows, groups * GGML[self.kind].size))}
         parts = {
             "codes": ("U8", (rows, packed_bytes(cols, self.code_bits))),
             "scales": ("F16", (rows, groups)),
@@ -93,9 +135,13 @@ class Precision:
         return self.group_size is None or cols % self.group_size == 0
 
     def nearest(self, cols: int) -> Precision:
-        """The same precision with the divisor of `cols` that is nearest to the group size."""
+        """The same precision with the divisor of `cols` that is nearest to the group size; for a
+        type of ggml, what llama.cpp falls back to (llama-quant.cpp), at last 16 bits."""
         if self.group_size is None or self.fits(cols):
             return self
+        if self.kind in GGML:
+            fallback = GGML[self.kind].fallback
+            return UNTOUCHED if fallback is None else Precision.ggml(fallback).nearest(cols)
         wanted = self.group_size
         divisors = [d for d in range(1, cols + 1) if cols % d == 0]
         best = min(divisors, key=lambda d: (abs(math.log(d / wanted)), d))

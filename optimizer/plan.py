@@ -113,7 +113,7 @@ def container_bytes(entries: Iterable[tuple[str, str, Sequence[int], int]]) -> i
     The format: an 8-byte length, then JSON padded with spaces to a multiple of 8; tensors lie
     in the order of the library's own list of dtypes, then name.
     """
-    rank = {dtype: i for i, dtype in enumerate(("I64", "F32", "BF16", "F16", "U8"))}
+    rank = {dtype: i for i, dtype in enumerate(("I64", "F32", "I32", "BF16", "F16", "U8"))}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, dtype, shape, size in sorted(entries, key=lambda e: (rank[e[1]], e[0])):

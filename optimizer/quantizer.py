@@ -19,7 +19,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optimizer.layer import TRITS_PER_BYTE, Precision, packed_bytes
+from optimizer import ggml
+from optimizer.layer import GGML, TRITS_PER_BYTE, Precision, packed_bytes
 
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # fp16's subnormal step and maximum
 TINY = 1e-30  # as a step: every weight is far from zero, so only its sign counts
@@ -42,11 +43,24 @@ class Rtn:
         """W' [rows, cols] fp32, exactly what the packed layer unpacks to."""
         if precision.kind == "none":
             return weight.float()
+        if precision.kind in GGML:
+            return ggml.round_to(weight, precision)
         w = grouped(weight, precision)
         levels = self._levels(w, precision)
         return levels.values(levels.nearest(w)).view(weight.shape)
 
-    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes:  # noqa: ARG002
+    def encode(
+        self,
+        weight: Tensor,
+        precision: Precision,
+        layer: str = "",  # noqa: ARG002
+    ) -> Codes | ggml.Blocks:
+        if precision.kind in GGML:
+            return ggml.encode(weight, precision)
+        return self.codes(weight, precision)
+
+    def codes(self, weight: Tensor, precision: Precision) -> Codes:
+        """As `encode`, for the kinds that have groups with scales (not ggml's blocks)."""
         w = grouped(weight, precision)
         levels = self._levels(w, precision)
         return levels.codes(levels.nearest(w).view(weight.shape), precision)
@@ -77,7 +91,7 @@ class Given:
         return codes.decode().to(weight.device)
 
     def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes:
-        return self._find(layer, precision) or self._other.encode(weight, precision)
+        return self._find(layer, precision) or self._other.codes(weight, precision)
 
 
 @dataclass(frozen=True)
@@ -107,7 +121,11 @@ class Codes:
         return parts
 
     @classmethod
-    def unpack(cls, parts: dict[str, Tensor], precision: Precision, cols: int) -> Codes:
+    def unpack(
+        cls, parts: dict[str, Tensor], precision: Precision, cols: int
+    ) -> Codes | ggml.Blocks:
+        if precision.kind in GGML:
+            return ggml.Blocks(precision, parts["blocks"], cols)
         zeros = parts.get("zeros")
         return cls(
             precision,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optimizer import grid
+from optimizer.backends.rules import Verdict
 from optimizer.bench import View
 from optimizer.fit import Answer
 from optimizer.layer import Precision
@@ -196,6 +198,20 @@ def evaluation(out: Console, found: Mapping[str, Any]) -> None:
         f"{human(found['bytes'])} packed; the reference's layers take {human(whole)} at 16 bits.",
         soft_wrap=True,
     )
+
+
+def verdict(out: Console, found: Verdict) -> None:
+    """Whether an engine would load a plan: each reason against it, or size and notes."""
+    for error in found.errors:
+        out.print(f"[red]would fail:[/red] {escape(error)}", soft_wrap=True)
+    if found.errors:
+        return
+    out.print(f"{found.engine} loads and executes this plan: {found.bytes} bytes of weights.")
+    for key, stored in sorted(found.stored.items()):
+        if key != stored:
+            out.print(f"  {key} is stored as {stored}")
+    for note in found.notes:
+        out.print(f"[yellow]Note:[/yellow] {escape(note)}", soft_wrap=True)
 
 
 def show(out: Console, plan: Plan) -> None:

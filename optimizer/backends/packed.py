@@ -7,11 +7,6 @@ and, if asymmetric, NAME.zeros; everything else has its checkpoint name and 16 b
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,37 +15,31 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from optimizer.errors import ConfigError, PlanError, StorageError
+from optimizer.backends.folder import (
+    check_target,
+    copy_beside,
+    manifest,
+    publish,
+    save_tensors,
+    seal,
+)
+from optimizer.errors import PlanError
+from optimizer.ggml import Blocks
 from optimizer.layer import Inventory, Layer, Precision
 from optimizer.model import DTYPES, Model, read, skeleton, take_inventory, write
 from optimizer.plan import Plan
 from optimizer.quantizer import Codes, Rtn
 from optimizer.source import PACKED_FILE
-from optimizer.store import unwritable
 
-MANIFEST = "manifest.json"
-COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
+__all__ = ["check_target", "load", "pack", "save", "verify"]
+
 Track = Callable[..., Iterable[Any]]
-
-
-def check_target(out: Path, overwrite: bool) -> None:
-    """Raise before any work if the folder can't be written."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
-        raise ConfigError(
-            f"The folder for the packed model must be new or empty; {out} is not. Choose another "
-            "out=DIR, or say overwrite=true to replace it."
-        )
-    probe = out.absolute().parent
-    while not probe.exists():
-        probe = probe.parent
-    if not os.access(probe, os.W_OK):
-        raise StorageError(f"{probe} can't be written to. Choose another out=DIR.")
 
 
 class Encoder(Protocol):
     """What packing needs of a quantizer; `layer` is its name."""
 
-    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes: ...
+    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes | Blocks: ...
 
 
 def save(
@@ -59,22 +48,15 @@ def save(
     """Pack `model` as `plan` says and write it to `out`, with what `folder` says beside weights.
     encoder: gives the codes; rounding to nearest if none is given. Appears whole or not at all.
     Memory: the packed model."""
-    tensors = _pack(plan, model, track, encoder or Rtn())
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=".packing-") as draft:
-            inner = Path(draft) / "model"
-            inner.mkdir()
-            _write(tensors, plan, folder, inner)
-            if out.is_dir():
-                shutil.rmtree(out)
-            inner.replace(out)
-    except OSError as error:
-        raise unwritable(out, error) from None
-    return out
+    tensors = pack(plan, model, track, encoder)
+    return publish(out, lambda draft: _write(tensors, plan, folder, draft))
 
 
-def _pack(plan: Plan, model: Model, track: Track, encoder: Encoder) -> dict[str, Tensor]:
+def pack(
+    plan: Plan, model: Model, track: Track, encoder: Encoder | None = None
+) -> dict[str, Tensor]:
+    """The plan's stored tensors by name, as packed.safetensors holds them."""
+    encoder = encoder or Rtn()
     choice, inventory = plan.choice, model.inventory
     dtype = DTYPES[inventory.dtype]
     tensors: dict[str, Tensor] = {}
@@ -95,32 +77,15 @@ def _pack(plan: Plan, model: Model, track: Track, encoder: Encoder) -> dict[str,
 
 
 def _write(tensors: dict[str, Tensor], plan: Plan, folder: Path, out: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, out / PACKED_FILE, metadata={"format": "pt"})
-    except SafetensorError as error:  # its own name for a full disk
-        raise unwritable(out / PACKED_FILE, OSError(str(error))) from None
-    (out / PACKED_FILE).chmod((out.stat().st_mode & 0o444) | 0o200)  # safetensors writes 0600
+    save_tensors(tensors, out / PACKED_FILE)
     size = (out / PACKED_FILE).stat().st_size
     if size != plan.bytes["total"]:
         raise PlanError(
             f"The plan promises {plan.bytes['total']} bytes and the file has {size}. The plan was "
             "made for another version or another checkpoint; make it again."
         )
-    for pattern in COPIED:
-        for file in folder.glob(pattern):
-            if not file.name.endswith(".index.json"):
-                shutil.copyfile(file, out / file.name)
-    plan.save(out / "plan.json")
-    hashes = {file.name: _sha256(file) for file in sorted(out.iterdir())}
-    (out / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=1) + "\n")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    copy_beside(folder, out)
+    seal(plan, out)
 
 
 # ---------------------------------------------------------------- read back
@@ -128,20 +93,7 @@ def _sha256(file: Path) -> str:
 
 def verify(folder: Path) -> Plan:
     """The folder's plan, after all files were compared with the manifest. Raises PlanError."""
-    try:
-        hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        pairs = [(folder / str(name), str(value)) for name, value in hashes.items()]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise PlanError(
-            f"{folder} is no packed model: it has no readable {MANIFEST}. `mezzotint apply "
-            "plan.json out=DIR` writes such a folder."
-        ) from None
-    for file, value in pairs:
-        if not file.is_file() or file.parent != folder or _sha256(file) != value:
-            raise PlanError(
-                f"{file} was changed, cut off or removed after it was packed. Make the folder "
-                "again with `mezzotint apply`."
-            )
+    hashes = manifest(folder)["sha256"]
     if PACKED_FILE not in hashes or "plan.json" not in hashes:
         raise PlanError(f"The manifest of {folder} lists no {PACKED_FILE}. Make it again.")
     return Plan.load(folder / "plan.json")

@@ -1,0 +1,117 @@
+"""Bytes and KL promised by a plan against bytes on disk and KL inside the engine.
+
+run.py MODEL ENGINE PLAN OUT.csv [windows] [length]    PLAN: a plan.json, or `dealt`: types dealt to
+the layers without a search, for a model whose table is too expensive here. Appends one row.
+
+KL is taken at the same positions in three ways: reference || our rounded weights in fp32 (what a
+certificate promises), reference || engine (what a user gets), ours || engine (the engine's noise).
+"""
+
+from __future__ import annotations
+
+import csv
+import resource
+import sys
+import tempfile
+from pathlib import Path
+
+import engine
+import numpy as np
+import torch
+
+from optimizer import export
+from optimizer.backends import compressed_tensors, gguf
+from optimizer.bench import Bench, View
+from optimizer.config import profile
+from optimizer.data import Data, Part
+from optimizer.layer import Precision
+from optimizer.model import Model, take_inventory
+from optimizer.plan import Plan, assemble
+from optimizer.quantizer import Rtn
+from optimizer.source import locate
+from optimizer.store import Store
+
+STORE = Path("~/.cache/mezzotint").expanduser()
+EVERY = 3  # positions that are compared
+
+
+def dealt(model: str, runtime: str, store: Path) -> Plan:
+    source = locate(model, Store(store))
+    inventory = take_inventory(source.folder)
+    kinds = {
+        "llamacpp": [Precision.ggml(k) for k in ("q4_k", "iq4_nl", "q5_k", "q4_0", "q6_k")],
+        "vllm": [Precision("int", b, 64, True) for b in (4, 5, 3, 6, 8)],
+    }[runtime]
+    fused = {role: 10 * i for i, roles in enumerate(profile(runtime).fused) for role in roles}
+    choice = {}
+    for i, layer in enumerate(inventory.scoped(["blocks"])):
+        step = fused.get(layer.role, i % 7) + (layer.block or 0)
+        choice[layer.name] = kinds[step % len(kinds)].nearest(layer.cols)
+    model_of = {"name": source.name, "fingerprint": source.fingerprint}
+    return assemble(
+        inventory, inventory.scoped(["blocks"]), choice, model=model_of, runtime=runtime,
+        quantizer={"name": "rtn"}, predicted={"kl": float("nan"), "stderr": float("nan")},
+    )  # fmt: skip
+
+
+def mean_and_error(p: np.ndarray, q: np.ndarray) -> tuple[float, float]:
+    """KL and its standard error over windows; log-probabilities [windows, positions, words]."""
+    rows = (np.exp(p) * (p - q)).sum(-1).mean(-1)
+    return float(rows.mean()), float(rows.std(ddof=1) / np.sqrt(len(rows)))
+
+
+def main(model: str, to: str, given: str, out: str, windows: int = 6, length: int = 48) -> None:
+    import os
+
+    store = Path(os.environ.get("MEZZOTINT_STORE", STORE))
+    plan = dealt(model, profile(to).name, store) if given == "dealt" else Plan.load(given)
+    part = Part(sequences=windows, length=length)
+    text = os.environ.get("TEXT")
+    data = Data(source="text" if text else "self", path=text, calibration=part, search=part,
+                heldout=part)  # fmt: skip
+    bench = Bench(model, None, data, str(store), "cpu", View())
+    ids = bench.windows("heldout").ids
+    positions = list(range(EVERY - 1, length - 1, EVERY))
+    reference = Model.load(bench.source.folder, bench.inventory)
+
+    def log_p() -> np.ndarray:
+        with torch.inference_mode():
+            logits = reference.net(input_ids=torch.from_numpy(ids)).logits[:, positions]
+        return torch.log_softmax(logits.float(), -1).numpy()
+
+    p = log_p()
+    with reference.rounded(Rtn(), plan.choice):
+        ours = log_p()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "out"
+        verdict = export.export(plan, to, folder, str(store))
+        file = folder / (gguf.FILE if to == "llamacpp" else compressed_tensors.FILE)
+        size = file.stat().st_size
+        if to == "llamacpp":
+            run = engine.llamacpp(file, ids, positions)
+        else:
+            run = engine.transformers(folder, ids, positions, torch.float32)
+    promised, error = mean_and_error(p, ours)
+    measured, _ = mean_and_error(p, run.log_q)
+    noise, _ = mean_and_error(ours, run.log_q)
+    row = {
+        "model": Path(model).name, "engine": to, "plan": given if given == "dealt" else plan.id,
+        "bits_per_weight": f"{plan.effective_bits:.3f}", "bytes_predicted": verdict.bytes,
+        "bytes_on_disk": size, "positions": p.shape[0] * p.shape[1],
+        "kl_promised": f"{promised:.5f}", "kl_promised_stderr": f"{error:.5f}",
+        "kl_in_engine": f"{measured:.5f}", "kl_ours_to_engine": f"{noise:.6f}",
+        "load_seconds": f"{run.load_seconds:.2f}",
+        "tokens_per_second": f"{run.tokens_per_second:.1f}",
+        "peak_MB_of_the_script": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }  # fmt: skip
+    fresh = not Path(out).exists()
+    with Path(out).open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, row)
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
+    print(row)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:5], *map(int, sys.argv[5:]))

@@ -1,0 +1,106 @@
+"""A model folder that appears whole or not at all, and tells if anything in it was changed.
+
+Every folder holds plan.json and manifest.json, the sha256 of all other files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimizer.errors import ConfigError, PlanError, StorageError
+from optimizer.plan import Plan
+from optimizer.store import unwritable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MANIFEST = "manifest.json"
+COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
+
+
+def check_target(out: Path, overwrite: bool) -> None:
+    """Raise before any work if the folder can't be written."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+        raise ConfigError(
+            f"The folder for the model must be new or empty; {out} is not. Choose another "
+            "out=DIR, or say overwrite=true to replace it."
+        )
+    probe = out.absolute().parent
+    while not probe.exists():
+        probe = probe.parent
+    if not os.access(probe, os.W_OK):
+        raise StorageError(f"{probe} can't be written to. Choose another out=DIR.")
+
+
+def publish(out: Path, fill: Callable[[Path], None]) -> Path:
+    """`fill` writes into a draft beside `out`; then the draft takes its place. After an exception
+    or a kill `out` is as it was."""
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=".packing-") as draft:
+            inner = Path(draft) / "model"
+            inner.mkdir()
+            fill(inner)
+            if out.is_dir():
+                shutil.rmtree(out)
+            inner.replace(out)
+    except OSError as error:
+        raise unwritable(out, error) from None
+    return out
+
+
+def copy_beside(folder: Path, out: Path) -> None:
+    """The config, the tokenizer and other small files of a model folder."""
+    for pattern in COPIED:
+        for file in folder.glob(pattern):
+            if not file.name.endswith(".index.json"):
+                shutil.copyfile(file, out / file.name)
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # its own name for a full disk
+        raise unwritable(file, OSError(str(error))) from None
+
+
+def seal(plan: Plan, out: Path, about: Mapping[str, Any] | None = None) -> None:
+    """Add the plan and, last, the manifest. about: more entries of the manifest."""
+    plan.save(out / "plan.json")
+    hashes = {file.name: sha256(file) for file in sorted(out.iterdir())}
+    text = json.dumps({**(about or {}), "sha256": hashes}, indent=1)
+    (out / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, after all files were compared with it. Raises PlanError."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        pairs = [(folder / str(name), str(value)) for name, value in found["sha256"].items()]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise PlanError(
+            f"{folder} is no model that Mezzotint wrote: it has no readable {MANIFEST}. "
+            "`mezzotint apply plan.json out=DIR` and `mezzotint export` write such folders."
+        ) from None
+    for file, value in pairs:
+        if not file.is_file() or file.parent != folder or sha256(file) != value:
+            raise PlanError(
+                f"{file} was changed, cut off or removed after it was written. Make the folder "
+                "again with the command that made it."
+            )
+    return dict(found)

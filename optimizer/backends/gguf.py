@@ -1,0 +1,350 @@
+"""GGUF, the file of llama.cpp: one file with every tensor in a type of its own.
+
+A layer's type is the plan's (q4_k, ...), or the one whose levels are the same as those of our
+grid: int4 symmetric = q4_0 and so on, groups of 64 or 128 repeated for each 32. Symmetric grids are
+carried exactly; of asymmetric ones the zero point becomes an fp16 minimum (off by at most 1/4096 of
+it). Matrices that the plan leaves untouched keep their 16 bits, all else is fp32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optimizer.backends import rules, vocabulary
+from optimizer.backends.rules import Verdict
+from optimizer.config import Runtime
+from optimizer.errors import ModelError, PlanError
+from optimizer.layer import GGML, Inventory, Layer, Precision
+from optimizer.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FILE, TYPES_FILE = "model.gguf", "tensor_types.txt"
+SAME = {(4, True): "q4_0", (4, False): "q4_1", (5, True): "q5_0", (5, False): "q5_1",
+        (8, True): "q8_0"}  # fmt: skip
+
+# transformers' architecture -> (llama.cpp's, does it reorder the rows of q and k for its rotation)
+ARCHITECTURES = {
+    "LlamaForCausalLM": ("llama", True),
+    "MistralForCausalLM": ("llama", True),
+    "Qwen2ForCausalLM": ("qwen2", False),
+    "Qwen3ForCausalLM": ("qwen3", False),
+}
+
+
+def carrier(precision: Precision, cols: int) -> str | None:
+    """The ggml type that holds a precision's levels for rows of `cols` weights, or None."""
+    if precision.kind in GGML:
+        return precision.kind if precision.fits(cols) else None
+    length = precision.group_size or cols
+    if precision.kind != "int" or length % 32:
+        return None
+    return SAME.get((precision.bits, precision.symmetric))
+
+
+def check(
+    plan: Plan, inventory: Inventory, profile: Runtime, folder: Path, origin: Path | None
+) -> Verdict:
+    """origin: the GGUF file that the model came from, whose metadata is kept."""
+    engine = profile.name
+    try:
+        settings = _settings(folder)
+        if origin is None:
+            vocabulary.kind(vocabulary.read(folder))
+    except ModelError as error:
+        return Verdict(engine, (str(error),))
+    errors = rules.executed(plan, profile) + rules.agreed(plan, inventory, profile)
+    if not errors:
+        errors = rules.kinds(plan, inventory, engine, lambda layer: _holds(plan, layer))
+    if errors:
+        return Verdict(engine, tuple(errors))
+    stored = {
+        plan.layers[x.name]: str(carrier(plan.choice[x.name], x.cols))
+        for x in rules.quantized(plan, inventory)
+    }
+    tensors = _tensors(plan, inventory, settings)
+    notes = tuple(_odd_rows(inventory))
+    size = _size(tensors, settings, folder, origin)
+    return Verdict(engine, (), notes, stored, size)
+
+
+def _holds(plan: Plan, layer: Layer) -> str | None:
+    if layer.kind not in ("linear", "head", "embedding"):
+        return f"the converter takes Linear layers and embeddings, and this is {layer.kind}"
+    precision = plan.choice[layer.name]
+    if carrier(precision, layer.cols) is None:
+        return f"no block type has the levels of {precision.name} on rows of {layer.cols}"
+    return None
+
+
+def _odd_rows(inventory: Inventory) -> Iterator[str]:
+    """What llama-quantize would make of K-quants here, with the bytes that it would take."""
+    wide = sorted({x.cols for x in inventory.layers if x.block is not None and x.cols % 256})
+    if not wide:
+        return
+    pairs = []
+    for kind in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"):
+        found = Precision.ggml(kind).nearest(wide[0])
+        bits = (
+            16.0 if found.kind == "none" else 8 * GGML[found.kind].size / GGML[found.kind].weights
+        )
+        pairs.append(f"{kind} -> {'f16' if found.kind == 'none' else found.kind} ({bits:g} bits)")
+    widths = ", ".join(map(str, wide))
+    yield f"Rows of {widths} aren't divisible by 256; there K-quants fall back: {', '.join(pairs)}."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of config.json a GGUF file needs."""
+
+    architecture: str
+    reorder: bool
+    config: dict[str, Any]
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        heads = int(self.config["num_attention_heads"])
+        return heads, int(self.config.get("num_key_value_heads") or heads)
+
+
+def _settings(folder: Path) -> Settings:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = (config.get("architectures") or ["none"])[0]
+    if name not in ARCHITECTURES:
+        raise ModelError(
+            f"The GGUF converter knows {', '.join(ARCHITECTURES)}; this model is {name}. Export it "
+            "to another engine, or convert it with llama.cpp's own script and take the recipe "
+            "to=llama-quantize."
+        )
+    scaling = (config.get("rope_parameters") or {}).get("rope_type", "default")
+    if scaling != "default":
+        raise ModelError(
+            f"The GGUF converter knows plain rotary embeddings; this model scales them "
+            f"({scaling}). Convert it with llama.cpp's own script and take to=llama-quantize."
+        )
+    return Settings(*ARCHITECTURES[name], config)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the file. kind: a ggml type in lower case. shape: as in numpy."""
+
+    name: str
+    source: str
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        count = int(np.prod(self.shape))
+        if self.kind in GGML:
+            return count // GGML[self.kind].weights * GGML[self.kind].size
+        return count * (4 if self.kind == "f32" else 2)
+
+
+def _tensors(plan: Plan, inventory: Inventory, settings: Settings) -> list[Entry]:
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    arch = MODEL_ARCH[settings.architecture.upper()]
+    names = get_tensor_name_map(arch, int(settings.config["num_hidden_layers"]))
+
+    def entry(name: str, kind: str, shape: tuple[int, ...]) -> Entry:
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise ModelError(f"The GGUF converter doesn't know the tensor {name}.")
+        return Entry(found, name, kind, shape)
+
+    entries = []
+    for layer in inventory.layers:
+        precision = plan.choice[layer.name]
+        kind = inventory.dtype.lower()
+        if precision.kind != "none":
+            kind = str(carrier(precision, layer.cols))
+        entries.append(entry(layer.name, kind, (layer.rows, layer.cols)))
+    return entries + [entry(x.name, "f32", x.shape) for x in inventory.others]
+
+
+def types_file(plan: Plan, inventory: Inventory, folder: Path) -> str:
+    """For `llama-quantize --tensor-type-file`: one anchored `name=type` per line."""
+    lines = [
+        f"^{e.name.replace('.', chr(92) + '.')}$={e.kind}"
+        for e in _tensors(plan, inventory, _settings(folder))
+        if len(e.shape) == 2
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------- write
+
+
+def _writer(entries: list[Entry], settings: Settings, folder: Path, origin: Path | None) -> Any:
+    """A GGUFWriter that knows all metadata and all tensors' shapes, but no data."""
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    writer = GGUFWriter(None, settings.architecture)
+    if origin is not None:
+        _copy_fields(writer, origin)
+    else:
+        _add_fields(writer, settings, folder)
+    writer.add_file_type(1024)  # llama.cpp's "not told: tensors differ"
+    writer.add_quantization_version(2)
+    for e in entries:
+        kind = GGMLQuantizationType[e.kind.upper()]
+        shape = list(e.shape)
+        if e.kind in GGML:
+            shape[-1] = shape[-1] // GGML[e.kind].weights * GGML[e.kind].size
+        dtype = np.dtype(np.uint8 if e.kind in GGML else np.float32)
+        writer.add_tensor_info(e.name, shape, dtype, e.bytes, raw_dtype=kind)
+    return writer
+
+
+def _copy_fields(writer: Any, origin: Path) -> None:
+    from gguf import GGUFReader, GGUFValueType
+
+    skipped = {"general.architecture", "general.file_type", "general.quantization_version"}
+    for field in GGUFReader(origin).fields.values():
+        if field.name.startswith("GGUF.") or field.name in skipped:
+            continue
+        inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
+
+
+def _add_fields(writer: Any, settings: Settings, folder: Path) -> None:
+    config = settings.config
+    heads, kv_heads = settings.heads
+    width = int(config.get("head_dim") or config["hidden_size"] // heads)
+    theta = (config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta")
+    writer.add_name(folder.name)
+    writer.add_block_count(int(config["num_hidden_layers"]))
+    writer.add_context_length(int(config["max_position_embeddings"]))
+    writer.add_embedding_length(int(config["hidden_size"]))
+    writer.add_feed_forward_length(int(config["intermediate_size"]))
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_rope_dimension_count(width)
+    writer.add_rope_freq_base(float(theta or 10000.0))
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    vocabulary.add(writer, folder, int(config["vocab_size"]))
+
+
+def _size(entries: list[Entry], settings: Settings, folder: Path, origin: Path | None) -> int:
+    """Exact bytes of the file: its header is written, to a scratch place, and counted."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        head = Path(scratch) / "head"
+        writer = _writer(entries, settings, folder, origin)
+        _write_head(writer, head)
+        writer.close()
+        size = _aligned(head.stat().st_size)
+    return size + sum(_aligned(e.bytes) for e in entries)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 32) * 32
+
+
+def _write_head(writer: Any, path: Path) -> None:
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
+def write(
+    plan: Plan,
+    inventory: Inventory,
+    packed: Mapping[str, Tensor],
+    folder: Path,
+    out: Path,
+    origin: Path | None,
+) -> None:
+    """packed: the plan's stored tensors. folder: where config.json and the tokenizer are."""
+    settings = _settings(folder)
+    entries = _tensors(plan, inventory, settings)
+    writer = _writer(entries, settings, folder, origin)
+    layers = {layer.name: layer for layer in inventory.layers}
+    _write_head(writer, out / FILE)
+    for e in entries:
+        layer = layers.get(e.source)
+        writer.write_tensor_data(_data(e, layer, plan, packed, settings))
+    writer.close()
+    (out / TYPES_FILE).write_text(types_file(plan, inventory, folder), encoding="utf-8")
+
+
+def _data(
+    e: Entry, layer: Layer | None, plan: Plan, packed: Mapping[str, Tensor], settings: Settings
+) -> np.ndarray:
+    import torch
+
+    if layer is None or plan.choice[layer.name].kind == "none":
+        value = packed[e.source]
+        value = value.float() if e.kind == "f32" else value.view(torch.uint8)
+    else:
+        value = _blocks(layer, plan.choice[layer.name], e.kind, packed).pack()["blocks"]
+    order = _order(e.source, len(value), settings)
+    return (value if order is None else value[order]).contiguous().numpy()
+
+
+def _blocks(layer: Layer, precision: Precision, kind: str, packed: Mapping[str, Tensor]) -> Any:
+    """The layer's stored tensors as blocks; codes stay, scales are repeated for each block."""
+    import torch
+
+    from optimizer.ggml import Blocks, Grid
+    from optimizer.quantizer import Codes
+
+    suffixes = precision.parts(layer.rows, layer.cols)
+    parts = {suffix: packed[f"{layer.name}.{suffix}"] for suffix in suffixes}
+    stored = Codes.unpack(parts, precision, layer.cols)
+    if isinstance(stored, Blocks):
+        return stored
+    each = layer.cols // 32 // stored.scales.shape[1]
+    scales = stored.scales.float().repeat_interleave(each, 1).view(-1, 1)
+    lower, one = torch.zeros_like(scales), torch.ones(scales.shape, dtype=torch.long)
+    if stored.zeros is not None:
+        zeros = stored.zeros.float().repeat_interleave(each, 1).view(-1, 1)
+        lower = (scales * zeros).half().float()
+    grid = Grid(kind, (layer.rows, layer.cols), scales, lower, one, one)
+    return grid.pack(stored.codes)
+
+
+def _order(name: str, rows: int, settings: Settings) -> Any:
+    """Llama's q and k: transformers rotates halves of a head, llama.cpp neighbours, so row
+    (half, i) of a head becomes row (i, half)."""
+    import torch
+
+    role = name.rsplit(".", 2)[-2]
+    if not settings.reorder or role not in ("q_proj", "k_proj"):
+        return None
+    heads = settings.heads[role == "k_proj"]
+    return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
+
+
+def decode(folder: Path, plan: Plan, inventory: Inventory) -> dict[str, Tensor]:
+    """The file, read by the gguf package: layer -> W' [rows, cols] fp32. Raises PlanError."""
+    import torch
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    settings = _settings(folder)
+    tensors = {t.name: t for t in GGUFReader(folder / FILE).tensors}
+    layers = {layer.name: layer for layer in rules.quantized(plan, inventory)}
+    found = {}
+    for e in _tensors(plan, inventory, settings):
+        if e.source not in layers:
+            continue
+        if e.name not in tensors:
+            raise PlanError(f"{folder / FILE} lacks {e.name}. Export it again.")
+        tensor = tensors[e.name]
+        value = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type)))
+        order = _order(e.source, len(value), settings)
+        found[e.source] = value if order is None else value[torch.argsort(order)]
+    return found
