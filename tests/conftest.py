@@ -217,16 +217,16 @@ def mezzotint(
     return call
 
 
-@pytest.fixture
-def largest_file() -> Iterator[Callable[[int], None]]:
-    """largest_file(n): from now on a file can't grow beyond n bytes, as on a full disk."""
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Inside, no file can grow beyond `size` bytes, as on a full disk. Keep it around the call
+    alone: the test runner's own output may go to a file, too."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit(size: int) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="session")

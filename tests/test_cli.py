@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import optimizer
 from optimizer.plan import Plan
 from optimizer.source import Source
-from tests.conftest import QUICK, Command, Ended
+from tests.conftest import QUICK, Command, Ended, largest_file
 
 OPTIMIZE = ("optimize", "model=stories", "budget.bits=4.5", *QUICK)
 
@@ -52,20 +52,19 @@ def test_optimize_writes_a_plan_with_its_proof(run_folder: Path) -> None:
     assert results(run_folder) == ["front.csv", "measured.csv", "plan.json"]
 
 
-def test_the_written_front_and_measurements_agree_with_the_plan(run_folder: Path) -> None:
-    plan = Plan.load(run_folder)
+def test_the_searched_plan_lies_between_its_neighbours_on_the_front(run_folder: Path) -> None:
     head, *rows = (run_folder / "measured.csv").read_text().splitlines()
     assert head == "name,id,bits_per_weight,predicted_kl,measured_kl"
     table = {row.split(",")[0]: row.split(",")[1:] for row in rows}
-    assert float(table["plan"][1]) == pytest.approx(plan.effective_bits, abs=1e-5)
-    assert float(table["plan"][2]) == pytest.approx(plan.predicted["kl"], rel=1e-4)
     assert {"int2_g64", "int8_g64", "random 3"} <= table.keys()
+    own, predicted = float(table["plan"][1]), float(table["plan"][2])
+    assert 4.3 < own <= 4.5
     front = [row.split(",") for row in (run_folder / "front.csv").read_text().splitlines()[1:]]
     bits, losses = [float(r[0]) for r in front], [float(r[2]) for r in front]
     assert bits == sorted(bits) and losses == sorted(losses, reverse=True)
-    below = max(loss for b, loss in zip(bits, losses, strict=True) if b >= plan.effective_bits)
-    above = min(loss for b, loss in zip(bits, losses, strict=True) if b <= plan.effective_bits)
-    assert below * (1 - 1e-6) <= plan.predicted["kl"] <= above * (1 + 1e-6)
+    larger = max(loss for b, loss in zip(bits, losses, strict=True) if b >= own)
+    smaller = min(loss for b, loss in zip(bits, losses, strict=True) if b <= own)
+    assert larger * (1 - 1e-6) <= predicted <= smaller * (1 + 1e-6)
 
 
 def test_apply_load_and_evaluate(
@@ -425,25 +424,22 @@ def test_a_read_only_output_folder(mezzotint: Command, run_folder: Path, tmp_pat
 
 @pytest.mark.parametrize("size", [600, 4000])
 def test_a_disk_that_is_full_while_measuring(
-    mezzotint: Command,
-    source: Source,
-    tmp_path: Path,
-    largest_file: Callable[[int], None],
-    size: int,
+    mezzotint: Command, source: Source, tmp_path: Path, size: int
 ) -> None:
     """First Hydra's own files don't fit, then the sampled text."""
-    largest_file(size)
-    ended = mezzotint(*OPTIMIZE, f"model={source.folder}", "store=small", "hydra.run.dir=r")
+    with largest_file(size):
+        ended = mezzotint(*OPTIMIZE, f"model={source.folder}", "store=small", "hydra.run.dir=r")
     refused(ended, "couldn't be written", "half-written", "run the same command")
     kept = ("small/hashes", "small/inventories")
     assert [p for p in results(tmp_path) if not p.startswith(kept)] == []
 
 
 def test_a_disk_that_is_full_while_packing(
-    mezzotint: Command, run_folder: Path, tmp_path: Path, largest_file: Callable[[int], None]
+    mezzotint: Command, run_folder: Path, tmp_path: Path
 ) -> None:
-    largest_file(30_000)
-    refused(mezzotint("apply", run_folder / "plan.json", "out=o"), "couldn't be written")
+    with largest_file(30_000):
+        ended = mezzotint("apply", run_folder / "plan.json", "out=o")
+    refused(ended, "couldn't be written")
     assert results(tmp_path) == [] and not list(tmp_path.glob(".packing*"))
 
 

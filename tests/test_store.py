@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 
 from optimizer.errors import StorageError
 from optimizer.store import Store, write_atomically
+from tests.conftest import largest_file
 
 
 def names(folder: Path) -> list[str]:
@@ -79,12 +79,10 @@ def test_a_maker_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_a_full_disk_leaves_the_old_file(
-    tmp_path: Path, largest_file: Callable[[int], None]
-) -> None:
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     path = write_atomically(tmp_path / "plan.json", b"old")
-    largest_file(1000)
-    with pytest.raises(StorageError, match=r"plan\.json couldn't be written.*half-written"):
+    words = r"plan\.json couldn't be written.*half-written"
+    with pytest.raises(StorageError, match=words), largest_file(1000):
         write_atomically(path, b"n" * 2000)
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["plan.json"]

@@ -20,7 +20,7 @@ from optimizer.layer import Precision
 from optimizer.model import Model
 from optimizer.plan import Plan
 from optimizer.quantizer import Rtn
-from tests.conftest import Small, mixed, planned
+from tests.conftest import Small, largest_file, mixed, planned
 
 
 def plain(items: Iterable[Any], _text: str) -> Iterable[Any]:
@@ -230,11 +230,8 @@ def test_a_broken_promise_is_an_error_and_leaves_nothing(llama: Small, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_nothing(
-    llama: Small, tmp_path: Path, largest_file: Callable[[int], None]
-) -> None:
-    largest_file(20_000)
-    with pytest.raises(StorageError, match="couldn't be written"):
+def test_a_full_disk_leaves_nothing(llama: Small, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="couldn't be written"), largest_file(20_000):
         pack(llama, {}, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -251,13 +248,10 @@ def test_overwriting_replaces_the_whole_folder(llama: Small, tmp_path: Path) -> 
     assert packed.verify(out) == plan
 
 
-def test_a_failed_overwrite_keeps_the_old_folder(
-    llama: Small, tmp_path: Path, largest_file: Callable[[int], None]
-) -> None:
+def test_a_failed_overwrite_keeps_the_old_folder(llama: Small, tmp_path: Path) -> None:
     out = tmp_path / "out"
     plan, _ = pack(llama, mixed(llama.inventory.layers), out)
-    largest_file(20_000)
-    with pytest.raises(StorageError):
+    with pytest.raises(StorageError), largest_file(20_000):
         pack(llama, {}, out)
     assert packed.verify(out) == plan
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

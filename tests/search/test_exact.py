@@ -211,3 +211,13 @@ def test_a_budget_of_exactly_the_smallest_plan_is_enough() -> None:
     blank = np.zeros((3, 1))
     found = pose(inventory(), layers, groups, [trit.name], fitted, blank, Budget(code_bits=1.6))
     assert found.fits(found.uniform(0))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_byte_less_than_an_optimum_costs_no_more_than_it_must(seed: int) -> None:
+    """Sizes of tens of megabytes, where the solver's tolerance is many bytes."""
+    tall = problem(seed, 6, 4, scale=30_000_000, shape="any", tightness=0.4)
+    tight = replace(tall, limit=tall.sizes(brute(tall)[1]) - 1)
+    found, least = solve(tight), brute(replace(tight, limit=tight.limit * (1 - 3e-6)))[0]
+    assert tight.fits(found)
+    assert tight.losses(found) <= least * (1 + 1e-6)

@@ -128,14 +128,14 @@ def test_embeddings_and_heads_are_scored_too(small: Small) -> None:
 
 @pytest.fixture(scope="module")
 def text(stories: Model) -> Windows:
-    """16 windows of 64 tokens sampled from the model."""
+    """96 windows of 64 tokens sampled from the model."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         ids = stories.net.generate(
-            torch.ones(16, 1, dtype=torch.long), do_sample=True, min_new_tokens=63,
+            torch.ones(96, 1, dtype=torch.long), do_sample=True, top_k=0, min_new_tokens=63,
             max_new_tokens=63, pad_token_id=0,
         )  # fmt: skip
-    return Windows(ids.numpy(), np.arange(16))
+    return Windows(ids.numpy(), np.arange(96))
 
 
 def true_loss(model: Model, text: Windows, choice: dict[str, Precision]) -> float:
@@ -152,29 +152,44 @@ def plan(work: Task, columns: np.ndarray) -> dict[str, Precision]:
     }
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_predictions_are_nats_and_rank_real_plans(
-    stories: Model, text: Windows, estimator: str
-) -> None:
-    """On the calibration windows themselves, from mostly three bits to mostly six: the right
-    size, and nearly the right order."""
-    work = task(stories)
-    settings = Sensitivity(estimator=estimator, probes=2)
-    parts = [settings.score(stories, work, text.ids[c], [0, c.start]) for c in chunks(16, 4)]
+def foretold(model: Model, text: Windows, estimator: str) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted and true losses of plans from mostly three bits to mostly six, on the very
+    windows that were scored."""
+    work = task(model)
+    settings = Sensitivity(estimator=estimator)
+    runs = chunks(len(text.ids), 4)
+    parts = [settings.score(model, work, text.ids[c], [0, c.start]) for c in runs]
     table = Table.from_samples(work, np.array(parts))
     rng = np.random.default_rng(0)
-    shares = [(1 - t, t * (1 - t), t) for t in np.linspace(0, 1, 12)]
+    shares = [(1 - t, t * (1 - t), t) for t in np.linspace(0, 1, 10)]
     size = len(work.groups)
     columns = [rng.choice(3, size=size, p=np.array(s) / sum(s)) for s in shares]
     predicted = np.array([table.predict(c)[0] for c in columns])
-    measured = np.array([true_loss(stories, text, plan(work, c)) for c in columns])
-    ratio = measured / predicted
-    assert 1 / 3 < np.median(ratio) < 3, ratio  # 16 windows of a heavy-tailed tiny model
-    assert spearmanr(predicted, measured).statistic > 0.7
+    return predicted, np.array([true_loss(model, text, plan(work, c)) for c in columns])
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_predictions_rank_plans_of_a_trained_model(
+    stories: Model, text: Windows, estimator: str
+) -> None:
+    """The stories model is so sure of most words that few sampled labels carry most of the
+    Fisher: the order is right after 6000 tokens, the size only roughly."""
+    predicted, measured = foretold(stories, text, estimator)
+    assert spearmanr(predicted, measured).statistic > 0.85
+    assert 0.25 < np.median(measured / predicted) < 4
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_predictions_are_nats(llama: Small, estimator: str) -> None:
+    """An unsure model has no rare labels to wait for: predictions are calibrated."""
+    ids = np.random.default_rng(1).integers(96, size=(24, 24))
+    predicted, measured = foretold(llama.model, Windows(ids, np.arange(24)), estimator)
+    assert spearmanr(predicted, measured).statistic > 0.9
+    assert 0.7 < np.median(measured / predicted) < 1.4
 
 
 def test_measured_rows_are_the_true_losses(stories: Model, text: Windows) -> None:
-    work = task(stories)
+    work, text = task(stories), text.head(16)
     group = work.groups[3]
     found = measure(stories, work, text, group, "reference")
     for column, value in zip(work.columns, found["loss"], strict=True):
@@ -187,7 +202,7 @@ def test_measured_rows_are_the_true_losses(stories: Model, text: Windows) -> Non
 def test_measured_at_an_operating_point_is_what_the_group_adds(
     stories: Model, text: Windows
 ) -> None:
-    work = task(stories)
+    work, text = task(stories), text.head(16)
     group, low = work.groups[3], work.columns[0]
     base = {name: work.fitted[name, low] for name in work.layers if name not in group}
     found = measure(stories, work, text, group, low)
@@ -200,7 +215,7 @@ def test_measured_at_an_operating_point_is_what_the_group_adds(
 
 
 def test_measuring_restores_and_reads_few_windows(stories: Model, text: Windows) -> None:
-    work = task(stories)
+    work, text = task(stories), text.head(16)
     before = {k: v.clone() for k, v in stories.net.state_dict().items()}
     twice = Windows(np.concatenate([text.ids, text.ids]), np.arange(32))
     one = measure(stories, work, twice, work.groups[0], "reference")
