@@ -203,7 +203,12 @@ def verdict(versus: Mapping[str, Any], documents: int) -> str:
     if uniform is None:
         return "No uniform plan of at least these bytes was measured, so nothing is claimed."
     gap, share = uniform["difference"], uniform["ratio"]
-    name = f"{uniform['name']} ({uniform['bytes'] / 1e6:.4g} MB)"
+    size = uniform["bytes"]
+    name = (
+        f"{uniform['name']} ({size / 1e6:.1f} MB)"
+        if size >= 1e6
+        else f"{uniform['name']} ({size / 1e3:.1f} kB)"
+    )
     if documents < FEW:
         return (
             f"Not enough text to say: {documents} documents; {FEW} or more are needed. Measured "

@@ -39,7 +39,7 @@ class Engine:
 
 
 # overhead. torch on CPU: resident memory of an interpreter that has run a tiny model, measured at
-# 391 MiB (experiments/06_memory, one machine). All others are allowances that nobody measured here;
+# 391 MiB (experiments/04-memory, one machine). All others are allowances that nobody measured here;
 # budget.overhead replaces them.
 ENGINES = {
     "torch": Engine(
@@ -241,7 +241,7 @@ def activation_bytes(
     Two hidden states and the larger of a gated feed-forward (gate, up, product) and an attention
     (queries, keys, values, output); the logits of one position, twice. largest: weights of the
     largest layer that is unpacked to be used, 0 where kernels read packed codes.
-    Too low where activations dominate: 31 and 44 % under the measured peak (experiments/06_memory).
+    Too low where activations dominate: 31 and 44 % under the measured peak (experiments/04-memory).
     """
     tokens = batch * min(context, prefill)
     wide = max(3 * shape.intermediate, 4 * shape.heads)

@@ -132,8 +132,8 @@ def test_quantiles_of_resamples_against_repeating_the_tokens() -> None:
 
 
 def test_the_line_is_straight() -> None:
-    low = Candidate("low", 100, scores(np.full((60, 4), 0.8)))
-    high = Candidate("high", 200, scores(np.full((60, 4), 0.2)))
+    low = Candidate("low", 100, 100, scores(np.full((60, 4), 0.8)))
+    high = Candidate("high", 200, 200, scores(np.full((60, 4), 0.2)))
     once = np.ones((1, 60))
     for size, expected in ((100, 0.8), (200, 0.2), (150, 0.5), (125, 0.65)):
         assert line(low, high, size)(once)[0] == pytest.approx(expected)

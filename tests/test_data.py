@@ -368,5 +368,6 @@ def test_batches_are_kept_under_distinct_names() -> None:
     parts = PARTS | {"calibration": Part(sequences=70, length=4)}
     sample(Data(**parts), Held(1, 2), keep, plain)
     assert seen == {
-        "calibration-0": (64, 4), "calibration-64": (6, 4), "search-0": (8, 12), "heldout-0": (8, 12),
+        "calibration 0 64 4 0": (64, 4), "calibration 64 6 4 0": (6, 4),
+        "search 0 8 12 0": (8, 12), "heldout 0 8 12 0": (8, 12),
     }  # fmt: skip

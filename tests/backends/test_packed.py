@@ -15,6 +15,7 @@ from torch import Tensor
 
 import optimizer
 from optimizer.backends import packed
+from optimizer.backends.folder import sha256
 from optimizer.errors import ConfigError, PlanError, StorageError
 from optimizer.layer import Precision
 from optimizer.model import Model
@@ -165,7 +166,7 @@ def remove(name: str) -> Callable[[Path], None]:
 def outside(out: Path) -> None:
     manifest = json.loads((out / "manifest.json").read_text())
     (out.parent / "other").write_text("x")
-    manifest["sha256"]["../other"] = packed._sha256(out.parent / "other")
+    manifest["sha256"]["../other"] = sha256(out.parent / "other")
     (out / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -205,7 +206,7 @@ def test_a_changed_folder_is_refused(copy: Path, damage: str) -> None:
 
 
 def test_a_folder_that_is_not_packed(llama: Small) -> None:
-    with pytest.raises(PlanError, match="is no packed model"):
+    with pytest.raises(PlanError, match="is no model that Mezzotint wrote"):
         packed.load(llama.folder)
 
 
@@ -216,7 +217,7 @@ def test_another_models_config_is_refused(copy: Path, small: Small) -> None:
         return
     shutil.copy(small.folder / "config.json", copy / "config.json")
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["sha256"]["config.json"] = packed._sha256(copy / "config.json")
+    manifest["sha256"]["config.json"] = sha256(copy / "config.json")
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(PlanError):
         packed.load(copy)
