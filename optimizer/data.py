@@ -86,6 +86,9 @@ class Data:
         if self.source == "text" and self.path is not None:
             hashes = [hashlib.sha256(f.read_bytes()).hexdigest() for f in _files(Path(self.path))]
             content = hashlib.sha256("".join(hashes).encode()).hexdigest()
+        if self.source == "hub" and Path(str(self.path)).is_dir():
+            files = sorted(f for f in Path(str(self.path)).rglob("*") if f.is_file())
+            content = repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
         settings = asdict(self) | {"path": content or self.path}
         return [VERSION, fingerprint, settings]
 
