@@ -221,9 +221,24 @@ def verdict(versus: Mapping[str, Any], documents: int) -> str:
             f"Better than {name}: {share['value']:.2f} times its KL "
             f"(95 %: {share['low']:.2f} to {share['high']:.2f}) in no more bytes."
         )
+    between = versus.get("line")
+    if between is not None:
+        return _beside_line(between, name, gap["low"] > 0)
     if gap["low"] > 0:
         return f"Worse than {name}: {share['value']:.2f} times its KL."
     return (
         f"Not distinguishable from {name} on {documents} documents: {share['value']:.2f} times its "
         f"KL (95 %: {share['low']:.2f} to {share['high']:.2f}). More held-out text would narrow it."
     )
+
+
+def _beside_line(between: Mapping[str, Any], larger: str, worse: bool) -> str:
+    """The plan lies between two uniform plans and doesn't beat the larger one."""
+    share = between["ratio"]
+    interval = (
+        f"{share['value']:.2f} times (95 %: {share['low']:.2f} to {share['high']:.2f}) the KL"
+    )
+    where = f"of the straight {between['name']} at the same size"
+    word = "Better than" if share["high"] < 1 else "Worse than" if share["low"] > 1 else "Like"
+    also = f"; {larger}, which is larger, is closer to the reference" if worse else ""
+    return f"{word} mixing uniform plans: {interval} {where}{also}."

@@ -6,6 +6,7 @@ a measured model costs seconds. No Hydra, no printing.
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from collections.abc import Mapping
@@ -120,7 +121,8 @@ def _room(config: Optimize, bench: Bench, chosen: Choices) -> tuple[Budget, str]
 def _geometry(bench: Bench) -> dict[str, Any]:
     """For `mezzotint fit`; empty where the memory model doesn't know the architecture."""
     try:
-        return asdict(memory.geometry(bench.config))
+        found: dict[str, Any] = json.loads(json.dumps(asdict(memory.geometry(bench.config))))
+        return found  # as it reads in plan.json: lists, no tuples
     except ModelError:
         return {}
 

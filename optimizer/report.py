@@ -36,7 +36,7 @@ BLOCKS_PER_LINE = 32
 
 def console() -> Console:
     found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=110)
+    return found if found.is_terminal else Console(highlight=False, width=120)
 
 
 def human(size: float) -> str:

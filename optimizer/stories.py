@@ -8,44 +8,70 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-VERSION = 1
+VERSION = 2
 WIDTH, BLOCKS, HEADS, KV_HEADS, CONTEXT = 64, 4, 4, 2, 256
-STEPS, BATCH, LENGTH, SEED = 300, 16, 96, 20261123
+STEPS, BATCH, LENGTH, SEED = 80, 16, 96, 20261123
 
 PEOPLE = {"Mia": "she", "Tom": "he", "Anna": "she", "Ben": "he", "Vera": "she", "Ivan": "he"}
-THINGS = ["ball", "book", "lamp", "drum", "coat", "map", "key", "cup", "bell", "kite"]
-COLOURS = ["red", "blue", "green", "yellow", "black", "white"]
-PLACES = ["garden", "kitchen", "school", "forest", "river", "market", "attic", "harbour"]
-MOODS = [("happy", "smiled"), ("sad", "cried"), ("tired", "slept"), ("angry", "shouted")]
+THINGS = [
+    "ball",
+    "book",
+    "lamp",
+    "drum",
+    "coat",
+    "map",
+    "key",
+    "cup",
+    "bell",
+    "kite",
+    "rope",
+    "pen",
+]
+LOOKS = [
+    "red",
+    "blue",
+    "green",
+    "yellow",
+    "black",
+    "white",
+    "old",
+    "new",
+    "small",
+    "heavy",
+    "lost",
+]
+PLACES = ["garden", "kitchen", "school", "forest", "river", "market", "attic", "harbour", "mill"]
+MOODS = ["happy", "sad", "tired", "angry", "quiet", "proud", "afraid", "hungry"]
+ACTS = ["smiled", "cried", "slept", "shouted", "ran", "waited", "sang", "laughed", "left"]
+TIMES = ["one day", "then", "later", "at night", "in the morning", "after that", "soon"]
+
+
+def sentence(rng: random.Random, who: str, other: str, thing: str) -> str:
+    """One of many things that can happen, in words that are often free to vary."""
+    he, look, place = PEOPLE[who], rng.choice(LOOKS), rng.choice(PLACES)
+    mood, act, when = rng.choice(MOODS), rng.choice(ACTS), rng.choice(TIMES)
+    count = rng.randint(2, 9)
+    return rng.choice(
+        [
+            f"{who} had a {look} {thing} .",
+            f"{when} {he} went to the {place} with the {thing} .",
+            f"{who} met {other} near the {place} , and {other} wanted the {look} {thing} .",
+            f'" you may not take it , " said {who} , so {other} did not take the {thing} .',
+            f'" you may take it , " said {who} , so {other} took the {look} {thing} .',
+            f"{other} gave {who} {count} coins , so {who} now had {count} coins .",
+            f"{when} {who} was {mood} and {he} {act} .",
+            f"the {thing} in the {place} was {look} , but {other} was {mood} and {act} .",
+            f"because {he} was {mood} , {who} {act} near the {look} {place} .",
+        ]
+    )
 
 
 def story(rng: random.Random) -> str:
-    """One story of about 60 words; what is said later follows from what was said before."""
+    """One story of about 70 words: two people, one thing, seven things that happen."""
     first, second = rng.sample(sorted(PEOPLE), 2)
-    he, colour, thing = PEOPLE[first], rng.choice(COLOURS), rng.choice(THINGS)
-    here, there = rng.sample(PLACES, 2)
-    mood, act = rng.choice(MOODS)
-    count = rng.randint(2, 9)
-    lines = [
-        f"{first} lived near the {here} and {he} had a {colour} {thing} .",
-        f"One day {first} went to the {there} with the {thing} .",
-        f"There {he} met {second} , who wanted the {colour} {thing} too .",
-        rng.choice(
-            [
-                f'" You may not take it , " said {first} , and {second} did not take it .',
-                f'" You may take it , " said {first} , and {second} took the {thing} .',
-                f"{second} gave {first} {count} coins , so {first} now had {count} coins .",
-            ]
-        ),
-        f"Then {first} was {mood} and {he} {act} .",
-        rng.choice(
-            [
-                f"The {thing} was still {colour} when {he} came back from the {there} .",
-                f"In the evening {first} left the {there} and went home to the {here} .",
-            ]
-        ),
-    ]
-    return " ".join(lines)
+    thing = rng.choice(THINGS)
+    pairs = [rng.choice([(first, second), (second, first)]) for _ in range(7)]
+    return " ".join(sentence(rng, who, other, thing) for who, other in pairs)
 
 
 def corpus(count: int, seed: int = SEED) -> list[str]:
@@ -54,7 +80,8 @@ def corpus(count: int, seed: int = SEED) -> list[str]:
 
 
 def train(folder: Path) -> None:
-    """Train the tokenizer and the model, save both to `folder`. About 10 s on two cores."""
+    """Train the tokenizer and the model, save both to `folder`. About 5 s; few steps on purpose: a
+    longer training makes a model so sure of everything that no rounding hurts it."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

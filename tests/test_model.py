@@ -155,7 +155,7 @@ class BreaksAtThird(Rtn):
 
     left = 2
 
-    def round(self, weight: Tensor, precision: Precision) -> Tensor:
+    def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:
         self.left -= 1
         if self.left < 0:
             raise Interrupted

@@ -57,7 +57,7 @@ class Made:
 
     model: Model
     store: Store
-    tokens_key: str = "tokens"
+    calibration_key: str = "tokens"
     asked: list[int] = field(default_factory=list)
     stop_after: int | None = None
 
@@ -229,13 +229,13 @@ def test_codes_depend_on_tokens_settings_and_earlier_choices_only(made: Maker) -
     material = made("llama")
     choice = everything(material.model)
     gptq(material).rounder(choice)
-    entries = lambda: len(list(material.store.root.glob("codes/*")))  # noqa: E731
+    entries = lambda: len(list(material.store.root.glob("codes/*.safetensors")))  # noqa: E731
     assert entries() == 3
     gptq(material).rounder(choice | {"model.layers.2.mlp.up_proj.weight": Precision("int", 8)})
     assert entries() == 4, "only the last block is new"
     gptq(material, damping=0.05).rounder(choice)
     assert entries() == 7
-    material.tokens_key = "others"
+    material.calibration_key = "others"
     gptq(material).rounder(choice)
     assert entries() == 10
 

@@ -84,7 +84,8 @@ def test_a_killed_worker_loses_no_trial_and_none_counts_twice(
     assert states[TrialState.RUNNING] == states[TrialState.WAITING] == 0
     failed = [t.number for t in every if t.state == TrialState.FAIL]
     assert len(failed) == 1
-    again = [t for t in every if t.user_attrs.get("failed_trial") == failed[0]]
+    which = optuna.storages.RetryHeartbeatStaleTrialCallback.retried_trial_number
+    again = [t for t in every if which(t) == failed[0]]
     assert len(again) == 1 and again[0].state in (TrialState.COMPLETE, TrialState.PRUNED)
     counted = [t for t in every if t.user_attrs.get("tokens", 0) > 0]
     plans = Counter(json.dumps(t.user_attrs["assignment"]) for t in counted)

@@ -37,7 +37,7 @@ class Nudge:
         step = self.size * (8 if precision == LARGE else 1)
         return step * torch.randn(weight.shape, generator=rng)
 
-    def round(self, weight: Tensor, precision: Precision) -> Tensor:
+    def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:
         return weight + self.error(weight, precision)
 
 
@@ -318,7 +318,7 @@ def test_scoring_leaves_the_model_as_it_was(tiny: Model, estimator: str) -> None
 
 
 class Broken(Nudge):
-    def round(self, weight: Tensor, precision: Precision) -> Tensor:
+    def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:
         raise ZeroDivisionError
 
 
