@@ -51,7 +51,7 @@ class Data:
     column: str = "text"
     seed: int = 0
     calibration: Part = field(default_factory=lambda: Part(sequences=64, length=128))
-    search: Part = field(default_factory=lambda: Part(sequences=32, length=128))
+    search: Part = field(default_factory=lambda: Part(sequences=64, length=128))
     heldout: Part = field(default_factory=lambda: Part(sequences=24, length=256))
 
     @property

@@ -79,6 +79,9 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     problem = _pose(sized, bench.inventory, chosen, table.loss)
     notes = _unwatched(config, chosen)
     assignment = _allocate(config, problem, notes)
+    plan = _plan(bench, config, chosen, table, assignment)
+    plan.save(out / "plan.json")  # within seconds on a measured model; what follows improves it
+    view.note(f"wrote {out / 'plan.json'}: the table's optimum")
     refined = _refine(bench, config, chosen, table, problem, assignment)
     if refined is not None:
         notes.append(_gain(refined))
@@ -86,7 +89,6 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     notes += _policy_note(config, problem, assignment)
     plan = _plan(bench, config, chosen, table, assignment)
     files = {"plan": plan.save(out / "plan.json"), "front": _front(problem, out / "front.csv")}
-    view.note(f"wrote {files['plan']}")
     outcome = Outcome(plan, files, notes=notes)
     if config.proof.certify:
         outcome = prove(bench, config, chosen, table, problem, assignment, outcome, out)

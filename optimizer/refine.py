@@ -30,6 +30,7 @@ LOW_BIT_FACTORS = (1.5, 2.0, 3.0, 5.0)
 SLOPE_WINDOWS = 16
 MEMORY = 0.6  # of older slopes, taken at earlier best plans; .0 and .8 were no better at 3 bits
 POLL = 1.0  # seconds
+FEWEST = 2  # windows on which trials are measured
 STALE = 6  # trials without progress, then the slope is taken again on other windows
 
 
@@ -59,12 +60,12 @@ def refine(
     settings = config.search
     windows = bench.windows("search")
     half = len(windows.ids) // 2
-    if half < settings.first:
+    if half < FEWEST:
         raise ConfigError(
-            f"The search needs twice search.first={settings.first} windows (half of them confirm "
-            f"the choice); data.search.sequences is {len(windows.ids)}. Raise it, or lower "
-            "search.first."
+            f"A search needs at least {2 * FEWEST} search windows, of which half confirm the choice; "
+            f"data.search.sequences is {len(windows.ids)}. Raise it, or take search=exact."
         )
+    settings = replace(settings, first=min(settings.first, half))
     name = _name(bench, config, problem)
     study = Study.open(settings, problem, name, journal, config.seed)
     scout = Scout(bench, config, chosen, table, problem, study, half)

@@ -48,6 +48,7 @@ QUICK = [
     "data.heldout.sequences=12",
     "data.heldout.length=64",
     "proof.random=4",
+    "search=exact",
 ]
 
 BODY = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}

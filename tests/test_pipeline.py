@@ -22,6 +22,7 @@ from optimizer.config import Optimize, Palette, Proof
 from optimizer.data import Data, Part
 from optimizer.errors import BudgetError
 from optimizer.plan import Budget, Plan
+from optimizer.search import Search
 from optimizer.sensitivity import Measured, Sensitivity
 from optimizer.source import Source
 from tests.conftest import QUICK
@@ -36,6 +37,7 @@ def settings(source: Source, store: Path, **changes: Any) -> Optimize:
         "data": Data(calibration=SHORT, search=SHORT, heldout=SHORT),
         "sensitivity": Sensitivity(chunks=4),
         "proof": Proof(random=2),
+        "search": Search(space="exact"),
         "store": str(store),
     }
     return Optimize(**values | changes)

@@ -292,12 +292,16 @@ def story_plan(stories: Model, fingerprint: str, path: Path) -> Path:
     return plan.save(path)
 
 
+OTHER = {"Mia": "Tom", "Tom": "Anna", "Anna": "Ben", "Ben": "Vera", "Vera": "Ivan", "Ivan": "Mia"}
+
+
 def story_pairs() -> list[dict[str, str]]:
     """What the stories model has learnt well: which kind of word comes next."""
     people = ("Mia", "Tom", "Anna", "Ben", "Vera", "Ivan")
     places = ("garden", "kitchen", "forest")
     return [
-        {"prefix": f"{name} lived near the {place} and", "good": " she had a", "bad": " cup had a",
+        {"prefix": f"{name} met someone near the {place} ,".replace("someone", OTHER[name]),
+         "good": " and", "bad": " cup",
          "phenomenon": "order", "id": f"{name} {place}"}
         for name in people for place in places
     ]  # fmt: skip
@@ -307,7 +311,7 @@ def test_probe_from_the_command_line(
     mezzotint: Command, stories: Model, source: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     plan = story_plan(stories, source.fingerprint, tmp_path / "plan.json")
-    odd = {"prefix": "Mia lived near the", "good": " zebra", "bad": " cup", "phenomenon": "odd"}
+    odd = {"prefix": "Mia met Tom near the", "good": " zebra", "bad": " cup", "phenomenon": "odd"}
     file = written(tmp_path, *story_pairs(), odd)
     ended = mezzotint("probe", plan, f"probes={file}", "out=found.json")
     assert ended.code == 0, ended.err

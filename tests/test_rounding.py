@@ -22,6 +22,7 @@ from optimizer.layer import Inventory, Precision
 from optimizer.model import Model, take_inventory
 from optimizer.plan import Budget, Plan
 from optimizer.quantizer import Rtn
+from optimizer.search import Search
 from optimizer.source import quiet
 from optimizer.store import Store
 from optimizer.stories import corpus
@@ -268,6 +269,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Optimize:
             heldout=Part(sequences=8, **part),
         ),
         proof=Proof(random=2),
+        search=Search(space="exact"),
         store=str(folder / "store"),
     )
 

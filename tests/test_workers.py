@@ -25,7 +25,7 @@ TOKENS = 60_000
 def worker(folder: Path, store: Path, url: str) -> subprocess.Popen[bytes]:
     command = [
         sys.executable, "-m", "optimizer", "optimize", "model=stories", "budget.code_bits=3",
-        *QUICK, "data.search.sequences=32", "proof.random=0", "search=moves", f"store={store}",
+        *QUICK[:-1], "data.search.sequences=32", "proof.random=0", "search=moves", f"store={store}",
         f"search.storage={url}", "search.heartbeat=1", f"search.tokens={TOKENS}",
         f"hydra.run.dir={folder}",
     ]  # fmt: skip

@@ -31,9 +31,9 @@ class Search:
     heartbeat: seconds; a worker on a database that is silent for twice as long is taken for dead.
     """
 
-    space: str = "exact"
+    space: str = "moves"
     sampler: str = "tpe"
-    tokens: int = 100_000
+    tokens: int = 60_000
     storage: str | None = None
     heartbeat: int = 30
     first: int = 4  # windows before the pruner may stop a trial

@@ -1,0 +1,104 @@
+"""The search on the measured loss, on a real model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from optimizer import bench, pipeline, refine
+from optimizer.config import Optimize, Quantizer
+from optimizer.data import Part
+from optimizer.errors import ConfigError
+from optimizer.plan import Budget
+from optimizer.search import SPACES, Search
+from optimizer.sensitivity import slope
+from optimizer.source import Source
+from tests.test_pipeline import SHORT, Seen, settings
+
+TOKENS = 4000
+
+
+def searched(source: Source, store: Path, **changes: Any) -> Optimize:
+    search = Search(**{"space": "moves", "tokens": TOKENS, **changes.pop("search", {})})
+    config = settings(source, store, budget=Budget(bits=3.6), search=search, **changes)
+    config.data.search = Part(sequences=12, length=32)
+    return config
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_a_searched_plan_fits_and_the_second_run_measures_nothing(
+    source: Source, tmp_path: Path, space: str
+) -> None:
+    config = searched(source, tmp_path / "s", search={"space": space})
+    first = pipeline.optimize(config, tmp_path / "one")
+    assert first.plan.effective_bits <= 3.6
+    note = next(n for n in first.notes if n.startswith("The search measured"))
+    start, choice = re.findall(r"\d+\.\d+", note)
+    assert float(choice) <= float(start)
+    again = pipeline.optimize(config, tmp_path / "two", Seen())
+    assert again.plan == first.plan and note in again.notes
+
+
+def test_the_search_works_with_gptq(source: Source, tmp_path: Path) -> None:
+    config = searched(source, tmp_path / "s", quantizer=Quantizer(name="gptq"))
+    assert pipeline.optimize(config, tmp_path / "r").plan.effective_bits <= 3.6
+
+
+def test_too_few_windows_are_refused(source: Source, tmp_path: Path) -> None:
+    config = searched(source, tmp_path / "s")
+    config.data.search = Part(sequences=3, length=32)
+    with pytest.raises(ConfigError, match="at least 4 search windows"):
+        pipeline.optimize(config, tmp_path / "r")
+
+
+def test_the_slope_is_the_losss_derivative(source: Source, tmp_path: Path) -> None:
+    """A tiny step of one layer towards another precision changes the mean KL by the slope."""
+    import torch
+
+    from optimizer.meaning import Teacher
+    from optimizer.sensitivity import Task
+
+    config = settings(source, tmp_path / "s", budget=Budget(bits=3.6))
+    table = bench.Bench(config.model, None, config.data, config.store, "cpu", bench.View())
+    chosen = bench.choices(config, table.inventory)
+    quantizer = bench.make_quantizer(config.quantizer, table)
+    task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
+    teacher = Teacher(table.model.net, table.windows("search"))
+    low, high = chosen.columns.index("int3_g64"), chosen.columns.index("int8_g64")
+    choice = chosen.choice(np.full(len(chosen.groups), low))
+    windows = np.arange(SHORT.sequences)
+    found = slope.slopes(table.model, task, teacher, windows, choice)
+    group = 5
+    (name,) = chosen.groups[group]
+    weight = table.model.weight(name).clone()
+    with table.model.rounded(quantizer, choice):
+        live = table.model.net.get_parameter(table.model.layers[name].parameter)
+        before, step = live.detach().clone(), 1e-2
+        goal = quantizer.round(weight, chosen.fitted[name, chosen.columns[high]], name)
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                live.copy_(before + sign * step * (goal - before))
+            values.append(np.mean([teacher.window(table.model.net, int(w)) for w in windows]))
+        with torch.no_grad():
+            live.copy_(before)
+    expected = (values[0] - values[1]) / (2 * step)
+    assert found[group, high] - found[group, low] == pytest.approx(expected, rel=0.05, abs=1e-5)
+
+
+def test_a_study_is_named_by_what_its_workers_share(source: Source, tmp_path: Path) -> None:
+    config = searched(source, tmp_path / "s")
+    table = bench.Bench(config.model, None, config.data, config.store, "cpu", bench.View())
+    chosen = bench.choices(config, table.inventory)
+    blank = np.zeros((len(chosen.groups), len(chosen.columns)))
+
+    def name(bits: float) -> str:
+        config.budget = Budget(bits=bits)
+        posed = pipeline._pose(config, table.inventory, chosen, blank)
+        return refine._name(table, config, posed)
+
+    assert name(4) == name(4) != name(5)
