@@ -2,6 +2,7 @@
 # Run a command with a fresh PostgreSQL on loopback: postgres.sh COMMAND...
 # The server's address is in $MEZZOTINT_POSTGRES; server and data are gone afterwards.
 set -euo pipefail
+export PATH="$PATH:/usr/sbin:/sbin"  # runuser
 find_server() { ls -d /usr/lib/postgresql/*/bin 2>/dev/null | sort -V | tail -n 1; }
 if [ -z "$(find_server)" ]; then
   sudo=$([ "$(id -u)" = 0 ] || echo sudo)
