@@ -16,7 +16,7 @@ stop() { as "$bin/pg_ctl" -D "$folder/data" -m immediate stop >/dev/null 2>&1 ||
 trap stop EXIT
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 chmod 755 "$folder"
-as "$bin/initdb" -D "$folder/data" -U mezzotint -A trust >/dev/null
+as "$bin/initdb" -D "$folder/data" -U mezzotint -A trust -E UTF8 --locale=C >/dev/null
 as "$bin/pg_ctl" -D "$folder/data" -w -l "$folder/log" \
   -o "-h 127.0.0.1 -p $port -k $folder" start >/dev/null
 as "$bin/createdb" -h 127.0.0.1 -p "$port" -U mezzotint study
