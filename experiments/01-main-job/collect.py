@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from optimizer import certificate
-from optimizer.bench import Bench, View
+from optimizer.bench import Bench, View, make_quantizer
+from optimizer.config import Quantizer
 from optimizer.data import Data
 from optimizer.plan import Plan
-from optimizer.quantizer import Rtn
 
 
 def main(runs: Path, text: str, out: Path) -> None:
@@ -30,7 +30,7 @@ def main(runs: Path, text: str, out: Path) -> None:
     choices = uniform | {name: plan.choice for name, plan in plans.items()}
     rows = []
     for name, choice in choices.items():
-        scores = bench.score(choice, "heldout", Rtn())
+        scores = bench.score(choice, "heldout", make_quantizer(Quantizer(), bench))
         counts = certificate.resamples(scores.documents, np.random.default_rng(0))
         found = {k: asdict(v) for k, v in certificate.describe(scores, counts).items()}
         bits = [
