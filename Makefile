@@ -19,7 +19,8 @@ $(READY): pyproject.toml constraints.txt Makefile
 
 # SmolLM2-135M at half of its 8-bit size (8.375 bits per weight with scales and zero points).
 demo: $(READY)
-	$(BIN)/mezzotint optimize model=smollm2 budget.bits=4.1875 hydra.run.dir=$(DEMO)
+	$(BIN)/mezzotint optimize model=smollm2 budget.bits=4.1875 search.tokens=40000 proof.random=16 \
+	  hydra.run.dir=$(DEMO)
 	$(BIN)/mezzotint apply $(DEMO)/plan.json out=$(DEMO)/packed overwrite=true
 	$(BIN)/mezzotint evaluate model=$(DEMO)/packed
 	$(BIN)/mezzotint show $(DEMO)/plan.json
