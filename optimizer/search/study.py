@@ -193,6 +193,8 @@ def open_storage(url: str | None, default: Path, heartbeat: int = 30) -> BaseSto
             f"search.storage is a database address such as postgresql://user@host/name or "
             f"sqlite:///study.db, not {url!r}."
         )
+    if url.startswith("postgresql://"):  # SQLAlchemy would look for the older driver psycopg2
+        url = url.replace("postgresql://", "postgresql+psycopg://", 1)
     import sqlalchemy.exc
     from optuna.exceptions import StorageInternalError
 
