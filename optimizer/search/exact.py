@@ -20,8 +20,8 @@ TOLERANCE = 1e-6  # HiGHS' own, of a row scaled to 1
 
 
 def solve(problem: Problem) -> np.ndarray:
-    """The assignment with the least loss that fits [G]. HiGHS' branch and bound; a start that is
-    optimal for the relaxation, so it usually ends in well under a second.
+    """The assignment with the least loss that fits [G]. HiGHS' branch and bound, stopped
+    after SECONDS with the best assignment found.
 
     The solver lets a plan be 1e-6 of the budget over. Where it does, the answer is the optimum
     for 2e-6 less, or what is better of the nearest plans that fit.

@@ -76,10 +76,9 @@ def likelihood(net: Any, window: Tensor, seed: list[int]) -> Tensor:
 
 
 def sampled(logits: Tensor, seed: list[int]) -> Tensor:
-    """logits [l, vocabulary] -> one label a row [l, 1], the same on every device and run.
+    """logits [l, vocabulary] -> one label a row [l, 1]; the seed decides.
 
-    By the Gumbel-max trick's inverse form: a uniform number per row against the cumulative
-    probabilities.
+    Inverse transform sampling: a uniform number per row against the cumulative probabilities.
     """
     draws = torch.from_numpy(np.random.default_rng(seed).random((len(logits), 1)))
     cumulative = logits.detach().softmax(-1).cumsum(-1, dtype=torch.float64)

@@ -2,8 +2,7 @@
 
 at the reference            loss[g, p] = KL(only g at p)
 at an operating point b     loss[g, p] = KL(all at b, g at p) - KL(all at b, g untouched)
-The second sees the interactions that a plan near b will meet (Xu et al., arXiv:2406.12928, on why
-sensitivity should be taken where the plan will be).
+The second sees the interactions that a plan near b will meet.
 """
 
 from __future__ import annotations
