@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 LOW_BIT_FACTORS = (1.5, 2.0, 3.0, 5.0)
 SLOPE_WINDOWS = 16
-MEMORY = 0.6  # of older slopes, taken at earlier best plans; chosen once, never compared with other values
+MEMORY = 0.6  # of older slopes, taken at earlier best plans; never compared with other values
 POLL = 1.0  # seconds
 FEWEST = 2  # windows on which trials are measured
 STALE = 6  # trials without progress, then the slope is taken again on other windows
