@@ -274,6 +274,11 @@ class Model:
         layer = self.layers[name]
         return read(self.net.get_parameter(layer.parameter).detach(), layer)
 
+    def reference(self, name: str) -> Tensor:
+        """The layer's own matrix [rows, cols], fp32, also while it is rounded."""
+        stashed = self._stash.get(name)
+        return self.weight(name) if stashed is None else stashed.float()
+
     @contextmanager
     def rounded(
         self, quantizer: Rounder, choice: Mapping[str, Precision] | None = None

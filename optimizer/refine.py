@@ -19,19 +19,25 @@ import numpy as np
 from optimizer.bench import Bench, Choices, make_quantizer
 from optimizer.config import Optimize
 from optimizer.errors import ConfigError
+from optimizer.layer import Precision
 from optimizer.plan import digest
-from optimizer.search import Problem, exact
+from optimizer.search import Problem, Search, exact
+from optimizer.search.surrogate import Seen, Slope, believe
 from optimizer.sensitivity import Table, Task
 
 if TYPE_CHECKING:
+    from optimizer.model import Rounding
+    from optimizer.prefix import Prefix
     from optimizer.search.study import Study, Tried
 
 LOW_BIT_FACTORS = (1.5, 2.0, 3.0, 5.0)
+STUDY_VERSION = 2  # raised when trials can't be compared with older ones
+SLOPE_VERSION = 1  # raised when slopes change
 SLOPE_WINDOWS = 16
-MEMORY = 0.6  # of older slopes, taken at earlier best plans; never compared with other values
+KEPT = 4  # slopes that proposals are drawn from
 POLL = 1.0  # seconds
 FEWEST = 2  # windows on which trials are measured
-STALE = 6  # trials without progress, then the slope is taken again on other windows
+FRESH, STALE = 2, 6  # trials until the slope is taken again: with a new best plan, without one
 
 
 @dataclass(frozen=True)
@@ -68,22 +74,40 @@ def refine(
     settings = replace(settings, first=min(settings.first, half))
     name = _name(bench, config, problem)
     study = Study.open(settings, problem, name, journal, config.seed)
-    scout = Scout(bench, config, chosen, table, problem, study, half)
-    scout.seed(start)
-    begun, before = time.monotonic(), study.spent
-    with bench.view.meter("search", settings.tokens) as show:
-        while study.spent < settings.tokens:
-            scout.step()
-            spent = study.spent
-            rate = (spent - before) / (time.monotonic() - begun)
-            show(spent, f"best {scout.leader.loss:.4f}  {spent} tokens, {rate:.0f}/s")
-    return scout.confirm(start)
+    quantizer = make_quantizer(config.quantizer, bench)
+    quantizer.prepare(_offered(chosen))  # all codes, while the model holds its own weights
+    with bench.model.rounded(quantizer) as rounding:
+        scout = Scout(bench, config, chosen, table, problem, study, half, rounding)
+        scout.seed(start)
+        begun, before = time.monotonic(), study.spent
+        with bench.view.meter("search", settings.tokens) as show:
+            while not _over(settings, study, begun):
+                scout.step()
+                spent = study.spent
+                rate = (spent - before) / (time.monotonic() - begun)
+                show(spent, f"best {scout.leader.loss:.4f}  {spent} tokens, {rate:.0f}/s")
+        return scout.confirm(start)
+
+
+def _over(settings: Search, study: Study, begun: float) -> bool:
+    """Whether tokens, trials or time are spent."""
+    if settings.trials is not None and len(study.tried()) >= settings.trials:
+        return True
+    late = settings.seconds is not None and time.monotonic() - begun >= settings.seconds
+    return late or study.spent >= settings.tokens
+
+
+def _offered(chosen: Choices) -> dict[str, list[Precision]]:
+    return {
+        layer.name: [chosen.fitted[layer.name, column] for column in chosen.columns]
+        for layer in chosen.scope
+    }
 
 
 def _name(bench: Bench, config: Optimize, problem: Problem) -> str:
     """The study's name: everything that two workers must agree on to share their trials."""
     content = [
-        bench.part_key("calibration"), bench.part_key("search"),
+        STUDY_VERSION, bench.part_key("calibration"), bench.part_key("search"),
         make_quantizer(config.quantizer, bench).key,
         problem.groups, problem.columns, problem.limit, problem.unit, problem.free.tolist(),
         config.search.space, config.seed,
@@ -92,7 +116,8 @@ def _name(bench: Bench, config: Optimize, problem: Problem) -> str:
 
 
 class Scout:
-    """One worker's side of a study."""
+    """One worker's side of a study. Everything that decides the next proposal is derived from the
+    study and the store, so that a killed search goes on as if nothing had happened."""
 
     def __init__(
         self,
@@ -103,32 +128,51 @@ class Scout:
         problem: Problem,
         study: Study,
         half: int,
+        rounding: Rounding,
     ) -> None:
-        from optimizer.meaning import Teacher
+        from optimizer.meaning import Teacher, is_head
+        from optimizer.prefix import Shortcut
 
         self.bench, self.config, self.chosen = bench, config, chosen
         self.table, self.problem, self.study, self.half = table, problem, study, half
-        self.quantizer = make_quantizer(config.quantizer, bench)
+        self.quantizer, self.rounding = make_quantizer(config.quantizer, bench), rounding
         self.task = Task(chosen.groups, chosen.columns, chosen.fitted, self.quantizer)
-        self.teacher = Teacher(bench.model.net, bench.windows("search"), own_head=True)
+        net = bench.model.net
+        own_head = any(is_head(net, bench.model.layers[x.name].parameter) for x in chosen.scope)
+        self.teacher = Teacher(net, bench.windows("search"), own_head)
+        self.shortcut = Shortcut(bench.model, self.teacher)
+        self.prefix: Prefix | None = None
         self.length = bench.windows("search").ids.shape[1]
-        self.rng = np.random.default_rng([config.seed, 9])
-        self.slope: np.ndarray | None = None
-        self.at: np.ndarray | None = None
-        self.idle = 0
+        self.slopes: list[Slope] = []
+        self.taken: list[int] = []  # finished trials when each slope was taken
         self.fallback = problem.largest
         self.roles = [bench.model.layers[group[0]].role for group in chosen.groups]
 
     def losses(self, windows: range) -> Callable[[np.ndarray], Iterator[tuple[int, float]]]:
+        from optimizer.prefix import Prefix
+
         def measure(assignment: np.ndarray) -> Iterator[tuple[int, float]]:
-            model = self.bench.model
-            choice = self.chosen.choice(assignment)
-            rounder = self.quantizer.rounder(choice, joint=False)
-            with model.rounded(rounder, choice):
-                for window in windows:
-                    yield window, self.teacher.window(model.net, window)
+            self._set(assignment)
+            own = Prefix(self.chosen.choice(assignment))
+            total = 0.0
+            for window in windows:
+                loss = self.shortcut.window(window, self.prefix, own)
+                total += loss
+                if window == windows[-1] and self._leads(total / len(windows), windows):
+                    self.prefix = own
+                yield window, loss
 
         return measure
+
+    def _set(self, assignment: np.ndarray) -> None:
+        """Change the layers in which the model differs from this plan, and no others."""
+        choice = self.chosen.choice(assignment)
+        self.quantizer.rounder(choice, joint=False)
+        self.rounding.set(choice)
+
+    def _leads(self, loss: float, windows: range) -> bool:
+        best = self.study.best
+        return windows.start == 0 and (best is None or loss < best.loss)
 
     def run(self, suggest: Callable[[Any], np.ndarray]) -> Tried:
         """One trial on the first half of the search windows."""
@@ -170,12 +214,11 @@ class Scout:
         if space == "multipliers":
             self.run(study.multipliers(self.problem, self.roles))
             return
-        leader = self.leader
-        best = leader.assignment
-        if self.at is None or not np.array_equal(self.at, best) or self.idle >= STALE:
+        best = self.leader.assignment
+        if self._slope_is_due(best):
             self._take_slope(best)
-        self.run(study.moves(self.problem, best, self._local))
-        self.idle = 0 if self.leader.loss < leader.loss else self.idle + 1
+        belief = believe(self.problem, best, self.slopes[-KEPT:], self._seen(best))
+        self.run(study.moves(self.problem, best, belief, len(self.study.tried())))
 
     @property
     def leader(self) -> Tried:
@@ -183,29 +226,43 @@ class Scout:
         assert best is not None  # seed() saw to it
         return best
 
+    def _slope_is_due(self, best: np.ndarray) -> bool:
+        if not self.slopes:
+            return True
+        since = len(self.study.tried()) - self.taken[-1]
+        moved = not np.array_equal(self.slopes[-1].at, best)
+        return since >= (FRESH if moved else STALE)
+
     def _take_slope(self, best: np.ndarray) -> None:
+        """Kept in the store under what it depends on: a resumed search takes it from there."""
         from optimizer.sensitivity.slope import slopes
 
-        count = min(SLOPE_WINDOWS, self.half)
-        picked = self.rng.choice(self.half, count, replace=False)
-        choice = self.chosen.choice(best)
-        fresh = slopes(self.bench.model, self.task, self.teacher, picked, choice)
-        old = self.slope
-        self.slope = fresh if old is None else MEMORY * old + (1 - MEMORY) * fresh
-        self.at, self.idle = best, 0
-        self.study.spend(3 * count * self.length)
+        number = len(self.slopes)
+        count = min(SLOPE_WINDOWS, self.half) // 2
+        rng = np.random.default_rng([self.config.seed, 9, number])
+        picked = rng.choice(self.half, 2 * count, replace=False).reshape(2, -1)
+        parts = [picked[0], picked[1]]
+        key = digest([SLOPE_VERSION, self.study.inner.study_name, number, best.tolist()])
 
-    def _local(self, trust: float, stiff: float) -> np.ndarray:
-        """Expected change of the loss around the best plan [G, P]; see sensitivity.slope."""
-        assert self.slope is not None and self.at is not None
-        rows = np.arange(len(self.at))
-        first = self.slope - self.slope[rows, self.at][:, None]
-        loss = self.table.loss
-        own = loss[rows, self.at][:, None]
-        cross = first + 2 * own  # what the additive table doesn't know
-        change = loss - own + trust * cross + (stiff - 1) * (loss + own)
-        change[rows, self.at] = 0
-        return np.asarray(change)
+        def make() -> dict[str, np.ndarray]:
+            self._set(best)
+            return {"halves": slopes(self.bench.model, self.task, self.teacher, parts)}
+
+        found = self.bench.store.arrays("slopes", key, make)
+        assert found is not None
+        self.slopes.append(Slope(best, found["halves"]))
+        self.taken.append(len(self.study.tried()))
+        self.study.spend(3 * 2 * count * self.length, key)
+
+    def _seen(self, best: np.ndarray) -> list[Seen]:
+        """All measured plans against the best, on the windows that both were measured on."""
+        leader, found = self.leader.each, []
+        for tried in self.study.tried():
+            gap = tried.each - leader[: len(tried.each)]
+            if len(gap) > 1 and not np.array_equal(tried.assignment, best):
+                error = float(gap.std(ddof=1) / np.sqrt(len(gap)))
+                found.append(Seen(tried.assignment, float(gap.mean()), error))
+        return found
 
     def confirm(self, start: np.ndarray) -> Refined:
         """Measure the best few on the other half of the windows; the start is always among

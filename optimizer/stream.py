@@ -40,7 +40,7 @@ class Stream:
     def __init__(self, model: Model, ids: np.ndarray) -> None:
         self._model = model
         self._watched = [layer for layer in model.inventory.layers if layer.watchable]
-        self.blocks = _blocks_of(model)
+        self.blocks = blocks_of(model)
         self._shared: dict[int, list[list[str]]] = {}
         self._batches = self._begin(ids)
 
@@ -179,7 +179,7 @@ class _EnoughError(Exception):
     """Ends a forward pass whose rest isn't needed."""
 
 
-def _blocks_of(model: Model) -> list[nn.Module]:
+def blocks_of(model: Model) -> list[nn.Module]:
     """The transformer blocks, which the inventory numbered."""
     layer = next((x for x in model.inventory.layers if x.block is not None), None)
     if layer is None:

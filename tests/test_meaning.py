@@ -70,6 +70,20 @@ def test_measures_of_every_architecture(small: Small) -> None:
     scored(small.model, windows(96), choice)
 
 
+@pytest.mark.parametrize("own_head", [False, True])
+def test_single_windows_agree_with_full_logits(small: Small, own_head: bool) -> None:
+    """Also without ever making the reference's logits again (own_head=False)."""
+    model, text = small.model, windows(96)
+    teacher = Teacher(model.net, text, own_head)
+    reference = logits(model.net, text.ids)
+    choice = dict.fromkeys((x.name for x in small.inventory.scoped(["blocks"])), LOW)
+    with model.rounded(Rtn(), choice):
+        found = [teacher.window(model.net, i) for i in range(len(text.ids))]
+        expected = naive(reference, logits(model.net, text.ids), text.ids)["kl"]
+    assert expected.mean() > 1e-3
+    assert found == pytest.approx(expected.mean(1), rel=1e-3, abs=2e-5)
+
+
 def test_the_reference_keeps_its_own_head_when_the_head_is_rounded(small: Small) -> None:
     choice = dict.fromkeys((x.name for x in small.inventory.scoped(["head"])), LOW)
     scored(small.model, windows(96), choice, own_head=True)

@@ -37,7 +37,9 @@ def main(what: str, text: str) -> None:
     ids = bench.windows("calibration").ids
     chosen = choices(config, bench.inventory)
     model = bench.model
-    task = Task(chosen.groups, chosen.columns, chosen.fitted, make_quantizer(config.quantizer))
+    task = Task(
+        chosen.groups, chosen.columns, chosen.fitted, make_quantizer(config.quantizer, bench)
+    )
     scored = sum(model.layers[name].weights for name in task.layers)
     begun = time.perf_counter()
     if what == "table":

@@ -28,12 +28,15 @@ class Search:
     multipliers: log-factors on the table per layer type, depth band and low bits, decoded by the
     exact solver. layers: the assignment itself, one categorical choice a group.
     tokens: evaluated search tokens at most; a backward pass counts as two more forward passes.
+    trials, seconds: further limits, None = none.
     heartbeat: seconds; a worker on a database that is silent for twice as long is taken for dead.
     """
 
     space: str = "moves"
     sampler: str = "tpe"
     tokens: int = 60_000
+    trials: int | None = None
+    seconds: float | None = None
     storage: str | None = None
     heartbeat: int = 30
     first: int = 4  # windows before the pruner may stop a trial
@@ -54,6 +57,13 @@ class Search:
                 f"A search needs evaluated tokens; search.tokens is {self.tokens}. Give a positive "
                 "number, or search=exact to measure nothing."
             )
+        for key in ("trials", "seconds"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise ConfigError(
+                    f"search.{key} is a limit above 0, or null for none, not {value}. Take "
+                    "search=exact to measure nothing."
+                )
         if self.heartbeat < 1:
             raise ConfigError(f"search.heartbeat is at least 1 second, not {self.heartbeat}.")
         if not 0 <= self.prune < 1 or self.first < 1:

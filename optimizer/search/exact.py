@@ -144,14 +144,13 @@ def random_plan(problem: Problem, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(order[rows, rank])
 
 
-def solve_near(problem: Problem, start: np.ndarray, most: int, frozen: np.ndarray) -> np.ndarray:
-    """As `solve`, changing at most `most` groups of `start`, and none that is `frozen` [G]."""
+def solve_near(problem: Problem, start: np.ndarray, most: int) -> np.ndarray:
+    """As `solve`, changing at most `most` groups of `start`."""
     groups, columns = problem.loss.shape
     rows = np.arange(groups)
     moved = np.ones((groups, columns))
     moved[rows, start] = 0
     upper = problem.free.astype(float)
-    upper[frozen] = 0
     upper[rows, start] = 1
     one_each = sparse.kron(sparse.eye(groups), np.ones((1, columns)))
     size = problem.size.ravel()[None] / max(problem.limit, 1e-30)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,7 @@ from optuna.trial import TrialState
 
 from optimizer.errors import ConfigError, StorageError
 from optimizer.search import Problem, Search, exact
+from optimizer.search.surrogate import Belief
 
 OUTSIDE = "tokens outside trials "
 BANDS = 5  # depth bands of `multipliers`
@@ -45,6 +45,7 @@ class Tried:
     windows: int
     tokens: int
     complete: bool
+    each: np.ndarray = field(default_factory=lambda: np.zeros(0))  # per window, in their order
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Study:
     inner: optuna.Study
     problem: Problem
     search: Search
+    seed: int
     _cache: dict[int, Tried] = field(default_factory=dict)
 
     @classmethod
@@ -67,14 +69,13 @@ class Study:
             inner = optuna.create_study(
                 study_name=name,
                 storage=open_storage(search.storage, default, search.heartbeat),
-                sampler=_sampler(search.sampler, seed),
                 pruner=WilcoxonPruner(p_threshold=search.prune, n_startup_steps=search.first)
                 if search.prune
                 else NopPruner(),
                 direction="minimize",
                 load_if_exists=True,
             )
-        return cls(inner, problem, search)
+        return cls(inner, problem, search, seed)
 
     def tried(self) -> list[Tried]:
         """All finished trials, of all workers, in order."""
@@ -87,6 +88,7 @@ class Study:
                     int(trial.user_attrs["windows"]),
                     int(trial.user_attrs["tokens"]),
                     trial.state == TrialState.COMPLETE,
+                    np.array(json.loads(trial.user_attrs["each"])),
                 )
         return [self._cache[number] for number in sorted(self._cache)]
 
@@ -97,9 +99,9 @@ class Study:
         outside = sum(int(v) for k, v in extra.items() if k.startswith(OUTSIDE))
         return outside + sum(t.tokens for t in self.tried())
 
-    def spend(self, tokens: int) -> None:
-        """Count tokens that were evaluated outside trials."""
-        self.inner.set_user_attr(f"{OUTSIDE}{uuid.uuid4().hex}", tokens)
+    def spend(self, tokens: int, key: str) -> None:
+        """Count tokens that were evaluated outside trials; the same key counts once."""
+        self.inner.set_user_attr(f"{OUTSIDE}{key}", tokens)
 
     @property
     def best(self) -> Tried | None:
@@ -107,10 +109,23 @@ class Study:
         return min((t for t in self.tried() if t.complete), key=_loss, default=None)
 
     def begin(self, starts: Sequence[np.ndarray]) -> None:
-        """Queue the plans that a new study starts from."""
-        if not self.inner.get_trials(deepcopy=False):
-            for assignment in starts:
-                self.inner.enqueue_trial({}, user_attrs={"start": assignment.tolist()})
+        """Queue the plans that a study starts from, and those again whose worker died. (On a
+        journal a running trial can't be told from a dead one: measured twice at worst.)"""
+        lost = TrialState.FAIL, *(() if self._shared else (TrialState.RUNNING,))
+        there = [
+            trial.user_attrs["start"]
+            for trial in self.inner.get_trials(deepcopy=False)
+            if "start" in trial.user_attrs and trial.state not in lost
+        ]
+        for assignment in starts:
+            if assignment.tolist() not in there:
+                there.append(assignment.tolist())
+                self.inner.enqueue_trial({}, user_attrs={"start": there[-1]})
+
+    @property
+    def _shared(self) -> bool:
+        """Whether workers beat on the storage, so that dead ones are known."""
+        return _has_heartbeat(self.inner._storage)
 
     @property
     def waiting(self) -> int:
@@ -126,6 +141,8 @@ class Study:
         """One trial. losses yields (window, loss) one window after the other; the trial is
         pruned as soon as Wilcoxon's signed-rank test against the best says that it is worse."""
         self._revive()
+        done = len(self.tried())  # the same trials so far, the same next one: also after a kill
+        self.inner.sampler = _sampler(self.search.sampler, self.seed + 1000 * done, self._shared)
         trial = self.inner.ask()
         start = trial.user_attrs.get("start")
         chosen = suggest(trial) if start is None else np.array(start, dtype=np.int64)
@@ -133,7 +150,7 @@ class Study:
         seen: list[float] = []
         pruned = False
         if known is not None:  # a repeated proposal costs nothing and teaches the sampler
-            seen, pruned = [known.loss] * known.windows, not known.complete
+            seen, pruned = known.each.tolist(), not known.complete
         else:
             for window, loss in losses(chosen):
                 seen.append(loss)
@@ -149,13 +166,14 @@ class Study:
             ("loss", mean),
             ("windows", len(seen)),
             ("tokens", cost),
+            ("each", json.dumps(seen)),
         ):
             trial.set_user_attr(key, value)
         if pruned:
             self.inner.tell(trial, state=TrialState.PRUNED)
         else:
             self.inner.tell(trial, mean)
-        return Tried(chosen, mean, len(seen), cost, not pruned)
+        return Tried(chosen, mean, len(seen), cost, not pruned, np.array(seen))
 
     def _beat(self, trial: optuna.Trial) -> None:
         """Tell the other workers that this one lives."""
@@ -220,10 +238,10 @@ def open_storage(url: str | None, default: Path, heartbeat: int = 30) -> BaseSto
         ) from None
 
 
-def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
+def _sampler(name: str, seed: int, shared: bool) -> optuna.samplers.BaseSampler:
     kinds: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
         "tpe": lambda: optuna.samplers.TPESampler(
-            seed=seed, multivariate=True, constant_liar=True, n_startup_trials=8
+            seed=seed, multivariate=True, constant_liar=shared, n_startup_trials=8
         ),
         "nsgaii": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=16),
         "cmaes": lambda: optuna.samplers.CmaEsSampler(seed=seed),
@@ -276,24 +294,19 @@ def multipliers(problem: Problem, roles: Sequence[str]) -> Callable[[optuna.Tria
 
 
 def moves(
-    problem: Problem, best: np.ndarray, local: Callable[[float, float], np.ndarray]
+    problem: Problem, best: np.ndarray, belief: Belief, seed: int
 ) -> Callable[[optuna.Trial], np.ndarray]:
-    """Exchanges around `best`: at most `groups` of them change, together exactly at the budget.
-
-    local(trust, stiff): the expected change of loss [G, P] around `best`, with weight `trust` on
-    the measured slope and `stiff` on the curvature. What a trial samples is how far to go, how
-    much to believe, and which groups stay out (so that repeated proposals differ).
-    """
+    """Exchanges around `best`: at most `groups` of them change, together exactly at the budget,
+    optimal for one draw of `belief` (Thompson sampling). What a trial samples is how far to go and
+    how much to believe."""
 
     def suggest(trial: optuna.Trial) -> np.ndarray:
-        largest = max(2, len(problem.groups) // 3)
+        largest = max(2, len(problem.groups) // 4)
         count = trial.suggest_int("groups", 2, largest, log=True)
-        trust = trial.suggest_float("trust", 0.3, 1.5)
-        stiff = trial.suggest_float("stiff", 0.5, 6.0, log=True)
-        kept = trial.suggest_float("kept", 0.0, 0.6)
-        table = local(trust, stiff)
-        rng = np.random.default_rng([trial.number, 5])
-        frozen = rng.random(len(best)) < kept
-        return exact.solve_near(replace(problem, loss=table), best, count, frozen)
+        trust = trial.suggest_float("trust", 0.3, 1.0)
+        spread = trial.suggest_float("spread", 0.0, 1.0)
+        rng = np.random.default_rng([seed, 5])
+        table = belief.draw(rng, spread, trust)
+        return exact.solve_near(replace(problem, loss=table), best, count)
 
     return suggest

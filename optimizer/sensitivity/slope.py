@@ -11,31 +11,30 @@ layers do not interact. Memory: one accumulator of the scored layers' size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from optimizer.layer import Precision
 from optimizer.meaning import Teacher
 from optimizer.model import Model, read
 from optimizer.sensitivity import Task
 from optimizer.sensitivity.fisher import _gradients
 
 
-def slopes(
-    model: Model,
-    task: Task,
-    teacher: Teacher,
-    windows: np.ndarray,
-    choice: Mapping[str, Precision],
-) -> np.ndarray:
-    """<g, rounded weights> [groups, precisions], nats per token, at the plan `choice`.
+def slopes(model: Model, task: Task, teacher: Teacher, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """<g, rounded weights> [parts, groups, precisions], nats per token, at the plan that the model
+    holds now; one estimate for each part of the windows.
 
-    Differences along a row are first-order changes of the loss. windows: indices into the
-    teacher's. Cost: a forward and a backward pass over them, one rounding of each precision.
+    Differences along a row are first-order changes of the loss. parts: indices into the teacher's
+    windows. Cost: a forward and a backward pass over them, and one rounding of each precision a
+    part.
     """
+    return np.stack([_slope(model, task, teacher, windows) for windows in parts])
+
+
+def _slope(model: Model, task: Task, teacher: Teacher, windows: np.ndarray) -> np.ndarray:
     total: dict[str, Tensor] = {}
 
     def add(name: str, gradient: Tensor) -> None:
@@ -46,10 +45,7 @@ def slopes(
 
     layers = [model.layers[name] for name in task.layers]
     tokens = 0
-    with (
-        model.rounded(task.quantizer, choice),
-        _gradients(model.net, {layer.parameter for layer in layers}, add),
-    ):
+    with _gradients(model.net, {layer.parameter for layer in layers}, add):
         for window in windows:
             kl = teacher.divergence(model.net, int(window))
             torch.autograd.backward(kl.sum())
@@ -57,7 +53,7 @@ def slopes(
     values = {}
     for layer in layers:
         gradient = read(total[layer.parameter], layer)
-        weight = model.weight(layer.name)
+        weight = model.reference(layer.name)
         values[layer.name] = np.array(
             [float((gradient * _rounded(task, layer.name, c, weight)).sum()) for c in task.columns]
         )

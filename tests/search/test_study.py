@@ -13,6 +13,7 @@ from optimizer.errors import ConfigError, StorageError
 from optimizer.search import SAMPLERS, SPACES, Problem, Search, exact
 from optimizer.search import study as studies
 from optimizer.search.study import Study
+from optimizer.search.surrogate import Slope, believe
 from tests.search.test_contract import problem
 
 WINDOWS, TOKENS = 6, 10
@@ -37,11 +38,13 @@ def space(name: str, posed: Problem, best: np.ndarray) -> Callable[[optuna.Trial
         return studies.layers(posed)
     if name == "multipliers":
         return studies.multipliers(posed, ["a", "b"] * (len(posed.groups) // 2))
-    own = posed.loss[np.arange(len(best)), best]
+    rows = np.arange(len(best))
+    own = posed.loss[rows, best]
     beside = np.r_[own[1:], 0] + np.r_[0, own[:-1]]
-    table = posed.loss * (1 + 3 * beside[:, None])  # the true loss's slope at `best`
-    table -= table[np.arange(len(best)), best][:, None]
-    return studies.moves(posed, best, lambda trust, stiff: trust * table / stiff)
+    slope = 3 * beside[:, None] * posed.loss - 2 * own[:, None]  # the true loss's at `best`
+    slope[rows, best] = 3 * beside * own
+    belief = believe(posed, best, [Slope(best, np.stack([slope, slope]))], [])
+    return studies.moves(posed, best, belief, len(best))
 
 
 def opened(posed: Problem, folder: Path, **settings: object) -> Study:
@@ -86,20 +89,56 @@ def test_a_study_goes_on_from_its_journal_and_counts_every_token(tmp_path: Path)
     first = opened(posed, tmp_path)
     first.begin([exact.solve(posed), posed.uniform(0)])
     first.run(space("moves", posed, posed.uniform(0)), hidden_loss(posed), TOKENS)
-    first.spend(123)
+    first.spend(123, "a")
+    first.spend(123, "a")  # the same work, done again after a kill
     again = opened(posed, tmp_path)
     assert len(again.tried()) == 1 and again.waiting == 1
     assert again.spent == 123 + WINDOWS * TOKENS
-    again.begin([posed.uniform(1)])  # not a new study: nothing is queued twice
+    again.begin([exact.solve(posed), posed.uniform(0)])  # nothing is queued twice
     assert again.waiting == 1
+
+
+def test_a_start_whose_worker_died_is_measured_again(tmp_path: Path) -> None:
+    posed = problem(4, 12, 4)
+    first = opened(posed, tmp_path)
+    first.begin([exact.solve(posed)])
+
+    def killed(assignment: np.ndarray) -> Iterator[tuple[int, float]]:
+        yield 0, 1.0
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        first.run(space("moves", posed, posed.uniform(0)), killed, TOKENS)
+    again = opened(posed, tmp_path)
+    assert again.tried() == [] and again.waiting == 0
+    again.begin([exact.solve(posed)])
+    assert again.waiting == 1
+
+
+def test_a_killed_study_makes_the_trials_that_an_unhurt_one_makes(tmp_path: Path) -> None:
+    posed = problem(3, 12, 4)
+
+    def run(study: Study) -> None:
+        study.run(space("multipliers", posed, posed.uniform(0)), hidden_loss(posed), TOKENS)
+
+    unhurt = opened(posed, tmp_path / "unhurt", space="multipliers")
+    for _ in range(14):
+        run(unhurt)
+
+    suggest = space("multipliers", posed, posed.uniform(0))
+    for _ in range(14):
+        run(opened(posed, tmp_path / "hurt", space="multipliers"))
+        hurt = opened(posed, tmp_path / "hurt", space="multipliers")
+        suggest(hurt.inner.ask())  # killed before it was measured
+    both = [np.array([t.assignment for t in study.tried()]) for study in (unhurt, hurt)]
+    assert np.array_equal(*both)
 
 
 def test_a_repeated_plan_costs_nothing(tmp_path: Path) -> None:
     posed = problem(4, 12, 4)
     study = opened(posed, tmp_path)
-    study.begin([posed.uniform(0), posed.uniform(0)])
     for _ in range(2):
-        study.run(space("moves", posed, posed.uniform(0)), hidden_loss(posed), TOKENS)
+        study.run(lambda _trial: posed.uniform(0), hidden_loss(posed), TOKENS)
     assert [t.tokens for t in study.tried()] == [WINDOWS * TOKENS, 0]
 
 
