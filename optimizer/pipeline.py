@@ -83,15 +83,19 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     plan.save(out / "plan.json")  # within seconds on a measured model; what follows improves it
     view.note(f"wrote {out / 'plan.json'}: the table's optimum")
     refined = _refine(bench, config, chosen, table, problem, assignment)
+    searched: dict[str, np.ndarray] = {}
     if refined is not None:
         notes.append(_gain(refined))
         assignment = refined.assignment
+        searched = {f"searched {i}": x for i, x in enumerate(refined.front)}
     notes += _policy_note(config, problem, assignment)
     plan = _plan(bench, config, chosen, table, assignment)
     files = {"plan": plan.save(out / "plan.json"), "front": _front(problem, out / "front.csv")}
+    if refined is not None:
+        files["search"] = _history(refined, out / "search.csv")
     outcome = Outcome(plan, files, notes=notes)
     if config.proof.certify:
-        outcome = prove(bench, config, chosen, table, problem, assignment, outcome, out)
+        outcome = prove(bench, config, chosen, table, problem, assignment, searched, outcome, out)
     outcome = replace(outcome, seconds=time.monotonic() - begun)
     return _publish(bench, config, chosen, problem, outcome, out)
 
@@ -221,10 +225,17 @@ def _refine(
 
 def _gain(refined: Refined) -> str:
     start, choice = refined.confirmed["start"], refined.confirmed["choice"]
+    front = ""
+    if refined.front:
+        first, last = (refined.history[i]["hypervolume"] for i in (0, -1))
+        front = (
+            f" Its front has {len(refined.front)} plans (searched 0 is the smallest); the "
+            f"hypervolume grew from {first:.4f} to {last:.4f}."
+        )
     return (
         f"The search measured {len(refined.history)} plans with {refined.spent} evaluated tokens; on "
         f"search text that it hadn't used, KL went from {start:.4f} (the table's optimum) to "
-        f"{choice:.4f}."
+        f"{choice:.4f}.{front}"
     )
 
 
@@ -281,6 +292,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _history(refined: Refined, path: Path) -> Path:
+    """What the search measured: one row per trial, with the evaluated tokens until then."""
+    lines = [",".join(refined.history[0])]
+    lines += [",".join(f"{v:.8g}" for v in row.values()) for row in refined.history]
+    return write_atomically(path, ("\n".join(lines) + "\n").encode())
+
+
 def _front(problem: Problem, path: Path) -> Path:
     """The whole front of budgets: size, predicted loss, at most 400 rows."""
     sizes, losses, _ = exact.front(problem)
@@ -301,16 +319,20 @@ def prove(
     table: Table,
     problem: Problem,
     assignment: np.ndarray,
+    searched: Mapping[str, np.ndarray],
     outcome: Outcome,
     out: Path,
 ) -> Outcome:
     """Measure the prediction on search documents and the plan on held-out ones. If no uniform
-    plan that fits is worse, the best uniform one becomes the plan."""
+    plan that fits is worse, the best uniform one becomes the plan. searched: plans of other sizes,
+    measured on search documents only."""
     from optimizer import certificate
 
     quantizer = make_quantizer(config.quantizer, bench)
     rivals = _rivals(config, problem)
-    rows = _check_prediction(bench, config, chosen, table, problem, rivals | {"plan": assignment})
+    rows = _check_prediction(
+        bench, config, chosen, table, problem, {**rivals, **searched, "plan": assignment}
+    )
     best_random = min(
         (r for r in rows if r.name.startswith("random")), key=_measured, default=None
     )

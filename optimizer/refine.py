@@ -22,6 +22,7 @@ from optimizer.errors import ConfigError
 from optimizer.layer import Precision
 from optimizer.plan import digest
 from optimizer.search import Problem, Search, exact
+from optimizer.search.pareto import hypervolume
 from optimizer.search.surrogate import Seen, Slope, believe
 from optimizer.sensitivity import Table, Task
 
@@ -35,6 +36,11 @@ STUDY_VERSION = 2  # raised when trials can't be compared with older ones
 SLOPE_VERSION = 1  # raised when slopes change
 SLOPE_WINDOWS = 16
 KEPT = 4  # slopes that proposals are drawn from
+SIZES, SPAN = (
+    8,
+    4 / 3,
+)  # of a front: table's optima to start from; sizes from budget / SPAN to * SPAN
+SHOWN = 16  # plans of a front that are measured beside the others
 POLL = 1.0  # seconds
 FEWEST = 2  # windows on which trials are measured
 FRESH, STALE = 2, 6  # trials until the slope is taken again: with a new best plan, without one
@@ -43,12 +49,14 @@ FRESH, STALE = 2, 6  # trials until the slope is taken again: with a new best pl
 @dataclass(frozen=True)
 class Refined:
     """assignment: the chosen plan [G]. history: one row per trial. confirmed: mean loss on the
-    confirmation windows of the start and of the choice."""
+    confirmation windows of the start and of the choice. front: of search.front, plans of other
+    sizes that none beats in size and loss on the search windows."""
 
     assignment: np.ndarray
     history: list[dict[str, float]]
     confirmed: dict[str, float]
     spent: int
+    front: tuple[np.ndarray, ...] = ()
 
 
 def refine(
@@ -85,7 +93,7 @@ def refine(
                 scout.step()
                 spent = study.spent
                 rate = (spent - before) / (time.monotonic() - begun)
-                show(spent, f"best {scout.leader.loss:.4f}  {spent} tokens, {rate:.0f}/s")
+                show(spent, f"{scout.news}  {spent} tokens, {rate:.0f}/s")
         return scout.confirm(start)
 
 
@@ -110,7 +118,7 @@ def _name(bench: Bench, config: Optimize, problem: Problem) -> str:
         STUDY_VERSION, bench.part_key("calibration"), bench.part_key("search"),
         make_quantizer(config.quantizer, bench).key,
         problem.groups, problem.columns, problem.limit, problem.unit, problem.free.tolist(),
-        config.search.space, config.seed,
+        config.search.space, config.search.front, config.seed,
     ]  # fmt: skip
     return f"mezzotint-{config.search.space}-{digest(content)[:24]}"
 
@@ -182,6 +190,15 @@ class Scout:
         """The plans that the study starts from: the table's optimum, the same with the lowest
         bits made dearer (where the second order ends, the table is too kind to them), and the
         largest uniform plan that fits."""
+        self.fallback = start
+        self.study.begin(self._sizes(start) if self.config.search.front else self._starts(start))
+        for _ in self.bench.view.track(range(self.study.waiting), "search: first plans"):
+            if self.study.waiting:
+                self.run(self._nothing)
+        while self.study.best is None:  # another worker measures the last of them
+            time.sleep(POLL)
+
+    def _starts(self, start: np.ndarray) -> list[np.ndarray]:
         starts = [start]
         lowest = int(self.problem.order[0])
         for factor in LOW_BIT_FACTORS:
@@ -190,14 +207,40 @@ class Scout:
             starts.append(exact.solve(replace(self.problem, loss=loss)))
         uniform = [self.problem.uniform(c) for c in range(len(self.problem.columns))]
         fitting = [u for u in uniform if self.problem.fits(u) and self.problem.allows(u)]
-        starts += [max(fitting, key=self.problem.sizes)] if fitting else []
-        self.fallback = start
-        self.study.begin(starts)
-        for _ in self.bench.view.track(range(self.study.waiting), "search: first plans"):
-            if self.study.waiting:
-                self.run(self._nothing)
-        while self.study.best is None:  # another worker measures the last of them
-            time.sleep(POLL)
+        return starts + ([max(fitting, key=self.problem.sizes)] if fitting else [])
+
+    def _sizes(self, start: np.ndarray) -> list[np.ndarray]:
+        """For a front: the table's optima at sizes around the budget, and the uniform plans there."""
+        low, high = self.span
+        limits = np.geomspace(low, high, SIZES)
+        optima = [exact.solve(replace(self.problem, limit=float(limit))) for limit in limits]
+        uniform = [self.problem.uniform(c) for c in range(len(self.problem.columns))]
+        inside = [u for u in uniform if low <= self.problem.sizes(u) <= high]
+        return [start, *optima, *(u for u in inside if self.problem.allows(u))]
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Sizes that a front covers, in the problem's unit."""
+        free = np.where(self.problem.free, self.problem.size, np.inf)
+        low, high = float(free.min(1).sum()), self.problem.sizes(self.problem.largest)
+        return max(low, self.problem.limit / SPAN), min(high, self.problem.limit * SPAN)
+
+    @property
+    def news(self) -> str:
+        best = f"best {self.leader.loss:.4f}"
+        return best if not self.config.search.front else f"{best}  hypervolume {self.volume:.4f}"
+
+    @property
+    def volume(self) -> float:
+        """Of all finished trials; sizes in units of the budget, losses in nats, below the largest
+        size and the largest loss of the plans that the study started from."""
+        return self._volume(self.study.finished)
+
+    def _volume(self, trials: list[Tried]) -> float:
+        points = self.study.points(trials)
+        starts = self.study.points(self.study.finished[: SIZES + 1])
+        top = (self.span[1] / self.problem.limit, float(starts[:, 1].max()))
+        return hypervolume(points / [self.problem.limit, 1], top)
 
     def _nothing(self, _trial: Any) -> np.ndarray:
         """Another worker took the last queued plan in this very moment: repeat the first."""
@@ -207,12 +250,14 @@ class Scout:
         """One proposal in the chosen space."""
         from optimizer.search import study
 
-        space = self.config.search.space
-        if space == "layers":
-            self.run(study.layers(self.problem))
-            return
-        if space == "multipliers":
-            self.run(study.multipliers(self.problem, self.roles))
+        spaces = {
+            "layers": study.layers,
+            "multipliers": lambda problem: study.multipliers(problem, self.roles),
+        }
+        space = spaces.get(self.config.search.space)
+        if space is not None:
+            wide = self.config.search.front
+            self.run(study.sized(space, self.problem, self.span) if wide else space(self.problem))
             return
         best = self.leader.assignment
         if self._slope_is_due(best):
@@ -268,8 +313,8 @@ class Scout:
         """Measure the best few on the other half of the windows; the start is always among
         them, so the choice is never worse than it there."""
         finalists = {start.tobytes(): start}
-        complete = sorted((t for t in self.study.tried() if t.complete), key=lambda t: t.loss)
-        for tried in complete[:3]:
+        fitting = [t for t in self.study.finished if self.problem.fits(t.assignment)]
+        for tried in sorted(fitting, key=lambda t: t.loss)[:3]:
             finalists[tried.assignment.tobytes()] = tried.assignment
         rest = range(self.half, len(self.teacher.windows.ids))
         found = {
@@ -277,14 +322,31 @@ class Scout:
             for key, assignment in finalists.items()
         }
         winner = min(found, key=lambda key: found[key])
-        history, spent, best = [], 0, np.inf
-        for tried in self.study.tried():
-            spent += tried.tokens
-            best = min(best, tried.loss if tried.complete else np.inf)
-            history.append({"tokens": spent, "loss": tried.loss, "best": best})
         return Refined(
             finalists[winner],
-            history,
+            self._history(),
             {"start": found[start.tobytes()], "choice": found[winner]},
             self.study.spent + len(finalists) * len(rest) * self.length,
+            self._front(),
         )
+
+    def _front(self) -> tuple[np.ndarray, ...]:
+        if not self.config.search.front:
+            return ()
+        found = [t.assignment for t in self.study.front(self.study.finished)]
+        kept = np.unique(np.linspace(0, len(found) - 1, min(len(found), SHOWN)).round())
+        return tuple(found[int(i)] for i in kept)
+
+    def _history(self) -> list[dict[str, float]]:
+        rows, spent, best, finished = [], 0, np.inf, []
+        for tried in self.study.tried():
+            spent += tried.tokens
+            finished += [tried] if tried.complete else []
+            if tried.complete and self.problem.fits(tried.assignment):
+                best = min(best, tried.loss)
+            row = {"tokens": spent, "loss": tried.loss, "windows": tried.windows, "best": best}
+            if self.config.search.front:
+                row |= {"size": self.problem.sizes(tried.assignment),
+                        "hypervolume": self._volume(finished)}  # fmt: skip
+            rows.append(row)
+        return rows

@@ -104,3 +104,22 @@ def test_a_study_is_named_by_what_its_workers_share(source: Source, tmp_path: Pa
         return refine._name(table, config, posed)
 
     assert name(4) == name(4) != name(5)
+
+
+def test_a_front_is_searched_around_the_budget(source: Source, tmp_path: Path) -> None:
+    search = {"space": "multipliers", "front": True, "sampler": "nsgaii", "tokens": 5000}
+    config = searched(source, tmp_path / "s", search=search)
+    found = pipeline.optimize(config, tmp_path / "r")
+    assert found.plan.effective_bits <= 3.6
+    rows = [row for row in found.measured if row.name.startswith("searched")]
+    assert len(rows) > 3
+    sizes = [row.bits for row in rows]
+    assert sizes == sorted(sizes) and sizes[0] < 3.6 < sizes[-1]
+    assert all(3.6 * 0.75 - 0.1 <= size <= 3.6 * 4 / 3 + 1e-6 for size in sizes)
+    lines = (tmp_path / "r" / "search.csv").read_text().splitlines()
+    column = lines[0].split(",").index("hypervolume")
+    volumes = [float(line.split(",")[column]) for line in lines[1:]]
+    assert volumes == sorted(volumes) and volumes[-1] > 0
+    assert any("hypervolume" in note for note in found.notes)
+    again = pipeline.optimize(config, tmp_path / "again", Seen())
+    assert again.plan == found.plan

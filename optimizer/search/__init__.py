@@ -17,6 +17,7 @@ from optimizer.plan import Budget, parse_size, stored_bytes
 
 SPACES = ("moves", "multipliers", "layers")
 SAMPLERS = ("tpe", "nsgaii", "cmaes", "gp", "random")
+DECODED = ("multipliers", "layers")
 CONTINUOUS = ("cmaes", "gp")
 
 
@@ -29,6 +30,7 @@ class Search:
     exact solver. layers: the assignment itself, one categorical choice a group.
     tokens: evaluated search tokens at most; a backward pass counts as two more forward passes.
     trials, seconds: further limits, None = none.
+    front: search sizes around the budget too, size and loss as two objectives of one study.
     heartbeat: seconds; a worker on a database that is silent for twice as long is taken for dead.
     """
 
@@ -37,6 +39,7 @@ class Search:
     tokens: int = 60_000
     trials: int | None = None
     seconds: float | None = None
+    front: bool = False
     storage: str | None = None
     heartbeat: int = 30
     first: int = 4  # windows before the pruner may stop a trial
@@ -51,6 +54,12 @@ class Search:
             raise ConfigError(
                 f"The space layers is categorical, which {self.sampler} can't sample. Take "
                 "search.sampler=tpe, nsgaii or random, or search=multipliers."
+            )
+        if self.front and (self.space not in DECODED or self.sampler in ("cmaes", "gp")):
+            raise ConfigError(
+                "A front (search.front=true) needs a space that is decoded for any size and a "
+                f"sampler of two objectives: search.space one of {', '.join(DECODED)} and "
+                f"search.sampler one of tpe, nsgaii, random, not {self.space} and {self.sampler}."
             )
         if self.tokens < 1:
             raise ConfigError(

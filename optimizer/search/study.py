@@ -30,6 +30,7 @@ from optuna.trial import TrialState
 
 from optimizer.errors import ConfigError, StorageError
 from optimizer.search import Problem, Search, exact
+from optimizer.search.pareto import nondominated
 from optimizer.search.surrogate import Belief
 
 OUTSIDE = "tokens outside trials "
@@ -70,9 +71,9 @@ class Study:
                 study_name=name,
                 storage=open_storage(search.storage, default, search.heartbeat),
                 pruner=WilcoxonPruner(p_threshold=search.prune, n_startup_steps=search.first)
-                if search.prune
+                if search.prune and not search.front
                 else NopPruner(),
-                direction="minimize",
+                directions=["minimize", "minimize"] if search.front else ["minimize"],
                 load_if_exists=True,
             )
         return cls(inner, problem, search, seed)
@@ -105,8 +106,25 @@ class Study:
 
     @property
     def best(self) -> Tried | None:
-        """The lowest loss among trials that were not stopped early."""
-        return min((t for t in self.tried() if t.complete), key=_loss, default=None)
+        """The lowest loss among trials within the budget that were not stopped early."""
+        return min((t for t in self.finished if self.problem.fits(t.assignment)), key=_loss,
+                   default=None)  # fmt: skip
+
+    @property
+    def finished(self) -> list[Tried]:
+        """Trials that were measured on all windows."""
+        return [tried for tried in self.tried() if tried.complete]
+
+    def front(self, trials: Sequence[Tried]) -> list[Tried]:
+        """Those that none beats in both size and loss, from the smallest up."""
+        points = self.points(trials)
+        kept = np.flatnonzero(nondominated(points))
+        return [trials[i] for i in kept[np.argsort(points[kept, 0])]]
+
+    def points(self, trials: Sequence[Tried]) -> np.ndarray:
+        """(size, loss) [N, 2]."""
+        found = [(self.problem.sizes(t.assignment), t.loss) for t in trials]
+        return np.array(found).reshape(-1, 2)
 
     def begin(self, starts: Sequence[np.ndarray]) -> None:
         """Queue the plans that a study starts from, and those again whose worker died. (On a
@@ -155,6 +173,8 @@ class Study:
             for window, loss in losses(chosen):
                 seen.append(loss)
                 self._beat(trial)
+                if self.search.front:
+                    continue  # optuna prunes studies of one objective only
                 trial.report(loss, window)
                 if trial.should_prune():
                     pruned = True
@@ -172,7 +192,8 @@ class Study:
         if pruned:
             self.inner.tell(trial, state=TrialState.PRUNED)
         else:
-            self.inner.tell(trial, mean)
+            size = self.problem.sizes(chosen)
+            self.inner.tell(trial, [size, mean] if self.search.front else mean)
         return Tried(chosen, mean, len(seen), cost, not pruned, np.array(seen))
 
     def _beat(self, trial: optuna.Trial) -> None:
@@ -289,6 +310,20 @@ def multipliers(problem: Problem, roles: Sequence[str]) -> Callable[[optuna.Tria
                 trial.suggest_float(f"low {problem.columns[column]}", -0.5, 2)
             )
         return exact.solve(replace(problem, loss=loss))
+
+    return suggest
+
+
+def sized(
+    space: Callable[[Problem], Callable[[optuna.Trial], np.ndarray]],
+    problem: Problem,
+    span: tuple[float, float],
+) -> Callable[[optuna.Trial], np.ndarray]:
+    """A space of any size within `span`: the trial also samples the size (on a log scale)."""
+
+    def suggest(trial: optuna.Trial) -> np.ndarray:
+        limit = trial.suggest_float("size", *span, log=True)
+        return space(replace(problem, limit=limit))(trial)
 
     return suggest
 

@@ -162,6 +162,10 @@ def test_a_hopeless_plan_stops_early_and_never_becomes_the_best(tmp_path: Path) 
         ({"space": "layers", "sampler": "cmaes"}, "categorical"),
         ({"tokens": 0}, "search.tokens is 0"),
         ({"prune": 1.5}, "p-value"),
+        ({"trials": 0}, "search.trials"),
+        ({"seconds": 0}, "search.seconds"),
+        ({"front": True, "space": "moves"}, "decoded for any size"),
+        ({"front": True, "space": "multipliers", "sampler": "cmaes"}, "two objectives"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, object], said: str) -> None:
