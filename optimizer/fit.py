@@ -60,18 +60,18 @@ def answer(config: Fit) -> Answer:
     run = Run.load(path) if path.is_dir() and (path / FILE).exists() else None
     budget = config.budget
     weights, wanted = memory.resident_weights(plan), None
-    largest = memory.largest_packed(plan)
+    unpacked = memory.unpacked_bytes(plan)
     if config.loss is not None:
         wanted = _smallest_plan(_front(run, path), config.loss)
         weights = wanted.bytes
-    need = memory.use(shape, plan.runtime, budget, weights, largest)
+    need = memory.use(shape, plan.runtime, budget, weights, unpacked)
     room = longest = step = None
     if budget.memory is not None:
         room = memory.usable(budget) - need.total
-        longest = memory.longest_context(shape, plan.runtime, budget, weights, largest)
+        longest = memory.longest_context(shape, plan.runtime, budget, weights, unpacked)
         if run is not None and config.more is not None:
             step = _step(run, memory.usable(budget) - need.besides, parse_size(config.more))
-    fitting = _fitting(shape, plan, budget, weights, largest)
+    fitting = _fitting(shape, plan, budget, weights, unpacked)
     return Answer(plan, budget, need, room, longest, shape.longest, fitting, wanted, step)
 
 
@@ -129,7 +129,7 @@ def machines() -> list[Machine]:
 
 
 def _fitting(
-    shape: Geometry, plan: Plan, budget: Budget, weights: int, largest: int
+    shape: Geometry, plan: Plan, budget: Budget, weights: int, unpacked: int
 ) -> tuple[Machine, ...]:
     """The smallest preset of each kind of machine that holds it."""
     found: dict[str, Machine] = {}
@@ -141,7 +141,7 @@ def _fitting(
             kv=budget.kv,
             overhead=budget.overhead,
         )
-        need = memory.use(shape, plan.runtime, asked, weights, largest)
+        need = memory.use(shape, plan.runtime, asked, weights, unpacked)
         if need.total <= memory.usable(asked):
             found.setdefault(asked.machine, Machine(machine.name, asked))
     return tuple(sorted(found.values(), key=lambda m: memory.usable(m.budget)))

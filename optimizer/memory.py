@@ -19,12 +19,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from optimizer.errors import BudgetError, ConfigError, ModelError
+from optimizer.layer import Precision
 from optimizer.plan import Budget, Plan, parse_size
 
 MIB = 2**20
 STATE_BYTES = 4  # recurrent states are kept in fp32
 LOGIT_BYTES = 4
+HOLES = 0.25  # torch on CPU: share of cache and activations that glibc's malloc takes more than
+# it gives: blocks of up to 32 MiB are cut from one heap. Measured 0.19 to 0.47 on four settings; with
+# MALLOC_MMAP_THRESHOLD_=131072 there are none, and unpacking a layer takes twice as long.
 UNPACKING = 14  # torch: bytes per weight while a layer is unpacked: codes, offsets, fp32 twice
+SPREAD = 17  # the same without the codes' own bits where they cross bytes: through 64-bit words
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Geometry:
     heads: int  # values of all query heads of a token
     vocabulary: int
     longest: int
+    head: int = 32  # values of one head
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Geometry:
@@ -92,10 +98,11 @@ class Use:
     cache: int
     activations: int
     runtime: int
+    holes: int = 0  # of the allocator
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.activations + self.runtime
+        return self.weights + self.cache + self.activations + self.runtime + self.holes
 
     @property
     def besides(self) -> int:
@@ -133,6 +140,7 @@ def geometry(config: Mapping[str, Any]) -> Geometry:
         heads=heads * head_dim,
         vocabulary=_optional(config, "vocab_size") or 0,
         longest=_optional(config, "max_position_embeddings", "n_positions") or 0,
+        head=head_dim,
     )
 
 
@@ -234,20 +242,67 @@ def cache_bytes(shape: Geometry, context: int, batch: int, bits: float) -> int:
 
 
 def activation_bytes(
-    shape: Geometry, context: int, batch: int, prefill: int, compute: int, largest: int
+    shape: Geometry,
+    runtime: str,
+    context: int,
+    batch: int,
+    bits: float,
+    compute: int = 16,
+    unpacked: int = 0,
 ) -> int:
-    """The most that is alive at one moment of a step of `prefill` tokens per sequence.
+    """The most that is alive at one moment beside weights and the cache when it is full.
 
-    Two hidden states and the larger of a gated feed-forward (gate, up, product) and an attention
-    (queries, keys, values, output); the logits of one position, twice. largest: weights of the
-    largest layer that is unpacked to be used, 0 where kernels read packed codes.
-    Too low where activations dominate: 31 and 44 % under the measured peak (experiments/04-memory).
+    Sequences of `context` tokens are pushed through in the engine's pieces. bits: stored bits per
+    value of the cache; compute: bits of activations; unpacked: bytes while the largest layer is
+    unpacked, 0 where kernels read packed codes.
     """
-    tokens = batch * min(context, prefill)
+    prefill = _engine(runtime).prefill
+    piece = min(context, prefill)
+    whole = context // piece * piece  # full pieces end here; then comes the rest
+    full = cache_bytes(shape, context, batch, bits)
+    step = _torch_step if runtime not in ENGINES or runtime == "torch" else _step
+    most = 0
+    for tokens, seen in ((piece, whole), (context - whole, context)):
+        if tokens:
+            before = cache_bytes(shape, seen, batch, bits) - full
+            most = max(most, before + step(shape, tokens, seen, batch, compute, unpacked))
+    return max(most, 2 * batch * shape.vocabulary * LOGIT_BYTES)
+
+
+def _step(shape: Geometry, tokens: int, seen: int, batch: int, compute: int, unpacked: int) -> int:  # noqa: ARG001
+    """Two hidden states and the larger of a gated feed-forward (gate, up, product) and an
+    attention (queries, keys, values, output). Not measured."""
     wide = max(3 * shape.intermediate, 4 * shape.heads)
-    step = tokens * (2 * shape.hidden + wide) * compute // 8
-    logits = 2 * batch * shape.vocabulary * LOGIT_BYTES
-    return max(step + UNPACKING * largest, logits)
+    return batch * tokens * (2 * shape.hidden + wide) * compute // 8 + unpacked
+
+
+def _torch_step(
+    shape: Geometry, tokens: int, seen: int, batch: int, compute: int, unpacked: int
+) -> int:
+    """A gated block of transformers with PyTorch's fused attention, as the allocator saw it.
+
+    feed-forward: embeddings, block input, residual and its norm; activated gate, up, product
+    rotation: embeddings, input, norm; queries, their two products, half of them turned;
+    keys and values are where the cache will count them
+    attention: embeddings, input, norm; queries, output. From the second piece on also the mask,
+    as booleans once and as numbers for every sequence, and with grouped queries the keys and values
+    of all tokens so far, repeated for every head.
+    """
+    width, keys = shape.hidden, max(block.values for block in shape.blocks) // 2
+    feed = 4 * width + 3 * shape.intermediate
+    rotation = 3 * width + 4 * shape.heads
+    attention = 3 * width + 2 * shape.heads
+    unpacking = 4 * width + shape.intermediate
+    later = 0
+    if seen > tokens:
+        later = tokens * seen
+        later += 2 * shape.heads * seen if shape.heads > keys else 0
+    booleans = tokens * seen if seen > tokens else 0
+    values = batch * max(tokens * max(feed, rotation), tokens * attention + later)
+    return max(
+        values * compute // 8 + booleans,
+        batch * tokens * unpacking * compute // 8 + booleans + unpacked,
+    )
 
 
 def use(
@@ -255,12 +310,13 @@ def use(
     runtime: str,
     budget: Budget,
     weights: int,
-    largest: int = 0,
+    unpacked: int = 0,
     compute: int = 16,
 ) -> Use:
     """All lines for `weights` bytes at the budget's context, batch and cache precision.
 
-    compute: bits of activations. Raises ConfigError for a cache that the runtime doesn't have.
+    unpacked: see `unpacked_bytes`. compute: bits of activations. Raises ConfigError for a cache
+    that the runtime doesn't have.
     """
     engine = _engine(runtime)
     if budget.kv not in engine.kv:
@@ -271,14 +327,13 @@ def use(
     overhead = engine.overhead[budget.machine]
     if budget.overhead is not None:
         overhead = parse_size(budget.overhead)
-    unpacked = largest if runtime == "torch" else 0
-    context, batch = budget.context, budget.batch
-    return Use(
-        weights,
-        cache_bytes(shape, context, batch, engine.kv[budget.kv]),
-        activation_bytes(shape, context, batch, engine.prefill, compute, unpacked),
-        overhead,
-    )
+    unpacked = unpacked if runtime == "torch" else 0
+    context, batch, bits = budget.context, budget.batch, engine.kv[budget.kv]
+    cache = cache_bytes(shape, context, batch, bits)
+    activations = activation_bytes(shape, runtime, context, batch, bits, compute, unpacked)
+    holed = runtime == "torch" and budget.machine == "cpu"
+    holes = int(HOLES * (cache + activations)) if holed else 0
+    return Use(weights, cache, activations, overhead, holes)
 
 
 def resident_weights(plan: Plan, compute: int = 16) -> int:
@@ -286,14 +341,20 @@ def resident_weights(plan: Plan, compute: int = 16) -> int:
     return plan.bytes["quantized"] + plan.bytes.get("untouched", 0) * compute // 16
 
 
-def largest_packed(plan: Plan) -> int:
-    """Weights of the largest layer that is unpacked as a whole: embeddings unpack single rows."""
+def unpacked_bytes(plan: Plan) -> int:
+    """torch: bytes while the largest layer is unpacked as a whole (an embedding unpacks rows)."""
     sizes = (
-        rows * cols
-        for name, (rows, cols) in plan.shapes.items()
-        if plan.choice[name].kind != "none"
+        rows * cols * unpacking(plan.choice[name]) for name, (rows, cols) in plan.shapes.items()
     )
     return max(sizes, default=0)
+
+
+def unpacking(precision: Precision) -> int:
+    """torch: bytes per weight that are alive at most while it is unpacked."""
+    if precision.kind == "none":
+        return 0
+    across = precision.kind == "int" and 8 % precision.bits != 0
+    return SPREAD + precision.bits if across else UNPACKING
 
 
 def usable(budget: Budget) -> int:
@@ -302,12 +363,12 @@ def usable(budget: Budget) -> int:
 
 
 def longest_context(
-    shape: Geometry, runtime: str, budget: Budget, weights: int, largest: int = 0
+    shape: Geometry, runtime: str, budget: Budget, weights: int, unpacked: int = 0
 ) -> int:
     """The most tokens per sequence that fit, at most what the model was made for; 0: none."""
 
     def fits(context: int) -> bool:
-        need = use(shape, runtime, replace(budget, context=context), weights, largest)
+        need = use(shape, runtime, replace(budget, context=context), weights, unpacked)
         return need.total <= usable(budget)
 
     low, high = 0, shape.longest or 2**20
@@ -318,7 +379,7 @@ def longest_context(
 
 
 def resolve(
-    budget: Budget, shape: Geometry, runtime: str, smallest: int, largest: int = 0
+    budget: Budget, shape: Geometry, runtime: str, smallest: int, unpacked: int = 0
 ) -> tuple[Budget, str]:
     """A budget of a machine's memory -> the same as bytes of weights, and how that came about.
 
@@ -327,10 +388,10 @@ def resolve(
     """
     if budget.memory is None:
         return budget, ""
-    need = use(shape, runtime, budget, 0, largest)
+    need = use(shape, runtime, budget, 0, unpacked)
     room = usable(budget) - need.besides
     if room < smallest:
-        longest = longest_context(shape, runtime, budget, smallest, largest)
+        longest = longest_context(shape, runtime, budget, smallest, unpacked)
         remedy = (
             f"A context of {longest} tokens would fit: budget.context={longest}"
             if longest
@@ -342,13 +403,13 @@ def resolve(
             f"{_sentence(budget.device or 'it')} has {mib(usable(budget))} usable; at budget.context="
             f"{budget.context}, budget.batch={budget.batch} and budget.kv={budget.kv} the cache "
             f"takes {mib(need.cache)}, activations {mib(need.activations)}, the runtime "
-            f"{mib(need.runtime)}, and the smallest plan {mib(smallest)}. {remedy}, or lower "
-            "budget.batch or budget.kv."
+            f"{mib(need.runtime + need.holes)}, and the smallest plan {mib(smallest)}. "
+            f"{remedy}, or lower budget.batch or budget.kv."
         )
     text = (
         f"{budget.device or 'the machine'}: {mib(usable(budget))} usable - cache {mib(need.cache)} "
         f"({budget.context} tokens, batch {budget.batch}, {budget.kv} bits) - activations "
-        f"{mib(need.activations)} - runtime {mib(need.runtime)} = {mib(room)} for weights"
+        f"{mib(need.activations)} - runtime {mib(need.runtime + need.holes)} = {mib(room)} for weights"
     )
     return Budget(size=str(room)), text
 

@@ -119,9 +119,12 @@ def _room(config: Optimize, bench: Bench, chosen: Choices) -> tuple[Budget, str]
         for layer in chosen.scope
     }
     least = stored_bytes(bench.inventory, smallest)["total"] + 8 * len(chosen.scope)
-    largest = max(layer.weights for layer in chosen.scope)
+    unpacked = max(
+        layer.weights * max(memory.unpacking(chosen.fitted[layer.name, c]) for c in chosen.columns)
+        for layer in chosen.scope
+    )
     shape = memory.geometry(bench.config)
-    return memory.resolve(config.budget, shape, config.runtime.name, least, largest)
+    return memory.resolve(config.budget, shape, config.runtime.name, least, unpacked)
 
 
 def _geometry(bench: Bench) -> dict[str, Any]:

@@ -125,6 +125,51 @@ def test_caches_that_transformers_fills(kind):
     assert found <= predicted <= found + one_token
 
 
+def peak_of_a_step(net, ids, cache):
+    """Bytes that torch's allocator had given out at the worst moment of a forward pass."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        net(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"intermediate_size": 512},  # feed-forward
+        {"intermediate_size": 32, "head_dim": 64},  # rotation
+        {"num_key_value_heads": 4},  # nothing is repeated
+    ],
+)
+@pytest.mark.parametrize("context", [48, 128, 176])
+def test_activations_are_what_the_allocator_gives_out(change, context, monkeypatch):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+    monkeypatch.setitem(ENGINES, "torch", replace(ENGINES["torch"], prefill=64))
+    values = COMMON | {"num_hidden_layers": 3, "head_dim": 16, "max_position_embeddings": 256}
+    config = AutoConfig.for_model("llama", **(values | change))
+    net = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.zeros((16, context), dtype=torch.long)
+    cache, most, before = DynamicCache(config=net.config), 0, 0
+    shape = memory.geometry(json.loads(config.to_json_string(use_diff=False)))
+    with torch.inference_mode():
+        net(input_ids=ids[:, :2], logits_to_keep=1)  # what a first pass alone allocates
+        for i in range(0, context, 64):
+            most = max(most, before + peak_of_a_step(net, ids[:, i : i + 64], cache))
+            before = memory.cache_bytes(shape, min(i + 64, context), 16, 32)
+    full = memory.cache_bytes(shape, context, 16, 32)
+    predicted = full + memory.activation_bytes(shape, "torch", context, 16, 32, 32)
+    assert predicted == pytest.approx(most, rel=0.04)
+
+
 def test_an_architecture_that_is_not_known_says_so():
     with pytest.raises(ModelError, match="hidden_size"):
         memory.geometry({"d": 3})
@@ -222,10 +267,10 @@ def test_fit_finds_the_smallest_plan_for_a_loss(tmp_path):
 
 
 def test_fit_says_what_more_memory_buys(tmp_path):
-    _, run = save(tmp_path)
+    plan, run = save(tmp_path)
     besides = memory.use(SHAPE, "torch", CARD, 0).besides
     packed = 64 * 64  # at unpacking, the largest layer
-    besides += memory.UNPACKING * packed
+    besides += memory.unpacking(plan.choice[next(iter(plan.layers))]) * packed
     small = besides + run.front[1].bytes
     more = run.front[4].bytes - run.front[1].bytes
     machine = replace(CARD, memory=str(small), usable=1.0)

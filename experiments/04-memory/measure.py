@@ -8,6 +8,7 @@ happened; `peak` is the most that was ever resident. Run it in a fresh process p
 
 import ctypes
 import gc
+import os
 import sys
 from pathlib import Path
 
@@ -86,16 +87,18 @@ def main() -> None:
     bits = torch.finfo(getattr(torch, dtype)).bits
     shape = memory.geometry(net.config.to_dict())
     machine = "cpu" if device == "cpu" else "gpu"
+    kept = any(name.startswith("MALLOC_MMAP") for name in os.environ)
     budget = Budget(memory="1TB", context=context, batch=batch, kv=bits, machine=machine)
     weights = memory.resident_weights(plan, bits)
-    largest = memory.largest_packed(plan)
-    need = memory.use(shape, "torch", budget, weights, largest, bits)
+    unpacked = memory.unpacked_bytes(plan)
+    need = memory.use(shape, "torch", budget, weights, unpacked, bits)
+    holes = 0 if kept else need.holes
     rows = [
         ("runtime", need.runtime, start),
         ("weights", need.weights, loaded - start),
         ("cache", need.cache, filled - loaded),
-        ("activations", need.activations, peak - filled),
-        ("total", need.total, peak),
+        ("activations", need.activations + holes, peak - filled),
+        ("total", need.total - need.holes + holes, peak),
     ]
     print("context,batch,dtype,device,line,predicted,measured,error_percent")
     for line, predicted, measured in rows:
