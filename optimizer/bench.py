@@ -51,6 +51,16 @@ class View:
         yield lambda _done, _news: None
 
 
+@dataclass(frozen=True)
+class Kept:
+    """How plans keep keys and values while they are measured. tried: what each cache gave, where
+    several were."""
+
+    bits: int = 16
+    floating: bool = False
+    tried: tuple[dict[str, Any], ...] = ()
+
+
 class Bench:
     """One model with its store: everything that doesn't depend on a budget."""
 
@@ -59,6 +69,7 @@ class Bench:
     ) -> None:
         self.store = Store(Path(store).expanduser())
         self.view, self.data, self.device = view, data, device
+        self.cache = Kept()
         view.stage(f"finding {name}")
         self.source: Source = locate(name, self.store, revision)
         data.check(context_length(self.source.folder))
@@ -124,11 +135,28 @@ class Bench:
         return self.tokens[part]
 
     def part_key(self, part: str) -> str:
-        """What results on these windows depend on: the model and the tokens themselves."""
+        """What results on these windows depend on: the model, the tokens themselves and, except
+        for calibration, the cache."""
         ids = np.ascontiguousarray(self.windows(part).ids)
+        own = self.cache.bits < 16 and part != "calibration"
+        kept = [[self.cache.bits, self.cache.floating]] if own else []
         return digest(
-            [self.source.fingerprint, list(ids.shape), sha256(ids.tobytes()).hexdigest()]
+            [self.source.fingerprint, list(ids.shape), sha256(ids.tobytes()).hexdigest(), *kept]
         )
+
+    @contextmanager
+    def cached(self) -> Iterator[None]:
+        """Inside, the model keeps keys and values in the bench's cache whenever it holds rounded
+        weights. With its own weights it is the reference, which nothing rounds."""
+        from optimizer.cache import BITS, rounded
+
+        if self.cache.bits not in BITS:
+            yield
+            return
+        net, bits, floating = self.model.net, self.cache.bits, self.cache.floating
+        now = self.model._now
+        with rounded(net, bits, floating, lambda: any(p.kind != "none" for p in now.values())):
+            yield
 
     @property
     def calibration_key(self) -> str:
@@ -149,6 +177,7 @@ class Bench:
         """The plan's scores on a part of the tokens; kept by content. Held-out: of the plan's joint
         rounding, which is what gets packed. Search: of layers rounded by themselves, whose codes
         all plans share."""
+        from optimizer.cache import rounded
         from optimizer.meaning import Scores, Teacher
 
         real = {name: p.name for name, p in sorted(choice.items()) if p.kind != "none"}
@@ -159,7 +188,8 @@ class Bench:
             rounder = quantizer.rounder(choice, joint=part == "heldout")
             if part not in self.teachers:
                 self.teachers[part] = Teacher(self.model.net, self.windows(part), own_head=True)
-            with self.model.rounded(rounder, choice):
+            kept = rounded(self.model.net, self.cache.bits, self.cache.floating)
+            with self.model.rounded(rounder, choice), kept:
                 return self.teachers[part].score(self.model.net).arrays()
 
         found = self.store.arrays("scores", key, make)

@@ -268,11 +268,11 @@ class Evaluate:
 @dataclass(kw_only=True)
 class Fit:
     """`mezzotint fit`. plan: a plan.json or a run's folder. budget: a machine, and the context,
-    batch and cache precision that are meant. loss: look for the smallest plan of the front with at
-    most this KL. more: memory whose worth is asked for."""
+    batch and cache precision (kv=auto: the plan's) that are meant. loss: look for the smallest plan
+    of the front with at most this KL. more: memory whose worth is asked for."""
 
     plan: str
-    budget: Budget = field(default_factory=Budget)
+    budget: Budget = field(default_factory=lambda: Budget(kv="auto"))
     loss: float | None = None
     more: str | None = "1GiB"
 

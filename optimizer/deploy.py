@@ -15,6 +15,7 @@ from optimizer.config import Evaluate, Quantizer
 from optimizer.data import Data, Part
 from optimizer.errors import PlanError
 from optimizer.layer import Inventory
+from optimizer.memory import floating
 from optimizer.plan import Plan
 from optimizer.source import PACKED_FILE, Source, locate
 from optimizer.store import Store
@@ -157,6 +158,7 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
     row for the packed model."""
     from optimizer import certificate
     from optimizer.backends import packed
+    from optimizer.cache import rounded
     from optimizer.meaning import Teacher
 
     view = view or View()
@@ -176,7 +178,9 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
     view.stage("the reference reads")
     teacher = Teacher(bench.model.net, windows)
     view.stage("the packed model reads")
-    scores = teacher.score(packed.load(folder, device=config.device))
+    net = packed.load(folder, device=config.device)
+    with rounded(net, plan.kv, floating(plan.runtime)):
+        scores = teacher.score(net)
     counts = certificate.resamples(scores.documents, np.random.default_rng(0))
     found = certificate.describe(scores, counts)
     return {

@@ -59,6 +59,8 @@ def answer(config: Fit) -> Answer:
     shape = _shape(plan, path)
     run = Run.load(path) if path.is_dir() and (path / FILE).exists() else None
     budget = config.budget
+    if budget.kv == "auto":
+        budget = budget.with_cache(plan.kv)
     weights, wanted = memory.resident_weights(plan), None
     unpacked = memory.unpacked_bytes(plan)
     if config.loss is not None:

@@ -9,11 +9,13 @@ leaves in a block (values, not bytes)
     recurrent blocks     nothing per token; a fixed state    (Mamba-2, gated delta rule)
     shared blocks        nothing: they read an earlier block's cache
 
-Caches of 8 and 4 bits carry scales: llama.cpp's q8_0 and q4_0 store 8.5 and 4.5 bits per value.
+Caches of 8 and 4 bits carry an fp16 scale per block of 32 values, as llama.cpp's q8_0 and q4_0 do:
+8.5 and 4.5 bits per value; more where heads are too short for such blocks (optimizer.cache).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,6 +43,7 @@ class Engine:
     kv: Mapping[int, float]
     prefill: int
     overhead: Mapping[str, int]
+    floating: bool = False  # 8 bits of a cache are e4m3
 
 
 # overhead. torch on CPU: resident memory of an interpreter that has run a tiny model, measured at
@@ -48,10 +51,12 @@ class Engine:
 # budget.overhead replaces them.
 ENGINES = {
     "torch": Engine(
-        {32: 32, 16: 16}, 512, {"cpu": 391 * MIB, "gpu": 600 * MIB, "apple": 600 * MIB}
+        {32: 32, 16: 16, 8: 8.5, 4: 4.5},
+        512,
+        {"cpu": 391 * MIB, "gpu": 600 * MIB, "apple": 600 * MIB},
     ),
     "vllm": Engine(
-        {16: 16, 8: 8}, 2048, {"cpu": 1024 * MIB, "gpu": 1024 * MIB, "apple": 1024 * MIB}
+        {16: 16, 8: 8}, 2048, {"cpu": 1024 * MIB, "gpu": 1024 * MIB, "apple": 1024 * MIB}, True
     ),
     "llamacpp": Engine(
         {32: 32, 16: 16, 8: 8.5, 4: 4.5},
@@ -231,6 +236,34 @@ def _engine(runtime: str) -> Engine:
     return ENGINES.get(runtime, ENGINES["torch"])
 
 
+def block_of(length: int) -> int:
+    """Values of a head that share a scale in a cache of few bits."""
+    return math.gcd(32, length)
+
+
+def caches(runtime: str) -> list[int]:
+    """The cache precisions that are worth trying, widest first."""
+    return sorted((bits for bits in _engine(runtime).kv if bits <= 16), reverse=True)
+
+
+def floating(runtime: str) -> bool:
+    """Whether the runtime's 8-bit cache holds floating-point numbers."""
+    return _engine(runtime).floating
+
+
+def stored_bits(shape: Geometry, runtime: str, kv: int) -> float:
+    """Bits per cached value, its scale counted. Raises ConfigError for a cache that the runtime
+    doesn't have."""
+    engine = _engine(runtime)
+    if kv not in engine.kv:
+        raise ConfigError(
+            f"A cache is stored as its runtime can: {runtime} has {', '.join(map(str, engine.kv))} "
+            f"bits, not budget.kv={kv}. Choose one of these or another runtime."
+        )
+    short = engine is ENGINES["torch"] and kv < 16  # llama.cpp has no shorter blocks
+    return kv + 16 / block_of(shape.head) if short else engine.kv[kv]
+
+
 def cache_bytes(shape: Geometry, context: int, batch: int, bits: float) -> int:
     """`batch` sequences of `context` tokens."""
     total = 0.0
@@ -265,11 +298,20 @@ def activation_bytes(
     for tokens, seen in ((piece, whole), (context - whole, context)):
         if tokens:
             before = cache_bytes(shape, seen, batch, bits) - full
-            most = max(most, before + step(shape, tokens, seen, batch, compute, unpacked))
+            now = step(shape, tokens, seen, batch, compute, unpacked, bits < 16)
+            most = max(most, before + now)
     return max(most, 2 * batch * shape.vocabulary * LOGIT_BYTES)
 
 
-def _step(shape: Geometry, tokens: int, seen: int, batch: int, compute: int, unpacked: int) -> int:  # noqa: ARG001
+def _step(
+    shape: Geometry,
+    tokens: int,
+    seen: int,  # noqa: ARG001
+    batch: int,
+    compute: int,
+    unpacked: int,
+    opened: bool,  # noqa: ARG001
+) -> int:
     """Two hidden states and the larger of a gated feed-forward (gate, up, product) and an
     attention (queries, keys, values, output). Not measured."""
     wide = max(3 * shape.intermediate, 4 * shape.heads)
@@ -277,7 +319,13 @@ def _step(shape: Geometry, tokens: int, seen: int, batch: int, compute: int, unp
 
 
 def _torch_step(
-    shape: Geometry, tokens: int, seen: int, batch: int, compute: int, unpacked: int
+    shape: Geometry,
+    tokens: int,
+    seen: int,
+    batch: int,
+    compute: int,
+    unpacked: int,
+    opened: bool,
 ) -> int:
     """A gated block of transformers with PyTorch's fused attention, as the allocator saw it.
 
@@ -286,16 +334,16 @@ def _torch_step(
     keys and values are where the cache will count them
     attention: embeddings, input, norm; queries, output. From the second piece on also the mask,
     as booleans once and as numbers for every sequence, and with grouped queries the keys and values
-    of all tokens so far, repeated for every head.
+    of all tokens so far, repeated for every head. opened: one block's keys and values, decoded.
     """
     width, keys = shape.hidden, max(block.values for block in shape.blocks) // 2
     feed = 4 * width + 3 * shape.intermediate
     rotation = 3 * width + 4 * shape.heads
     attention = 3 * width + 2 * shape.heads
     unpacking = 4 * width + shape.intermediate
-    later = 0
+    later = 2 * keys * seen if opened else 0
     if seen > tokens:
-        later = tokens * seen
+        later += tokens * seen
         later += 2 * shape.heads * seen if shape.heads > keys else 0
     booleans = tokens * seen if seen > tokens else 0
     values = batch * max(tokens * max(feed, rotation), tokens * attention + later)
@@ -319,16 +367,12 @@ def use(
     that the runtime doesn't have.
     """
     engine = _engine(runtime)
-    if budget.kv not in engine.kv:
-        raise ConfigError(
-            f"A cache is stored as its runtime can: {runtime} has {', '.join(map(str, engine.kv))} "
-            f"bits, not budget.kv={budget.kv}. Choose one of these or another runtime."
-        )
     overhead = engine.overhead[budget.machine]
     if budget.overhead is not None:
         overhead = parse_size(budget.overhead)
     unpacked = unpacked if runtime == "torch" else 0
-    context, batch, bits = budget.context, budget.batch, engine.kv[budget.kv]
+    context, batch = budget.context, budget.batch
+    bits = stored_bits(shape, runtime, budget.kv)
     cache = cache_bytes(shape, context, batch, bits)
     activations = activation_bytes(shape, runtime, context, batch, bits, compute, unpacked)
     holed = runtime == "torch" and budget.machine == "cpu"
@@ -402,14 +446,15 @@ def resolve(
             f"Weights, cache, activations and runtime must fit the machine together. "
             f"{_sentence(budget.device or 'it')} has {mib(usable(budget))} usable; at budget.context="
             f"{budget.context}, budget.batch={budget.batch} and budget.kv={budget.kv} the cache "
-            f"takes {mib(need.cache)}, activations {mib(need.activations)}, the runtime "
+            f"takes {mib(need.cache)}, activations {mib(need.activations)}, runtime and allocator "
             f"{mib(need.runtime + need.holes)}, and the smallest plan {mib(smallest)}. "
             f"{remedy}, or lower budget.batch or budget.kv."
         )
     text = (
         f"{budget.device or 'the machine'}: {mib(usable(budget))} usable - cache {mib(need.cache)} "
         f"({budget.context} tokens, batch {budget.batch}, {budget.kv} bits) - activations "
-        f"{mib(need.activations)} - runtime {mib(need.runtime + need.holes)} = {mib(room)} for weights"
+        f"{mib(need.activations)} - runtime and allocator {mib(need.runtime + need.holes)} = "
+        f"{mib(room)} for weights"
     )
     return Budget(size=str(room)), text
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimizer import memory, page, search
+from optimizer import memory, page, room, search
 from optimizer.bench import Bench, Choices, View, choices, make_quantizer, measure_table
 from optimizer.config import Optimize
 from optimizer.errors import ModelError
@@ -69,16 +69,24 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     bench = Bench(config.model, config.revision, config.data, config.store, config.device, view)
     chosen = choices(config, bench.inventory)
     blank = np.zeros((len(chosen.groups), len(chosen.columns)))
-    budget, room = _room(config, bench, chosen)
-    if room:
-        view.note(room)
-    sized = replace(config, budget=budget)
-    _pose(sized, bench.inventory, chosen, blank)  # an impossible budget ends here
+    rooms = room.rooms(config, bench, chosen)
+    for one in rooms:
+        view.note(one.text) if one.text else None
+        _pose(replace(config, budget=one.budget), bench.inventory, chosen, blank)
+    # an impossible budget ended here
     write_atomically(out / ".writable", b"").unlink()  # an unwritable folder ends here
     table = measure_table(bench, config, chosen)
-    problem = _pose(sized, bench.inventory, chosen, table.loss)
     notes = _unwatched(config, chosen)
-    assignment = _allocate(config, problem, notes)
+
+    def solve(budget: Budget) -> tuple[Problem, np.ndarray]:
+        posed = _pose(replace(config, budget=budget), bench.inventory, chosen, table.loss)
+        return posed, _allocate(posed)
+
+    settled = room.settle(config, bench, chosen, rooms, solve)
+    problem, assignment = settled.problem, settled.assignment
+    notes += _ample(config, problem)
+    if bench.cache.tried:
+        notes.append(room.told(bench.cache.tried, bench.cache.bits))
     plan = _plan(bench, config, chosen, table, assignment)
     plan.save(out / "plan.json")  # within seconds on a measured model; what follows improves it
     view.note(f"wrote {out / 'plan.json'}: the table's optimum")
@@ -98,33 +106,6 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
         outcome = prove(bench, config, chosen, table, problem, assignment, searched, outcome, out)
     outcome = replace(outcome, seconds=time.monotonic() - begun)
     return _publish(bench, config, chosen, problem, outcome, out)
-
-
-def _room(config: Optimize, bench: Bench, chosen: Choices) -> tuple[Budget, str]:
-    """A machine's memory as bytes of weights, and the sum in words."""
-    if config.budget.memory is None:
-        return config.budget, ""
-    free = np.ones((len(chosen.groups), len(chosen.columns)), dtype=bool)
-    free = free if chosen.allowed is None else chosen.allowed
-    left = {
-        name: np.flatnonzero(row)
-        for group, row in zip(chosen.groups, free, strict=True)
-        for name in group
-    }
-    smallest = {
-        layer.name: min(
-            (chosen.fitted[layer.name, chosen.columns[c]] for c in left[layer.name]),
-            key=lambda precision: precision.bytes(layer.rows, layer.cols),
-        )
-        for layer in chosen.scope
-    }
-    least = stored_bytes(bench.inventory, smallest)["total"] + 8 * len(chosen.scope)
-    unpacked = max(
-        layer.weights * max(memory.unpacking(chosen.fitted[layer.name, c]) for c in chosen.columns)
-        for layer in chosen.scope
-    )
-    shape = memory.geometry(bench.config)
-    return memory.resolve(config.budget, shape, config.runtime.name, least, unpacked)
 
 
 def _geometry(bench: Bench) -> dict[str, Any]:
@@ -194,19 +175,23 @@ def _pose(config: Optimize, inventory: Inventory, chosen: Choices, loss: np.ndar
     )
 
 
-def _allocate(config: Optimize, problem: Problem, notes: list[str]) -> np.ndarray:
+def _allocate(problem: Problem) -> np.ndarray:
+    return problem.largest if problem.fits(problem.largest) else exact.solve(problem)
+
+
+def _ample(config: Optimize, problem: Problem) -> list[str]:
+    """What there is to say where the budget exceeds every plan."""
     largest = problem.largest
-    if problem.fits(largest):
-        name = problem.columns[int(largest[0])]
-        what = "the reference itself" if name == "none" else f"{name} everywhere"
-        if len(set(largest)) > 1:
-            what = "the largest that the policy allows"
-        notes.append(
-            f"The budget of {config.budget.text} is above the largest plan of this palette, so "
-            f"the plan is {what}."
-        )
-        return largest
-    return exact.solve(problem)
+    if not problem.fits(largest):
+        return []
+    name = problem.columns[int(largest[0])]
+    what = "the reference itself" if name == "none" else f"{name} everywhere"
+    if len(set(largest)) > 1:
+        what = "the largest that the policy allows"
+    return [
+        f"The budget of {config.budget.text} is above the largest plan of this palette, so the plan "
+        f"is {what}."
+    ]
 
 
 def _refine(
@@ -223,7 +208,8 @@ def _refine(
     from optimizer.refine import refine
 
     journal = bench.store.root / "studies" / f"{bench.part_key('search')[:40]}.journal"
-    return refine(bench, config, chosen, table, problem, start, journal)
+    with bench.cached():
+        return refine(bench, config, chosen, table, problem, start, journal)
 
 
 def _gain(refined: Refined) -> str:
@@ -273,12 +259,14 @@ def _plan(
         runtime=config.runtime.name,
         quantizer=config.quantizer.described(bench.calibration_key),
         predicted={"kl": kl, "stderr": error, "estimator": config.sensitivity.estimator},
+        kv=bench.cache.bits,
         budget=config.budget.asked,
         provenance={
             "command": shlex.join(["mezzotint", "optimize", *overrides(asdict(config))]),
             "seed": config.seed,
             "data": asdict(config.data),
             "geometry": _geometry(bench),
+            "caches": list(bench.cache.tried),
             "versions": versions(),
         },
     )

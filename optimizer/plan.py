@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Budget:
     memory: a machine's memory, of which the share `usable` is for a program; what the cache (of
         `batch` sequences of `context` tokens at `kv` bits), activations and the runtime take is
         subtracted (optimizer.memory). overhead: replaces the runtime's own estimate.
+    kv: 32, 16, 8 or 4; several as a list, or `auto` for all that the runtime has: then weights and
+        cache are searched together (optimizer.room).
     machine: gpu, apple or cpu. device, source: what it is called and where that is known from.
     """
 
@@ -55,7 +57,7 @@ class Budget:
     usable: float = 1.0
     context: int = 4096
     batch: int = 1
-    kv: int = 16
+    kv: Any = 16
     overhead: str | None = None
     machine: str = "gpu"
     device: str | None = None
@@ -74,7 +76,28 @@ class Budget:
             return self.given
         return {k: v for k, v in asdict(self).items() if v is not None}
 
+    @property
+    def caches(self) -> list[int]:
+        """Bits of the caches to try; none: all that the runtime has."""
+        if self.kv == "auto":
+            return []
+        found = self.kv if isinstance(self.kv, list) else [self.kv]
+        if not found or not all(isinstance(b, int) and 2 <= b <= 32 for b in found):
+            raise ConfigError(
+                f"budget.kv is bits of a cache such as 16, 8 or 4, a list of them, or auto, not "
+                f"{self.kv!r}."
+            )
+        return sorted(set(found), reverse=True)
+
+    def with_cache(self, bits: int) -> Budget:
+        return replace(self, kv=bits)
+
     def check(self) -> None:
+        if self.memory is None and len(self.caches) != 1:
+            raise ConfigError(
+                "A smaller cache saves bytes for the weights only where both share a machine's "
+                f"memory. Add budget=NAME (a machine), or choose one cache instead of {self.kv}."
+            )
         given = self.given
         if len(given) != 1:
             found = ", ".join(f"budget.{k}={v}" for k, v in given.items()) or "none"
@@ -93,6 +116,7 @@ class Budget:
             raise ConfigError(f"budget.machine is gpu, apple or cpu, not {self.machine!r}.")
         if not 0 < self.usable <= 1:
             raise ConfigError(f"budget.usable is a share above 0, at most 1, not {self.usable}.")
+        _ = self.caches
         for key in ("context", "batch"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"budget.{key} is at least 1, not {getattr(self, key)}.")
@@ -164,7 +188,8 @@ class Plan:
     """Layer -> precision, with provenance; the product.
 
     `layers` names every quantizable tensor of the checkpoint; `palette` holds the precisions
-    that it uses; `scope` the layers over which `effective_bits` averages.
+    that it uses; `scope` the layers over which `effective_bits` averages; `kv` the bits of the
+    cache that it is meant for and was measured with.
     """
 
     model: dict[str, Any]
@@ -178,6 +203,7 @@ class Plan:
     effective_bits: float
     code_bits: float
     predicted: dict[str, Any]
+    kv: int = 16
     budget: dict[str, Any] = field(default_factory=dict)
     certificate: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -270,6 +296,7 @@ class Plan:
             effective_bits=float(data["effective_bits"]),
             code_bits=float(data.get("code_bits", 0.0)),
             predicted=dict(data["predicted"]),
+            kv=int(data.get("kv", 16)),
             budget=dict(data.get("budget", {})),
             certificate=dict(data.get("certificate", {})),
             provenance=dict(data.get("provenance", {})),
@@ -308,7 +335,7 @@ class Plan:
 
 _KEYS = (
     "model", "runtime", "quantizer", "palette", "layers", "shapes", "scope", "bytes",
-    "effective_bits", "code_bits", "predicted", "budget", "certificate", "provenance",
+    "effective_bits", "code_bits", "predicted", "kv", "budget", "certificate", "provenance",
 )  # fmt: skip
 
 

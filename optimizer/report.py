@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from optimizer import grid
+from optimizer import grid, room
 from optimizer.backends.rules import Verdict
 from optimizer.bench import View
 from optimizer.fit import Answer
@@ -227,6 +227,8 @@ def show(out: Console, plan: Plan) -> None:
         f"{size.get('container', 0)} header. {plan.effective_bits:.3f} bits per weight in scope.",
         soft_wrap=True,
     )
+    for line in caches(plan):
+        out.print(line, soft_wrap=True)
     promise = plan.predicted
     out.print(f"Promise: KL {promise['kl']:.4f} +- {promise['stderr']:.4f} nats per token.")
     if plan.certificate:
@@ -234,6 +236,14 @@ def show(out: Console, plan: Plan) -> None:
         out.print(plan.certificate["verdict"], style="bold", soft_wrap=True)
     else:
         out.print("No certificate: not measured on held-out text yet.")
+
+
+def caches(plan: Plan) -> list[str]:
+    """Which cache the plan is for, and why."""
+    tried = plan.provenance.get("caches")
+    if tried:
+        return [room.told(tried, plan.kv)]
+    return [f"Measured with a cache of {plan.kv} bits."] if plan.kv < 16 else []
 
 
 def heat_map(plan: Plan) -> Text:

@@ -1,6 +1,8 @@
 """Resident memory of a packed model with a filled cache, against what optimizer.memory predicts.
 
-    python measure.py PACKED_FOLDER CONTEXT [BATCH] [DTYPE] [DEVICE]  ->  one line per stage, CSV
+    python measure.py PACKED_FOLDER CONTEXT [BATCH] [DTYPE] [DEVICE] [CACHE_BITS]
+
+prints one line per stage, CSV.
 
 Each stage is read from the operating system (CPU) or the allocator and the driver (CUDA) after it
 happened; `peak` is the most that was ever resident. Run it in a fresh process per setting.
@@ -65,8 +67,11 @@ def main() -> None:
 
     from optimizer import memory
     from optimizer.backends import packed
+    from optimizer.cache import Cache
     from optimizer.plan import Budget, Plan
 
+    bits = torch.finfo(getattr(torch, dtype)).bits
+    kv = int(sys.argv[6]) if len(sys.argv) > 6 else bits
     warm_up(folder, device)
     read = reader(device)
     tidy()
@@ -76,6 +81,8 @@ def main() -> None:
     tidy()
     loaded = read()[0]
     cache = transformers.DynamicCache(config=net.config)
+    if kv < 16:
+        cache = Cache(net.config, kv)
     ids = torch.zeros((batch, context), dtype=torch.long, device=device)
     with torch.inference_mode():
         for i in range(0, context, memory.ENGINES["torch"].prefill):
@@ -84,11 +91,10 @@ def main() -> None:
     tidy()
     filled, peak = read()
 
-    bits = torch.finfo(getattr(torch, dtype)).bits
     shape = memory.geometry(net.config.to_dict())
     machine = "cpu" if device == "cpu" else "gpu"
     kept = any(name.startswith("MALLOC_MMAP") for name in os.environ)
-    budget = Budget(memory="1TB", context=context, batch=batch, kv=bits, machine=machine)
+    budget = Budget(memory="1TB", context=context, batch=batch, kv=kv, machine=machine)
     weights = memory.resident_weights(plan, bits)
     unpacked = memory.unpacked_bytes(plan)
     need = memory.use(shape, "torch", budget, weights, unpacked, bits)
@@ -100,10 +106,10 @@ def main() -> None:
         ("activations", need.activations + holes, peak - filled),
         ("total", need.total - need.holes + holes, peak),
     ]
-    print("context,batch,dtype,device,line,predicted,measured,error_percent")
+    print("context,batch,dtype,device,cache_bits,line,predicted,measured,error_percent")
     for line, predicted, measured in rows:
         error = 100 * (predicted - measured) / max(measured, 1)
-        print(f"{context},{batch},{dtype},{device},{line},{predicted},{measured},{error:.1f}")
+        print(f"{context},{batch},{dtype},{device},{kv},{line},{predicted},{measured},{error:.1f}")
 
 
 if __name__ == "__main__":
