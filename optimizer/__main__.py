@@ -128,15 +128,17 @@ def _hydra(command: str, rest: list[str], job: Callable[[Any], None]) -> int:
 
     config.register()
     failures: list[MezzotintError] = []
-    busy = False
+    busy, here = False, os.getpid()
 
     def task(cfg: Any) -> None:
         nonlocal busy
         busy = True
         try:
             job(config.build(command, cfg))
-        except MezzotintError as error:  # passing through Hydra it would print more lines
-            failures.append(error)
+        except MezzotintError as error:
+            if os.getpid() != here:  # a launcher's process, whose list nobody reads
+                raise
+            failures.append(error)  # passing through Hydra it would print more lines
         busy = False
 
     before = sys.argv

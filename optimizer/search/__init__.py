@@ -42,6 +42,7 @@ class Search:
     front: bool = False
     storage: str | None = None
     heartbeat: int = 30
+    worker: int = 0  # a number of its own for each worker of one study
     first: int = 4  # windows before the pruner may stop a trial
     prune: float = 0.1  # p-value of the Wilcoxon test; 0 = never prune
 

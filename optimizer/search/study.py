@@ -12,6 +12,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,7 @@ class Study:
         model's. default: the journal file used where search.storage is not given."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         logging.getLogger("sqlalchemy").setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # experimental features of optuna, used on purpose
+        with _unwarned():
             inner = optuna.create_study(
                 study_name=name,
                 storage=open_storage(search.storage, default, search.heartbeat),
@@ -160,8 +160,11 @@ class Study:
         pruned as soon as Wilcoxon's signed-rank test against the best says that it is worse."""
         self._revive()
         done = len(self.tried())  # the same trials so far, the same next one: also after a kill
-        self.inner.sampler = _sampler(self.search.sampler, self.seed + 1000 * done, self._shared)
-        trial = self.inner.ask()
+        self.inner.sampler = _sampler(
+            self.search.sampler, self.seed + 1000 * done + 17 * self.search.worker, self._shared
+        )
+        with _unwarned():
+            trial = self.inner.ask()
         start = trial.user_attrs.get("start")
         chosen = suggest(trial) if start is None else np.array(start, dtype=np.int64)
         known = next((t for t in self.tried() if np.array_equal(t.assignment, chosen)), None)
@@ -204,8 +207,17 @@ class Study:
 
     def _revive(self) -> None:
         """Queue the trials of dead workers again: none is lost, and a failed one never counts."""
-        if _has_heartbeat(self.inner._storage):
-            optuna.storages.fail_stale_trials(self.inner)
+        if self._shared:
+            with _unwarned():
+                optuna.storages.fail_stale_trials(self.inner)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """optuna warns of features that it calls experimental, used here on purpose."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _has_heartbeat(storage: BaseStorage) -> bool:
@@ -238,8 +250,7 @@ def open_storage(url: str | None, default: Path, heartbeat: int = 30) -> BaseSto
     from optuna.exceptions import StorageInternalError
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _unwarned():
             return RDBStorage(
                 url,
                 heartbeat_interval=heartbeat,
