@@ -1,0 +1,47 @@
+"""Runs of compare.py -> results.csv and results.png. Usage: collect.py RUNS HERE"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+COLOURS = {"moves": "#0072b2", "multipliers": "#009e73", "layers": "#cc79a7",
+           "evolution": "#d55e00", "random": "#999999"}  # fmt: skip
+
+
+def main(runs: Path, here: Path) -> None:
+    found = [json.loads(p.read_text()) for p in sorted(runs.glob("*.json"))]
+    with (here / "results.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        keys = ("kl", "kl_p99", "kl_cvar99", "flips")
+        writer.writerow(["code_bits", "method", "seed", "tokens", "seconds",
+                         *(f"{k}_{e}" for k in keys for e in ("value", "low", "high"))])  # fmt: skip
+        for run in found:
+            values = [
+                f"{run['heldout'][k][e]:.5f}" for k in keys for e in ("value", "low", "high")
+            ]
+            writer.writerow([run["bits"], run["method"], run["seed"], run["tokens"],
+                             f"{run['seconds']:.0f}", *values])  # fmt: skip
+    budgets = sorted({run["bits"] for run in found})
+    figure, axes = plt.subplots(1, len(budgets), figsize=(5.5 * len(budgets), 4), squeeze=False)
+    for axis, bits in zip(axes[0], budgets, strict=True):
+        for method, colour in COLOURS.items():
+            own = [r for r in found if r["bits"] == bits and r["method"] == method]
+            for i, run in enumerate(own):
+                curve = np.array(run["curve"])
+                axis.step(curve[:, 0] / 1e3, curve[:, 1], where="post", color=colour, alpha=0.8,
+                          label=method if i == 0 else None)  # fmt: skip
+        axis.set(title=f"{bits:g} code bits", xlabel="evaluated tokens, thousands",
+                 ylabel="best KL on search windows, nats", yscale="log")  # fmt: skip
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(here / "results.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
