@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 CHECK_WINDOWS = 8
 VERSION = 4  # raised when a stage's numbers change
+SCORES = 5  # the same for scores: they say since then which model found the true token
 
 
 class View:
@@ -181,7 +182,7 @@ class Bench:
         from optimizer.meaning import Scores, Teacher
 
         real = {name: p.name for name, p in sorted(choice.items()) if p.kind != "none"}
-        key = digest(["scores", VERSION, self.part_key(part), quantizer.key, real])
+        key = digest(["scores", SCORES, self.part_key(part), quantizer.key, real])
 
         def make() -> dict[str, np.ndarray]:
             # first what is kept piece by piece, so that a killed run doesn't read again for nothing

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimizer.meaning import Scores
+from optimizer.verdict import FEW
+
+if TYPE_CHECKING:
+    from optimizer.meaning import Scores
 
 RESAMPLES = 2000
 LEVEL = 0.95
-FEW = 8  # documents; below this a bootstrap's interval is too narrow to be believed
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,71 @@ def line(low: Candidate, high: Candidate, size: float) -> Callable[[np.ndarray],
         return (1 - share) * _means(low.scores.kl, counts) + share * _means(high.scores.kl, counts)
 
     return at
+
+
+def bounds(
+    values: np.ndarray, documents: np.ndarray, counts: np.ndarray, error: float
+) -> tuple[float, float]:
+    """One-sided bounds for the mean of values [windows, n] or [windows]: a lower and an upper one,
+    each wrong with probability `error`.
+
+    Bootstrap-t over documents (Efron and Tibshirani 1993, chapter 12), because a document's loss
+    has a long right tail. Simulated, 24 documents of lognormal loss (sigma 1), error 5 %: an upper
+    bound of percentiles was too low in 13.6 % of 250 data sets, BCa's in 11.2 %, this one in
+    10.0 %; the lower bounds were too high in 1.2, 7.6 and 4.8 %. The standard error of a resample
+    counts as a third of the sample's at least: where one document of many has a flip, most
+    resamples have none, and t would be infinite.
+    """
+    sums, sizes, first = per_document(values, documents)
+    mean, error_of_mean = _studentized(sums, sizes, np.ones((1, len(sums))))
+    drawn, errors = _studentized(sums, sizes, counts[:, first])
+    if error_of_mean[0] == 0:
+        return float(mean[0]), float(mean[0])
+    t = (drawn - mean) / np.maximum(errors, error_of_mean / 3)
+    high, low = np.quantile(t, [error, 1 - error])
+    return float(mean[0] - low * error_of_mean[0]), float(mean[0] - high * error_of_mean[0])
+
+
+def per_document(
+    values: np.ndarray, documents: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sum and number of the values of each document, and the index of its first window."""
+    flat = values.reshape(len(values), -1).astype(np.float64)
+    _, first, index = np.unique(documents, return_index=True, return_inverse=True)
+    sizes = np.bincount(index, minlength=len(first)) * flat.shape[1]
+    return np.bincount(index, weights=flat.sum(1)), sizes.astype(np.float64), first
+
+
+def _studentized(
+    sums: np.ndarray, sizes: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of all values in each resample, and its standard error: that of a ratio of two sums
+    over documents, linearised. counts [resamples, documents]."""
+    total = counts @ sizes
+    mean = counts @ sums / total
+    squares = (
+        counts @ sums**2 - 2 * mean * (counts @ (sums * sizes)) + mean**2 * (counts @ sizes**2)
+    )
+    documents = max(len(sums), 2)
+    return mean, np.sqrt(np.maximum(squares, 0) * documents / (documents - 1)) / total
+
+
+SIGNS = 9999  # random sign patterns per test, so the smallest p-value is 0.0001
+
+
+def sign_flips(
+    values: np.ndarray, couples: np.ndarray, rng: np.random.Generator, two_sided: bool
+) -> float:
+    """p-value of "the values are symmetric about zero", from SIGNS random signs of the couples.
+
+    One-sided: against a positive mean. At least 1 / (SIGNS + 1).
+    """
+    sums = np.bincount(couples, weights=values)
+    signs = rng.integers(0, 2, (SIGNS, len(sums))) * 2 - 1
+    drawn, own = signs @ sums, sums.sum()
+    if two_sided:
+        drawn, own = np.abs(drawn), abs(own)
+    return float((1 + (drawn >= own - 1e-12 * abs(own)).sum()) / (SIGNS + 1))
 
 
 def _means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -7,7 +7,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from optimizer import domains as texts
 from optimizer.data import Data
+from optimizer.domains import BUILT_IN
 from optimizer.errors import ConfigError
 from optimizer.layer import GGML, Precision
 from optimizer.plan import Budget
@@ -140,16 +142,45 @@ class Quantizer:
 
 
 @dataclass(kw_only=True)
+class Tolerance:
+    """Up to where a plan counts as the reference. kl: mean nats per token; .004 is three times what
+    uniform 8 bits cost SmolLM2-135M (.0012). flips: share of tokens at which another token is the
+    most probable; a mean KL of .004 allows a mean total variation of .045 (Pinsker), hence .05.
+    accuracy: change, either way, of the share of true next tokens that are the most probable."""
+
+    kl: float = 0.004
+    flips: float = 0.05
+    accuracy: float = 0.01
+
+    def check(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < 1:
+                raise ConfigError(
+                    f"proof.tolerance.{name} lies between 0 and 1 (nothing can be shown to be "
+                    f"exactly the same), not {value}."
+                )
+
+
+@dataclass(kw_only=True)
 class Proof:
     """What is measured after the plan is made. certify: on held-out documents. random: random
-    plans measured on search documents, for the baseline and to check the prediction."""
+    plans measured on search documents, for the baseline and to check the prediction. tolerance:
+    what may be called lossless. domains: see `optimizer.domains.parse`. generate: tokens of greedy
+    text that are compared, 0 = none."""
 
     certify: bool = True
     random: int = 32
+    tolerance: Tolerance = field(default_factory=Tolerance)
+    domains: list[str] = field(default_factory=lambda: list(BUILT_IN))
+    generate: int = 0
 
     def check(self) -> None:
         if self.random < 0:
             raise ConfigError(f"proof.random is a number of plans, not {self.random}.")
+        if self.generate < 0:
+            raise ConfigError(f"proof.generate is a number of tokens, not {self.generate}.")
+        self.tolerance.check()
+        texts.parse(self.domains)
 
 
 @dataclass(kw_only=True)
@@ -256,13 +287,20 @@ class Check:
 
 @dataclass(kw_only=True)
 class Evaluate:
-    """`mezzotint evaluate`. model: a packed folder. reference: as Apply.model."""
+    """`mezzotint evaluate`. model: a packed folder. reference: as Apply.model. tolerance, domains,
+    generate: as in Proof."""
 
     model: str
     reference: str | None = None
     data: Data = field(default_factory=Data)
+    tolerance: Tolerance = field(default_factory=Tolerance)
+    domains: list[str] = field(default_factory=lambda: list(BUILT_IN))
+    generate: int = 0
     device: str = "cpu"
     store: str = "~/.cache/mezzotint"
+
+    def check(self) -> None:
+        Proof(tolerance=self.tolerance, domains=self.domains, generate=self.generate).check()
 
 
 @dataclass(kw_only=True)

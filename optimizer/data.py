@@ -125,13 +125,13 @@ def cut(data: Data, tokenizer: Any) -> Tokens:
         if not text.strip() or mark in seen:  # a repeated document would leak across the parts
             continue
         seen.add(mark)
-        documents.append(_encode(tokenizer, text))
+        documents.append(encode(tokenizer, text))
         total += len(documents[-1])
         if data.source == "hub" and total > DRAWN * wanted:
             break
     order = np.random.default_rng(data.seed).permutation(len(documents))
     shuffled = [documents[i] for i in order]
-    prefix = _prefix(tokenizer)
+    prefix = text_prefix(tokenizer)
 
     def windows(shares: dict[str, float]) -> Tokens:
         parts = _shared_out(shuffled, shares)
@@ -190,13 +190,14 @@ def _windows(
     return Windows(ids, np.array([i for i, _ in drawn], dtype=np.int64))
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text of any length, without special tokens."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _prefix(tokenizer: Any) -> list[int]:
+def text_prefix(tokenizer: Any) -> list[int]:
     """The token that this tokenizer puts before every text, if it does (Llama: its BOS)."""
     start = getattr(tokenizer, "bos_token_id", None)
     ids = list(tokenizer("a")["input_ids"])
@@ -216,14 +217,19 @@ def text_start(tokenizer: Any) -> list[int]:
 def _documents(data: Data) -> Iterator[str]:
     if data.source == "hub":
         yield from _hub(data)
-        return
+    else:
+        yield from read_documents(Path(str(data.path)), data.column)
+
+
+def read_documents(path: Path, column: str) -> Iterator[str]:
+    """The documents of a file or a folder. Raises TextError."""
     found = False
-    for file in _files(Path(str(data.path))):
-        for text in _read(file, data.column):
+    for file in _files(path):
+        for text in _read(file, column):
             found = found or bool(text.strip())
             yield text
     if not found:
-        raise TextError(f"{data.path} holds no text. Give a .txt or .jsonl file that does.")
+        raise TextError(f"{path} holds no text. Give a .txt or .jsonl file that does.")
 
 
 def _files(path: Path) -> list[Path]:
@@ -339,15 +345,16 @@ def sample(data: Data, model: HasNet, keep: Batch, track: Callable[..., Iterable
     for name, part, first in track(jobs, "sampling text from the reference"):
         count = min(SAMPLED_TOGETHER, part.sequences - first)
         seed = [data.seed, list(data.parts).index(name), first]
-        make = partial(_generate, model, count, part.length, seed)
+        make = partial(generate, model, count, part.length, seed)
         batch = keep(f"{name} {first} {count} {part.length} {data.seed}", make)
         pieces[name].append(batch["ids"])
     ids = {name: np.concatenate(batches) for name, batches in pieces.items()}
     return {name: Windows(block, np.arange(len(block))) for name, block in ids.items()}
 
 
-def _generate(model: HasNet, count: int, length: int, seed: list[int]) -> dict[str, np.ndarray]:
-    """{ids: [count, length]}. The end token is never sampled, so every window is full."""
+def generate(model: HasNet, count: int, length: int, seed: list[int]) -> dict[str, np.ndarray]:
+    """{ids: [count, length]}, sampled at temperature 1. The end token is never sampled, so every
+    window is full."""
     import torch
 
     net: Any = model.net

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from optimizer import proof
 from optimizer.bench import Bench, View, make_quantizer
 from optimizer.config import Evaluate, Quantizer
 from optimizer.data import Data, Part
@@ -161,6 +163,7 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
     from optimizer.cache import rounded
     from optimizer.meaning import Teacher
 
+    config.check()
     view = view or View()
     folder = Path(config.model)
     plan = packed.verify(folder)
@@ -174,13 +177,23 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
     )
     if bench.source.fingerprint != plan.model.get("fingerprint", bench.source.fingerprint):
         reference_of(plan, config.reference, bench.store)
+    asked = proof.Asked(config.tolerance, config.domains, config.generate, 0)
+    proof.check(bench, asked)
     windows = bench.windows("heldout")
     view.stage("the reference reads")
     teacher = Teacher(bench.model.net, windows)
     view.stage("the packed model reads")
     net = packed.load(folder, device=config.device)
-    with rounded(net, plan.kv, floating(plan.runtime)):
-        scores = teacher.score(net)
+    bench.teachers["heldout"] = teacher
+
+    @contextmanager
+    def hold() -> Iterator[Any]:
+        with rounded(net, plan.kv, floating(plan.runtime)):
+            yield net
+
+    with hold() as own:
+        scores = teacher.score(own)
+    weights = proof.Weights(None, hold)
     counts = certificate.resamples(scores.documents, np.random.default_rng(0))
     found = certificate.describe(scores, counts)
     return {
@@ -189,4 +202,5 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
         "documents": len(np.unique(scores.documents)),
         "tokens": int(scores.kl.size),
         "row": {key: asdict(value) for key, value in found.items()},
+        "meaning": proof.judge(bench, weights, scores, asked),
     }

@@ -7,6 +7,7 @@ p = softmax(z) is the reference's next-token distribution at a position, q the o
           (Leviathan et al., arXiv:2211.17192)                                 higher is better
     flip  argmax p != argmax q                                                 lower is better
     nll   -log q(true next token), and the same for the reference              nats
+    hit   argmax q = true next token, and the same for the reference
 The reference is kept as its last hidden states [tokens, width], not as logits [tokens,
 vocabulary]: a hundred times smaller, and exact, since the head turns them into logits on demand.
 """
@@ -37,6 +38,8 @@ class Scores:
     flip: np.ndarray
     nll: np.ndarray
     nll_reference: np.ndarray
+    hit: np.ndarray
+    hit_reference: np.ndarray
     documents: np.ndarray
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -46,6 +49,14 @@ class Scores:
     def mean_kl(self) -> float:
         return float(self.kl.mean(dtype=np.float64))
 
+    def after(self, position: int) -> Scores:
+        """Only the predictions that have at least `position` tokens before them."""
+        cut = {k: v[:, position - 1 :] for k, v in vars(self).items() if k != "documents"}
+        return Scores(**cut, documents=self.documents)
+
+
+COLUMNS = ("kl", "ear", "flip", "nll", "nll_reference", "hit", "hit_reference")
+
 
 class Teacher:
     """The reference's predictions on fixed windows, against which other weights are scored."""
@@ -53,7 +64,8 @@ class Teacher:
     def __init__(self, net: nn.Module, windows: Windows, own_head: bool = False) -> None:
         """own_head: copy the head's weights, needed where the head itself will be quantized."""
         self.windows = windows
-        self._hidden = [hidden for _, hidden in _hidden_states(net, windows.ids)]
+        self._together = max(1, BATCH_TOKENS // windows.ids.shape[1])
+        self._hidden = [hidden for _, hidden in _hidden_states(net, windows.ids, self._together)]
         self._shape = _final_transform(net, windows.ids[:1])
         head = _head(net)
         self._summaries: dict[int, tuple[Tensor, Tensor]] = {}
@@ -64,15 +76,25 @@ class Teacher:
 
     def score(self, net: nn.Module) -> Scores:
         """Compare `net` as it is now with the reference. Cost: one forward pass and two heads."""
-        columns: dict[str, list[Tensor]] = {k: [] for k in ("kl", "ear", "flip", "nll", "nll_p")}
+        columns: dict[str, list[Tensor]] = {key: [] for key in COLUMNS}
         for log_p, log_q, target in self.pairs(net):
             for key, value in compare(log_p, log_q, target).items():
                 columns[key].append(value)
         shape = (len(self.windows.ids), self.windows.ids.shape[1] - 1)
-        kl, ear, flip, nll, nll_p = (
-            torch.cat(columns[key]).float().cpu().numpy().reshape(shape) for key in columns
-        )
-        return Scores(kl, ear, flip, nll, nll_p, self.windows.documents)
+        found = {k: torch.cat(v).float().cpu().numpy().reshape(shape) for k, v in columns.items()}
+        return Scores(**found, documents=self.windows.documents)
+
+    def noise(self, net: nn.Module) -> dict[str, Scores]:
+        """The reference against itself, computed in another way: one window at a time, and with
+        products in bf16. What no plan can be expected to beat. `net` holds the reference's weights.
+        Cost: two passes."""
+        alone = copy.copy(self)
+        alone._together = 1
+        alone._hidden = [one[None] for batch in self._hidden for one in batch]
+        found = {"reference, one window at a time": alone.score(net)}
+        with torch.autocast(next(net.parameters()).device.type, dtype=torch.bfloat16):
+            found["reference in bf16"] = self.score(net)
+        return found
 
     @torch.inference_mode()
     def pairs(self, net: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -82,7 +104,7 @@ class Teacher:
         """
         head = _head(net)
         for (ids, hidden), reference in zip(
-            _hidden_states(net, self.windows.ids), self._hidden, strict=True
+            _hidden_states(net, self.windows.ids, self._together), self._hidden, strict=True
         ):
             flat, target = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
             truth = reference[:, :-1].flatten(0, 1)
@@ -128,8 +150,7 @@ class Teacher:
 
     def _truth(self, window: int) -> Tensor:
         """The reference's inputs of the head [length - 1, width]."""
-        step = max(1, BATCH_TOKENS // self.windows.ids.shape[1])
-        return self._hidden[window // step][window % step, :-1]
+        return self._hidden[window // self._together][window % self._together, :-1]
 
     def _summary(self, window: int) -> tuple[Tensor, Tensor]:
         """W' p [length - 1, width] and sum_v p_v log p_v - p b [length - 1], b the head's bias."""
@@ -150,9 +171,65 @@ class Teacher:
         return torch.cat(expected), torch.cat(constant)
 
     def _reference_head(self, hidden: Tensor) -> Tensor:
-        if self._weights is None:
-            return self._head(hidden).float()
-        return torch.func.functional_call(self._head, self._weights, (hidden,)).float()
+        with torch.autocast(hidden.device.type, enabled=False):  # `noise` is about the other side
+            if self._weights is None:
+                return self._head(hidden).float()
+            return torch.func.functional_call(self._head, self._weights, (hidden,)).float()
+
+
+class TopTeacher:
+    """The reference as its K most probable tokens at each position, and one bucket for the rest.
+
+    8 K + 4 bytes a position, where `Teacher` keeps 4 x width and runs the reference's head again
+    for every plan. With K = 512 it is the smaller one only for models wider than 1024, and not
+    exact: its KL is that between distributions whose other tokens are merged, which is never above
+    the whole KL (log-sum inequality). The bucket itself is exact, summed over all other tokens.
+    """
+
+    def __init__(self, net: nn.Module, windows: Windows, k: int = 512) -> None:
+        self.windows = windows
+        self._ids, self._top, self._rest = [], [], []
+        for log_p, _ in _log_probabilities(net, windows):
+            top = log_p.topk(min(k, log_p.shape[-1]))
+            self._ids.append(top.indices.to(torch.int32))
+            self._top.append(top.values)
+            self._rest.append(_merged(log_p, top.indices))
+
+    @property
+    def bytes(self) -> int:
+        kept = (*self._ids, *self._top, *self._rest)
+        return sum(part.numel() * part.element_size() for part in kept)
+
+    def kl(self, net: nn.Module) -> np.ndarray:
+        """KL of the merged distributions, float32 [windows, length - 1]."""
+        found = []
+        parts = zip(self._ids, self._top, self._rest, strict=True)
+        for (log_q, _), (ids, top, rest) in zip(
+            _log_probabilities(net, self.windows), parts, strict=True
+        ):
+            index = ids.long()
+            other = _merged(log_q, index)
+            kl = (top.exp() * (top - log_q.gather(-1, index))).sum(-1)
+            found.append(kl + torch.where(rest.isinf(), 0.0, rest.exp() * (rest - other)))
+        shape = (len(self.windows.ids), self.windows.ids.shape[1] - 1)
+        return torch.cat(found).clamp_(min=0).float().cpu().numpy().reshape(shape)
+
+
+def _merged(log_p: Tensor, ids: Tensor) -> Tensor:
+    """Log of the probability of everything but `ids`: [tokens, vocabulary] -> [tokens]."""
+    return log_p.scatter(-1, ids, -torch.inf).logsumexp(-1)
+
+
+@torch.inference_mode()
+def _log_probabilities(net: nn.Module, windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:
+    """Chunks of (log p [tokens, vocabulary], true ids [tokens]), in the windows' order."""
+    predict = Predictor(net)
+    for ids, hidden in _hidden_states(
+        net, windows.ids, max(1, BATCH_TOKENS // windows.ids.shape[1])
+    ):
+        flat, target = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        for i in range(0, len(flat), CHUNK):
+            yield predict(flat[i : i + CHUNK]), target[i : i + CHUNK]
 
 
 class Predictor:
@@ -170,16 +247,17 @@ class Predictor:
 def compare(log_p: Tensor, log_q: Tensor, target: Tensor) -> dict[str, Tensor]:
     """Log-probabilities [tokens, vocabulary] twice, ids [tokens] -> measures [tokens]."""
     p = log_p.exp()
-    flip = log_p.argmax(-1) != log_q.argmax(-1)
+    top_p, top_q = log_p.argmax(-1), log_q.argmax(-1)
     nll = -log_q.gather(-1, target[:, None]).squeeze(-1)
     nll_p = -log_p.gather(-1, target[:, None]).squeeze(-1)
     ear = torch.minimum(p, log_q.exp()).sum(-1)
     kl = torch.sub(log_p, log_q, out=log_p).mul_(p).sum(-1)
-    return {"kl": kl.clamp_(min=0), "ear": ear, "flip": flip, "nll": nll, "nll_p": nll_p}
+    found = (kl.clamp_(min=0), ear, top_p != top_q, nll, nll_p, top_q == target, top_p == target)
+    return dict(zip(COLUMNS, found, strict=True))
 
 
-def batches(ids: np.ndarray) -> Iterator[Tensor]:
-    step = max(1, BATCH_TOKENS // ids.shape[1])
+def batches(ids: np.ndarray, together: int | None = None) -> Iterator[Tensor]:
+    step = together or max(1, BATCH_TOKENS // ids.shape[1])
     for i in range(0, len(ids), step):
         yield torch.from_numpy(ids[i : i + step])
 
@@ -191,10 +269,12 @@ def _head(net: Any) -> nn.Module:
     return head
 
 
-def _hidden_states(net: nn.Module, ids: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of (ids [b, l], input of the head [b, l, width])."""
+def _hidden_states(
+    net: nn.Module, ids: np.ndarray, together: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of (ids [b, l], input of the head [b, l, width]), `together` windows each."""
     device = next(net.parameters()).device
-    for batch in batches(ids):
+    for batch in batches(ids, together):
         with torch.inference_mode():
             yield batch.to(device), head_input(net, batch.to(device))
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimizer import memory, page, room, search
+from optimizer import memory, page, proof, room, search
 from optimizer.bench import Bench, Choices, View, choices, make_quantizer, measure_table
 from optimizer.config import Optimize
 from optimizer.errors import ModelError
@@ -68,6 +69,8 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     config.check()
     bench = Bench(config.model, config.revision, config.data, config.store, config.device, view)
     chosen = choices(config, bench.inventory)
+    if config.proof.certify:
+        proof.check(bench, _asked(config))
     blank = np.zeros((len(chosen.groups), len(chosen.columns)))
     rooms = room.rooms(config, bench, chosen)
     for one in rooms:
@@ -354,14 +357,38 @@ def prove(
             outcome = replace(outcome, plan=_plan(bench, config, chosen, table, assignment))
     mine = replace(found[winner], name="plan")
     others = [c for n, c in found.items() if n != "plan" and n not in problem.columns]
-    proof = certificate.certify(mine, uniforms, others, config.seed)
-    plan = replace(outcome.plan, certificate=proof)
+    found_to_be = certificate.certify(mine, uniforms, others, config.seed)
+    weights = _weights(bench, chosen.choice(assignment), quantizer)
+    found_to_be["meaning"] = proof.judge(bench, weights, mine.scores, _asked(config))
+    plan = replace(outcome.plan, certificate=found_to_be)
     files = outcome.files | {
         "plan": plan.save(out / "plan.json"),
         "measured": _measured_csv(rows, out / "measured.csv"),
     }
     quality = _quality(rows)
     return replace(outcome, plan=plan, files=files, measured=rows, prediction=quality, notes=notes)
+
+
+def _asked(config: Optimize) -> proof.Asked:
+    wanted = config.proof
+    return proof.Asked(wanted.tolerance, wanted.domains, wanted.generate, config.seed)
+
+
+def _weights(bench: Bench, choice: Mapping[str, Precision], quantizer: Any) -> proof.Weights:
+    """The plan's joint rounding, which is what gets packed, and its cache."""
+
+    @contextmanager
+    def hold() -> Iterator[Any]:
+        from optimizer.cache import rounded
+
+        rounder = quantizer.rounder(choice, joint=True)
+        kept = rounded(bench.model.net, bench.cache.bits, bench.cache.floating)
+        with bench.model.rounded(rounder, choice), kept:
+            yield bench.model.net
+
+    real = {name: p.name for name, p in sorted(choice.items()) if p.kind != "none"}
+    cache = [bench.cache.bits, bench.cache.floating]
+    return proof.Weights([quantizer.key, real, cache], hold)
 
 
 def _may_be(assignment: np.ndarray, problem: Problem) -> bool:

@@ -30,6 +30,7 @@ from optimizer.memory import mib, usable
 from optimizer.page.compare import Sweep
 from optimizer.pipeline import Outcome
 from optimizer.plan import Plan
+from optimizer.verdict import in_short, in_words
 
 BLOCKS_PER_LINE = 32
 
@@ -100,7 +101,7 @@ def outcome(out: Console, result: Outcome) -> None:
     if plan.certificate:
         out.print(certificate(plan))
         out.print()
-        out.print(plan.certificate["verdict"], style="bold", soft_wrap=True)
+        _answer(out, plan)
     line = (
         f"Plan {plan.id}: {human(plan.bytes['total'])}, {plan.effective_bits:.3f} bits per "
         f"weight in scope ({plan.code_bits:.3f} of codes), predicted KL "
@@ -165,6 +166,46 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _answer(out: Console, plan: Plan) -> None:
+    """The verdicts of a certificate: against the tolerance, and against uniform plans."""
+    meaning(out, plan.certificate.get("meaning", {}))
+    out.print(plan.certificate["verdict"], style="bold", soft_wrap=True)
+
+
+def meaning(out: Console, found: Mapping[str, Any]) -> None:
+    """Whether it is the reference within the tolerance: by text, with what supports it."""
+    if not found:  # a plan of an earlier version
+        return
+    if len(found["texts"]) > 1 or found["noise"]:
+        out.print(_texts(found))
+    for line in in_words(found):
+        out.print(line, soft_wrap=True, markup=False)
+    out.print(found["verdict"], style="bold", soft_wrap=True, markup=False)
+
+
+def _texts(found: Mapping[str, Any]) -> Table:
+    table = Table(title="By text, and the reference against itself", title_justify="left")
+    table.add_column("text")
+    for name in ("documents", "KL (nats/token)", "flips %", "EAR", "within tolerance"):
+        table.add_column(name, justify="right")
+    states: dict[str, set[str]] = {}
+    for finding in found["findings"]:
+        states.setdefault(finding["text"], set()).add(finding["state"])
+    rows = list(found["texts"])
+    for i, row in enumerate(rows + list(found["noise"])):
+        kl = row["kl"]
+        table.add_row(
+            Text(row["name"]),
+            str(row["documents"]),
+            f"{kl['value']:.4f} [dim]\\[{kl['low']:.4f}, {kl['high']:.4f}][/dim]",
+            f"{100 * row['flips']['value']:.1f}",
+            f"{row['ear']['value']:.4f}",
+            in_short(states.get(row["name"], set())),
+            end_section=i == len(rows) - 1,
+        )
+    return table
+
+
 def evaluation(out: Console, found: Mapping[str, Any]) -> None:
     """Reference against packed."""
     row, plan = found["row"], found["plan"]
@@ -193,6 +234,7 @@ def evaluation(out: Console, found: Mapping[str, Any]) -> None:
             f"{reference[key]:.4f}",
         )
     out.print(table)
+    meaning(out, found["meaning"])
     whole = 2 * sum(r * c for r, c in plan.shapes.values())
     out.print(
         f"{human(found['bytes'])} packed; the reference's layers take {human(whole)} at 16 bits.",
@@ -233,7 +275,7 @@ def show(out: Console, plan: Plan) -> None:
     out.print(f"Promise: KL {promise['kl']:.4f} +- {promise['stderr']:.4f} nats per token.")
     if plan.certificate:
         out.print(certificate(plan))
-        out.print(plan.certificate["verdict"], style="bold", soft_wrap=True)
+        _answer(out, plan)
     else:
         out.print("No certificate: not measured on held-out text yet.")
 

@@ -278,7 +278,7 @@ def _read(teacher: Any, net: Any, made: Cut, one: Weights) -> tuple[Reading, Rea
             columns.setdefault(name, []).append(value.cpu().numpy())
     flat = {name: np.concatenate(values)[made.at] for name, values in columns.items()}
     blind = made.at < 0
-    for name in ("kl", "nll", "nll_p"):
+    for name in ("kl", "nll", "nll_reference"):
         flat[name] = np.where(blind, np.nan, flat[name])
     kl, flip = flat["kl"], flat["flip"] & ~blind
     mine = Reading(
@@ -288,7 +288,7 @@ def _read(teacher: Any, net: Any, made: Cut, one: Weights) -> tuple[Reading, Rea
         "reference",
         0,
         np.zeros_like(kl),
-        np.exp(-flat["nll_p"]),
+        np.exp(-flat["nll_reference"]),
         np.zeros_like(flip),
         flat["p_words"],
         np.exp(flat["p"]),

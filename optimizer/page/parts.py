@@ -14,6 +14,7 @@ from optimizer.layer import Precision
 from optimizer.page import chart
 from optimizer.plan import Plan
 from optimizer.run import Point, Run, overrides
+from optimizer.verdict import in_short, in_words
 
 EXPERTS = 6  # experts of a cell that are named; the rest is counted
 
@@ -245,6 +246,7 @@ def certificate(plan: Plan) -> str:
             f"of {between['kl']:.4f}; the plan has {between['ratio']['value']:.2f} times that.</p>"
         )
     return (
+        f"{_meaning(proof.get('meaning', {}))}"
         f"<p><b>{escape(proof['verdict'])}</b></p><p>{words}</p>{line}<div class=wide><table>"
         f"<caption>{escape(proof['interval'])} in brackets</caption><thead><tr><th scope=col>plan"
         f"</th><th scope=col>size</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
@@ -253,11 +255,43 @@ def certificate(plan: Plan) -> str:
     )
 
 
-def _proof_row(row: Mapping[str, Any], names: Mapping[str, tuple[str, str, int]]) -> str:
-    cells = [f"<td>{chart.size(row['bytes'])}</td>"]
+def _meaning(found: Mapping[str, Any]) -> str:
+    """Whether it is the reference within the tolerance; empty for plans of earlier versions."""
+    if not found:
+        return ""
+    states: dict[str, set[str]] = {}
+    for finding in found["findings"]:
+        states.setdefault(finding["text"], set()).add(finding["state"])
+    names = {key: value for key, value in MEASURES.items() if key != "perplexity"}
+    head = "".join(f"<th scope=col>{title}</th>" for title, _, _ in names.values())
+    rows = [*found["texts"], *found["noise"]]
+    body = "".join(_text_row(row, names, states.get(row["name"], set())) for row in rows)
+    words = " ".join(in_words(found))
+    return (
+        f"<p><b>{escape(found['verdict'])}</b></p><p>{escape(words)}</p><div class=wide><table>"
+        "<caption>By text; below, the reference against itself, which is the noise that no plan can "
+        f"beat</caption><thead><tr><th scope=col>text</th><th scope=col>documents</th>{head}"
+        f"<th scope=col>within tolerance</th></tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _text_row(
+    row: Mapping[str, Any], names: Mapping[str, tuple[str, str, int]], states: set[str]
+) -> str:
+    cells = [f"<td>{row['documents']}</td>", *_values(row, names), f"<td>{in_short(states)}</td>"]
+    return f"<tr><th scope=row>{escape(str(row['name']))}</th>{''.join(cells)}</tr>"
+
+
+def _values(row: Mapping[str, Any], names: Mapping[str, tuple[str, str, int]]) -> list[str]:
+    cells = []
     for key, (_, pattern, factor) in names.items():
         value, low, high = (pattern.format(factor * row[key][k]) for k in ("value", "low", "high"))
         cells.append(f"<td>{value} <small>[{low}, {high}]</small></td>")
+    return cells
+
+
+def _proof_row(row: Mapping[str, Any], names: Mapping[str, tuple[str, str, int]]) -> str:
+    cells = [f"<td>{chart.size(row['bytes'])}</td>", *_values(row, names)]
     own = ' class="own"' if row["name"] == "plan" else ""
     return f"<tr{own}><th scope=row>{escape(str(row['name']))}</th>{''.join(cells)}</tr>"
 

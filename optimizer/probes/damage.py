@@ -20,11 +20,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from optimizer import certificate
-from optimizer.certificate import Interval
+from optimizer.certificate import Interval, sign_flips
 from optimizer.probes import Pair, cells
 
 TAIL = 0.9  # CVaR: the mean of the worst tenth; of 64 pairs that is six
-SIGNS = 9999  # random sign patterns per test, so the smallest p-value is 0.0001
 ALPHA = 0.05
 
 
@@ -142,21 +141,6 @@ def _couples(pairs: Sequence[Pair]) -> np.ndarray:
     for pair in pairs:
         numbers.setdefault(frozenset((pair.good, pair.bad)), len(numbers))
     return np.array([numbers[frozenset((pair.good, pair.bad))] for pair in pairs])
-
-
-def sign_flips(
-    values: np.ndarray, couples: np.ndarray, rng: np.random.Generator, two_sided: bool
-) -> float:
-    """p-value of "the values are symmetric about zero", from SIGNS random signs of the couples.
-
-    One-sided: against a positive mean. At least 1 / (SIGNS + 1).
-    """
-    sums = np.bincount(couples, weights=values)
-    signs = rng.integers(0, 2, (SIGNS, len(sums))) * 2 - 1
-    drawn, own = signs @ sums, sums.sum()
-    if two_sided:
-        drawn, own = np.abs(drawn), abs(own)
-    return float((1 + (drawn >= own - 1e-12 * abs(own)).sum()) / (SIGNS + 1))
 
 
 def holm(p: Sequence[float]) -> np.ndarray:

@@ -1,0 +1,160 @@
+"""The certificate's own error rates. Everything but `score` needs seconds and no model.
+
+measure.py score MODEL [TEXT]   scores of a pool of documents, kept in the store and in pool.npz
+measure.py runs                 seeded certificates on resampled documents -> results.csv
+measure.py topk MODEL [TEXT]    error of the top-K teacher -> topk.csv
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from optimizer import tolerance
+from optimizer.bench import Bench, View, make_quantizer
+from optimizer.config import Quantizer, Tolerance
+from optimizer.data import Data, Part
+from optimizer.layer import Precision
+from optimizer.meaning import COLUMNS, Scores, Teacher, TopTeacher
+from optimizer.verdict import FEW, MAIN
+
+HERE = Path(__file__).parent
+POOL, LENGTH = int(os.environ.get("POOL", "240")), 96
+RUNS, SIZES = 200, (8, 16, 24, 48, 96)
+GROUP = {"smollm2": 64, "stories": 32}
+PARTS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
+FIELDS = ["arm", "documents", "tolerated", "true", "lossy", "lossless", "promised", "pilot"]
+
+
+class Lines(View):
+    def stage(self, text: str) -> None:
+        print(text, flush=True)
+
+    def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:
+        items, begun = list(items), time.monotonic()
+        for i, item in enumerate(items):
+            yield item
+            print(f"{text}: {i + 1}/{len(items)}, {time.monotonic() - begun:.0f} s", flush=True)
+
+
+def opened(model: str, text: str | None) -> Bench:
+    few = Part(sequences=1, length=LENGTH)
+    parts = {"calibration": few, "search": few, "heldout": Part(sequences=POOL, length=LENGTH)}
+    data = Data(source="text" if text else "self", path=text, **parts)
+    return Bench(model, None, data, os.environ["MEZZOTINT_STORE"], "cpu", Lines())
+
+
+def damages(bench: Bench, size: int) -> dict[str, dict[str, Precision]]:
+    """Small known damages: one layer at 3 bits, at three depths; and whole models for scale."""
+    layers = [layer.name for layer in bench.inventory.scoped(["blocks"])]
+    last = max(layer.block for layer in bench.inventory.layers if layer.block is not None)
+    found: dict[str, dict[str, Precision]] = {}
+    for block in (1, last // 2, last - 1):
+        for part in PARTS:
+            name = next(n for n in layers if f".{block}.{part}." in n)
+            found[f"3 bits in {block}.{part}"] = {name: Precision("int", 3, size)}
+    for bits in (8, 6):
+        found[f"uniform {bits} bits"] = dict.fromkeys(layers, Precision("int", bits, size))
+    return found
+
+
+def score(model: str, text: str | None = None) -> None:
+    bench = opened(model, text)
+    windows = bench.windows("heldout")
+    teacher = Teacher(bench.model.net, windows)
+    bench.view.stage("noise")
+    pool = dict(teacher.noise(bench.model.net))
+    quantizer = make_quantizer(Quantizer(), bench)
+    for name, choice in bench.view.track(list(damages(bench, GROUP[model]).items()), "damages"):
+        with bench.model.rounded(quantizer.rounder(choice), choice):
+            pool[name] = teacher.score(bench.model.net)
+    arrays = {f"{n}/{k}": getattr(s, k).astype(np.float32) for n, s in pool.items() for k in COLUMNS}
+    np.savez_compressed(HERE / "pool.npz", documents=windows.documents, **arrays)
+
+
+def loaded() -> dict[str, Scores]:
+    kept = np.load(HERE / "pool.npz")
+    names = dict.fromkeys(key.rpartition("/")[0] for key in kept.files if "/" in key)
+    return {
+        name: Scores(**{k: kept[f"{name}/{k}"] for k in COLUMNS}, documents=kept["documents"])
+        for name in names
+    }
+
+
+def drawn(pool: Scores, count: int, rng: np.random.Generator) -> Scores:
+    """`count` documents with replacement, each draw a document of its own."""
+    documents = np.unique(pool.documents)
+    rows = [np.flatnonzero(pool.documents == d) for d in rng.choice(documents, count)]
+    index = np.concatenate(rows)
+    owners = np.concatenate([np.full(len(row), i) for i, row in enumerate(rows)])
+    return Scores(**{k: getattr(pool, k)[index] for k in COLUMNS}, documents=owners)
+
+
+def arm(name: str, pool: Scores, count: int, tolerated: Tolerance) -> list[Any]:
+    """RUNS certificates; how often KL was judged, and what the power estimate promised."""
+    states, promises = [], []
+    true, spread = tolerance.mean_and_spread(pool.kl, pool.documents)
+    error = tolerance.ERROR / 3 if true > tolerated.kl else tolerance.ERROR
+    for run in range(RUNS):
+        rng = np.random.default_rng([run, count])
+        found = tolerance.judge_text(MAIN, drawn(pool, count, rng), tolerated, 3, run)
+        kl = next(f for f in found if f.measure == "kl")
+        whole = tolerance.state(found, count)
+        states.append((whole == "lossy", whole == "lossless", kl.state))
+        pilot = drawn(pool, 24, rng)
+        value, wide = tolerance.mean_and_spread(pilot.kl, pilot.documents)
+        promises.append(tolerance.power(value, wide, tolerated.kl, count, error))
+    promised = tolerance.power(true, spread, tolerated.kl, count, error)
+    kl_is = "over" if true > tolerated.kl else "within"
+    rate = np.mean([s[2] == kl_is for s in states])
+    lossy, lossless = (np.mean([s[i] for s in states]) for i in (0, 1))
+    row = [name, count, f"{tolerated.kl:.6f}", f"{true:.6f}", f"{lossy:.3f}", f"{lossless:.3f}",
+           f"{promised:.3f}", f"{np.mean(promises):.3f}", f"{rate:.3f}"]  # fmt: skip
+    print(*row, flush=True)
+    return row
+
+
+def runs() -> None:
+    rows = []
+    for name, pool in Lines().track(list(loaded().items()), "arms"):
+        for count in SIZES:
+            assert count >= FEW
+            rows.append(arm(name, pool, count, Tolerance()))
+            if pool.mean_kl > 1e-6:  # at the border: the tolerance is the truth
+                edge = Tolerance(kl=pool.mean_kl, flips=0.999, accuracy=0.999)
+                rows.append(arm(f"border: {name}", pool, count, edge))
+    with (HERE / "results.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([[*FIELDS, "kl_decided"], *rows])
+
+
+def topk(model: str, text: str | None = None) -> None:
+    bench = opened(model, text)
+    windows = bench.windows("heldout").head(24)
+    exact = Teacher(bench.model.net, windows)
+    tops = {k: TopTeacher(bench.model.net, windows, k) for k in (32, 128, 512, 2048)}
+    quantizer = make_quantizer(Quantizer(), bench)
+    layers = [layer.name for layer in bench.inventory.scoped(["blocks"])]
+    rows: list[list[Any]] = [["bits", "k", "bytes", "bytes_exact", "kl", "kl_exact", "worst_token"]]
+    hidden = sum(part.numel() * part.element_size() for part in exact._hidden)
+    for bits in (8, 4, 3):
+        choice = dict.fromkeys(layers, Precision("int", bits, GROUP[model]))
+        with bench.model.rounded(quantizer.rounder(choice), choice):
+            kl = exact.score(bench.model.net).kl
+            for k, top in tops.items():
+                found = top.kl(bench.model.net)
+                rows.append([bits, k, top.bytes, hidden, f"{found.mean():.6f}", f"{kl.mean():.6f}",
+                             f"{np.abs(kl - found).max():.6f}"])  # fmt: skip
+                print(*rows[-1], flush=True)
+    with (HERE / "topk.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+if __name__ == "__main__":
+    {"score": score, "runs": runs, "topk": topk}[sys.argv[1]](*sys.argv[2:])

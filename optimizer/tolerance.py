@@ -1,0 +1,218 @@
+"""Is the plan the reference, within a tolerance that was fixed beforehand? A verdict in plain words.
+
+    lossless   every measure's bound lies within its tolerance. One-sided non-inferiority for kl
+               and flips, which are never negative; two one-sided tests for the signed change of
+               accuracy (Schuirmann 1987). All must hold, so each keeps its 5 % (intersection-union).
+    lossy      some measure's lower bound lies above its tolerance. Any may fire, so the 5 % are
+               shared by all measures and texts (Bonferroni).
+    open       neither: there is not enough text to say, and how much would probably be enough.
+
+"No difference was found" is never "lossless". The unit is the document: bounds are bootstrap-t over
+documents, and McNemar's test flips the signs of whole documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil, sqrt
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.stats import norm
+
+from optimizer import verdict
+from optimizer.certificate import (
+    bounds,
+    describe,
+    per_document,
+    resamples,
+    sign_flips,
+)
+from optimizer.config import Tolerance
+from optimizer.verdict import FEW, MAIN
+
+if TYPE_CHECKING:
+    from optimizer.meaning import Scores
+
+ERROR = 0.05
+POWER = 0.8
+MOST = 100_000  # documents; a loss so near its tolerance is not going to be told apart from it
+WORST = 5  # documents that are named
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One measure on one text.
+
+    low, high: one-sided 95 % bounds. least: the lower bound that "lossy" needs. state: within,
+    over or open. needed: documents that would probably (80 %) be enough, if further ones are like
+    these; None if it is decided, or if more than MOST.
+    """
+
+    text: str
+    measure: str
+    value: float
+    low: float
+    high: float
+    least: float
+    tolerated: float
+    state: str
+    needed: int | None
+
+
+def measures(scores: Scores) -> dict[str, np.ndarray]:
+    """What is held against a tolerance, token by token. accuracy: the loss of it, -1, 0 or 1."""
+    lost = scores.hit_reference.astype(np.float64) - scores.hit
+    return {"kl": scores.kl, "flips": scores.flip, "accuracy": lost}
+
+
+def judge(
+    texts: Mapping[str, Scores],
+    weights: Mapping[str, float],
+    noise: Mapping[str, Scores],
+    tolerance: Tolerance,
+    seed: int,
+) -> dict[str, Any]:
+    """The certificate's answer, as plain JSON.
+
+    texts: the plan's scores on the held-out text (MAIN, the first) and on domains; weights: of the
+    domains, for the weighted mean. noise: the reference against itself on the held-out text.
+    """
+    findings = [
+        finding
+        for name, scores in texts.items()
+        for finding in judge_text(name, scores, tolerance, 3 * len(texts), seed)
+    ]
+    floor = {name: _row(name, scores, seed) for name, scores in noise.items()}
+    documents = {name: len(np.unique(scores.documents)) for name, scores in texts.items()}
+    found: dict[str, Any] = {
+        "state": state(findings, documents[MAIN]),
+        "tolerance": asdict(tolerance),
+        "findings": [asdict(finding) for finding in findings],
+        "texts": [_row(name, scores, seed) for name, scores in texts.items()],
+        "noise": list(floor.values()),
+        "mcnemar": mcnemar(texts[MAIN], seed),
+        "documents": worst_documents(texts),
+        "half_of_loss": concentration(texts[MAIN]),
+    }
+    domains = [name for name in texts if name != MAIN]
+    if domains:
+        kl = {name: texts[name].mean_kl for name in domains}
+        total = sum(weights.get(name, 1.0) for name in domains)
+        found["worst_domain"] = max(domains, key=lambda name: kl[name])
+        found["weighted_kl"] = sum(weights.get(n, 1.0) * kl[n] for n in domains) / total
+    return found | {"verdict": verdict.sentence(found)}
+
+
+def _row(name: str, scores: Scores, seed: int) -> dict[str, Any]:
+    counts = resamples(scores.documents, np.random.default_rng([seed, 79]))
+    size = {"documents": len(np.unique(scores.documents)), "tokens": int(scores.kl.size)}
+    return {"name": name} | size | {k: asdict(v) for k, v in describe(scores, counts).items()}
+
+
+def judge_text(
+    text: str, scores: Scores, tolerance: Tolerance, tests: int, seed: int
+) -> list[Finding]:
+    """One text's findings; tests: how many there are in all, which share the 5 % of "lossy"."""
+    counts = resamples(scores.documents, np.random.default_rng([seed, 80]))
+    return [
+        _finding(text, key, values, scores.documents, getattr(tolerance, key), counts, tests)
+        for key, values in measures(scores).items()
+    ]
+
+
+def _finding(
+    text: str,
+    measure: str,
+    values: np.ndarray,
+    documents: np.ndarray,
+    tolerated: float,
+    counts: np.ndarray,
+    tests: int,
+) -> Finding:
+    value, spread = mean_and_spread(values, documents)
+    low, high = bounds(values, documents, counts, ERROR)
+    least, most = bounds(values, documents, counts, ERROR / tests)
+    if measure == "accuracy":  # signed: a gain of accuracy is a change, too
+        within, over = -tolerated <= low and high <= tolerated, max(least, -most) > tolerated
+    else:
+        within, over = high <= tolerated, least > tolerated
+    enough = len(np.unique(documents)) >= FEW
+    said = "open" if not enough else "over" if over else "within" if within else "open"
+    error = ERROR / tests if abs(value) > tolerated else ERROR
+    needed = None if said != "open" else documents_needed(value, spread, tolerated, error)
+    return Finding(text, measure, value, low, high, least, tolerated, said, needed)
+
+
+def mean_and_spread(values: np.ndarray, documents: np.ndarray) -> tuple[float, float]:
+    """Mean over tokens, and the standard deviation that makes spread / sqrt(documents) its
+    standard error."""
+    sums, sizes, _ = per_document(values, documents)
+    mean = sums.sum() / sizes.sum()
+    count = len(sums)
+    variance = ((sums - mean * sizes) ** 2).sum() / max(count - 1, 1) / sizes.mean() ** 2
+    return float(mean), float(sqrt(variance))
+
+
+def documents_needed(value: float, spread: float, tolerated: float, error: float) -> int | None:
+    """Documents with which a loss of this mean and spread is decided with probability POWER, by
+    the normal approximation; at least FEW, None if more than MOST."""
+    distance = abs(abs(value) - tolerated)
+    if distance == 0:
+        return None
+    count = ((norm.ppf(1 - error) + norm.ppf(POWER)) * spread / distance) ** 2
+    return None if count > MOST else max(FEW, ceil(count))
+
+
+def power(
+    value: float, spread: float, tolerated: float, documents: int, error: float = ERROR
+) -> float:
+    """Chance that this many documents show a mean loss `value` to be on its side of the tolerance:
+    "lossy" where it is above, "lossless" where it is below. Normal approximation."""
+    if spread == 0:
+        return 1.0
+    distance = abs(abs(value) - tolerated) * sqrt(documents) / spread
+    return float(norm.cdf(distance - norm.ppf(1 - error)))
+
+
+def mcnemar(scores: Scores, seed: int) -> dict[str, float]:
+    """Which of the two finds the true next token where only one does.
+
+    lost, won: tokens that only the reference, or only the plan, ranks first. p: McNemar's exact test
+    draws a sign for every discordant token; tokens of one document aren't independent, so here a
+    document's tokens share their sign (a randomised sign-flip test of lost - won per document;
+    with one token a document it is McNemar's). Small p: accuracy changed. Large p: nothing shown.
+    """
+    lost = (scores.hit_reference > scores.hit).sum(1)
+    won = (scores.hit > scores.hit_reference).sum(1)
+    _, index = np.unique(scores.documents, return_inverse=True)
+    rng = np.random.default_rng([seed, 81])
+    p = sign_flips((lost - won).astype(np.float64), index, rng, two_sided=True)
+    return {"lost": int(lost.sum()), "won": int(won.sum()), "p": p}
+
+
+def concentration(scores: Scores) -> int:
+    """The smallest number of documents that hold half of the whole KL."""
+    sums = np.sort(per_document(scores.kl, scores.documents)[0])[::-1]
+    return int(np.searchsorted(np.cumsum(sums), sums.sum() / 2) + 1) if sums.sum() > 0 else 0
+
+
+def worst_documents(texts: Mapping[str, Scores]) -> list[dict[str, Any]]:
+    """The documents of the highest mean KL, of all texts together; `window` is their first one."""
+    found: list[dict[str, Any]] = []
+    for name, scores in texts.items():
+        sums, sizes, first = per_document(scores.kl, scores.documents)
+        found += [
+            {"text": name, "document": int(scores.documents[w]), "window": int(w), "kl": float(s / n)}
+            for s, n, w in zip(sums, sizes, first, strict=True)
+        ]  # fmt: skip
+    return sorted(found, key=lambda one: one["kl"], reverse=True)[:WORST]
+
+
+def state(findings: Sequence[Finding], documents: int) -> str:
+    """Of the whole: a lossy domain is lossy; a domain with too little text is only named."""
+    if any(finding.state == "over" for finding in findings):
+        return "lossy"
+    main = [finding.state for finding in findings if finding.text == MAIN]
+    return "lossless" if documents >= FEW and set(main) == {"within"} else "open"
