@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimizer.certificate import (
-    FEW,
     Candidate,
+    bounds,
     certify,
     describe,
     difference,
@@ -19,6 +19,7 @@ from optimizer.certificate import (
     verdict,
 )
 from optimizer.meaning import Scores
+from optimizer.verdict import FEW
 
 DOCUMENTS = np.repeat(np.arange(20), 3)  # 20 documents of 3 windows
 
@@ -32,6 +33,8 @@ def scores(kl: np.ndarray, documents: np.ndarray = DOCUMENTS) -> Scores:
         (rng.random(shape) < 0.1).astype(np.float32),
         rng.exponential(2, shape).astype(np.float32),
         rng.exponential(2, shape).astype(np.float32),
+        (rng.random(shape) < 0.4).astype(np.float32),
+        (rng.random(shape) < 0.4).astype(np.float32),
         documents,
     )
 
@@ -74,6 +77,45 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
         naive += wrong[0] <= 1 <= wrong[1]
     assert 0.90 <= held / 1000 <= 0.97
     assert naive / 1000 < 0.8
+
+
+def test_bounds_are_wrong_about_as_often_as_they_say() -> None:
+    """600 data sets of 24 documents with a long tail (lognormal, sigma 0.6), 5 % on either side.
+    Percentiles would be too low at the upper end in about 13 %."""
+    owners = np.arange(24)
+    counts = resamples(owners, rng())
+    truth = np.exp(0.18)
+    below = above = percentile = 0
+    for seed in range(600):
+        values = np.random.default_rng([seed, 6]).lognormal(0, 0.6, 24)
+        low, high = bounds(values, owners, counts, 0.05)
+        assert low < values.mean() < high
+        below += low > truth
+        above += high < truth
+        percentile += np.quantile(counts @ values / 24, 0.95) < truth
+    assert 0.015 <= below / 600 <= 0.075
+    assert 0.03 <= above / 600 <= 0.11 < percentile / 600 + 0.02
+
+
+def test_bounds_weigh_documents_by_their_tokens_and_draw_them_whole() -> None:
+    """A document cut into windows counts as the same document in one piece."""
+    values = np.random.default_rng(4).exponential(1, (20, 3, 4))
+    whole = bounds(values.reshape(20, 12), np.arange(20), resamples(np.arange(20), rng()), 0.05)
+    windows = values.reshape(60, 4)
+    assert bounds(windows, DOCUMENTS, resamples(DOCUMENTS, rng()), 0.05) == pytest.approx(whole)
+    uneven = bounds(windows[:50], DOCUMENTS[:50], resamples(DOCUMENTS[:50], rng()), 0.05)
+    assert uneven[0] < windows[:50].mean() < uneven[1]
+
+
+def test_bounds_of_one_event_and_of_none() -> None:
+    """One flip in 24 documents: most resamples have none, and the bound is finite all the same."""
+    owners = np.arange(24)
+    counts = resamples(owners, rng())
+    one = np.zeros((24, 100))
+    assert bounds(one, owners, counts, 0.05) == (0, 0)
+    one[3, 7] = 1
+    low, high = bounds(one, owners, counts, 0.05)
+    assert low < one.mean() < high < 0.01
 
 
 def describe_kl(found: Scores, counts: np.ndarray) -> tuple[float, float]:

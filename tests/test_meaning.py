@@ -14,7 +14,7 @@ from optimizer import meaning
 from optimizer.data import Windows
 from optimizer.errors import ModelError
 from optimizer.layer import Precision
-from optimizer.meaning import Scores, Teacher
+from optimizer.meaning import Scores, Teacher, TopTeacher
 from optimizer.model import Model
 from optimizer.quantizer import Rtn
 from tests.conftest import GLU, Small, build, opened
@@ -43,6 +43,8 @@ def naive(reference: Tensor, other: Tensor, ids: np.ndarray) -> dict[str, np.nda
         "flip": p.argmax(-1) != q.argmax(-1),
         "nll": -np.log(np.take_along_axis(q, true, -1))[..., 0],
         "nll_reference": -np.log(np.take_along_axis(p, true, -1))[..., 0],
+        "hit": q.argmax(-1) == true[..., 0],
+        "hit_reference": p.argmax(-1) == true[..., 0],
     }
 
 
@@ -157,4 +159,67 @@ def test_scores_survive_the_store(stories: Model) -> None:
     scores = Teacher(stories.net, windows(80)).score(stories.net)
     again = Scores(**scores.arrays())
     assert again.mean_kl == scores.mean_kl
-    assert set(scores.arrays()) == {"kl", "ear", "flip", "nll", "nll_reference", "documents"}
+    assert set(scores.arrays()) == {
+        "kl",
+        "ear",
+        "flip",
+        "nll",
+        "nll_reference",
+        "hit",
+        "hit_reference",
+        "documents",
+    }
+
+
+def test_the_reference_against_itself_is_noise_and_not_zero(stories: Model) -> None:
+    teacher = Teacher(stories.net, windows(80))
+    noise = teacher.noise(stories.net)
+    alone, half = noise.values()
+    assert alone.mean_kl < 1e-6, "fp32 sums in another order"
+    assert 1e-6 < half.mean_kl < 1e-3, "bf16 keeps eight bits"
+    assert np.array_equal(half.nll_reference, teacher.score(stories.net).nll_reference)
+    assert teacher.score(stories.net).kl.max() == 0, "the teacher is as it was"
+
+
+def test_the_later_positions(stories: Model) -> None:
+    scores = Teacher(stories.net, windows(80)).score(stories.net)
+    late = scores.after(4)
+    assert np.array_equal(late.nll, scores.nll[:, 3:])
+    assert np.array_equal(late.documents, scores.documents)
+
+
+# ---------------------------------------------------------------- the top K and a bucket
+
+
+def merged_kl(reference: Tensor, other: Tensor, k: int) -> np.ndarray:
+    """Naively: the K most probable tokens of the reference, and one for all others."""
+    p, q = reference[:, :-1].softmax(-1), other[:, :-1].softmax(-1)
+    top = p.topk(k)
+    q_top = q.gather(-1, top.indices)
+    p_all = torch.cat([top.values, (1 - top.values.sum(-1, keepdim=True)).clamp(min=1e-300)], -1)
+    q_all = torch.cat([q_top, (1 - q_top.sum(-1, keepdim=True)).clamp(min=1e-300)], -1)
+    return (p_all * (p_all.log() - q_all.log())).sum(-1).numpy()
+
+
+@pytest.mark.parametrize("k", [1, 5, 40, 79])
+def test_the_top_k_teacher_is_the_kl_of_merged_distributions(stories: Model, k: int) -> None:
+    text = windows(80)
+    exact, top = Teacher(stories.net, text), TopTeacher(stories.net, text, k)
+    reference = logits(stories.net, text.ids)
+    with stories.rounded(Rtn(), dict.fromkeys(list(stories.layers)[1:], LOW)):
+        found = top.kl(stories.net)
+        whole = exact.score(stories.net).kl
+        expected = merged_kl(reference, logits(stories.net, text.ids), k)
+    assert found.shape == whole.shape and found.dtype == np.float32
+    assert np.allclose(found, expected, rtol=1e-3, atol=2e-5)
+    assert (found <= whole + 1e-5).all(), "merging can only lose"
+    assert whole.mean() > 1e-3
+
+
+def test_all_tokens_in_the_top_is_exact(stories: Model) -> None:
+    text = windows(80)
+    exact, top = Teacher(stories.net, text), TopTeacher(stories.net, text)
+    with stories.rounded(Rtn(), dict.fromkeys(list(stories.layers)[1:], LOW)):
+        assert np.allclose(top.kl(stories.net), exact.score(stories.net).kl, atol=2e-6)
+    vocabulary, positions = stories.net.config.vocab_size, 5 * 8
+    assert top.bytes == positions * (8 * vocabulary + 4)

@@ -75,7 +75,9 @@ def score(model: str, text: str | None = None) -> None:
     for name, choice in bench.view.track(list(damages(bench, GROUP[model]).items()), "damages"):
         with bench.model.rounded(quantizer.rounder(choice), choice):
             pool[name] = teacher.score(bench.model.net)
-    arrays = {f"{n}/{k}": getattr(s, k).astype(np.float32) for n, s in pool.items() for k in COLUMNS}
+    arrays = {
+        f"{n}/{k}": getattr(s, k).astype(np.float32) for n, s in pool.items() for k in COLUMNS
+    }
     np.savez_compressed(HERE / "pool.npz", documents=windows.documents, **arrays)
 
 
@@ -141,7 +143,9 @@ def topk(model: str, text: str | None = None) -> None:
     tops = {k: TopTeacher(bench.model.net, windows, k) for k in (32, 128, 512, 2048)}
     quantizer = make_quantizer(Quantizer(), bench)
     layers = [layer.name for layer in bench.inventory.scoped(["blocks"])]
-    rows: list[list[Any]] = [["bits", "k", "bytes", "bytes_exact", "kl", "kl_exact", "worst_token"]]
+    rows: list[list[Any]] = [
+        ["bits", "k", "bytes", "bytes_exact", "kl", "kl_exact", "worst_token"]
+    ]
     hidden = sum(part.numel() * part.element_size() for part in exact._hidden)
     for bits in (8, 4, 3):
         choice = dict.fromkeys(layers, Precision("int", bits, GROUP[model]))

@@ -98,7 +98,7 @@ def cut(domain: Domain, tokenizer: Any, longest: int, data: Data) -> Cut:
     skipped = dict.fromkeys(("also in data.path", "not representable", "too short"), 0)
     documents: list[list[int]] = []
     for text in read_documents(domain.source, "text"):
-        ids = encode(tokenizer, text)
+        ids = encode(tokenizer, text.strip())
         if _mark(text) in own:
             skipped["also in data.path"] += 1
         elif _unknown(ids, tokenizer) > UNKNOWN:
