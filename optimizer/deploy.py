@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
@@ -185,15 +185,9 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
     view.stage("the packed model reads")
     net = packed.load(folder, device=config.device)
     bench.teachers["heldout"] = teacher
-
-    @contextmanager
-    def hold() -> Iterator[Any]:
-        with rounded(net, plan.kv, floating(plan.runtime)):
-            yield net
-
-    with hold() as own:
-        scores = teacher.score(own)
-    weights = proof.Weights(None, hold)
+    with rounded(net, plan.kv, floating(plan.runtime)):
+        scores = teacher.score(net)
+    weights = proof.Weights(None, lambda: nullcontext(net), plan.kv, floating(plan.runtime))
     counts = certificate.resamples(scores.documents, np.random.default_rng(0))
     found = certificate.describe(scores, counts)
     return {

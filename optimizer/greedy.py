@@ -31,9 +31,12 @@ def prompts(windows: Windows, context: int | None, tokens: int) -> np.ndarray:
     return windows.ids[np.sort(first)[:PROMPTS], :length]
 
 
-def continuations(net: Any, begun: np.ndarray, tokens: int) -> np.ndarray:
+def continuations(
+    net: Any, begun: np.ndarray, tokens: int, cache: Any | None = None
+) -> np.ndarray:
     """What the model itself would say: begun [n, length] -> int64 [n, tokens]. The end token is
-    never taken, so that every text has the same length. Cost: one pass and `tokens` steps."""
+    never taken, so that every text has the same length. cache: an empty one of the plan's kind;
+    None = the model's own. Cost: one pass and `tokens` steps."""
     import torch
 
     device = next(net.parameters()).device
@@ -51,6 +54,7 @@ def continuations(net: Any, begun: np.ndarray, tokens: int) -> np.ndarray:
             min_new_tokens=tokens,
             max_new_tokens=tokens,
             pad_token_id=net.generation_config.pad_token_id or 0,
+            past_key_values=cache,
         )
     return np.asarray(found[:, begun.shape[1] :].cpu().numpy())
 

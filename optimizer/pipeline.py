@@ -379,16 +379,12 @@ def _weights(bench: Bench, choice: Mapping[str, Precision], quantizer: Any) -> p
 
     @contextmanager
     def hold() -> Iterator[Any]:
-        from optimizer.cache import rounded
-
         rounder = quantizer.rounder(choice, joint=True)
-        kept = rounded(bench.model.net, bench.cache.bits, bench.cache.floating)
-        with bench.model.rounded(rounder, choice), kept:
+        with bench.model.rounded(rounder, choice):
             yield bench.model.net
 
     real = {name: p.name for name, p in sorted(choice.items()) if p.kind != "none"}
-    cache = [bench.cache.bits, bench.cache.floating]
-    return proof.Weights([quantizer.key, real, cache], hold)
+    return proof.Weights([quantizer.key, real], hold, bench.cache.bits, bench.cache.floating)
 
 
 def _may_be(assignment: np.ndarray, problem: Problem) -> bool:

@@ -5,7 +5,7 @@ text. Each is kept by content, so that a second proof of the same plan measures 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +43,16 @@ class Asked:
 @dataclass(frozen=True)
 class Weights:
     """A plan's weights. key: what determines them, None = keep nothing. hold: inside, the yielded
-    network has them."""
+    network has them. kv, floating: how keys and values are kept; see `optimizer.cache`."""
 
     key: Any
     hold: Hold
+    kv: int = 16
+    floating: bool = False
+
+    @property
+    def identity(self) -> Any:
+        return [self.key, self.kv, self.floating]
 
 
 def check(bench: Bench, asked: Asked) -> None:
@@ -178,7 +184,7 @@ def _domain_scores(bench: Bench, weights: Weights, chosen: Sequence[Domain]) -> 
             bench.store.arrays("scores", key, scores.arrays)
     found = {name: Scores(**arrays) for name, arrays in kept.items() if arrays is not None}
     return {
-        name: scores.after(scores.kl.shape[1] // 2) if _is_long(chosen, name) else scores
+        name: scores.after((scores.kl.shape[1] + 1) // 2) if _is_long(chosen, name) else scores
         for name, scores in found.items()
     }
 
@@ -189,6 +195,7 @@ def _is_long(chosen: Sequence[Domain], name: str) -> bool:
 
 
 def _measured(bench: Bench, weights: Weights, missing: Mapping[str, Windows]) -> dict[str, Scores]:
+    from optimizer.cache import rounded
     from optimizer.meaning import Teacher
 
     if not missing:
@@ -197,7 +204,7 @@ def _measured(bench: Bench, weights: Weights, missing: Mapping[str, Windows]) ->
         name: Teacher(bench.model.net, cut, own_head=True)
         for name, cut in bench.view.track(list(missing.items()), "the reference reads domains")
     }
-    with weights.hold() as net:
+    with weights.hold() as net, rounded(net, weights.kv, weights.floating):
         return {
             name: teacher.score(net)
             for name, teacher in bench.view.track(list(teachers.items()), "the plan reads domains")
@@ -208,7 +215,7 @@ def _key(bench: Bench, weights: Weights, windows: Windows, kind: str) -> str | N
     if weights.key is None:
         return None
     ids = [list(windows.ids.shape), digest(windows.ids.tolist())]
-    return digest([kind, VERSION, bench.source.fingerprint, ids, weights.key])
+    return digest([kind, VERSION, bench.source.fingerprint, ids, weights.identity])
 
 
 def _kept(bench: Bench, key: str | None) -> dict[str, np.ndarray] | None:
@@ -240,24 +247,25 @@ def _greedy(bench: Bench, weights: Weights, asked: Asked) -> dict[str, Any]:
     begun = greedy.prompts(bench.windows("heldout"), context, asked.generate)
     asked_for = [begun.tolist(), asked.generate, bench.source.fingerprint]
 
-    def said(who: str, hold: Hold) -> dict[str, np.ndarray]:
+    def said(who: str, own: Weights) -> dict[str, np.ndarray]:
+        from optimizer.cache import BITS, Cache
+
         bench.view.stage(f"{who} writes {len(begun)} texts of {asked.generate} tokens")
-        with hold() as net:
-            return {"ids": greedy.continuations(net, begun, asked.generate)}
+        with own.hold() as net:
+            cache = Cache(net.config, own.kv, own.floating) if own.kv in BITS else None
+            return {"ids": greedy.continuations(net, begun, asked.generate, cache)}
 
     base = digest(["greedy", VERSION, asked_for])
     reference = bench.store.arrays("tokens", base, lambda: said("the reference", _own(bench)))
     assert reference is not None
     if weights.key is None:
-        other: dict[str, np.ndarray] | None = said("the plan", weights.hold)
+        other: dict[str, np.ndarray] | None = said("the plan", weights)
     else:
-        key = digest(["greedy", VERSION, asked_for, weights.key])
-        other = bench.store.arrays("tokens", key, lambda: said("the plan", weights.hold))
+        key = digest(["greedy", VERSION, asked_for, weights.identity])
+        other = bench.store.arrays("tokens", key, lambda: said("the plan", weights))
     assert other is not None
     return greedy.compare(reference["ids"], other["ids"], asked.seed)
 
 
-def _own(bench: Bench) -> Hold:
-    from contextlib import nullcontext
-
-    return lambda: nullcontext(bench.model.net)
+def _own(bench: Bench) -> Weights:
+    return Weights(None, lambda: nullcontext(bench.model.net))

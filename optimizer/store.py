@@ -91,7 +91,10 @@ class Store:
         with alone(path):
             with suppress(OSError, SafetensorError):  # made while this process waited
                 return load(path.read_bytes())
-            value = make()
+            import numpy as np
+
+            # safetensors writes a view's memory, not its values
+            value = {name: np.ascontiguousarray(array) for name, array in make().items()}
             write_atomically(path, save(value))
         return value
 

@@ -39,6 +39,16 @@ def test_arrays_come_back_with_their_types(tmp_path: Path) -> None:
         assert np.array_equal(again[key], array)
 
 
+def test_views_are_kept_by_their_values(tmp_path: Path) -> None:
+    """safetensors would write the memory behind a view: other numbers, without a word."""
+    whole = np.arange(12).reshape(3, 4)
+    Store(tmp_path).arrays("tables", "key", lambda: {"cut": whole[:, 2:], "turned": whole.T})
+    again = Store(tmp_path).arrays("tables", "key")
+    assert again is not None
+    assert np.array_equal(again["cut"], whole[:, 2:])
+    assert np.array_equal(again["turned"], whole.T)
+
+
 def test_missing_without_a_maker_is_none(tmp_path: Path) -> None:
     assert Store(tmp_path).json("kind", "key") is None
     assert Store(tmp_path).arrays("kind", "key") is None
