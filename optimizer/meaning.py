@@ -14,6 +14,7 @@ vocabulary]: a hundred times smaller, and exact, since the head turns them into 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
