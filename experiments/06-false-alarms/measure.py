@@ -30,7 +30,8 @@ POOL, LENGTH = int(os.environ.get("POOL", "240")), 96
 RUNS, SIZES = 200, (8, 16, 24, 48, 96)
 GROUP = {"smollm2": 64, "stories": 32}
 PARTS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
-FIELDS = ["arm", "documents", "tolerated", "true", "lossy", "lossless", "promised", "pilot"]
+FIELDS = ["arm", "documents", "tolerated", "true", "lossy", "lossless", "promised", "pilot",
+          "kl_decided"]  # fmt: skip
 
 
 class Lines(View):
@@ -133,7 +134,7 @@ def runs() -> None:
                 edge = Tolerance(kl=pool.mean_kl, flips=0.999, accuracy=0.999)
                 rows.append(arm(f"border: {name}", pool, count, edge))
     with (HERE / "results.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([[*FIELDS, "kl_decided"], *rows])
+        csv.writer(file, lineterminator="\n").writerows([FIELDS, *rows])
 
 
 def topk(model: str, text: str | None = None) -> None:
