@@ -67,6 +67,7 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     begun = time.monotonic()
     view = view or View()
     config.check()
+    _reach_storage(config, Path(config.store).expanduser())
     bench = Bench(config.model, config.revision, config.data, config.store, config.device, view)
     chosen = choices(config, bench.inventory)
     if config.proof.certify:
@@ -109,6 +110,14 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
         outcome = prove(bench, config, chosen, table, problem, assignment, searched, outcome, out)
     outcome = replace(outcome, seconds=time.monotonic() - begun)
     return _publish(bench, config, chosen, problem, outcome, out)
+
+
+def _reach_storage(config: Optimize, store: Path) -> None:
+    """A database that can't be used ends here, before a model is loaded."""
+    if config.search.space != "exact" and config.search.storage is not None:
+        from optimizer.search.study import open_storage
+
+        open_storage(config.search.storage, store, config.search.heartbeat)
 
 
 def _geometry(bench: Bench) -> dict[str, Any]:

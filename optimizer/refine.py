@@ -8,6 +8,7 @@ confirmed on windows that pruned nothing, and it is never worse there than the t
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ SIZES, SPAN = (
 SHOWN = 16  # plans of a front that are measured beside the others
 POLL = 1.0  # seconds
 FEWEST = 2  # windows on which trials are measured
+WHOLE_TRIALS = 15  # of those that tokens allow, if no trial were stopped early
 FRESH, STALE = 2, 6  # trials until the slope is taken again: with a new best plan, without one
 
 
@@ -73,19 +75,26 @@ def refine(
 
     settings = config.search
     windows = bench.windows("search")
-    half = len(windows.ids) // 2
-    if half < FEWEST:
+    used = _used(settings, *windows.ids.shape)
+    if used < FEWEST:
         raise ConfigError(
-            f"A search needs at least {2 * FEWEST} search windows, of which half confirm the choice; "
+            f"A search needs at least {2 * FEWEST} search windows, of which some confirm the choice; "
             f"data.search.sequences is {len(windows.ids)}. Raise it, or take search=exact."
         )
-    settings = replace(settings, first=min(settings.first, half))
+    if settings.tokens > 2 * WHOLE_TRIALS * used * windows.ids.shape[1]:
+        bench.view.note(
+            f"{settings.tokens} tokens would allow trials on more than {used} windows, which overfit "
+            f"less: data.search.sequences={2 * len(windows.ids)} gives the search more text"
+        )
+    settings = replace(settings, first=min(settings.first, used))
     name = _name(bench, config, problem)
+    where = settings.storage or str(journal)
+    bench.view.note(f"trials are kept in {_public(where)}; optuna-dashboard shows them live")
     study = Study.open(settings, problem, name, journal, config.seed)
     quantizer = make_quantizer(config.quantizer, bench)
     quantizer.prepare(_offered(chosen))  # all codes, while the model holds its own weights
     with bench.model.rounded(quantizer) as rounding:
-        scout = Scout(bench, config, chosen, table, problem, study, half, rounding)
+        scout = Scout(bench, config, chosen, table, problem, study, used, rounding)
         scout.seed(start)
         begun, before = time.monotonic(), study.spent
         with bench.view.meter("search", settings.tokens) as show:
@@ -95,6 +104,18 @@ def refine(
                 rate = (spent - before) / (time.monotonic() - begun)
                 show(spent, f"{scout.news}  {spent} tokens, {rate:.0f}/s")
         return scout.confirm(start)
+
+
+def _used(settings: Search, windows: int, length: int) -> int:
+    """How many search windows a trial is measured on: enough whole trials must fit into the
+    tokens, and a quarter of the windows at least is left to confirm the choice."""
+    affordable = max(FEWEST, settings.tokens // (WHOLE_TRIALS * length))
+    return min(affordable, windows // 2 if windows < 4 * FEWEST else 3 * windows // 4)
+
+
+def _public(address: str) -> str:
+    """Without a database's password."""
+    return re.sub(r"(://[^:/@]+):[^@]*@", r"\1@", address)
 
 
 def _over(settings: Search, study: Study, begun: float) -> bool:
@@ -119,6 +140,7 @@ def _name(bench: Bench, config: Optimize, problem: Problem) -> str:
         make_quantizer(config.quantizer, bench).key,
         problem.groups, problem.columns, problem.limit, problem.unit, problem.free.tolist(),
         config.search.space, config.search.front, config.seed,
+        _used(config.search, *bench.windows("search").ids.shape),
     ]  # fmt: skip
     return f"mezzotint-{config.search.space}-{digest(content)[:24]}"
 
@@ -135,14 +157,14 @@ class Scout:
         table: Table,
         problem: Problem,
         study: Study,
-        half: int,
+        used: int,
         rounding: Rounding,
     ) -> None:
         from optimizer.meaning import Teacher, is_head
         from optimizer.prefix import Shortcut
 
         self.bench, self.config, self.chosen = bench, config, chosen
-        self.table, self.problem, self.study, self.half = table, problem, study, half
+        self.table, self.problem, self.study, self.used = table, problem, study, used
         self.quantizer, self.rounding = make_quantizer(config.quantizer, bench), rounding
         self.task = Task(chosen.groups, chosen.columns, chosen.fitted, self.quantizer)
         net = bench.model.net
@@ -183,8 +205,8 @@ class Scout:
         return windows.start == 0 and (best is None or loss < best.loss)
 
     def run(self, suggest: Callable[[Any], np.ndarray]) -> Tried:
-        """One trial on the first half of the search windows."""
-        return self.study.run(suggest, self.losses(range(self.half)), self.length)
+        """One trial on the first `used` search windows."""
+        return self.study.run(suggest, self.losses(range(self.used)), self.length)
 
     def seed(self, start: np.ndarray) -> None:
         """The plans that the study starts from: the table's optimum, the same with the lowest
@@ -283,9 +305,9 @@ class Scout:
         from optimizer.sensitivity.slope import slopes
 
         number = len(self.slopes)
-        count = min(SLOPE_WINDOWS, self.half) // 2
+        count = min(SLOPE_WINDOWS, self.used) // 2
         rng = np.random.default_rng([self.config.seed, 9, number])
-        picked = rng.choice(self.half, 2 * count, replace=False).reshape(2, -1)
+        picked = rng.choice(self.used, 2 * count, replace=False).reshape(2, -1)
         parts = [picked[0], picked[1]]
         key = digest([SLOPE_VERSION, self.study.inner.study_name, number, best.tolist()])
 
@@ -310,13 +332,13 @@ class Scout:
         return found
 
     def confirm(self, start: np.ndarray) -> Refined:
-        """Measure the best few on the other half of the windows; the start is always among
+        """Measure the best few on windows that no trial used; the start is always among
         them, so the choice is never worse than it there."""
         finalists = {start.tobytes(): start}
         fitting = [t for t in self.study.finished if self.problem.fits(t.assignment)]
         for tried in sorted(fitting, key=lambda t: t.loss)[:3]:
             finalists[tried.assignment.tobytes()] = tried.assignment
-        rest = range(self.half, len(self.teacher.windows.ids))
+        rest = range(self.used, min(2 * self.used, len(self.teacher.windows.ids)))
         found = {
             key: float(np.mean([loss for _, loss in self.losses(rest)(assignment)]))
             for key, assignment in finalists.items()

@@ -12,7 +12,7 @@ import pytest
 from optimizer import bench, pipeline, refine
 from optimizer.config import Optimize, Quantizer
 from optimizer.data import Part
-from optimizer.errors import ConfigError
+from optimizer.errors import ConfigError, StorageError
 from optimizer.plan import Budget
 from optimizer.search import SPACES, Search
 from optimizer.sensitivity import slope
@@ -46,6 +46,18 @@ def test_a_searched_plan_fits_and_the_second_run_measures_nothing(
 def test_the_search_works_with_gptq(source: Source, tmp_path: Path) -> None:
     config = searched(source, tmp_path / "s", quantizer=Quantizer(name="gptq"))
     assert pipeline.optimize(config, tmp_path / "r").plan.effective_bits <= 3.6
+
+
+def test_a_database_that_cannot_be_reached_is_told_before_a_model_is_looked_for(
+    tmp_path: Path,
+) -> None:
+    search = Search(storage="postgresql://me:secret@127.0.0.1:9/none")
+    config = Optimize(model="/no/such/model", budget=Budget(bits=4), search=search)
+    config.store = str(tmp_path)
+    with pytest.raises(StorageError, match="can't be used") as caught:
+        pipeline.optimize(config, tmp_path / "r")
+    assert "secret" not in str(caught.value)
+    assert refine._public(search.storage or "") == "postgresql://me@127.0.0.1:9/none"
 
 
 def test_too_few_windows_are_refused(source: Source, tmp_path: Path) -> None:
