@@ -12,6 +12,7 @@ from optimizer.data import Data
 from optimizer.domains import BUILT_IN
 from optimizer.errors import ConfigError
 from optimizer.layer import GGML, Precision
+from optimizer.objective import Meaning
 from optimizer.plan import Budget
 from optimizer.policy import Policy
 from optimizer.search import Search
@@ -212,6 +213,7 @@ class Optimize:
     runtime: Runtime = field(default_factory=Runtime)
     quantizer: Quantizer = field(default_factory=Quantizer)
     data: Data = field(default_factory=Data)
+    meaning: Meaning = field(default_factory=Meaning)
     sensitivity: Sensitivity = field(default_factory=Sensitivity)
     search: Search = field(default_factory=Search)
     proof: Proof = field(default_factory=Proof)
@@ -243,6 +245,7 @@ class Optimize:
         self.policy.check()
         self.quantizer.check()
         self._check_kinds()
+        self.meaning.check(self.sensitivity.estimator)
         self.search.check()
         self.proof.check()
         self.wandb.check()

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from optimizer.data import Windows
 from optimizer.errors import ModelError
+from optimizer.objective import Objective
 
 CHUNK = 512  # tokens whose logits exist at one time, twice
 BATCH_TOKENS = 2048  # tokens that run through the blocks together
@@ -63,12 +64,14 @@ class Teacher:
     """The reference's predictions on fixed windows, against which other weights are scored."""
 
     def __init__(self, net: nn.Module, windows: Windows, own_head: bool = False) -> None:
-        """own_head: copy the head's weights, needed where the head itself will be quantized."""
+        """own_head: copy the head's weights, needed where the head itself will be quantized.
+        `objective` (public, the mean KL unless set) is what single windows are measured by."""
         self.windows = windows
         self._together = max(1, BATCH_TOKENS // windows.ids.shape[1])
         self._hidden = [hidden for _, hidden in _hidden_states(net, windows.ids, self._together)]
         self._shape = _final_transform(net, windows.ids[:1])
         head = _head(net)
+        self.objective = Objective()
         self._summaries: dict[int, tuple[Tensor, Tensor]] = {}
         self._weights: dict[str, Tensor] | None = None
         if own_head:
@@ -145,9 +148,10 @@ class Teacher:
         return torch.cat(found)
 
     def window(self, net: nn.Module, window: int) -> float:
-        """Mean KL of one window. Up to rounding (about 1e-6 nats) never below 0."""
+        """Mean objective of one window. Up to rounding (about 1e-6 nats) never below 0."""
         with torch.inference_mode():
-            return max(float(self.divergence(net, window).double().mean()), 0.0)
+            kl = self.divergence(net, window).double()
+            return max(float(self.objective.of(kl).mean()), 0.0)
 
     def _truth(self, window: int) -> Tensor:
         """The reference's inputs of the head [length - 1, width]."""

@@ -23,6 +23,7 @@ from optimizer.bench import Bench, Choices, View, choices, make_quantizer, measu
 from optimizer.config import Optimize
 from optimizer.errors import ModelError
 from optimizer.layer import Inventory, Precision
+from optimizer.objective import Meaning
 from optimizer.plan import Budget, Plan, assemble, identity, stored_bytes
 from optimizer.run import Run, Scale, chosen_point, overrides, run_key
 from optimizer.search import Problem, exact
@@ -79,11 +80,12 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
         _pose(replace(config, budget=one.budget), bench.inventory, chosen, blank)
     # an impossible budget ended here
     write_atomically(out / ".writable", b"").unlink()  # an unwritable folder ends here
-    table = measure_table(bench, config, chosen)
+    table = measure_table(bench, replace(config, meaning=Meaning()), chosen)  # KL, for promises
+    aimed = measure_table(bench, config, chosen) if config.meaning.cvar else table
     notes = _unwatched(config, chosen)
 
     def solve(budget: Budget) -> tuple[Problem, np.ndarray]:
-        posed = _pose(replace(config, budget=budget), bench.inventory, chosen, table.loss)
+        posed = _pose(replace(config, budget=budget), bench.inventory, chosen, aimed.loss)
         return posed, _allocate(posed)
 
     settled = room.settle(config, bench, chosen, rooms, solve)
@@ -94,12 +96,13 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     plan = _plan(bench, config, chosen, table, assignment)
     plan.save(out / "plan.json")  # within seconds on a measured model; what follows improves it
     view.note(f"wrote {out / 'plan.json'}: the table's optimum")
-    refined = _refine(bench, config, chosen, table, problem, assignment)
+    refined = _refine(bench, config, chosen, problem, assignment)
     searched: dict[str, np.ndarray] = {}
     if refined is not None:
-        notes.append(_gain(refined))
+        notes.append(_gain(refined, config.meaning.name))
         assignment = refined.assignment
         searched = {f"searched {i}": x for i, x in enumerate(refined.front)}
+    problem = replace(problem, loss=table.loss)  # from here on for showing: KL
     notes += _policy_note(config, problem, assignment)
     plan = _plan(bench, config, chosen, table, assignment)
     files = {"plan": plan.save(out / "plan.json"), "front": _front(problem, out / "front.csv")}
@@ -210,7 +213,6 @@ def _refine(
     bench: Bench,
     config: Optimize,
     chosen: Choices,
-    table: Table,
     problem: Problem,
     start: np.ndarray,
 ) -> Refined | None:
@@ -221,10 +223,10 @@ def _refine(
 
     journal = bench.store.root / "studies" / f"{bench.part_key('search')[:40]}.journal"
     with bench.cached():
-        return refine(bench, config, chosen, table, problem, start, journal)
+        return refine(bench, config, chosen, problem, start, journal)
 
 
-def _gain(refined: Refined) -> str:
+def _gain(refined: Refined, objective: str) -> str:
     start, choice = refined.confirmed["start"], refined.confirmed["choice"]
     front = ""
     if refined.front:
@@ -235,7 +237,7 @@ def _gain(refined: Refined) -> str:
         )
     return (
         f"The search measured {len(refined.history)} plans with {refined.spent} evaluated tokens; on "
-        f"search text that it hadn't used, KL went from {start:.4f} (the table's optimum) to "
+        f"search text that it hadn't used, {objective} went from {start:.4f} (the table's optimum) to "
         f"{choice:.4f}.{front}"
     )
 

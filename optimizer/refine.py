@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +21,12 @@ from optimizer.bench import Bench, Choices, make_quantizer
 from optimizer.config import Optimize
 from optimizer.errors import ConfigError
 from optimizer.layer import Precision
+from optimizer.objective import Objective
 from optimizer.plan import digest
 from optimizer.search import Problem, Search, exact
 from optimizer.search.pareto import hypervolume
 from optimizer.search.surrogate import Seen, Slope, believe
-from optimizer.sensitivity import Table, Task
+from optimizer.sensitivity import Task
 
 if TYPE_CHECKING:
     from optimizer.model import Rounding
@@ -65,7 +66,6 @@ def refine(
     bench: Bench,
     config: Optimize,
     chosen: Choices,
-    table: Table,
     problem: Problem,
     start: np.ndarray,
     journal: Path,
@@ -94,7 +94,8 @@ def refine(
     quantizer = make_quantizer(config.quantizer, bench)
     quantizer.prepare(_offered(chosen))  # all codes, while the model holds its own weights
     with bench.model.rounded(quantizer) as rounding:
-        scout = Scout(bench, config, chosen, table, problem, study, used, rounding)
+        scout = Scout(bench, config, chosen, problem, study, used, rounding)
+        scout.aim(start)
         scout.seed(start)
         begun, before = time.monotonic(), study.spent
         with bench.view.meter("search", settings.tokens) as show:
@@ -140,7 +141,7 @@ def _name(bench: Bench, config: Optimize, problem: Problem) -> str:
         make_quantizer(config.quantizer, bench).key,
         problem.groups, problem.columns, problem.limit, problem.unit, problem.free.tolist(),
         config.search.space, config.search.front, config.seed,
-        _used(config.search, *bench.windows("search").ids.shape),
+        _used(config.search, *bench.windows("search").ids.shape), asdict(config.meaning),
     ]  # fmt: skip
     return f"mezzotint-{config.search.space}-{digest(content)[:24]}"
 
@@ -154,7 +155,6 @@ class Scout:
         bench: Bench,
         config: Optimize,
         chosen: Choices,
-        table: Table,
         problem: Problem,
         study: Study,
         used: int,
@@ -164,7 +164,7 @@ class Scout:
         from optimizer.prefix import Shortcut
 
         self.bench, self.config, self.chosen = bench, config, chosen
-        self.table, self.problem, self.study, self.used = table, problem, study, used
+        self.problem, self.study, self.used = problem, study, used
         self.quantizer, self.rounding = make_quantizer(config.quantizer, bench), rounding
         self.task = Task(chosen.groups, chosen.columns, chosen.fitted, self.quantizer)
         net = bench.model.net
@@ -177,6 +177,29 @@ class Scout:
         self.taken: list[int] = []  # finished trials when each slope was taken
         self.fallback = problem.largest
         self.roles = [bench.model.layers[group[0]].role for group in chosen.groups]
+
+    def aim(self, start: np.ndarray) -> None:
+        """Fix the objective's threshold: the quantile of the start's token losses."""
+        meaning = self.config.meaning
+        if not meaning.cvar:
+            return
+        key = digest(["threshold", self.study.inner.study_name])
+
+        def make() -> dict[str, np.ndarray]:
+            import torch
+
+            self._set(start)
+            with torch.inference_mode():
+                found = [self.teacher.divergence(self.bench.model.net, w).cpu().numpy()
+                         for w in range(self.used)]  # fmt: skip
+            return {"threshold": np.quantile(np.concatenate(found), meaning.level)}
+
+        found = self.bench.store.arrays("thresholds", key, make)
+        assert found is not None
+        self.study.spend(self.used * self.length, key)
+        self.teacher.objective = Objective(
+            meaning.cvar, meaning.level, float(found["threshold"].item())
+        )
 
     def losses(self, windows: range) -> Callable[[np.ndarray], Iterator[tuple[int, float]]]:
         from optimizer.prefix import Prefix

@@ -142,7 +142,7 @@ def main(text: str, tokens: int, out: Path, budgets: list[float]) -> None:
                     search = Search(space=method, tokens=tokens)
                     own = replace(config, search=search, seed=seed)
                     with tempfile.TemporaryDirectory() as folder:
-                        found = refine.refine(bench, own, chosen, table, problem, start,
+                        found = refine.refine(bench, own, chosen, problem, start,
                                               Path(folder) / "journal")  # fmt: skip
                     plan, spent = found.assignment, found.spent
                     curve = [(row["tokens"], row["best"]) for row in found.history]

@@ -59,13 +59,21 @@ class Sensitivity:
                 f"sensitivity.chunks={self.chunks} with data.calibration.sequences={windows}."
             )
 
-    def score(self, model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]) -> np.ndarray:
-        """One chunk of windows -> losses [groups, precisions]. Unbiased over chunks."""
+    def score(
+        self,
+        model: Model,
+        task: Task,
+        ids: np.ndarray,
+        seed: Sequence[int],
+        weights: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """One chunk of windows -> losses [groups, precisions]. Unbiased over chunks. weights: of
+        tokens, for Fisher information only."""
         if self.estimator in ("fisher", "directional"):
             from optimizer.sensitivity import fisher
 
             work = fisher.diagonal if self.estimator == "fisher" else fisher.directional
-            return work(model, task, ids, seed)
+            return work(model, task, ids, seed, weights)
         from optimizer.sensitivity import hessian
 
         if self.estimator == "hessian":

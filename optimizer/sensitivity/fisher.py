@@ -23,10 +23,17 @@ from optimizer.model import Model, read
 from optimizer.sensitivity import Task
 
 
-def diagonal(model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]) -> np.ndarray:
-    """[groups, precisions], nats per token. Memory: one accumulator of the scored layers' size
-    and one parameter's gradient at a time. Cost: a forward and a backward pass a window, and one
-    rounding of the layers a precision."""
+def diagonal(
+    model: Model,
+    task: Task,
+    ids: np.ndarray,
+    seed: Sequence[int],
+    weights: np.ndarray | None = None,
+) -> np.ndarray:
+    """[groups, precisions], nats per token. weights [windows, length]: how much each predicted
+    token's KL counts; its log-likelihood is multiplied by the square root. Memory: one accumulator
+    of the scored layers' size and one parameter's gradient at a time. Cost: a forward and a
+    backward pass a window, and one rounding of the layers a precision."""
     squares: dict[str, Tensor] = {}
 
     def add(name: str, gradient: Tensor) -> None:
@@ -36,8 +43,8 @@ def diagonal(model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]) -> 
 
     layers = [model.layers[name] for name in task.layers]
     with _gradients(model.net, {layer.parameter for layer in layers}, add):
-        for window, own_seed in _windows(model.net, ids, seed):
-            likelihood(model.net, window, own_seed).backward()
+        for i, (window, own_seed) in enumerate(_windows(model.net, ids, seed)):
+            likelihood(model.net, window, own_seed, _row(weights, i)).backward()
     losses = {}
     for layer in layers:
         fisher = read(squares[layer.parameter], layer)
@@ -46,7 +53,13 @@ def diagonal(model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]) -> 
     return task.collect(losses) / (2 * ids.size)
 
 
-def directional(model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]) -> np.ndarray:
+def directional(
+    model: Model,
+    task: Task,
+    ids: np.ndarray,
+    seed: Sequence[int],
+    weights: np.ndarray | None = None,
+) -> np.ndarray:
     """[groups, precisions]; unbiased for the whole Fisher matrix of a group, its layers' cross
     terms too, but noisier than the diagonal. Cost: as the diagonal, and one rounding a window."""
     by_parameter: dict[str, list[Layer]] = {}
@@ -62,17 +75,26 @@ def directional(model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]) 
 
     total = np.zeros((len(task.groups), len(task.columns)))
     with _gradients(model.net, set(by_parameter), dot):
-        for window, own_seed in _windows(model.net, ids, seed):
-            likelihood(model.net, window, own_seed).backward()
+        for i, (window, own_seed) in enumerate(_windows(model.net, ids, seed)):
+            likelihood(model.net, window, own_seed, _row(weights, i)).backward()
             total += task.collect(products) ** 2
     return total / (2 * ids.size)
 
 
-def likelihood(net: Any, window: Tensor, seed: list[int]) -> Tensor:
+def likelihood(
+    net: Any, window: Tensor, seed: list[int], weights: np.ndarray | None = None
+) -> Tensor:
     """ids [1, l] -> log-likelihood (a scalar with gradient) of labels sampled from the model at
-    every position."""
+    every position, each times the square root of its weight [l]."""
     logits = net(input_ids=window, use_cache=False).logits[0].float()
-    return torch.log_softmax(logits, -1).gather(-1, sampled(logits, seed)).sum()
+    each = torch.log_softmax(logits, -1).gather(-1, sampled(logits, seed))[:, 0]
+    if weights is None:
+        return each.sum()
+    return each @ torch.from_numpy(np.sqrt(weights)).to(each)
+
+
+def _row(weights: np.ndarray | None, window: int) -> np.ndarray | None:
+    return None if weights is None else weights[window]
 
 
 def sampled(logits: Tensor, seed: list[int]) -> Tensor:

@@ -1,6 +1,7 @@
 """The slope of the measured loss at a plan: what each change of one group would do *there*.
 
-For a plan with weights W', the mean KL over T tokens changes, when a layer goes from W' to V', by
+For a plan with weights W', the mean KL (or another objective) over T tokens changes, when a layer
+goes from W' to V', by
     <g, V' - W'>  +  1/2 (V' - W')' F (V' - W'),      g = d mean KL / d W'
 to second order. One backward pass gives the first term for every group and precision, cross terms
 with all other layers' errors included: they are what the additive table at the reference lacks.
@@ -48,7 +49,7 @@ def _slope(model: Model, task: Task, teacher: Teacher, windows: np.ndarray) -> n
     with _gradients(model.net, {layer.parameter for layer in layers}, add):
         for window in windows:
             kl = teacher.divergence(model.net, int(window))
-            torch.autograd.backward(kl.sum())
+            torch.autograd.backward(teacher.objective.of(kl).sum())
             tokens += kl.numel()
     values = {}
     for layer in layers:
