@@ -67,8 +67,8 @@ def test_every_file_of_every_group_composes(group: str, choice: str) -> None:
 def test_a_group_without_a_file_would_be_noticed() -> None:
     groups = {group for group, _ in CHOICES}
     assert groups == {
-        "budget", "data", "meaning", "palette", "policy", "quantizer", "runtime", "search", "sensitivity",
-        "wandb",
+        "budget", "data", "meaning", "palette", "policy", "quantizer", "runtime", "search",
+        "sensitivity", "wandb",
     }  # fmt: skip
     assert groups <= {f.name for f in fields(Optimize)}
 
