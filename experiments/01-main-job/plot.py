@@ -12,8 +12,13 @@ import matplotlib.pyplot as plt
 
 here = Path(__file__).parent
 rows = list(csv.DictReader((here / "results.csv").open()))
-series = {"uniform": "uniform", "self-exact": "table (self-sampled text)",
-          "text-exact": "table (text)", "self-moves": "search (self-sampled text)", "text-moves": "search (text)"}  # fmt: skip
+series = {
+    "uniform": "uniform",
+    "self-exact": "table (self-sampled text)",
+    "text-exact": "table (text)",
+    "self-moves": "search (self-sampled text)",
+    "text-moves": "search (text)",
+}
 figure, axes = plt.subplots(figsize=(7, 4.5))
 for prefix, label in series.items():
     found = sorted((float(r["code_bits"]), r) for r in rows if r["plan"].startswith(prefix))
