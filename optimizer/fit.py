@@ -12,7 +12,8 @@ from typing import Any
 from optimizer import memory
 from optimizer.config import Fit, conf_folder
 from optimizer.errors import BudgetError, ConfigError, PlanError
-from optimizer.memory import Geometry, Use
+from optimizer.geometry import Geometry
+from optimizer.memory import Use
 from optimizer.plan import Budget, Plan, parse_size
 from optimizer.run import FILE, Point, Run
 

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimizer import memory, page, proof, room, search
+from optimizer import page, proof, room, search
 from optimizer.bench import Bench, Choices, View, choices, make_quantizer, measure_table
 from optimizer.config import Optimize
 from optimizer.errors import ModelError
+from optimizer.geometry import geometry
 from optimizer.layer import Inventory, Precision
 from optimizer.objective import Meaning
 from optimizer.plan import Budget, Plan, assemble, identity, stored_bytes
@@ -126,7 +127,7 @@ def _reach_storage(config: Optimize, store: Path) -> None:
 def _geometry(bench: Bench) -> dict[str, Any]:
     """For `mezzotint fit`; empty where the memory model doesn't know the architecture."""
     try:
-        found: dict[str, Any] = json.loads(json.dumps(asdict(memory.geometry(bench.config))))
+        found: dict[str, Any] = json.loads(json.dumps(asdict(geometry(bench.config))))
         return found  # as it reads in plan.json: lists, no tuples
     except ModelError:
         return {}

@@ -17,6 +17,7 @@ from optimizer import memory
 from optimizer.bench import Bench, Choices, Kept, make_quantizer
 from optimizer.config import Optimize
 from optimizer.errors import BudgetError
+from optimizer.geometry import geometry
 from optimizer.plan import Budget, stored_bytes
 from optimizer.search import Problem
 
@@ -59,7 +60,7 @@ def rooms(config: Optimize, bench: Bench, chosen: Choices) -> list[Room]:
     budget = config.budget
     if budget.memory is None:
         return [Room(budget.caches[0], budget)]
-    shape = memory.geometry(bench.config)
+    shape = geometry(bench.config)
     least, unpacked = _smallest(bench, chosen), _unpacked(chosen)
     found: list[Room] = []
     refusal: BudgetError | None = None

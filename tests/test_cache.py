@@ -9,6 +9,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 from optimizer import cache, memory
+from optimizer.geometry import geometry
 from optimizer.plan import Budget
 
 
@@ -43,7 +44,7 @@ def read(net, ids, kept):
 
 def test_bytes_are_those_of_the_memory_model(stories):
     ids = torch.arange(40).repeat(2, 1) % 90
-    shape = memory.geometry(stories.net.config.to_dict())
+    shape = geometry(stories.net.config.to_dict())
     for bits in (8, 4):
         kept = cache.Cache(stories.net.config, bits)
         read(stories.net, ids, kept)

@@ -12,7 +12,8 @@ import pytest
 from optimizer import fit, memory
 from optimizer.config import Fit
 from optimizer.errors import BudgetError, ConfigError, ModelError, PlanError
-from optimizer.memory import ENGINES, MIB, Block, Geometry
+from optimizer.geometry import Block, Geometry, geometry
+from optimizer.memory import ENGINES, MIB
 from optimizer.plan import Budget
 from tests.test_page import make_run
 
@@ -30,7 +31,7 @@ DEEPSEEK_V3 = {
 
 
 def per_token(config):
-    return memory.cache_bytes(memory.geometry(config), 1, 1, 16)
+    return memory.cache_bytes(geometry(config), 1, 1, 16)
 
 
 def test_grouped_queries():
@@ -43,19 +44,19 @@ def test_latent_attention():
 
 def test_a_window_ends_the_growth():
     config = LLAMA3_8B | {"sliding_window": 1024}
-    shape = memory.geometry(config)
+    shape = geometry(config)
     assert memory.cache_bytes(shape, 5000, 1, 16) == memory.cache_bytes(shape, 1024, 1, 16)
-    unused = memory.geometry(config | {"use_sliding_window": False})
+    unused = geometry(config | {"use_sliding_window": False})
     assert memory.cache_bytes(unused, 5000, 1, 16) == 5000 * 131072
 
 
 def test_alternating_windows():
     gemma2 = LLAMA3_8B | {"sliding_window": 1024, "model_type": "gemma2"}
-    assert memory.cache_bytes(memory.geometry(gemma2), 8192, 1, 16) == 16 * 4096 * (8192 + 1024)
+    assert memory.cache_bytes(geometry(gemma2), 8192, 1, 16) == 16 * 4096 * (8192 + 1024)
 
 
 def test_caches_of_few_bits_carry_their_scales():
-    shape = memory.geometry(LLAMA3_8B)
+    shape = geometry(LLAMA3_8B)
     sixteen, eight, four = (
         memory.use(shape, "llamacpp", replace(CARD, kv=bits), 0).cache for bits in (16, 8, 4)
     )
@@ -63,7 +64,7 @@ def test_caches_of_few_bits_carry_their_scales():
 
 
 def test_batches_multiply():
-    shape = memory.geometry(LLAMA3_8B)
+    shape = geometry(LLAMA3_8B)
     assert memory.cache_bytes(shape, 77, 5, 16) == 5 * memory.cache_bytes(shape, 77, 1, 16)
 
 
@@ -119,7 +120,7 @@ def test_caches_that_transformers_fills(kind):
         if isinstance(v, torch.Tensor)
     ]
     found = sum(value.numel() * value.element_size() for value in held)
-    shape = memory.geometry(json.loads(config.to_json_string(use_diff=False)))
+    shape = geometry(json.loads(config.to_json_string(use_diff=False)))
     predicted = memory.cache_bytes(shape, tokens, batch, 32)
     one_token = memory.cache_bytes(shape, 1, batch, 32)  # a window keeps one token less
     assert found <= predicted <= found + one_token
@@ -159,7 +160,7 @@ def test_activations_are_what_the_allocator_gives_out(change, context, monkeypat
     net = AutoModelForCausalLM.from_config(config).eval()
     ids = torch.zeros((16, context), dtype=torch.long)
     cache, most, before = DynamicCache(config=net.config), 0, 0
-    shape = memory.geometry(json.loads(config.to_json_string(use_diff=False)))
+    shape = geometry(json.loads(config.to_json_string(use_diff=False)))
     with torch.inference_mode():
         net(input_ids=ids[:, :2], logits_to_keep=1)  # what a first pass alone allocates
         for i in range(0, context, 64):
@@ -172,9 +173,9 @@ def test_activations_are_what_the_allocator_gives_out(change, context, monkeypat
 
 def test_an_architecture_that_is_not_known_says_so():
     with pytest.raises(ModelError, match="hidden_size"):
-        memory.geometry({"d": 3})
+        geometry({"d": 3})
     with pytest.raises(ModelError, match="telepathy"):
-        memory.geometry(LLAMA3_8B | {"layer_types": ["telepathy"] * 32})
+        geometry(LLAMA3_8B | {"layer_types": ["telepathy"] * 32})
 
 
 SHAPE = Geometry((Block(4, 1024),), 64, 256, 64, 1000, 100_000)

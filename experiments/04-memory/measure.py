@@ -68,6 +68,7 @@ def main() -> None:
     from optimizer import memory
     from optimizer.backends import packed
     from optimizer.cache import Cache
+    from optimizer.geometry import geometry
     from optimizer.plan import Budget, Plan
 
     bits = torch.finfo(getattr(torch, dtype)).bits
@@ -91,7 +92,7 @@ def main() -> None:
     tidy()
     filled, peak = read()
 
-    shape = memory.geometry(net.config.to_dict())
+    shape = geometry(net.config.to_dict())
     machine = "cpu" if device == "cpu" else "gpu"
     kept = any(name.startswith("MALLOC_MMAP") for name in os.environ)
     budget = Budget(memory="1TB", context=context, batch=batch, kv=kv, machine=machine)
