@@ -13,7 +13,7 @@ from optimizer.domains import BUILT_IN
 from optimizer.errors import ConfigError
 from optimizer.layer import GGML, Precision
 from optimizer.objective import Meaning
-from optimizer.plan import Budget
+from optimizer.plan import Budget, parse_size
 from optimizer.policy import Policy
 from optimizer.search import Search
 from optimizer.sensitivity import Sensitivity
@@ -291,10 +291,13 @@ class Check:
 @dataclass(kw_only=True)
 class Evaluate:
     """`mezzotint evaluate`. model: a packed folder. reference: as Apply.model. tolerance, domains,
-    generate: as in Proof."""
+    generate: as in Proof. speed: tokens to decode with both models for their tokens per second, 0:
+    none. hourly_rate: what the machine costs, for the price of a million tokens."""
 
     model: str
     reference: str | None = None
+    speed: int = 0
+    hourly_rate: float | None = None
     data: Data = field(default_factory=Data)
     tolerance: Tolerance = field(default_factory=Tolerance)
     domains: list[str] = field(default_factory=lambda: list(BUILT_IN))
@@ -304,20 +307,34 @@ class Evaluate:
 
     def check(self) -> None:
         Proof(tolerance=self.tolerance, domains=self.domains, generate=self.generate).check()
+        if self.speed < 0:
+            raise ConfigError(f"speed is a number of tokens, 0 for none, not {self.speed}.")
+        if self.hourly_rate is not None and not self.speed:
+            raise ConfigError("A price follows from a measured speed. Add speed=64, in tokens.")
 
 
 @dataclass(kw_only=True)
 class Fit:
     """`mezzotint fit`. plan: a plan.json or a run's folder. budget: a machine, and the context,
     batch and cache precision (kv=auto: the plan's) that are meant. loss: look for the smallest plan
-    of the front with at most this KL. more: memory whose worth is asked for."""
+    of the front with at most this KL. more: memory whose worth is asked for. bandwidth: of the
+    machine's memory per second, e.g. 360GB, which bounds its speed; hourly_rate: what it costs."""
 
     plan: str
     budget: Budget = field(default_factory=lambda: Budget(kv="auto"))
     loss: float | None = None
     more: str | None = "1GiB"
+    bandwidth: str | None = None
+    hourly_rate: float | None = None
 
     def check(self) -> None:
+        if self.bandwidth is not None and parse_size(self.bandwidth) == 0:
+            raise ConfigError(f"bandwidth is bytes per second above 0, not {self.bandwidth}.")
+        if self.hourly_rate is not None and self.bandwidth is None:
+            raise ConfigError(
+                "A price follows from a speed. Add bandwidth=..., such as 360GB, for the bound that "
+                "memory sets, or measure it: mezzotint evaluate speed=64 hourly_rate=..."
+            )
         if self.budget.memory is not None:
             self.budget.check()
         elif self.budget.given:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimizer import proof
+from optimizer import proof, speed
 from optimizer.bench import Bench, View, make_quantizer
 from optimizer.config import Evaluate, Quantizer
 from optimizer.data import Data, Part
@@ -20,6 +20,7 @@ from optimizer.layer import Inventory
 from optimizer.memory import floating
 from optimizer.plan import Plan
 from optimizer.source import PACKED_FILE, Source, locate
+from optimizer.speed import Speed
 from optimizer.store import Store
 
 if TYPE_CHECKING:
@@ -197,4 +198,21 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
         "tokens": int(scores.kl.size),
         "row": {key: asdict(value) for key, value in found.items()},
         "meaning": proof.judge(bench, weights, scores, asked),
+        "speed": _speed(config, plan, net, bench, view) if config.speed else None,
+        "hourly_rate": config.hourly_rate,
     }
+
+
+def _speed(config: Evaluate, plan: Plan, net: Any, bench: Bench, view: View) -> Speed:
+    from transformers import DynamicCache
+
+    from optimizer.cache import BITS, Cache
+
+    def cache(model: Any) -> Any:
+        if model is net and plan.kv in BITS:
+            return Cache(net.config, plan.kv, floating(plan.runtime))
+        return DynamicCache(config=model.config)
+
+    view.stage(f"both write {config.speed} tokens, in turns")
+    ids = bench.windows("heldout").ids[0]
+    return speed.measure(net, bench.model.net, ids, config.speed, cache)

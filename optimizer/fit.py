@@ -16,6 +16,7 @@ from optimizer.geometry import Geometry
 from optimizer.memory import Use
 from optimizer.plan import Budget, Plan, parse_size
 from optimizer.run import FILE, Point, Run
+from optimizer.speed import Traffic, price
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class Step:
 class Answer:
     """need, room, longest: of the plan on the machine, where one is given. made_for: the model's
     own limit of tokens, 0 = unknown. smallest: the presets that hold it, smallest first. wanted:
-    the smallest plan of the front with at most the loss."""
+    the smallest plan of the front with at most the loss. moved: bytes read for each new token;
+    fastest: tokens per second that the bandwidth allows, all sequences together; price: the least
+    that a million of them cost."""
 
     plan: Plan
     budget: Budget
@@ -50,6 +53,9 @@ class Answer:
     smallest: tuple[Machine, ...]
     wanted: Point | None
     step: Step | None
+    moved: int | None = None
+    fastest: float | None = None
+    price: float | None = None
 
 
 def answer(config: Fit) -> Answer:
@@ -75,7 +81,23 @@ def answer(config: Fit) -> Answer:
         if run is not None and config.more is not None:
             step = _step(run, memory.usable(budget) - need.besides, parse_size(config.more))
     fitting = _fitting(shape, plan, budget, weights, unpacked)
-    return Answer(plan, budget, need, room, longest, shape.longest, fitting, wanted, step)
+    found = Answer(plan, budget, need, room, longest, shape.longest, fitting, wanted, step)
+    return _timed(found, config, shape)
+
+
+def _timed(found: Answer, config: Fit, shape: Geometry) -> Answer:
+    read = found.plan.provenance.get("read")
+    if read is None or found.wanted is not None:
+        return found
+    bits = memory.stored_bits(shape, found.plan.runtime, found.budget.kv)
+    cache = memory.cache_bytes(shape, found.budget.context, 1, bits)
+    moved = Traffic(found.budget.batch, cache).token(int(read))
+    if config.bandwidth is None:
+        return replace(found, moved=moved)
+    fastest = parse_size(config.bandwidth) / moved
+    rate = config.hourly_rate
+    least = None if rate is None else price(rate, fastest)
+    return replace(found, moved=moved, fastest=fastest, price=least)
 
 
 def _shape(plan: Plan, path: Path) -> Geometry:

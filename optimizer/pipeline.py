@@ -138,7 +138,9 @@ def _publish(
 ) -> Outcome:
     """What a person looks at afterwards: run.json, and the page that is made from it."""
     fingerprint, settings = bench.source.fingerprint, asdict(config)
-    scale = Scale.of(bench.inventory, chosen, fingerprint, asdict(config.quantizer))
+    scale = Scale.of(
+        bench.inventory, chosen, fingerprint, asdict(config.quantizer), room.traffic(config, bench)
+    )
     measured = tuple(
         scale.point(
             row.name, row.assignment, row.predicted, measured=row.measured, measures=row.measures
@@ -282,6 +284,9 @@ def _plan(
             "data": asdict(config.data),
             "geometry": _geometry(bench),
             "caches": list(bench.cache.tried),
+            "read": room.traffic(config, bench).weights(
+                bench.inventory, chosen.choice(assignment)
+            ),
             "versions": versions(),
         },
     )
@@ -377,6 +382,7 @@ def prove(
         "plan": plan.save(out / "plan.json"),
         "measured": _measured_csv(rows, out / "measured.csv"),
     }
+    files |= _blurred(bench, mine.scores.kl, plan, out)
     quality = _quality(rows)
     return replace(outcome, plan=plan, files=files, measured=rows, prediction=quality, notes=notes)
 
@@ -397,6 +403,20 @@ def _weights(bench: Bench, choice: Mapping[str, Precision], quantizer: Any) -> p
 
     real = {name: p.name for name, p in sorted(choice.items()) if p.kind != "none"}
     return proof.Weights([quantizer.key, real], hold, bench.cache.bits, bench.cache.floating)
+
+
+def _blurred(bench: Bench, kl: np.ndarray, plan: Plan, out: Path) -> dict[str, Path]:
+    """Held-out text, shaded; nothing where the model has no tokenizer."""
+    from optimizer.blur import example
+    from optimizer.model import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(bench.source.folder)
+    except ModelError:
+        return {}
+    ids = bench.windows("heldout").ids
+    page = example.render(ids, kl, tokenizer, f"Plan {plan.id} on held-out text")
+    return {"blur": write_atomically(out / example.FILE, page.encode())}
 
 
 def _may_be(assignment: np.ndarray, problem: Problem) -> bool:

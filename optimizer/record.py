@@ -2,9 +2,9 @@
 its folder, so that nothing that happens here can cost a result: failures become notes.
 
 A record holds every measured plan as a row of a table, the held-out rows of the certificate as
-another, charts that W&B draws itself, the heat map as a small page, and the plan, the certificate
-and the run's files as versioned artifacts. Its id is the run's content key: the same question
-about the same model continues the same record.
+another, charts that W&B draws itself, the heat map and shaded examples as small pages,
+and the plan, the certificate and the run's files as versioned artifacts. Its id is the run's
+content key: the same question about the same model continues the same record.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from optimizer import page
+from optimizer.blur import example
 from optimizer.config import Wandb
 from optimizer.page import chart
 from optimizer.plan import Plan
@@ -141,6 +142,9 @@ def _log(live: Any, plan: Plan, run: Run, folder: Path) -> None:
         plans, "predicted_kl", "kl", "Predicted against measured KL, nats per token"
     )
     log["heat map"] = wandb.Html(page.heat_document(plan), inject=False)
+    if (folder / example.FILE).exists():
+        shaded = (folder / example.FILE).read_text(encoding="utf-8")
+        log["blur"] = wandb.Html(shaded, inject=False)
     if plan.certificate:
         log["certificate"] = certificate_table(plan.certificate)
     live.log(log)
@@ -154,7 +158,10 @@ def _log(live: Any, plan: Plan, run: Run, folder: Path) -> None:
         ("certificate", [certificate]),
         (
             "report",
-            [folder / name for name in ("report.html", "run.json", "front.csv", "measured.csv")],
+            [
+                folder / name
+                for name in ("report.html", "run.json", "front.csv", "measured.csv", example.FILE)
+            ],
         ),
     ):
         _artifact(live, f"{stem}-{kind}", kind, files, {"plan_id": plan.id, "run_key": run.key})
@@ -181,7 +188,8 @@ def plan_table(run: Run) -> Any:
 
     points = [(p, role) for p, role in chart.shown(run) if role != "front"]
     measures = list(dict.fromkeys(key for point, _ in points for key in point.measures))
-    columns: list[str | int] = ["plan", "role", "plan_id", "bytes", "bits", "predicted_kl"]
+    columns: list[str | int] = ["plan", "role", "plan_id", "bytes", "bits", "bytes_per_token"]
+    columns += ["predicted_kl"]
     for key in measures:
         columns += [key, f"{key}_low", f"{key}_high"]
     rows = [_plan_row(point, role, measures) for point, role in points]
@@ -189,7 +197,8 @@ def plan_table(run: Run) -> Any:
 
 
 def _plan_row(point: Point, role: str, measures: list[str]) -> list[Any]:
-    row: list[Any] = [point.name, role, point.id, point.bytes, point.bits, point.predicted]
+    row: list[Any] = [point.name, role, point.id, point.bytes, point.bits, point.moved]
+    row += [point.predicted]
     for key in measures:
         row += _three(point.measures.get(key, {}))
     return row

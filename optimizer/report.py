@@ -30,6 +30,7 @@ from optimizer.memory import mib, usable
 from optimizer.page.compare import Sweep
 from optimizer.pipeline import Outcome
 from optimizer.plan import Plan
+from optimizer.speed import price
 from optimizer.verdict import in_short, in_words
 
 BLOCKS_PER_LINE = 32
@@ -240,6 +241,26 @@ def evaluation(out: Console, found: Mapping[str, Any]) -> None:
         f"{human(found['bytes'])} packed; the reference's layers take {human(whole)} at 16 bits.",
         soft_wrap=True,
     )
+    speed(out, found)
+
+
+def speed(out: Console, found: Mapping[str, Any]) -> None:
+    """Tokens per second of both models, and the price of a million."""
+    if found["speed"] is None:
+        return
+    both, rate = found["speed"], found["hourly_rate"]
+    out.print(
+        f"Writing {both.tokens} tokens, one sequence: {both.packed:.3g} tokens per second packed, "
+        f"{both.reference:.3g} as the reference: {both.ratio:.2f} times.",
+        soft_wrap=True,
+    )
+    if rate is not None:
+        costs = [price(rate, tokens) for tokens in (both.packed, both.reference)]
+        out.print(
+            f"At {rate:g} an hour, a million tokens cost {costs[0]:.3g} packed, {costs[1]:.3g} as the "
+            "reference.",
+            soft_wrap=True,
+        )
 
 
 def verdict(out: Console, found: Verdict) -> None:
@@ -351,6 +372,12 @@ def fitting(out: Console, found: Answer) -> None:
 
 
 def _answers(found: Answer) -> Iterable[str]:
+    if found.moved is not None:
+        text = f"Each new token reads {mib(found.moved)} of weights and cache."
+        if found.fastest is not None:
+            text += f" Memory bandwidth allows at most {found.fastest:.3g} tokens per second"
+            text += "." if found.price is None else f": a million cost at least {found.price:.3g}."
+        yield text
     if found.wanted is not None:
         yield (
             f"Smallest plan of the front with this loss: {mib(found.wanted.bytes)}, "

@@ -20,6 +20,7 @@ from optimizer.errors import BudgetError
 from optimizer.geometry import geometry
 from optimizer.plan import Budget, stored_bytes
 from optimizer.search import Problem
+from optimizer.speed import Traffic, active_share
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,17 @@ def rooms(config: Optimize, bench: Bench, chosen: Choices) -> list[Room]:
     if refusal is not None and not found:
         raise refusal
     return found
+
+
+def traffic(config: Optimize, bench: Bench) -> Traffic:
+    """What decoding reads per token on the budget's machine; the cache only where one is asked."""
+    share = active_share(bench.config)
+    if config.budget.memory is None:
+        return Traffic(experts=share)
+    shape = geometry(bench.config)
+    bits = memory.stored_bits(shape, config.runtime.name, bench.cache.bits)
+    cache = memory.cache_bytes(shape, config.budget.context, 1, bits)
+    return Traffic(config.budget.batch, cache, share)
 
 
 def _smallest(bench: Bench, chosen: Choices) -> int:

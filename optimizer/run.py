@@ -18,6 +18,7 @@ import numpy as np
 from optimizer.errors import PlanError
 from optimizer.layer import Inventory, Precision
 from optimizer.plan import Plan, digest, identity, stored_bytes
+from optimizer.speed import Traffic
 from optimizer.store import write_atomically
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class Point:
 
     bytes: of the tensors, headers not counted, as in the certificate. bits: per weight in scope,
     scales counted. predicted, measured: mean KL, nats per token, the latter on search documents
-    (None: not measured). measures: name -> {value, low, high}.
+    (None: not measured). measures: name -> {value, low, high}. moved: bytes that are read for each
+    new token (optimizer.speed).
     """
 
     name: str
@@ -47,6 +49,7 @@ class Point:
     measured: float | None = None
     measures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     layers: str = ""
+    moved: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ def letters(assignment: Sequence[int] | np.ndarray) -> str:
 class Scale:
     """Turns assignments of one model into points without touching its inventory again.
 
-    size [G, P]: bytes; constant: bytes of everything outside the groups.
+    size [G, P]: bytes; read [G, P]: those that a step of decoding reads; constant, outside: the
+    same of everything outside the groups.
     """
 
     fingerprint: str
@@ -129,6 +133,9 @@ class Scale:
     size: np.ndarray
     constant: int
     weights: float
+    traffic: Traffic
+    read: np.ndarray
+    outside: float
 
     @classmethod
     def of(
@@ -137,6 +144,7 @@ class Scale:
         chosen: Choices,
         fingerprint: str,
         quantizer: Mapping[str, Any],
+        traffic: Traffic = Traffic(),  # noqa: B008  (frozen)
     ) -> Scale:
         layers = {layer.name: layer for layer in chosen.scope}
 
@@ -149,6 +157,10 @@ class Scale:
         sizes = np.array([[size(g, c) for c in chosen.columns] for g in chosen.groups])
         whole = stored_bytes(inventory, {})
         inside = sum(2 * layer.weights for layer in chosen.scope)
+        shares = [[traffic.share(layers[name]) for name in group] for group in chosen.groups]
+        read = sizes * np.array([[np.mean(row)] for row in shares])
+        untouched = traffic.weights(inventory, {})
+        scoped = sum(2 * layer.weights * traffic.share(layer) for layer in chosen.scope)
         return cls(
             fingerprint,
             quantizer,
@@ -157,10 +169,14 @@ class Scale:
             sizes,
             whole["untouched"] - inside,
             float(sum(layer.weights for layer in chosen.scope)),
+            traffic,
+            read,
+            untouched - scoped,
         )
 
     def point(self, name: str, assignment: np.ndarray, predicted: float, **rest: Any) -> Point:
-        inside = int(self.size[np.arange(len(self.size)), assignment].sum())
+        rows = np.arange(len(self.size))
+        inside = int(self.size[rows, assignment].sum())
         choice = self.chosen.choice(assignment)
         full = {layer: choice[layer].name if layer in choice else "none" for layer in self.names}
         return Point(
@@ -170,6 +186,7 @@ class Scale:
             8 * inside / self.weights,
             float(predicted),
             layers=letters(assignment),
+            moved=self.traffic.token(self.outside + float(self.read[rows, assignment].sum())),
             **rest,
         )
 

@@ -247,3 +247,34 @@ def test_blur_from_the_command_line(
         ended = mezzotint(*arguments)
         assert ended.code == 2, arguments
         assert wanted in ended.err
+
+
+def test_examples_are_shaded_by_the_scores_themselves(run_folder, source):
+    """The page of the run: its words are the held-out text, its shades their KL."""
+    import html
+    import re
+
+    from optimizer.blur import example, level
+    from optimizer.model import load_tokenizer
+
+    page = (run_folder / example.FILE).read_text(encoding="utf-8")
+    assert "the worst of the held-out windows" in page and "http" not in page.split("<body>")[1]
+    rng = np.random.default_rng(0)
+    ids = rng.integers(4, 90, size=(3, 20))
+    kl = np.array([np.zeros(19), np.full(19, 0.5), np.linspace(0, 3, 19)])
+    tokenizer = load_tokenizer(source.folder)
+    page = example.render(ids, kl, tokenizer, "<b>")
+    assert "<h1>&lt;b&gt;</h1>" in page
+    worst = page.split("<h2>the worst of")[1].split("<h2>")[0]
+    shades = [int(found) for found in re.findall(r'class="k(\d)"', worst)]
+    assert shades == [level(value) for value in kl[2]]
+    text = html.unescape(re.sub("<[^>]*>", "", worst.split("<p>")[1]))
+    assert text.strip() == tokenizer.decode(ids[2].tolist()).strip()
+
+
+def test_examples_name_each_window_once():
+    from optimizer.blur import example
+
+    assert list(example.chosen(np.ones((1, 4)))) == ["the worst of the held-out windows"]
+    kl = np.array([[0.1, 0.1], [0.2, 0.9], [0.7, 0.7]])
+    assert sorted(example.chosen(kl).values()) == [1, 2]

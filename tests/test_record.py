@@ -46,6 +46,7 @@ def recorded(tmp_path_factory):
     plan, run = save(folder)
     page.write(folder)
     (folder / "front.csv").write_text("size\n")
+    (folder / "blur.html").write_text("<p>a shaded word</p>")
     notes = record.record(plan, folder, Wandb(tags=["one"]), sweep="multirun/x")
     [file] = folder.glob("wandb/offline-run-*/*.wandb")
     return plan, run, notes, file, list(records(file))
@@ -88,6 +89,7 @@ def test_held_out_rows_and_heat_map(recorded):
     assert [row[0] for row in table["data"]] == ["plan", EVIL]
     assert "perplexity_reference_high" in table["columns"]
     assert "down_proj" in media(file, "heat map")
+    assert "a shaded word" in media(file, "blur")
 
 
 def test_the_front_is_a_chart_of_wandbs_own(recorded):
@@ -118,7 +120,7 @@ def test_summary_and_artifacts(recorded):
     assert {"tiny-plan", "tiny-certificate", "tiny-report"} <= artifacts.keys()
     assert [e.path for e in artifacts["tiny-plan"].manifest.contents] == ["plan.json"]
     assert {e.path for e in artifacts["tiny-report"].manifest.contents} == {
-        "report.html", "run.json", "front.csv",
+        "report.html", "run.json", "front.csv", "blur.html",
     }  # fmt: skip
 
 
@@ -143,7 +145,7 @@ def test_a_lost_network_costs_nothing(tmp_path, monkeypatch):
     """Nothing listens on port 9; W&B would wait for it much longer than a person."""
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(record, "SECONDS", 20)
+    monkeypatch.setattr(record, "SECONDS", 45)
     plan, _ = save(tmp_path)
     notes = record.record(plan, tmp_path, Wandb(mode="online"))
     assert "could not record" in notes[0] and "wandb sync" in notes[1]

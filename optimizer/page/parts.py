@@ -80,7 +80,7 @@ def _measured_table(run: Run) -> str:
     rows = [(i, p, role) for i, (p, role) in enumerate(shown) if role not in ("front", "random")]
     head = "".join(
         f"<th scope=col>{name}</th>"
-        for name in ("plan", "size", "bits", "predicted KL", "measured KL")
+        for name in ("plan", "size", "bits", "read per token", "predicted KL", "measured KL")
     )
     body = "".join(_measured_row(i, point, role) for i, point, role in rows)
     hidden = sum(role == "random" for _, role in shown)
@@ -98,7 +98,8 @@ def _measured_row(index: int, point: Point, role: str) -> str:
     if kl:
         measured += f" <small>[{chart.loss(kl['low'])}, {chart.loss(kl['high'])}]</small>"
     name = "chosen plan" if role == "chosen" else point.name
-    cells = (chart.size(point.bytes), f"{point.bits:.3f}", chart.loss(point.predicted))
+    moved = chart.size(point.moved) if point.moved else ""
+    cells = (chart.size(point.bytes), f"{point.bits:.3f}", moved, chart.loss(point.predicted))
     numbers = "".join(f"<td>{cell}</td>" for cell in cells)
     button = (
         f'<button type=button data-show="{index}" aria-label="Show {escape(name)}">show</button>'

@@ -1,0 +1,106 @@
+"""Bytes that decoding reads, against a count by hand; prices; and what the commands say."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from optimizer import speed
+from optimizer.bench import Choices
+from optimizer.config import Evaluate, Fit
+from optimizer.errors import ConfigError
+from optimizer.layer import UNTOUCHED, Inventory, Precision
+from optimizer.plan import Plan, stored_bytes
+from optimizer.run import Scale
+from optimizer.speed import Traffic
+from tests.conftest import mixed
+
+
+def by_hand(inventory: Inventory, choice, experts: float) -> float:
+    found = 0.0
+    for layer in inventory.layers:
+        whole = choice.get(layer.name, UNTOUCHED).bytes(layer.rows, layer.cols)
+        if layer.kind == "experts":
+            whole *= experts
+        if layer.kind == "embedding" and not layer.tied:
+            whole /= layer.rows
+        found += whole
+    return found + sum(2 * np.prod(other.shape) for other in inventory.others)
+
+
+def test_what_a_token_reads(small):
+    choice = mixed(small.inventory.layers)
+    choice = {k: p for k, p in choice.items() if p.fits(dict(columns(small))[k])}
+    for traffic in (Traffic(), Traffic(experts=0.5)):
+        found = traffic.weights(small.inventory, choice)
+        assert found == pytest.approx(by_hand(small.inventory, choice, traffic.experts), abs=1)
+    assert Traffic(batch=4, cache=1000).token(800) == 1200
+
+
+def columns(small):
+    return [(layer.name, layer.cols) for layer in small.inventory.layers]
+
+
+def test_points_know_it_too(small):
+    scope = tuple(x for x in small.inventory.layers if x.cols % 16 == 0)
+    names = ("int4_g16", "none")
+    precisions = {"int4_g16": Precision("int", 4, 16), "none": UNTOUCHED}
+    fitted = {(x.name, n): precisions[n] for x in scope for n in names}
+    chosen = Choices(scope, tuple((x.name,) for x in scope), names, fitted)
+    scale = Scale.of(small.inventory, chosen, "sha", {"name": "rtn"}, Traffic(2, 500, 0.5))
+    assignment = np.arange(len(scope)) % 2
+    choice = {k: p for k, p in chosen.choice(assignment).items() if p.kind != "none"}
+    point = scale.point("p", assignment, 0.1)
+    weights = by_hand(small.inventory, choice, 0.5)
+    assert point.moved == pytest.approx(weights / 2 + 500, abs=1)
+    stored = stored_bytes(small.inventory, choice)
+    assert point.bytes == stored["quantized"] + stored["untouched"]
+
+
+def test_shares_of_experts():
+    assert speed.active_share({"num_experts": 64, "num_experts_per_tok": 8}) == 1 / 8
+    assert (
+        speed.active_share({"text_config": {"num_local_experts": 4, "num_experts_per_tok": 2}})
+        == 0.5
+    )
+    assert speed.active_share({"hidden_size": 64}) == 1
+
+
+def test_prices():
+    assert speed.price(3.6, 1000) == pytest.approx(1.0)  # 1000 s at 0.001 a second
+
+
+def test_evaluate_times_both_models(mezzotint, packed_folder):
+    done = mezzotint("evaluate", f"model={packed_folder}", "speed=4", "hourly_rate=0.36")
+    assert done.code == 0, done.err
+    said = " ".join(done.out.split())
+    found = re.search(r"(\S+) tokens per second packed, (\S+) as the reference: (\S+) times", said)
+    packed, reference, ratio = map(float, found.groups())
+    assert packed / reference == pytest.approx(ratio, rel=0.03)
+    price = re.search(r"tokens cost (\S+) packed", said)
+    assert float(price[1]) == pytest.approx(speed.price(0.36, packed), rel=0.02)
+
+
+def test_fit_bounds_speed_and_price(mezzotint, run_folder):
+    plan = Plan.load(run_folder)
+    read = plan.provenance["read"]
+    assert read < plan.bytes["total"]
+    done = mezzotint("fit", run_folder, "budget.context=10", "bandwidth=1MB", "hourly_rate=1")
+    said = " ".join(done.out.split())
+    cache = 4 * 64 * 10 * 2  # blocks, values, tokens, bytes
+    fastest = float(re.search(r"at most (\S+) tokens per second", said)[1])
+    assert fastest == pytest.approx(1e6 / (read + cache), rel=0.01)
+    assert f"{speed.price(1, 1e6 / (read + cache)):.3g}" in said
+
+
+def test_the_page_shows_it(run_folder):
+    assert "read per token" in (run_folder / "report.html").read_text()
+
+
+def test_prices_need_speeds():
+    with pytest.raises(ConfigError, match="speed=64"):
+        Evaluate(model="x", hourly_rate=1.0).check()
+    with pytest.raises(ConfigError, match="bandwidth"):
+        Fit(plan="x", hourly_rate=1.0).check()
