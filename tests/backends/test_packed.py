@@ -265,3 +265,10 @@ def test_targets(tmp_path: Path) -> None:
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match="must be new or empty"):
             packed.check_target(tmp_path / "file", overwrite)
+
+
+def test_the_file_is_let_go(packed_folder):
+    """A mapping that stays would hold the stored copy of every tensor that was cast."""
+    net = packed.load(packed_folder)
+    assert str(packed_folder) not in Path("/proc/self/maps").read_text()
+    assert net is not None
