@@ -52,10 +52,17 @@ def apply(
     return written
 
 
-def load(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
-    """A packed folder -> a transformers model in eval mode that computes in `dtype` (fp32).
+def load(
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    exact: bool = False,
+) -> Any:
+    """A packed folder -> a transformers model in eval mode.
 
+    It computes in bf16 and, on a CPU, multiplies packed weights where PyTorch can. exact: unpack
+    each layer as it runs and compute in fp32, the certificate's own numbers; slower.
     Raises MezzotintError if a file was changed since it was packed.
     """
     packed = import_module("optimizer.backends.packed")
-    return packed.load(folder, device=device, **({} if dtype is None else {"dtype": dtype}))
+    return packed.load(folder, dtype, device, exact)

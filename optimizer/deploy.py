@@ -184,7 +184,7 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
     view.stage("the reference reads")
     teacher = Teacher(bench.model.net, windows)
     view.stage("the packed model reads")
-    net = packed.load(folder, device=config.device)
+    net = packed.load(folder, device=config.device, exact=True)
     bench.teachers["heldout"] = teacher
     with rounded(net, plan.kv, floating(plan.runtime)):
         scores = teacher.score(net)

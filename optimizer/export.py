@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimizer.backends import compressed_tensors, gguf, recipes
+from optimizer.backends import autoround, checkpoint, compressed_tensors, gguf, gptq, recipes
 from optimizer.backends.card import card
 from optimizer.backends.rules import Verdict
 from optimizer.bench import View
@@ -33,10 +33,19 @@ TARGETS = {
     "transformers": "transformers",
     "llamacpp": "llamacpp",
     "gguf": "llamacpp",
+    "autoround": "autoround",
+    "gptq": "gptq",
+}
+# the engines that load safetensors -> the module that writes their format
+CHECKPOINTS: dict[str, Any] = {
+    "vllm": compressed_tensors,
+    "transformers": compressed_tensors,
+    "autoround": autoround,
+    "gptq": gptq,
 }
 RECIPES = {"llm-compressor": "vllm", "llama-quantize": "llamacpp"}
 ALLOWED = 2.0**-11  # of a weight: an fp16 minimum instead of an integer zero point
-ALLOWED_BF16 = 2.0**-8
+ALLOWED_BF16 = 2.0**-8  # compressed-tensors keeps scales in the model's dtype
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,8 @@ class Job:
         rules = profile(self.engine)
         if self.engine == "llamacpp":
             return gguf.check(self.plan, self.inventory, rules, self.source.folder, self.origin)
-        return compressed_tensors.check(self.plan, self.inventory, rules)
+        found: Verdict = CHECKPOINTS[self.engine].check(self.plan, self.inventory, rules)
+        return found
 
 
 def check(plan: Plan, to: str, store: str, model: str | None = None) -> Verdict:
@@ -144,23 +154,24 @@ def _write(job: Job, tensors: Mapping[str, Tensor], draft: Path) -> None:
         config = (folder / "config.json").read_bytes()
         (draft / "config.json").write_bytes(config)  # says which rows were reordered
     else:
-        compressed_tensors.write(plan, inventory, tensors, folder, draft)
+        CHECKPOINTS[job.engine].write(plan, inventory, tensors, folder, draft)
 
 
 def _compare(job: Job, tensors: Mapping[str, Tensor], draft: Path, verdict: Verdict) -> None:
     """Every quantized weight in the file against the plan's own. Raises PlanError."""
     from optimizer.quantizer import Codes
 
-    backend: Any = gguf if job.engine == "llamacpp" else compressed_tensors
-    size = (draft / backend.FILE).stat().st_size
+    backend: Any = CHECKPOINTS.get(job.engine, gguf)
+    file = draft / (gguf.FILE if backend is gguf else checkpoint.FILE)
+    size = file.stat().st_size
     if size != verdict.bytes:
         raise PlanError(
             f"The {job.engine} file must have {verdict.bytes} bytes and has {size}. This is a "
             "fault of the exporter; please report it with plan.json."
         )
     found = backend.decode(draft, job.plan, job.inventory)
-    exact = 0.0 if job.inventory.dtype == "F16" else ALLOWED_BF16
-    allowed = ALLOWED if job.engine == "llamacpp" else exact
+    rounded = backend is compressed_tensors and job.inventory.dtype == "BF16"
+    allowed = ALLOWED if backend is gguf else ALLOWED_BF16 if rounded else 0.0
     for layer in job.inventory.layers:
         precision = job.plan.choice[layer.name]
         if precision.kind == "none":

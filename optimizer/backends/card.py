@@ -13,6 +13,8 @@ RUN = {
     "vllm": "vllm serve THIS_FOLDER",
     "transformers": "AutoModelForCausalLM.from_pretrained(THIS_FOLDER)  # pip install "
     "compressed-tensors",
+    "autoround": "AutoModelForCausalLM.from_pretrained(THIS_FOLDER)  # pip install auto-round",
+    "gptq": "GPTQModel.load(THIS_FOLDER)  # pip install gptqmodel; or vllm serve THIS_FOLDER",
     "llamacpp": "llama-server --model THIS_FOLDER/model.gguf",
 }
 

@@ -13,25 +13,20 @@ for a fused layer without a word, so a regular expression that matches too littl
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimizer.backends import rules
+from optimizer.backends import checkpoint, rules
+from optimizer.backends.checkpoint import FILE, module, unstream, untouched, words
 from optimizer.backends.rules import Verdict
 from optimizer.config import Runtime
 from optimizer.errors import PlanError
 from optimizer.layer import Inventory, Layer, Precision
-from optimizer.plan import Plan, container_bytes
+from optimizer.plan import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-FILE = "model.safetensors"
-WIDTH = {"I32": 4, "I64": 8, "F32": 4}
-SLICE = 2**22  # bits read back at a time
-ROUTER = ("gate", "router", "shared_expert_gate")
 
 
 def check(plan: Plan, inventory: Inventory, profile: Runtime) -> Verdict:
@@ -45,7 +40,8 @@ def check(plan: Plan, inventory: Inventory, profile: Runtime) -> Verdict:
         return Verdict(engine, tuple(errors))
     used = {plan.choice[layer.name] for layer in rules.quantized(plan, inventory)}
     stored = {p.name: f"pack-quantized, {p.bits} bits" for p in sorted(used)}
-    return Verdict(engine, (), _notes(plan, inventory, engine), stored, _bytes(plan, inventory))
+    size = checkpoint.size(plan, inventory, lambda x, p: _parts(x, p, inventory.dtype))
+    return Verdict(engine, (), _notes(plan, inventory, engine), stored, size)
 
 
 def _one_expert_scheme(plan: Plan, inventory: Inventory) -> list[str]:
@@ -111,27 +107,6 @@ def _scheme(precision: Precision) -> dict[str, Any]:
     }
 
 
-def untouched(plan: Plan, inventory: Inventory) -> list[str]:
-    """Every module with a matrix that stays as it is: untouched Linears, the head, routers."""
-    names = [
-        module(layer.name)
-        for layer in inventory.layers
-        if plan.choice[layer.name].kind == "none" and layer.kind in ("linear", "head", "experts")
-    ]
-    names += [
-        module(x.name)
-        for x in inventory.others
-        if len(x.shape) == 2 and module(x.name).split(".")[-1] in ROUTER
-    ]
-    if any(layer.tied for layer in inventory.layers):
-        names.append("lm_head")
-    return names
-
-
-def module(name: str) -> str:
-    return name.removesuffix(".weight")
-
-
 def _parts(layer: Layer, precision: Precision, dtype: str) -> dict[str, tuple[str, list[int]]]:
     groups, stem = precision.groups(layer.cols), module(layer.name)
     parts = {
@@ -145,21 +120,6 @@ def _parts(layer: Layer, precision: Precision, dtype: str) -> dict[str, tuple[st
     return parts
 
 
-def _bytes(plan: Plan, inventory: Inventory) -> int:
-    entries: list[tuple[str, str, list[int], int]] = []
-    for layer in inventory.layers:
-        precision = plan.choice[layer.name]
-        parts = {layer.name: (inventory.dtype, list(layer.shape))}
-        if precision.kind != "none":
-            parts = _parts(layer, precision, inventory.dtype)
-        entries += [(k, d, s, math.prod(s) * WIDTH.get(d, 2)) for k, (d, s) in parts.items()]
-    for x in inventory.others:
-        entries.append(
-            (x.name, x.dtype, list(x.shape), math.prod(x.shape) * WIDTH.get(x.dtype, 2))
-        )
-    return sum(entry[3] for entry in entries) + container_bytes(entries)
-
-
 # ---------------------------------------------------------------- write and read back
 
 
@@ -167,25 +127,12 @@ def write(
     plan: Plan, inventory: Inventory, packed: Mapping[str, Tensor], folder: Path, out: Path
 ) -> None:
     """packed: the plan's stored tensors. folder: what to copy beside the weights."""
-    from optimizer.backends.folder import copy_beside, save_tensors
     from optimizer.model import DTYPES
 
-    dtype = DTYPES[inventory.dtype]
-    tensors: dict[str, Tensor] = {}
-    for layer in inventory.layers:
-        precision = plan.choice[layer.name]
-        if precision.kind == "none":
-            tensors[layer.name] = packed[layer.name]
-            continue
-        tensors |= _compressed(layer, precision, packed, dtype)
-    tensors |= {x.name: packed[x.name] for x in inventory.others}
-    save_tensors(tensors, out / FILE)
-    copy_beside(folder, out)
-    settings = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    settings["dtype"] = {"F16": "float16", "BF16": "bfloat16"}[inventory.dtype]
-    settings["quantization_config"] = config(plan, inventory)
-    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    (out / "config.json").write_text(text, encoding="utf-8")
+    def make(layer: Layer, precision: Precision) -> dict[str, Tensor]:
+        return _compressed(layer, precision, packed, DTYPES[inventory.dtype])
+
+    checkpoint.write(plan, inventory, packed, make, config(plan, inventory), folder, out)
 
 
 def _compressed(
@@ -197,23 +144,15 @@ def _compressed(
 
     stem = module(layer.name)
     tensors = {
-        f"{stem}.weight_packed": _words(packed[f"{layer.name}.codes"]),
+        f"{stem}.weight_packed": words(packed[f"{layer.name}.codes"]),
         f"{stem}.weight_scale": packed[f"{layer.name}.scales"].to(dtype),
         f"{stem}.weight_shape": torch.tensor([layer.rows, layer.cols]),
     }
     if not precision.symmetric:
         zeros = unpack(packed[f"{layer.name}.zeros"], precision, precision.groups(layer.cols))
-        words = _words(pack(zeros.T.contiguous(), precision))
-        tensors[f"{stem}.weight_zero_point"] = words.T.contiguous()
+        found = words(pack(zeros.T.contiguous(), precision))
+        tensors[f"{stem}.weight_zero_point"] = found.T.contiguous()
     return tensors
-
-
-def _words(stream: Tensor) -> Tensor:
-    """A byte stream per row -> 32-bit words, padded with zeros."""
-    import torch
-
-    padded = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 4))
-    return padded.contiguous().view(torch.int32)
 
 
 def decode(folder: Path, plan: Plan, inventory: Inventory) -> dict[str, Tensor]:
@@ -235,24 +174,12 @@ def decode(folder: Path, plan: Plan, inventory: Inventory) -> dict[str, Tensor]:
                 raise PlanError(f"{folder} has no scheme for {stem}. Export it again.")
             scheme = schemes[stem]
             rows, cols = file.get_tensor(f"{stem}.weight_shape").tolist()
-            codes = _stream(file.get_tensor(f"{stem}.weight_packed"), scheme["num_bits"], cols)
+            codes = unstream(file.get_tensor(f"{stem}.weight_packed"), scheme["num_bits"], cols)
             scales = file.get_tensor(f"{stem}.weight_scale").float().unsqueeze(-1)
             zeros = torch.tensor(2.0 ** (scheme["num_bits"] - 1))
             if not scheme["symmetric"]:
-                words = file.get_tensor(f"{stem}.weight_zero_point").T.contiguous()
-                zeros = _stream(words, scheme["num_bits"], rows).T.unsqueeze(-1).float()
+                packed = file.get_tensor(f"{stem}.weight_zero_point").T.contiguous()
+                zeros = unstream(packed, scheme["num_bits"], rows).T.unsqueeze(-1).float()
             levels = codes.float().view(rows, scales.shape[1], -1) - zeros
             found[layer.name] = (levels * scales).view(rows, cols)
     return found
-
-
-def _stream(words: Tensor, bits: int, count: int) -> Tensor:
-    """int32 [n, words] -> codes int64 [n, count], bit by bit: slow, and independent of `pack`."""
-    import torch
-
-    where, rows = torch.arange(count * bits), max(1, SLICE // (count * bits))
-    parts = []
-    for some in words.split(rows):
-        single = (some.long()[:, where // 32] >> (where % 32)) & 1
-        parts.append((single.view(len(some), count, bits) << torch.arange(bits)).sum(-1))
-    return torch.cat(parts)

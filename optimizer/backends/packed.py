@@ -1,4 +1,5 @@
-"""The torch backend: codes packed densely on disk and in memory, unpacked when a layer runs.
+"""The torch backend: codes packed densely on disk; in memory multiplied packed where PyTorch has a
+product for them (see `kernels`), else unpacked when a layer runs.
 
 A packed folder holds config.json, the tokenizer, plan.json, packed.safetensors and manifest.json
 (sha256 of the others). In packed.safetensors a quantized layer NAME is NAME.codes, NAME.scales
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from optimizer.backends import kernels
 from optimizer.backends.folder import (
     check_target,
     copy_beside,
@@ -99,15 +101,23 @@ def verify(folder: Path) -> Plan:
     return Plan.load(folder / "plan.json")
 
 
-def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+def load(
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    exact: bool = False,
+) -> Any:
     """A packed folder -> a working transformers model in eval mode, `generate()` included.
 
-    Layers compute in `dtype`; their weights stay packed in memory and are unpacked for each use.
+    Weights stay packed in memory. Without `exact` layers compute in bf16 and, on a CPU, multiply
+    packed where they can; with it they compute in fp32 and are unpacked for each use, which gives
+    the certificate's own numbers. dtype: another arithmetic; only bf16 multiplies packed.
     Raises PlanError if anything in the folder was changed.
     """
     from safetensors import SafetensorError, safe_open
 
     folder = Path(folder)
+    dtype = dtype or (torch.float32 if exact else torch.bfloat16)
     plan = verify(folder)
     net: Any = skeleton(folder)
     inventory = take_inventory(folder)
@@ -117,7 +127,9 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "
         with safe_open(folder / PACKED_FILE, framework="pt") as file:
             # copied: while one tensor lives in the file's mapping, all of its pages stay resident,
             # those of tensors that were cast to another type, too (57 MB on SmolLM2)
-            _fill(net, inventory, plan.choice, lambda name: file.get_tensor(name).clone(), dtype)
+            fast = None if exact else device
+            get = lambda name: file.get_tensor(name).clone()  # noqa: E731
+            _fill(net, inventory, plan.choice, get, dtype, fast)
     except SafetensorError as error:
         raise PlanError(
             f"{folder / PACKED_FILE} and its config.json don't belong together ({error})."
@@ -136,7 +148,9 @@ def _fill(
     choice: Mapping[str, Precision],
     get: Callable[[str], Tensor],
     dtype: torch.dtype,
+    fast: str | None,
 ) -> None:
+    """fast: the device that packed products are for; None: unpack everything."""
     for tensor in inventory.others:
         value = get(tensor.name)
         _assign(net, tensor.parameter, value.to(dtype) if value.is_floating_point() else value)
@@ -150,6 +164,9 @@ def _fill(
         pieces = [Piece(layer, choice[layer.name], get) for layer in layers]
         if all(layer.kind != "experts" and choice[layer.name].kind == "none" for layer in layers):
             _assign(net, parameter, get(layers[0].name).to(dtype))
+            continue
+        if fast is not None and _multiplies(module, pieces[0], dtype, fast):
+            _install_product(module, leaf, kernels.Product(pieces[0].stored()))
             continue
         store = PackedParameter(pieces, shape, dtype)
         _install(module, leaf, store)
@@ -196,6 +213,12 @@ class Piece(nn.Module):
             parts = {suffix: part[rows] for suffix, part in parts.items()}
         return Codes.unpack(parts, self.precision, self.layer.cols).decode()
 
+    def stored(self) -> Codes:
+        parts: dict[str, Tensor] = {k: v for k, v in self._buffers.items() if v is not None}
+        found = Codes.unpack(parts, self.precision, self.layer.cols)
+        assert isinstance(found, Codes)
+        return found
+
 
 def _alone(layer: Layer) -> Layer:
     """The layer as it lies in the checkpoint: not a slice of a fused parameter."""
@@ -240,3 +263,28 @@ def _install(module: nn.Module, leaf: str, store: PackedParameter) -> None:
         members["forward"] = lambda self, ids: getattr(self, attribute).rows(ids)
     module.__class__ = type(kind.__name__, (kind,), members)
     module.add_module(attribute, store)
+
+
+def _multiplies(module: nn.Module, piece: Piece, dtype: torch.dtype, device: str) -> bool:
+    layer = piece.layer
+    return (
+        type(module) is nn.Linear
+        and not layer.tied
+        and kernels.fits(piece.precision, layer.rows, layer.cols, dtype, device)
+    )
+
+
+def _install_product(module: nn.Module, leaf: str, product: kernels.Product) -> None:
+    """The Linear's forward is the packed product; who reads its weight gets it unpacked."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        found: Tensor = self.weight_packed(x)
+        return found if self.bias is None else found + self.bias
+
+    del module._parameters[leaf]
+    members: dict[str, Any] = {
+        leaf: property(lambda self: self.weight_packed.weight()),
+        "forward": forward,
+    }
+    module.__class__ = type("Linear", (nn.Linear,), members)
+    module.add_module("weight_packed", product)

@@ -7,97 +7,20 @@ import json
 import math
 import urllib.request
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from optimizer import deploy, export
 from optimizer.__main__ import main
 from optimizer.backends import compressed_tensors, folder, gguf, packed, rules
 from optimizer.config import profile
 from optimizer.errors import ConfigError, MezzotintError, PlanError
-from optimizer.layer import UNTOUCHED, Inventory, Layer, Precision
-from optimizer.model import Model, take_inventory
-from optimizer.plan import Plan, assemble
+from optimizer.layer import UNTOUCHED, Precision
 from optimizer.quantizer import Rtn
-from optimizer.source import locate, quiet
-from optimizer.store import Store
-
-WORDS = 96
-
-
-@dataclass(frozen=True)
-class Wide:
-    """A random Llama whose rows take K-quants."""
-
-    folder: Path
-    store: Path
-    model: Model
-    inventory: Inventory
-    fingerprint: str
-
-    def plan(self, choice: Mapping[str, Precision], runtime: str) -> Plan:
-        return assemble(
-            self.inventory,
-            self.inventory.scoped(["blocks"]),
-            choice,
-            model={"name": str(self.folder), "fingerprint": self.fingerprint},
-            runtime=runtime,
-            quantizer={"name": "rtn"},
-            predicted={"kl": 0.1, "stderr": 0.01},
-        )
-
-    def log_p(self, plan: Plan | None, ids: torch.Tensor) -> torch.Tensor:
-        choice = {} if plan is None else plan.choice
-        with self.model.rounded(Rtn(), choice), torch.inference_mode():
-            return torch.log_softmax(self.model.net(input_ids=ids).logits, -1)
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Wide:
-    path = tmp_path_factory.mktemp("wide")
-    torch.manual_seed(11)
-    config = LlamaConfig(
-        vocab_size=WORDS, hidden_size=256, intermediate_size=512, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-        bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    net = LlamaForCausalLM(config)
-    for value in net.parameters():
-        if value.ndim == 2:
-            torch.nn.init.normal_(value, std=0.06)
-    names = ["<unk>", "<s>", "</s>", *(f"word{i}" for i in range(WORDS - 3))]
-    words = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
-    with quiet():
-        net.half().save_pretrained(path)
-        fast.save_pretrained(path)
-    store = tmp_path_factory.mktemp("store")
-    inventory = take_inventory(path)
-    fingerprint = locate(str(path), Store(store)).fingerprint
-    return Wide(path, store, Model.load(path, inventory), inventory, fingerprint)
-
-
-IDS = torch.arange(5, 85).view(4, 20)
-FUSED = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2}
-
-
-def dealt(layers: tuple[Layer, ...], kinds: list[Precision]) -> dict[str, Precision]:
-    """Precisions in turn, the same for what vLLM joins."""
-    return {
-        x.name: kinds[(4 * x.block + FUSED.get(x.role, 3)) % len(kinds)]
-        for x in layers
-        if x.block is not None
-    }
-
+from tests.backends.conftest import G64, IDS, WORDS, Wide, dealt, uniform
 
 SYMMETRIC = [Precision("int", b, g, True) for b, g in ((3, 64), (5, 32), (2, 128), (6, 64))]
 VLLM = [*SYMMETRIC, UNTOUCHED, Precision("int", 4, 64, True), Precision("int", 7, None, True)]
@@ -209,15 +132,6 @@ def ask(address: str, path: str, body: dict) -> dict:
 # ---------------------------------------------------------------- bad input
 
 
-def uniform(wide: Wide, precision: Precision, **other: Precision) -> dict[str, Precision]:
-    return {
-        x.name: other.get(x.role, precision) for x in wide.inventory.layers if x.block is not None
-    }
-
-
-G64 = Precision("int", 4, 64, True)
-
-
 @pytest.mark.parametrize(
     ("to", "precision", "other", "words"),
     [
@@ -264,7 +178,7 @@ def test_a_full_folder_is_left_alone(wide: Wide, tmp_path: Path) -> None:
     assert [f.name for f in tmp_path.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("to", ["vllm", "gguf"])
+@pytest.mark.parametrize("to", ["vllm", "gguf", "gptq", "autoround"])
 def test_an_interrupted_export_leaves_nothing(
     wide: Wide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
@@ -278,7 +192,7 @@ def test_an_interrupted_export_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("to", ["vllm", "gguf"])
+@pytest.mark.parametrize("to", ["vllm", "gguf", "gptq", "autoround"])
 def test_a_wrong_file_is_noticed_before_it_appears(
     wide: Wide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
@@ -289,7 +203,7 @@ def test_a_wrong_file_is_noticed_before_it_appears(
         return {k: v * 0.99 if k.endswith("scales") else v for k, v in tensors.items()}
 
     plan = wide.plan(uniform(wide, G64), "vllm")
-    backend = compressed_tensors if to == "vllm" else gguf
+    backend = export.CHECKPOINTS.get(to, gguf)
     write = backend.write
     monkeypatch.setattr(
         backend, "write", lambda p, i, t, *rest: write(p, i, damaged(p, wide.model, track), *rest)

@@ -1,0 +1,116 @@
+"""PyTorch's packed 4-bit matrix product on CPUs, for every integer and ternary precision.
+
+The operator multiplies bf16 inputs by codes q of 4 bits in groups of G inputs:
+    (1)  w' = (q - 8) a + b          a, b bf16, one pair for each group and row
+Ours is w' = n s with whole numbers n, a = s rounded to bf16 (as a bf16 model rounds w' itself).
+    (2)  -8 <= n <= 7 (up to 3 bits, ternary, 4 bits symmetric)    q = n + 8, b = 0
+    (3)  4 bits, n = c - z           q = c, b = (8 - z) a
+    (4)  5 to 8 bits, n = c - z, c = 16 h + l: two products are added,
+         of l with a and b = (16 m + 8 - z) a, of h - m + 8 with 16 a and what b lost by rounding;
+         m = round(z / 16), so that the products are small and their sum loses little. With 8 bits
+         h - m + 8 has room for m = 8 only.
+So memory is 4 bits a weight up to 4 bits, and 8 above.
+
+PyTorch 2.13's own 8-bit product (_weight_int8pack_mm) has one scale a row and can't hold groups; the
+4-bit one in fp32 or fp16 was 10 to 70 times slower than a dense product. So: bf16 only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from optimizer.layer import Precision
+from optimizer.quantizer import Codes
+
+GROUPS = (256, 128, 64, 32)  # that the operator knows
+ROWS = 16  # a multiple of which it wants
+HALF, NIBBLE = 8, 16
+
+
+def group(precision: Precision, cols: int) -> int | None:
+    """The operator's group that divides the precision's, or None if none does."""
+    own = precision.group_size or cols
+    return next((size for size in GROUPS if own % size == 0), None)
+
+
+def fits(precision: Precision, rows: int, cols: int, dtype: torch.dtype, device: str) -> bool:
+    """Whether a layer can be multiplied packed. AVX-512 and AVX2: elsewhere nothing was measured."""
+    return (
+        precision.kind in ("int", "ternary")
+        and dtype == torch.bfloat16
+        and torch.device(device).type == "cpu"
+        and torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2")
+        and rows % ROWS == 0
+        and group(precision, cols) is not None
+    )
+
+
+class Product(nn.Module):
+    """x [..., cols] -> x W' [..., rows], for one packed layer."""
+
+    def __init__(self, codes: Codes) -> None:
+        super().__init__()
+        rows, cols = codes.codes.shape
+        size = group(codes.precision, cols)
+        assert size is not None
+        self.rows, self.cols, self.size = rows, cols, size
+        self.wide = codes.precision.kind == "int" and codes.precision.bits > 4
+        a = codes.scales.bfloat16().float()
+        if not self.wide:
+            self._add("low", *_narrow(codes, a))
+            return
+        m = (_zeros(codes) / NIBBLE).round().clamp(max=NIBBLE - 1)
+        if codes.precision.bits == 8:
+            m = torch.full_like(m, HALF)
+        b = (NIBBLE * m + HALF - _zeros(codes)) * a
+        high = (codes.codes >> 4).view(self.rows, m.shape[1], -1) - m.unsqueeze(-1) + HALF
+        self._add("low", codes.codes & (NIBBLE - 1), a, b)
+        self._add("high", high.flatten(1), NIBBLE * a, b - b.bfloat16().float())
+
+    def _add(self, name: str, nibbles: Tensor, a: Tensor, b: Tensor) -> None:
+        """a, b [rows, groups of the precision], spread over the operator's groups."""
+        each = self.cols // self.size // a.shape[1]
+        pairs = torch.stack([a, b], -1).repeat_interleave(each, 1).transpose(0, 1)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)
+        self.register_buffer(name, packed)
+        self.register_buffer(f"{name}_scales", pairs.bfloat16().contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.cols)
+        if len(flat) > self.cols:  # then unpacking once is cheaper
+            return nn.functional.linear(x, self.weight())
+        return self._product(flat).view(*x.shape[:-1], self.rows)
+
+    def _product(self, x: Tensor) -> Tensor:
+        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+        found: Tensor = multiply(x, self.low, self.size, self.low_scales)
+        if self.wide:
+            found = found + multiply(x, self.high, self.size, self.high_scales)
+        return found
+
+    def weight(self) -> Tensor:
+        """W' [rows, cols] bf16: what the product makes of unit vectors."""
+        return self._product(torch.eye(self.cols, dtype=torch.bfloat16)).T
+
+
+def _narrow(codes: Codes, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(q, a, b) of (2) or (3); see `quantizer` for the kinds."""
+    precision, rows = codes.precision, len(codes.codes)
+    if precision.kind == "int" and precision.bits == 1:
+        return HALF - 1 + 2 * codes.codes, a, torch.zeros_like(a)
+    zeros = _zeros(codes)
+    if precision.bits == 4 and not precision.symmetric:
+        return codes.codes, a, (HALF - zeros) * a
+    n = codes.codes.view(rows, a.shape[1], -1) - zeros.unsqueeze(-1)
+    return (n + HALF).view(codes.codes.shape), a, torch.zeros_like(a)
+
+
+def _zeros(codes: Codes) -> Tensor:
+    """z [rows, groups] fp32."""
+    if codes.zeros is not None:
+        return codes.zeros.float()
+    ternary = codes.precision.kind == "ternary"
+    return torch.full_like(
+        codes.scales.float(), 1.0 if ternary else 2 ** (codes.precision.bits - 1)
+    )

@@ -1,0 +1,91 @@
+"""Packed products against unpacked weights, and whole models with them against exact ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import optimizer
+from optimizer.backends import kernels, packed
+from optimizer.layer import Inventory, Precision
+from optimizer.model import Model
+from optimizer.quantizer import Rtn
+from tests.conftest import planned
+
+KINDS = [
+    *(Precision("int", b, g) for b, g in ((2, 32), (3, 64), (4, 64), (5, 128), (6, 256), (8, 64))),
+    *(Precision("int", b, g, True) for b, g in ((1, 32), (4, None), (4, 96), (7, 64), (8, None))),
+    Precision("ternary", 2, 64, True),
+]
+
+
+@pytest.mark.parametrize("precision", KINDS, ids=lambda p: p.name)
+def test_a_product_has_the_packed_weights(precision: Precision) -> None:
+    torch.manual_seed(1)
+    cols = 192 if precision.group_size == 96 else 256
+    codes = Rtn().codes(torch.randn(48, cols) * 0.1 + 0.03, precision)
+    assert kernels.fits(precision, 48, cols, torch.bfloat16, "cpu")
+    product, exact = kernels.Product(codes), codes.decode()
+    # scales of 8 bits, results of 8 bits, and in two products each has its own
+    allowed = 2.0**-7 * float(exact.abs().max())
+    assert float((product.weight().float() - exact).abs().max()) <= allowed
+    for count in (1, 5, cols + 3):  # the last is unpacked once
+        x = torch.randn(count, cols)
+        found, wanted = product(x.bfloat16()).float(), x.bfloat16().float() @ exact.T
+        assert float((found - wanted).norm() / wanted.norm()) < 0.01
+    size = sum(b.numel() for n, b in product.named_buffers() if "scales" not in n)
+    assert size == 48 * cols * (8 if precision.code_bits > 4 and product.wide else 4) // 8
+
+
+@pytest.mark.parametrize(
+    ("precision", "rows", "dtype", "device"),
+    [
+        (Precision("int", 4, 48), 64, torch.bfloat16, "cpu"),
+        (Precision("int", 4, 32), 40, torch.bfloat16, "cpu"),
+        (Precision("int", 4, 32), 64, torch.float32, "cpu"),
+        (Precision("int", 4, 32), 64, torch.bfloat16, "meta"),
+        (Precision.ggml("q4_0"), 64, torch.bfloat16, "cpu"),
+        (Precision(), 64, torch.bfloat16, "cpu"),
+    ],
+)
+def test_what_has_no_product(
+    precision: Precision, rows: int, dtype: torch.dtype, device: str
+) -> None:
+    assert not kernels.fits(precision, rows, 96 * 32, dtype, device)
+
+
+def mean_kl(p: torch.Tensor, q: torch.Tensor) -> float:
+    p, q = torch.log_softmax(p.float(), -1), torch.log_softmax(q.float(), -1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_a_loaded_model_multiplies_packed_and_agrees(
+    stories: Model, source: object, tmp_path: Path
+) -> None:
+    inventory: Inventory = stories.inventory
+    kinds = [Precision("int", b, 32) for b in (4, 8, 3, 5)]
+    blocks = inventory.scoped(["blocks"])
+    plan = planned(inventory, {x.name: kinds[i % 4] for i, x in enumerate(blocks)})
+    out = packed.save(plan, stories, source.folder, tmp_path / "out", lambda items, _: items)  # type: ignore[attr-defined]
+    ids = torch.arange(3, 67).view(2, 32)
+    with torch.inference_mode():
+        exact = optimizer.load(out, exact=True)(ids).logits
+        fast_net, plain = optimizer.load(out), packed.load(out, torch.bfloat16, exact=True)
+        fast, unpacked = fast_net(ids).logits, plain(ids).logits
+        reference = stories.net(ids).logits
+    products = [m for m in fast_net.modules() if isinstance(m, kernels.Product)]
+    assert len(products) == len(blocks)
+    assert not any(isinstance(m, kernels.Product) for m in plain.modules())
+    moved = mean_kl(reference, exact)
+    # bf16's own noise on this model; the packed product adds nothing to it
+    assert mean_kl(exact, fast) < max(2 * mean_kl(exact, unpacked), 1e-5) < 0.2 * moved
+    linear = fast_net.get_submodule(blocks[0].parameter.rpartition(".")[0])
+    assert isinstance(linear, nn.Linear) and linear.weight.shape == (
+        blocks[0].rows,
+        blocks[0].cols,
+    )
+    text = fast_net.generate(ids[:1, :4], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert text.shape == (1, 8)
