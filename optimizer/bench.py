@@ -349,6 +349,10 @@ class LazyQuantizer:
             from optimizer.quantizer import Rtn
 
             return Rtn(clip=settings.clip)
+        if settings.name == "awq":
+            from optimizer.folding import ActivationAware
+
+            return ActivationAware(self._material)
         from optimizer.gptq import Gptq
         from optimizer.rounding import Calibrated
 

@@ -97,9 +97,10 @@ class Runtime:
 
 @dataclass(kw_only=True)
 class Quantizer:
-    """How numbers are rounded. name: rtn (to nearest) or gptq. clip: also try smaller ranges of
-    a group. The rest is gptq's: damping, order (none, columns, groups: see `optimizer.gptq`),
-    inputs (rounded: from the model as rounded so far; reference: from the reference)."""
+    """How numbers are rounded. name: rtn (to nearest), gptq or awq. clip: also try smaller ranges
+    of a group (not with awq). The rest is gptq's: damping, order (none, columns, groups: see
+    `optimizer.gptq`), inputs (rounded: from the model as rounded so far;
+    reference: from the reference)."""
 
     name: str = "rtn"
     clip: bool = False
@@ -110,11 +111,11 @@ class Quantizer:
     @property
     def calibrated(self) -> bool:
         """Whether the codes depend on calibration tokens."""
-        return self.name == "gptq"
+        return self.name in ("gptq", "awq")
 
     def check(self) -> None:
         allowed = {
-            "name": ("rtn", "gptq"),
+            "name": ("rtn", "gptq", "awq"),
             "order": ("none", "columns", "groups"),
             "inputs": ("rounded", "reference"),
         }
@@ -123,6 +124,10 @@ class Quantizer:
                 raise ConfigError(
                     f"quantizer.{key} is one of {', '.join(values)}, not {getattr(self, key)!r}."
                 )
+        if self.name == "awq" and self.clip:
+            raise ConfigError(
+                "quantizer=awq has no clipping in this version; quantizer.clip must be false."
+            )
         if not 0 < self.damping < 1:
             raise ConfigError(
                 f"quantizer.damping is a share of the mean diagonal between 0 and 1, such as 0.01, "
@@ -134,6 +139,8 @@ class Quantizer:
         calibrated with."""
         if not self.calibrated:
             return {"name": self.name} | ({"clip": True} if self.clip else {})
+        if self.name == "awq":
+            return {"name": self.name, "tokens": tokens}
         return asdict(self) | {"tokens": tokens}
 
     def key(self, tokens: str | None) -> Any:

@@ -65,6 +65,10 @@ class Rtn:
         levels = self._levels(w, precision)
         return levels.codes(levels.nearest(w).view(weight.shape), precision)
 
+    def changed(self, name: str, value: Tensor) -> Tensor:  # noqa: ARG002
+        """What a tensor that isn't quantized, such as a norm, becomes beside these codes."""
+        return value
+
     def rounder(self, choice: Mapping[str, Precision], joint: bool = True) -> Rtn:  # noqa: ARG002
         """What rounds the layers of `choice`; here always each by itself."""
         return self
@@ -92,6 +96,10 @@ class Given:
 
     def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes:
         return self._find(layer, precision) or self._other.codes(weight, precision)
+
+    def changed(self, name: str, value: Tensor) -> Tensor:  # noqa: ARG002
+        """What a tensor that isn't quantized, such as a norm, becomes beside these codes."""
+        return value
 
 
 @dataclass(frozen=True)

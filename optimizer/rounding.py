@@ -9,7 +9,7 @@ process, gets the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -55,6 +55,19 @@ class Calibrated:
         self._method, self._chained, self._material = method, chained, material
         self._nearest = Rtn()
 
+    def _unpacked(self, parts: Parts, precision: Precision, cols: int) -> Codes:
+        codes = Codes.unpack(parts, precision, cols)
+        assert isinstance(codes, Codes)  # ggml's blocks are refused with gptq
+        return codes
+
+    def _plain(self, weight: Tensor, precision: Precision) -> Any:
+        """What a layer gets whose inputs were never seen."""
+        return self._nearest.codes(weight, precision)
+
+    def _given(self, find: Callable[[str, Precision], Any], parts: Mapping[str, Parts]) -> Rounder:  # noqa: ARG002
+        """What rounds a whole choice. find: a layer's codes, or None; parts: filled meanwhile."""
+        return Given(find)
+
     @cached_property
     def key(self) -> list[Any]:
         """What determines the codes, besides weights and precisions."""
@@ -82,7 +95,10 @@ class Calibrated:
         found = self._material.store.arrays("codes", self._alone(layer, precision))
         if found is None:
             raise KeyError(f"{layer} at {precision.name} was not prepared")
-        return _unpacked(_tensors(found), precision, self._cols[layer])
+        return self._unpacked(_tensors(found), precision, self._cols[layer])
+
+    def changed(self, name: str, value: Tensor) -> Tensor:  # noqa: ARG002
+        return value
 
     def prepare(self, wanted: Mapping[str, Sequence[Precision]]) -> None:
         """Make the codes of layers by themselves, at all given precisions, that the store hasn't.
@@ -103,18 +119,18 @@ class Calibrated:
         ids, model = self._material.calibration(), self._material.model
         stream = Stream(model, ids)
         last = max(model.layers[name].block or 0 for name in missing)
-        for block in self._material.track(range(last + 1), "gptq, layers by themselves"):
+        for block in self._material.track(range(last + 1), f"{self.name}, layers by themselves"):
             own = [n for n in missing if model.layers[n].block == block]
             sets = [[n for n in names if n in own] for names in stream.inputs(block)]
             for name, precision, codes in self._solved(model, stream, block, sets, missing):
                 self._keep(name, precision, codes)
             for name in set(own) - {n for names in sets for n in names}:  # never ran
                 for p in missing[name]:
-                    self._keep(name, p, self._nearest.codes(model.weight(name), p))
+                    self._keep(name, p, self._plain(model.weight(name), p))
             if block < last:
                 stream.advance(block)
 
-    def _keep(self, layer: str, precision: Precision, codes: Codes) -> None:
+    def _keep(self, layer: str, precision: Precision, codes: Any) -> None:
         key = self._alone(layer, precision)
         self._material.store.arrays("codes", key, lambda: _arrays(codes.pack()))
 
@@ -154,9 +170,9 @@ class Calibrated:
         def find(layer: str, precision: Precision) -> Codes | None:
             if layer not in parts:
                 return None
-            return _unpacked(parts[layer], precision, self._cols[layer])
+            return self._unpacked(parts[layer], precision, self._cols[layer])
 
-        rounder = Given(find)
+        rounder = self._given(find, parts)
         real = {name: p for name, p in choice.items() if p.kind != "none"}
         keys = self._block_keys(real)
         stored = {block: self._material.store.arrays("codes", key) for block, key in keys.items()}
@@ -191,7 +207,9 @@ class Calibrated:
         done = {name: p for name, p in real.items() if places[name] is None}
         with model.rounded(rounder, done) as rounding:
             stream = Stream(model, ids)
-            for block in self._material.track(range(max(keys) + 1), "gptq, block by block"):
+            for block in self._material.track(
+                range(max(keys) + 1), f"{self.name}, block by block"
+            ):
                 own = {name: p for name, p in real.items() if places[name] == block}
                 stored = self._material.store.arrays("codes", keys[block]) if own else {}
                 if stored is None:
@@ -245,9 +263,3 @@ def _by_layer(arrays: Mapping[str, np.ndarray]) -> dict[str, Parts]:
         name, _, suffix = key.rpartition(".")
         found.setdefault(name, {})[suffix] = part
     return found
-
-
-def _unpacked(parts: Parts, precision: Precision, cols: int) -> Codes:
-    codes = Codes.unpack(parts, precision, cols)
-    assert isinstance(codes, Codes)  # ggml's blocks are refused with gptq
-    return codes

@@ -8,7 +8,7 @@ Memory: hidden states [windows, length, width], and the inputs of one batch in o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +79,20 @@ class Stream:
         """Replace the hidden states by the block's outputs, with the weights as they are now."""
         for batch in self._batches:
             batch.hidden = self._run(block, batch)
+
+    def moved(self, block: int, parameters: Mapping[str, Tensor]) -> float:
+        """How far the block's output on the first batch moves, as a share of its own size, when it
+        runs with other values for some of the model's parameters. Changes nothing."""
+        batch = self._batches[0]
+        module = self.blocks[block]
+        names = {id(value): name for name, value in module.named_parameters()}
+        own = {names[id(self._model.net.get_parameter(k))]: v for k, v in parameters.items()}
+        args, kwargs = batch.calls[block]
+        with torch.no_grad():
+            found = torch.func.functional_call(module, own, (batch.hidden, *args), kwargs)
+        found = found[0] if isinstance(found, tuple) else found
+        wanted = self._run(block, batch)
+        return float((found - wanted).norm() / wanted.norm())
 
     def _run(self, block: int, batch: Batch) -> Tensor:
         args, kwargs = batch.calls[block]
@@ -170,7 +184,7 @@ class Stream:
             chained = torch.allclose(self._run(0, batch), entered[1], rtol=1e-3, atol=1e-3)
         if not chained:
             raise ModelError(
-                f"quantizer=gptq runs a model block by block, and the blocks of "
+                f"A calibrated quantizer runs a model block by block, and the blocks of "
                 f"{type(self._model.net).__name__} aren't a plain chain. Take quantizer=rtn."
             )
 
@@ -183,7 +197,7 @@ def blocks_of(model: Model) -> list[nn.Module]:
     """The transformer blocks, which the inventory numbered."""
     layer = next((x for x in model.inventory.layers if x.block is not None), None)
     if layer is None:
-        raise ModelError("quantizer=gptq needs a model with blocks. Take quantizer=rtn.")
+        raise ModelError("A calibrated quantizer needs a model with blocks. Take quantizer=rtn.")
     stem, _, _ = layer.parameter.partition(f".{layer.block}.")
     blocks: Any = model.net.get_submodule(stem)
     return list(blocks)

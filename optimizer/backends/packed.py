@@ -39,9 +39,11 @@ Track = Callable[..., Iterable[Any]]
 
 
 class Encoder(Protocol):
-    """What packing needs of a quantizer; `layer` is its name."""
+    """What packing needs of a quantizer; `layer` is its name. changed: what a tensor that isn't
+    quantized becomes beside these codes."""
 
     def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes | Blocks: ...
+    def changed(self, name: str, value: Tensor) -> Tensor: ...
 
 
 def save(
@@ -74,7 +76,8 @@ def pack(
             tensors[f"{layer.name}.{suffix}"] = part.contiguous()
     state = model.net.state_dict()
     for tensor in inventory.others:
-        tensors[tensor.name] = state[tensor.parameter].to(DTYPES[tensor.dtype]).contiguous()
+        value = encoder.changed(tensor.name, state[tensor.parameter])
+        tensors[tensor.name] = value.to(DTYPES[tensor.dtype]).contiguous()
     return tensors
 
 
