@@ -3,7 +3,7 @@
 measure.py MODEL TEXT uniform METHOD BITS...          every layer at these bits
 measure.py MODEL TEXT time METHOD                     seconds, all precisions at once and alone
 measure.py MODEL TEXT plan METHOD TABLE BUDGET...     TABLE = estimator-quantizer, code bits
-METHOD: rtn, rtn-clip, gptq-ORDER[-clip][-reference]. Finished work is in the store.
+METHOD: rtn, rtn-clip, awq, gptq-ORDER[-clip][-reference]. Finished work is in the store.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def quantizer(method: str) -> Quantizer:
     name, *rest = method.split("-")
     if name == "rtn":
         return Quantizer(name="rtn", clip="clip" in rest)
+    if name == "awq":
+        return Quantizer(name="awq")
     return Quantizer(
         name="gptq",
         order=rest[0],

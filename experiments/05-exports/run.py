@@ -1,7 +1,9 @@
 """Bytes and KL promised by a plan against bytes on disk and KL inside the engine.
 
 run.py MODEL ENGINE PLAN OUT.csv [windows] [length]    PLAN: a plan.json, or `dealt`: types dealt to
-the layers without a search, for a model whose table is too expensive here. Appends one row.
+the layers without a search, for a model whose table is too expensive here. Appends one row; for
+`torch` three: multiplied packed, unpacked exactly, and the reference in bf16, measured in turn.
+AUTOROUND_PYTHON: an interpreter that has auto-round (run.sh makes one), for autoround and gptq.
 
 KL is taken at the same positions in three ways: reference || our rounded weights in fp32 (what a
 certificate promises), reference || engine (what a user gets), ours || engine (the engine's noise).
@@ -10,7 +12,7 @@ certificate promises), reference || engine (what a user gets), ours || engine (t
 from __future__ import annotations
 
 import csv
-import resource
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -19,8 +21,8 @@ import engine
 import numpy as np
 import torch
 
-from optimizer import export
-from optimizer.backends import compressed_tensors, gguf
+from optimizer import deploy, export
+from optimizer.backends import checkpoint, gguf
 from optimizer.bench import Bench, View
 from optimizer.config import profile
 from optimizer.data import Data, Part
@@ -28,11 +30,12 @@ from optimizer.layer import Precision
 from optimizer.model import Model, take_inventory
 from optimizer.plan import Plan, assemble
 from optimizer.quantizer import Rtn
-from optimizer.source import locate
+from optimizer.source import PACKED_FILE, locate
 from optimizer.store import Store
 
 STORE = Path("~/.cache/mezzotint").expanduser()
 EVERY = 3  # positions that are compared
+ENGINES = {"vllm": "transformers", "gptq": "autoround"}  # who loads the format here
 
 
 def dealt(model: str, runtime: str, store: Path) -> Plan:
@@ -40,8 +43,9 @@ def dealt(model: str, runtime: str, store: Path) -> Plan:
     inventory = take_inventory(source.folder)
     kinds = {
         "llamacpp": [Precision.ggml(k) for k in ("q4_k", "iq4_nl", "q5_k", "q4_0", "q6_k")],
-        "vllm": [Precision("int", b, 64, True) for b in (4, 5, 3, 6, 8)],
-    }[runtime]
+        "torch": [Precision("int", b, 64) for b in (4, 8)],
+        "gptq": [Precision("int", b, 64, True) for b in (4, 8)],
+    }.get(runtime, [Precision("int", b, 64, True) for b in (4, 5, 3, 6, 8)])
     fused = {role: 10 * i for i, roles in enumerate(profile(runtime).fused) for role in roles}
     choice = {}
     for i, layer in enumerate(inventory.scoped(["blocks"])):
@@ -61,8 +65,6 @@ def mean_and_error(p: np.ndarray, q: np.ndarray) -> tuple[float, float]:
 
 
 def main(model: str, to: str, given: str, out: str, windows: int = 6, length: int = 48) -> None:
-    import os
-
     store = Path(os.environ.get("MEZZOTINT_STORE", STORE))
     plan = dealt(model, profile(to).name, store) if given == "dealt" else Plan.load(given)
     part = Part(sequences=windows, length=length)
@@ -83,30 +85,46 @@ def main(model: str, to: str, given: str, out: str, windows: int = 6, length: in
     with reference.rounded(Rtn(), plan.choice):
         ours = log_p()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "out"
-        verdict = export.export(plan, to, folder, str(store))
-        file = folder / (gguf.FILE if to == "llamacpp" else compressed_tensors.FILE)
-        size = file.stat().st_size
-        if to == "llamacpp":
-            run = engine.llamacpp(file, ids, positions)
+        folder, names = Path(scratch) / "out", [ENGINES.get(to, to)]
+        if to == "torch":
+            deploy.apply(plan, folder, str(store))
+            predicted, file = plan.bytes["total"], folder / PACKED_FILE
+            names += ["torch-exact", "reference"]
         else:
-            run = engine.transformers(folder, ids, positions, torch.float32)
+            predicted = export.export(plan, to, folder, str(store)).bytes
+            file = folder / (gguf.FILE if to == "llamacpp" else checkpoint.FILE)
+        size, own = file.stat().st_size, "autoround" in names
+        python = os.environ["AUTOROUND_PYTHON"] if own else sys.executable
+        runs = {
+            name: engine.run(
+                name,
+                bench.source.folder if name == "reference" else folder,
+                ids,
+                positions,
+                python,
+            )
+            for name in names
+        }
     promised, error = mean_and_error(p, ours)
-    measured, _ = mean_and_error(p, run.log_q)
-    noise, _ = mean_and_error(ours, run.log_q)
-    row = {
-        "model": Path(model).name, "engine": to, "plan": given if given == "dealt" else plan.id,
-        "bits_per_weight": f"{plan.effective_bits:.3f}", "bytes_predicted": verdict.bytes,
-        "bytes_on_disk": size, "positions": p.shape[0] * p.shape[1],
-        "kl_promised": f"{promised:.5f}", "kl_promised_stderr": f"{error:.5f}",
-        "kl_in_engine": f"{measured:.5f}", "kl_ours_to_engine": f"{noise:.6f}",
-        "load_seconds": f"{run.load_seconds:.2f}",
-        "tokens_per_second": f"{run.tokens_per_second:.1f}",
-        "peak_MB_of_the_script": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-    }  # fmt: skip
-    fresh = not Path(out).exists()
-    with Path(out).open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, row)
+    for name, run in runs.items():
+        measured, _ = mean_and_error(p, run.log_q)
+        noise, _ = mean_and_error(ours, run.log_q)
+        keep(Path(out), {
+            "model": Path(model).name, "format": to, "engine": name,
+            "plan": given if given == "dealt" else plan.id,
+            "bits_per_weight": f"{plan.effective_bits:.3f}", "bytes_predicted": predicted,
+            "bytes_on_disk": size, "positions": p.shape[0] * p.shape[1],
+            "kl_promised": f"{promised:.5f}", "kl_promised_stderr": f"{error:.5f}",
+            "kl_in_engine": f"{measured:.5f}", "kl_ours_to_engine": f"{noise:.6f}",
+            "load_seconds": f"{run.load_seconds:.2f}",
+            "tokens_per_second": f"{run.tokens_per_second:.1f}", "peak_MB": run.peak_mb,
+        })  # fmt: skip
+
+
+def keep(out: Path, row: dict[str, object]) -> None:
+    fresh = not out.exists()
+    with out.open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, row, lineterminator="\n")
         if fresh:
             writer.writeheader()
         writer.writerow(row)

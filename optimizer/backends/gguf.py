@@ -3,7 +3,8 @@
 A layer's type is the plan's (q4_k, ...), or the one whose levels are the same as those of our
 grid: int4 symmetric = q4_0 and so on, groups of 64 or 128 repeated for each 32. Symmetric grids are
 carried exactly; of asymmetric ones the zero point becomes an fp16 minimum (off by at most 1/4096 of
-it). Matrices that the plan leaves untouched keep their 16 bits, all else is fp32.
+it). Matrices that the plan leaves untouched keep their 16 bits, all else is fp32. The experts of
+a block are one tensor [experts, rows, cols] for each projection.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ ARCHITECTURES = {
     "MistralForCausalLM": ("llama", True),
     "Qwen2ForCausalLM": ("qwen2", False),
     "Qwen3ForCausalLM": ("qwen3", False),
+    "MixtralForCausalLM": ("llama", True),
+    "Qwen3MoeForCausalLM": ("qwen3moe", False),
 }
 
 
@@ -76,7 +79,9 @@ def check(
 
 
 def _holds(plan: Plan, layer: Layer) -> str | None:
-    if layer.kind not in ("linear", "head", "embedding"):
+    if layer.kind == "experts" and layer.expert is None:
+        return "its checkpoint holds all experts in one fused tensor"
+    if layer.kind not in ("linear", "head", "embedding", "experts"):
         return f"the converter takes Linear layers and embeddings, and this is {layer.kind}"
     precision = plan.choice[layer.name]
     if carrier(precision, layer.cols) is None:
@@ -129,15 +134,33 @@ def _settings(folder: Path) -> Settings:
             f"The GGUF converter knows plain rotary embeddings; this model scales them "
             f"({scaling}). Convert it with llama.cpp's own script and take to=llama-quantize."
         )
+    odd = _odd_experts(config)
+    if odd:
+        raise ModelError(
+            f"llama.cpp gives every block of {name} experts and makes the weights of those that are "
+            f"chosen sum to one; this model has {odd}. Export it to another engine."
+        )
     return Settings(*ARCHITECTURES[name], config)
+
+
+def _odd_experts(config: Mapping[str, Any]) -> str | None:
+    """What of a Qwen3Moe's settings llama.cpp has no word for."""
+    if config.get("model_type") != "qwen3_moe":
+        return None
+    if not config.get("norm_topk_prob"):
+        return "norm_topk_prob=false"
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        return "blocks without experts"
+    return None
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the file. kind: a ggml type in lower case. shape: as in numpy."""
+    """A tensor of the file. sources: the checkpoint's tensors in it, several only for experts.
+    kind: a ggml type in lower case. shape: as in numpy."""
 
     name: str
-    source: str
+    sources: tuple[str, ...]
     kind: str
     shape: tuple[int, ...]
 
@@ -155,20 +178,46 @@ def _tensors(plan: Plan, inventory: Inventory, settings: Settings) -> list[Entry
     arch = MODEL_ARCH[settings.architecture.upper()]
     names = get_tensor_name_map(arch, int(settings.config["num_hidden_layers"]))
 
-    def entry(name: str, kind: str, shape: tuple[int, ...]) -> Entry:
-        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    def named(name: str) -> str:
+        found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise ModelError(f"The GGUF converter doesn't know the tensor {name}.")
-        return Entry(found, name, kind, shape)
+        return found
 
-    entries = []
+    entries, experts = [], _by_projection(inventory)
     for layer in inventory.layers:
         precision = plan.choice[layer.name]
         kind = inventory.dtype.lower()
         if precision.kind != "none":
             kind = str(carrier(precision, layer.cols))
-        entries.append(entry(layer.name, kind, (layer.rows, layer.cols)))
-    return entries + [entry(x.name, "f32", x.shape) for x in inventory.others]
+        shape: tuple[int, ...] = (layer.rows, layer.cols)
+        sources: tuple[str, ...] = (layer.name,)
+        name = layer.name
+        if layer.kind == "experts":
+            name = _without_expert(layer)
+            if name not in experts:
+                continue  # written with the first of them
+            sources = experts.pop(name)
+            shape = (len(sources), *shape)
+        entries.append(Entry(named(name), sources, kind, shape))
+    return entries + [Entry(named(x.name), (x.name,), "f32", x.shape) for x in inventory.others]
+
+
+def _without_expert(layer: Layer) -> str:
+    """`...experts.7.gate_proj.weight` -> `...experts.gate_proj.weight`"""
+    return layer.name.replace(f".experts.{layer.expert}.", ".experts.")
+
+
+def _by_projection(inventory: Inventory) -> dict[str, tuple[str, ...]]:
+    """A projection's experts in order."""
+    found: dict[str, list[Layer]] = {}
+    for layer in inventory.layers:
+        if layer.kind == "experts":
+            found.setdefault(_without_expert(layer), []).append(layer)
+    return {
+        name: tuple(x.name for x in sorted(own, key=lambda x: x.expert or 0))
+        for name, own in found.items()
+    }
 
 
 def types_file(plan: Plan, inventory: Inventory, folder: Path) -> str:
@@ -176,7 +225,7 @@ def types_file(plan: Plan, inventory: Inventory, folder: Path) -> str:
     lines = [
         f"^{e.name.replace('.', chr(92) + '.')}$={e.kind}"
         for e in _tensors(plan, inventory, _settings(folder))
-        if len(e.shape) == 2
+        if len(e.shape) > 1 and e.kind != "f32"
     ]
     return "\n".join(lines) + "\n"
 
@@ -226,6 +275,12 @@ def _add_fields(writer: Any, settings: Settings, folder: Path) -> None:
     writer.add_context_length(int(config["max_position_embeddings"]))
     writer.add_embedding_length(int(config["hidden_size"]))
     writer.add_feed_forward_length(int(config["intermediate_size"]))
+    count = config.get("num_local_experts") or config.get("num_experts")
+    if count:
+        writer.add_expert_count(int(count))
+        writer.add_expert_used_count(int(config["num_experts_per_tok"]))
+        if "moe_intermediate_size" in config:
+            writer.add_expert_feed_forward_length(int(config["moe_intermediate_size"]))
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
     writer.add_key_length(width)
@@ -274,23 +329,30 @@ def write(
     layers = {layer.name: layer for layer in inventory.layers}
     _write_head(writer, out / FILE)
     for e in entries:
-        layer = layers.get(e.source)
-        writer.write_tensor_data(_data(e, layer, plan, packed, settings))
+        pieces = [
+            _data(name, layers.get(name), e.kind, plan, packed, settings) for name in e.sources
+        ]
+        writer.write_tensor_data(pieces[0] if len(pieces) == 1 else np.stack(pieces))
     writer.close()
     (out / TYPES_FILE).write_text(types_file(plan, inventory, folder), encoding="utf-8")
 
 
 def _data(
-    e: Entry, layer: Layer | None, plan: Plan, packed: Mapping[str, Tensor], settings: Settings
+    name: str,
+    layer: Layer | None,
+    kind: str,
+    plan: Plan,
+    packed: Mapping[str, Tensor],
+    settings: Settings,
 ) -> np.ndarray:
     import torch
 
     if layer is None or plan.choice[layer.name].kind == "none":
-        value = packed[e.source]
-        value = value.float() if e.kind == "f32" else value.view(torch.uint8)
+        value = packed[name]
+        value = value.float() if kind == "f32" else value.view(torch.uint8)
     else:
-        value = _blocks(layer, plan.choice[layer.name], e.kind, packed).pack()["blocks"]
-    order = _order(e.source, len(value), settings)
+        value = _blocks(layer, plan.choice[layer.name], kind, packed).pack()["blocks"]
+    order = _order(name, len(value), settings)
     return (value if order is None else value[order]).contiguous().numpy()
 
 
@@ -337,14 +399,17 @@ def decode(folder: Path, plan: Plan, inventory: Inventory) -> dict[str, Tensor]:
     settings = _settings(folder)
     tensors = {t.name: t for t in GGUFReader(folder / FILE).tensors}
     layers = {layer.name: layer for layer in rules.quantized(plan, inventory)}
-    found = {}
+    found: dict[str, Tensor] = {}
     for e in _tensors(plan, inventory, settings):
-        if e.source not in layers:
+        if e.sources[0] not in layers:
             continue
         if e.name not in tensors:
             raise PlanError(f"{folder / FILE} lacks {e.name}. Export it again.")
         tensor = tensors[e.name]
         value = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type)))
-        order = _order(e.source, len(value), settings)
-        found[e.source] = value if order is None else value[torch.argsort(order)]
+        if len(e.shape) == 3:
+            found |= dict(zip(e.sources, value, strict=True))
+            continue
+        order = _order(e.sources[0], len(value), settings)
+        found[e.sources[0]] = value if order is None else value[torch.argsort(order)]
     return found

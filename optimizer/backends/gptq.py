@@ -87,7 +87,6 @@ def config(plan: Plan, inventory: Inventory) -> dict[str, Any]:
         "lm_head": bool(head),
         "pack_dtype": "int32",
         "dynamic": dynamic(plan, inventory, base),
-        "meta": {"quantizer": ["mezzotint"]},
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import urllib.request
 import warnings
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimizer import deploy, export
 from optimizer.__main__ import main
@@ -19,7 +21,10 @@ from optimizer.backends import compressed_tensors, folder, gguf, packed, rules
 from optimizer.config import profile
 from optimizer.errors import ConfigError, MezzotintError, PlanError
 from optimizer.layer import UNTOUCHED, Precision
+from optimizer.model import Model, take_inventory
 from optimizer.quantizer import Rtn
+from optimizer.source import locate, quiet
+from optimizer.store import Store
 from tests.backends.conftest import G64, IDS, WORDS, Wide, dealt, uniform
 
 SYMMETRIC = [Precision("int", b, g, True) for b, g in ((3, 64), (5, 32), (2, 128), (6, 64))]
@@ -284,3 +289,70 @@ def test_the_search_is_offered_only_what_runs() -> None:
     Optimize(
         model="stories", budget=Budget(bits=4), runtime=profile("vllm"), palette=replaced
     ).check()
+
+
+MOE = {
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 64, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 4},
+}
+
+
+def mixture(kind: str, path: Path, wide: Wide, **settings: object) -> Wide:
+    """A random model with experts and `wide`'s tokenizer."""
+    torch.manual_seed(5)
+    body = {"vocab_size": WORDS, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 128, "num_experts_per_tok": 2, "bos_token_id": 1,
+            "eos_token_id": 2, "sliding_window": None} | MOE[kind] | settings  # fmt: skip
+    with quiet():
+        net = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **body))
+        for value in net.parameters():
+            if value.ndim > 1:
+                torch.nn.init.normal_(value, std=0.15)
+        net.half().save_pretrained(path)
+    for file in wide.folder.glob("tokenizer*"):
+        shutil.copy(file, path)
+    inventory = take_inventory(path)
+    fingerprint = locate(str(path), Store(wide.store)).fingerprint
+    return Wide(path, wide.store, Model.load(path, inventory), inventory, fingerprint)
+
+
+@pytest.mark.parametrize("kind", MOE)
+def test_llama_cpp_computes_our_experts(wide: Wide, tmp_path: Path, kind: str) -> None:
+    import xllamacpp
+
+    model = mixture(kind, tmp_path / kind, wide)
+    roles = {"down_proj": "q8_0", "w2": "q8_0"}
+    choice = {
+        x.name: Precision.ggml(roles.get(x.role, "q5_1" if x.block else "q4_0"))
+        for x in model.inventory.layers
+        if x.block is not None
+    }
+    plan = model.plan(choice, "llamacpp")
+    verdict = export.export(plan, "gguf", tmp_path / "out", str(wide.store))
+    file = tmp_path / "out" / gguf.FILE
+    assert file.stat().st_size == verdict.bytes
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = str(file), 128, 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.warmup, params.verbosity = False, 0
+    server = xllamacpp.Server(params)
+    ids = IDS[:2]
+    ours, reference = model.log_p(plan, ids)[:, -1], model.log_p(None, ids)[:, -1]
+    for row, prompt in enumerate(ids.tolist()):
+        answer = ask(server.listening_address, "completion",
+                     {"prompt": prompt, "n_predict": 1, "n_probs": WORDS})  # fmt: skip
+        top = answer["completion_probabilities"][0]["top_logprobs"]
+        theirs = torch.tensor([t["logprob"] for t in sorted(top, key=lambda t: t["id"])])
+        noise = float((ours[row].exp() * (ours[row] - theirs)).sum())
+        moved = float((reference[row].exp() * (reference[row] - theirs)).sum())
+        assert noise < 0.002 and noise < 0.2 * moved
+    types = (tmp_path / "out" / gguf.TYPES_FILE).read_text()
+    assert r"^blk\.0\.ffn_gate_exps\.weight$=q4_0" in types and "ffn_gate_inp" not in types
+    del server
+
+
+def test_experts_that_llama_cpp_would_weigh_otherwise(wide: Wide, tmp_path: Path) -> None:
+    model = mixture("qwen3_moe", tmp_path / "odd", wide, norm_topk_prob=False)
+    plan = model.plan({}, "llamacpp")
+    assert "norm_topk_prob" in export.check(plan, "gguf", str(wide.store)).errors[0]
