@@ -198,15 +198,19 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
         "tokens": int(scores.kl.size),
         "row": {key: asdict(value) for key, value in found.items()},
         "meaning": proof.judge(bench, weights, scores, asked),
-        "speed": _speed(config, plan, net, bench, view) if config.speed else None,
+        "speed": _speed(config, plan, bench, view) if config.speed else None,
         "hourly_rate": config.hourly_rate,
     }
 
 
-def _speed(config: Evaluate, plan: Plan, net: Any, bench: Bench, view: View) -> Speed:
+def _speed(config: Evaluate, plan: Plan, bench: Bench, view: View) -> Speed:
+    """Of the model as `optimizer.load` gives it, which multiplies packed where it can."""
     from transformers import DynamicCache
 
+    from optimizer.backends import packed
     from optimizer.cache import BITS, Cache
+
+    net = packed.load(Path(config.model), device=config.device)
 
     def cache(model: Any) -> Any:
         if model is net and plan.kv in BITS:
