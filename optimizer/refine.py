@@ -175,6 +175,8 @@ class Scout:
         self.length = bench.windows("search").ids.shape[1]
         self.slopes: list[Slope] = []
         self.taken: list[int] = []  # finished trials when each slope was taken
+        self.unpaid: dict[str, int] = {}  # tokens of slopes that no trial has used yet
+        self.seen = 0  # finished trials after which slopes were looked for
         self.fallback = problem.largest
         self.roles = [bench.model.layers[group[0]].role for group in chosen.groups]
 
@@ -235,13 +237,21 @@ class Scout:
         """The plans that the study starts from: the table's optimum, the same with the lowest
         bits made dearer (where the second order ends, the table is too kind to them), and the
         largest uniform plan that fits."""
-        self.fallback = start
-        self.study.begin(self._sizes(start) if self.config.search.front else self._starts(start))
-        for _ in self.bench.view.track(range(self.study.waiting), "search: first plans"):
-            if self.study.waiting:
-                self.run(self._nothing)
-        while self.study.best is None:  # another worker measures the last of them
-            time.sleep(POLL)
+        starts = self._sizes(start) if self.config.search.front else self._starts(start)
+        starts = list({plan.tobytes(): plan for plan in starts}.values())
+        self.fallback, self.seen = start, len(starts)
+        if self.study.shared:
+            self.study.begin(starts)
+            for _ in self.bench.view.track(range(self.study.waiting), "search: first plans"):
+                if self.study.waiting:
+                    self.run(self._nothing)
+            while self.study.best is None:  # another worker measures the last of them
+                time.sleep(POLL)
+            return
+        done = {tried.assignment.tobytes() for tried in self.study.tried()}
+        missing = [plan for plan in starts if plan.tobytes() not in done]
+        for plan in self.bench.view.track(missing, "search: first plans") if missing else ():
+            self.run(lambda _trial, plan=plan: plan)  # type: ignore[misc]
 
     def _starts(self, start: np.ndarray) -> list[np.ndarray]:
         starts = [start]
@@ -304,11 +314,16 @@ class Scout:
             wide = self.config.search.front
             self.run(study.sized(space, self.problem, self.span) if wide else space(self.problem))
             return
+        self._take_due_slopes()
         best = self.leader.assignment
-        if self._slope_is_due(best):
-            self._take_slope(best)
         belief = believe(self.problem, best, self.slopes[-KEPT:], self._seen(best))
         self.run(study.moves(self.problem, best, belief, len(self.study.tried())))
+        for (
+            key,
+            tokens,
+        ) in self.unpaid.items():  # with its trial, so that a kill between changes nothing
+            self.study.spend(tokens, key)
+        self.unpaid.clear()
 
     @property
     def leader(self) -> Tried:
@@ -316,21 +331,32 @@ class Scout:
         assert best is not None  # seed() saw to it
         return best
 
-    def _slope_is_due(self, best: np.ndarray) -> bool:
+    def _take_due_slopes(self) -> None:
+        """Those that were due after each trial since the last look: one at most while the search
+        runs, all of its past ones, from the store, when a killed search goes on. Of a shared
+        study's past only the last trial counts: other workers have slopes of their own."""
+        tried = self.study.tried()
+        first = len(tried) if self.study.shared else self.seen
+        for count in range(first, len(tried) + 1):
+            best = self.study.best_of(tried[:count])
+            if best is not None and self._slope_is_due(count, best.assignment):
+                self._take_slope(count, best.assignment)
+        self.seen = len(tried) + 1
+
+    def _slope_is_due(self, count: int, best: np.ndarray) -> bool:
         if not self.slopes:
             return True
-        since = len(self.study.tried()) - self.taken[-1]
         moved = not np.array_equal(self.slopes[-1].at, best)
-        return since >= (FRESH if moved else STALE)
+        return count - self.taken[-1] >= (FRESH if moved else STALE)
 
-    def _take_slope(self, best: np.ndarray) -> None:
+    def _take_slope(self, count: int, best: np.ndarray) -> None:
         """Kept in the store under what it depends on: a resumed search takes it from there."""
         from optimizer.sensitivity.slope import slopes
 
         number = len(self.slopes)
-        count = min(SLOPE_WINDOWS, self.used) // 2
+        half = min(SLOPE_WINDOWS, self.used) // 2
         rng = np.random.default_rng([self.config.seed, 9, number])
-        picked = rng.choice(self.used, 2 * count, replace=False).reshape(2, -1)
+        picked = rng.choice(self.used, 2 * half, replace=False).reshape(2, -1)
         parts = [picked[0], picked[1]]
         key = digest([SLOPE_VERSION, self.study.inner.study_name, number, best.tolist()])
 
@@ -341,8 +367,8 @@ class Scout:
         found = self.bench.store.arrays("slopes", key, make)
         assert found is not None
         self.slopes.append(Slope(best, found["halves"]))
-        self.taken.append(len(self.study.tried()))
-        self.study.spend(3 * 2 * count * self.length, key)
+        self.taken.append(count)
+        self.unpaid[key] = 3 * 2 * half * self.length
 
     def _seen(self, best: np.ndarray) -> list[Seen]:
         """All measured plans against the best, on the windows that both were measured on."""

@@ -111,6 +111,33 @@ def test_killed_again_and_again_it_goes_on_to_the_identical_plan(
     assert Plan.load(tmp_path / "run").certificate
 
 
+@pytest.mark.slow
+def test_a_search_killed_again_and_again_ends_with_the_identical_plan(
+    source: Source, tmp_path: Path
+) -> None:
+    """Killed at every hundredth write to the disk, in the middle of trials and of slopes."""
+
+    def call(name: str) -> list[str]:
+        return [*arguments(source, tmp_path / f"store {name}", tmp_path / name),
+                "search=moves", "data.search.sequences=16", "data.search.length=32",
+                "search.tokens=6000", "wandb=off"]  # fmt: skip
+
+    subprocess.run(
+        [sys.executable, "-m", "optimizer", *call("unhurt")],
+        check=True, capture_output=True, timeout=200,
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, "100", *call("hurt")], capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[0]) >= 3, "it was hardly disturbed"
+    plans = [Plan.load(tmp_path / name) for name in ("unhurt", "hurt")]
+    assert without_paths(plans[0]) == without_paths(plans[1])
+    searches = [(tmp_path / name / "search.csv").read_text() for name in ("unhurt", "hurt")]
+    assert searches[0] == searches[1]
+
+
 def test_kill_9_from_outside(source: Source, undisturbed: bytes, tmp_path: Path) -> None:
     """As soon as half of the table is there."""
     call = [sys.executable, "-m", "optimizer"]

@@ -102,13 +102,17 @@ class Study:
 
     def spend(self, tokens: int, key: str) -> None:
         """Count tokens that were evaluated outside trials; the same key counts once."""
-        self.inner.set_user_attr(f"{OUTSIDE}{key}", tokens)
+        if f"{OUTSIDE}{key}" not in self.inner.user_attrs:
+            self.inner.set_user_attr(f"{OUTSIDE}{key}", tokens)
 
     @property
     def best(self) -> Tried | None:
         """The lowest loss among trials within the budget that were not stopped early."""
-        return min((t for t in self.finished if self.problem.fits(t.assignment)), key=_loss,
-                   default=None)  # fmt: skip
+        return self.best_of(self.tried())
+
+    def best_of(self, trials: Sequence[Tried]) -> Tried | None:
+        fitting = (t for t in trials if t.complete and self.problem.fits(t.assignment))
+        return min(fitting, key=_loss, default=None)
 
     @property
     def finished(self) -> list[Tried]:
@@ -127,13 +131,11 @@ class Study:
         return np.array(found).reshape(-1, 2)
 
     def begin(self, starts: Sequence[np.ndarray]) -> None:
-        """Queue the plans that a study starts from, and those again whose worker died. (On a
-        journal a running trial can't be told from a dead one: measured twice at worst.)"""
-        lost = TrialState.FAIL, *(() if self._shared else (TrialState.RUNNING,))
+        """Queue the plans that a shared study starts from, and those again whose worker died."""
         there = [
             trial.user_attrs["start"]
             for trial in self.inner.get_trials(deepcopy=False)
-            if "start" in trial.user_attrs and trial.state not in lost
+            if "start" in trial.user_attrs and trial.state != TrialState.FAIL
         ]
         for assignment in starts:
             if assignment.tolist() not in there:
@@ -141,8 +143,9 @@ class Study:
                 self.inner.enqueue_trial({}, user_attrs={"start": there[-1]})
 
     @property
-    def _shared(self) -> bool:
-        """Whether workers beat on the storage, so that dead ones are known."""
+    def shared(self) -> bool:
+        """Whether workers beat on the storage, so that dead ones are known. On a journal there is
+        one worker, and a trial that is running was left by a dead one."""
         return _has_heartbeat(self.inner._storage)
 
     @property
@@ -161,7 +164,7 @@ class Study:
         self._revive()
         done = len(self.tried())  # the same trials so far, the same next one: also after a kill
         self.inner.sampler = _sampler(
-            self.search.sampler, self.seed + 1000 * done + 17 * self.search.worker, self._shared
+            self.search.sampler, self.seed + 1000 * done + 17 * self.search.worker, self.shared
         )
         with _unwarned():
             trial = self.inner.ask()
@@ -207,7 +210,7 @@ class Study:
 
     def _revive(self) -> None:
         """Queue the trials of dead workers again: none is lost, and a failed one never counts."""
-        if self._shared:
+        if self.shared:
             with _unwarned():
                 optuna.storages.fail_stale_trials(self.inner)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+from optuna.trial import TrialState
 
 from optimizer.errors import ConfigError, StorageError
 from optimizer.search import SAMPLERS, SPACES, Problem, Search, exact
@@ -87,32 +88,30 @@ def test_the_same_seed_gives_the_same_trials(tmp_path: Path) -> None:
 def test_a_study_goes_on_from_its_journal_and_counts_every_token(tmp_path: Path) -> None:
     posed = problem(4, 12, 4)
     first = opened(posed, tmp_path)
-    first.begin([exact.solve(posed), posed.uniform(0)])
-    first.run(space("moves", posed, posed.uniform(0)), hidden_loss(posed), TOKENS)
+    first.run(lambda _trial: exact.solve(posed), hidden_loss(posed), TOKENS)
     first.spend(123, "a")
     first.spend(123, "a")  # the same work, done again after a kill
     again = opened(posed, tmp_path)
-    assert len(again.tried()) == 1 and again.waiting == 1
+    assert len(again.tried()) == 1 and not again.shared
     assert again.spent == 123 + WINDOWS * TOKENS
-    again.begin([exact.solve(posed), posed.uniform(0)])  # nothing is queued twice
-    assert again.waiting == 1
 
 
-def test_a_start_whose_worker_died_is_measured_again(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Heartbeat")
+def test_a_shared_study_queues_each_start_once_and_those_of_dead_workers_again(
+    tmp_path: Path,
+) -> None:
     posed = problem(4, 12, 4)
-    first = opened(posed, tmp_path)
-    first.begin([exact.solve(posed)])
-
-    def killed(assignment: np.ndarray) -> Iterator[tuple[int, float]]:
-        yield 0, 1.0
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        first.run(space("moves", posed, posed.uniform(0)), killed, TOKENS)
-    again = opened(posed, tmp_path)
-    assert again.tried() == [] and again.waiting == 0
-    again.begin([exact.solve(posed)])
-    assert again.waiting == 1
+    study = opened(posed, tmp_path, storage=f"sqlite:///{tmp_path}/study.db")
+    starts = [exact.solve(posed), posed.uniform(0)]
+    study.begin(starts)
+    study.begin(starts)
+    assert study.shared and study.waiting == 2
+    trial = study.inner.ask()
+    study.begin(starts)
+    assert study.waiting == 1  # the other is under way
+    study.inner.tell(trial, state=TrialState.FAIL)
+    study.begin(starts)
+    assert study.waiting == 2
 
 
 def test_a_killed_study_makes_the_trials_that_an_unhurt_one_makes(tmp_path: Path) -> None:
