@@ -18,6 +18,8 @@ from optimizer.plan import Budget, Plan, parse_size
 from optimizer.run import FILE, Point, Run
 from optimizer.speed import Traffic, price
 
+TOY = "toy_"  # presets to see a sweep with a small model
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -142,13 +144,13 @@ def _step(run: Run, room: int, more: int) -> Step | None:
 
 
 def machines() -> list[Machine]:
-    """All presets, smallest usable memory first."""
+    """All presets of machines that exist, smallest usable memory first."""
     from omegaconf import OmegaConf
 
     found = []
     for path in sorted((conf_folder() / "budget").glob("*.yaml")):
         values: Any = OmegaConf.to_container(OmegaConf.load(path))
-        if values.get("memory"):
+        if values.get("memory") and not path.stem.startswith(TOY):
             found.append(Machine(path.stem, Budget(**values)))
     return sorted(found, key=lambda machine: memory.usable(machine.budget))
 

@@ -233,6 +233,7 @@ def test_presets():
     for machine in found:
         machine.budget.check()
         assert machine.budget.device and machine.budget.source, machine.name
+    assert not any(machine.name.startswith("toy") for machine in found)
     sizes = [memory.usable(machine.budget) for machine in found]
     assert sizes == sorted(sizes)
 
