@@ -12,7 +12,7 @@ Ours is w' = n s with whole numbers n, a = s rounded to bf16 (as a bf16 model ro
 So memory is 4 bits a weight up to 4 bits, and 8 above.
 
 PyTorch 2.13's own 8-bit product (_weight_int8pack_mm) has one scale a row and can't hold groups; the
-4-bit one in fp32 or fp16 was 10 to 70 times slower than a dense product. So: bf16 only.
+4-bit one in fp32 or fp16 was more than ten times slower than a dense product. So: bf16 only.
 """
 
 from __future__ import annotations
