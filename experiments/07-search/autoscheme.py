@@ -29,7 +29,7 @@ def main(folder: str, text: str, out: Path, budgets: list[float]) -> None:
         if isinstance(module, torch.nn.Linear) and ".layers." in name
     ]
     options = [
-        QuantizationScheme(bits=b, group_size=64, sym=False, data_type="int")
+        QuantizationScheme(bits=b, group_size=64, sym=False, data_type="int", act_bits=16)
         for b in (2, 3, 4, 5, 6, 8)
     ]
     samples = len(Path(text).read_text(encoding="utf-8").splitlines())
