@@ -7,8 +7,8 @@ Ours is w' = (c - z) s with codes c and zero points z, a = s in bf16 (as a bf16 
     (3)  4 bits                      q = c, b = (8 - z) a
     (4)  8 bits, c = 16 h + l: two products are added, of l with a and b = (136 - z) a, of h with
          16 a and what b lost by rounding
-Pairs of bf16 instead of fp16 scales and whole zero points: 4 % more memory than packed (4 bits in groups of
-64) or 7 % (8 bits). Other widths would have to be stored in 4 or 8 bits, up to twice what the plan
+Pairs of bf16 instead of fp16 scales and whole zero points: 4 % more memory than packed (4 bits, groups
+of 64) or 7 % (8 bits). Other widths would have to be stored in 4 or 8 bits, up to twice what the plan
 promised (3 bits: 1.4 times), so they are unpacked for each use.
 
 PyTorch 2.13's own 8-bit product (_weight_int8pack_mm) has one scale a row and can't hold groups; the
