@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimizer import page, proof, room, search
+from optimizer import page, proof, rivals, room, search
 from optimizer.bench import Bench, Choices, View, choices, make_quantizer, measure_table
 from optimizer.config import Optimize
 from optimizer.errors import ModelError
 from optimizer.geometry import geometry
 from optimizer.layer import Inventory, Precision
 from optimizer.objective import Meaning
-from optimizer.plan import Budget, Plan, assemble, identity, stored_bytes
+from optimizer.plan import Budget, Plan, assemble
 from optimizer.run import Run, Scale, chosen_point, overrides, run_key
 from optimizer.search import Problem, exact
 from optimizer.sensitivity import Table
@@ -38,25 +38,12 @@ FRONT_ROWS = 400
 
 
 @dataclass(frozen=True)
-class Row:
-    """A plan that was measured on the search documents."""
-
-    name: str
-    id: str
-    bits: float
-    predicted: float
-    measured: float
-    measures: dict[str, dict[str, float]]
-    assignment: np.ndarray
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What a run made. prediction: how well the table foretold the measured plans."""
 
     plan: Plan
     files: dict[str, Path]
-    measured: list[Row] = field(default_factory=list)
+    measured: list[rivals.Row] = field(default_factory=list)
     prediction: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -340,26 +327,26 @@ def prove(
     from optimizer import certificate
 
     quantizer = make_quantizer(config.quantizer, bench)
-    rivals = _rivals(config, problem)
-    rows = _check_prediction(
-        bench, config, chosen, table, problem, {**rivals, **searched, "plan": assignment}
+    others = rivals.rivals(config, problem)
+    rows = rivals.measure(
+        bench, config, chosen, table, problem, {**others, **searched, "plan": assignment}
     )
     best_random = min(
-        (r for r in rows if r.name.startswith("random")), key=_measured, default=None
+        (r for r in rows if r.name.startswith("random")), key=rivals.measured_loss, default=None
     )
-    held = {k: v for k, v in rivals.items() if not k.startswith("random")} | {"plan": assignment}
+    held = {k: v for k, v in others.items() if not k.startswith("random")} | {"plan": assignment}
     if best_random is not None:
-        held[f"best of {config.proof.random} random"] = rivals[best_random.name]
-    held = {k: v for k, v in held.items() if _worth_measuring(k, v, problem, assignment)}
+        held[f"best of {config.proof.random} random"] = others[best_random.name]
+    held = {k: v for k, v in held.items() if rivals.worth_measuring(k, v, problem, assignment)}
     found = {}
     for name in bench.view.track(list(held), "held-out measurement"):
         choice = chosen.choice(held[name])
-        stored = _bytes(bench.inventory, choice)
+        stored = rivals.tensor_bytes(bench.inventory, choice)
         scores = bench.score(choice, "heldout", quantizer)
         found[name] = certificate.Candidate(name, stored, problem.sizes(held[name]), scores)
     notes = list(outcome.notes)
     uniforms = [c for n, c in found.items() if n in problem.columns]
-    fitting = [c for c in uniforms if _may_be(held[c.name], problem)]
+    fitting = [c for c in uniforms if rivals.may_be(held[c.name], problem)]
     best = min(fitting, key=lambda c: c.scores.mean_kl, default=None)
     winner = "plan"
     if best is not None and best.scores.mean_kl <= found["plan"].scores.mean_kl:
@@ -373,17 +360,17 @@ def prove(
             assignment = held[winner]
             outcome = replace(outcome, plan=_plan(bench, config, chosen, table, assignment))
     mine = replace(found[winner], name="plan")
-    others = [c for n, c in found.items() if n != "plan" and n not in problem.columns]
-    found_to_be = certificate.certify(mine, uniforms, others, config.seed)
+    mixed = [c for n, c in found.items() if n != "plan" and n not in problem.columns]
+    found_to_be = certificate.certify(mine, uniforms, mixed, config.seed)
     weights = _weights(bench, chosen.choice(assignment), quantizer)
     found_to_be["meaning"] = proof.judge(bench, weights, mine.scores, _asked(config))
     plan = replace(outcome.plan, certificate=found_to_be)
     files = outcome.files | {
         "plan": plan.save(out / "plan.json"),
-        "measured": _measured_csv(rows, out / "measured.csv"),
+        "measured": rivals.save(rows, out / "measured.csv"),
     }
     files |= _blurred(bench, mine.scores.kl, plan, out)
-    quality = _quality(rows)
+    quality = rivals.quality(rows)
     return replace(outcome, plan=plan, files=files, measured=rows, prediction=quality, notes=notes)
 
 
@@ -417,96 +404,3 @@ def _blurred(bench: Bench, kl: np.ndarray, plan: Plan, out: Path) -> dict[str, P
     ids = bench.windows("heldout").ids
     page = example.render(ids, kl, tokenizer, f"Plan {plan.id} on held-out text")
     return {"blur": write_atomically(out / example.FILE, page.encode())}
-
-
-def _may_be(assignment: np.ndarray, problem: Problem) -> bool:
-    return problem.fits(assignment) and problem.allows(assignment)
-
-
-def _rivals(config: Optimize, problem: Problem) -> dict[str, np.ndarray]:
-    """Name -> assignment of every plan that the search must beat."""
-    rivals = {name: problem.uniform(i) for i, name in enumerate(problem.columns) if name != "none"}
-    ends = exact.first_last_high(problem)
-    if ends is not None:
-        rivals["first and last high"] = ends
-    rng = np.random.default_rng([config.seed, 32])
-    for i in range(config.proof.random):
-        rivals[f"random {i}"] = exact.random_plan(problem, rng)
-    return rivals
-
-
-def _worth_measuring(
-    name: str, assignment: np.ndarray, problem: Problem, mine: np.ndarray
-) -> bool:
-    """Uniform plans of at least the plan's size, and the next smaller one; all other rivals."""
-    if name not in problem.columns or problem.sizes(assignment) >= problem.sizes(mine):
-        return True
-    smaller = [
-        problem.sizes(problem.uniform(i))
-        for i, column in enumerate(problem.columns)
-        if column != "none" and problem.sizes(problem.uniform(i)) < problem.sizes(mine)
-    ]
-    return problem.sizes(assignment) == max(smaller)
-
-
-def _bytes(inventory: Inventory, choice: Mapping[str, Precision]) -> int:
-    """Tensor bytes; headers, which differ by some bytes, would upset comparisons at equal size."""
-    stored = stored_bytes(inventory, choice)
-    return stored["quantized"] + stored["untouched"]
-
-
-def _check_prediction(
-    bench: Bench,
-    config: Optimize,
-    chosen: Choices,
-    table: Table,
-    problem: Problem,
-    plans: Mapping[str, np.ndarray],
-) -> list[Row]:
-    from optimizer import certificate
-
-    quantizer = make_quantizer(config.quantizer, bench)
-    weights = problem.weights.sum()
-    rows = []
-    for name in bench.view.track(list(plans), "measuring plans"):
-        choice = chosen.choice(plans[name])
-        size = sum(choice[x.name].bytes(x.rows, x.cols) for x in chosen.scope)
-        scores = bench.score(choice, "check", quantizer)
-        counts = certificate.resamples(scores.documents, np.random.default_rng([config.seed, 78]))
-        measures = {k: asdict(v) for k, v in certificate.describe(scores, counts).items()}
-        layers = {x.name: "none" for x in bench.inventory.layers}
-        layers |= {k: precision.name for k, precision in choice.items()}
-        key = identity(bench.source.fingerprint, asdict(config.quantizer), layers)
-        predicted, measured = table.predict(plans[name])[0], scores.mean_kl
-        bits = 8 * size / float(weights)
-        rows.append(Row(name, key, bits, predicted, measured, measures, plans[name]))
-    return rows
-
-
-def _measured(row: Row) -> float:
-    return row.measured
-
-
-def _quality(rows: list[Row]) -> dict[str, float]:
-    """Spearman's rank correlation of predicted and measured loss, and measured / predicted: the
-    median over the plans, and for the plan itself."""
-    from scipy.stats import spearmanr
-
-    predicted = np.array([row.predicted for row in rows])
-    measured = np.array([row.measured for row in rows])
-    quality = {"plans": float(len(rows))}
-    if len(rows) > 2 and np.ptp(predicted) > 0 and np.ptp(measured) > 0:
-        quality["spearman"] = float(spearmanr(predicted, measured).statistic)
-    usable = predicted > 0
-    if usable.any():
-        quality["calibration"] = float(np.median(measured[usable] / predicted[usable]))
-    own = next(row for row in rows if row.name == "plan")
-    if own.predicted > 0:
-        quality["calibration_plan"] = own.measured / own.predicted
-    return quality
-
-
-def _measured_csv(rows: list[Row], path: Path) -> Path:
-    lines = ["name,id,bits_per_weight,predicted_kl,measured_kl"]
-    lines += [f"{r.name},{r.id},{r.bits:.6f},{r.predicted:.8g},{r.measured:.8g}" for r in rows]
-    return write_atomically(path, ("\n".join(lines) + "\n").encode())
