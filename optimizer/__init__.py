@@ -56,13 +56,13 @@ def load(
     folder: str | Path,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
-    exact: bool = False,
+    fast: bool = False,
 ) -> Any:
     """A packed folder -> a transformers model in eval mode.
 
-    It computes in bf16 and, on a CPU, multiplies packed weights where PyTorch can. exact: unpack
-    each layer as it runs and compute in fp32, the certificate's own numbers; slower.
+    It unpacks each layer as it runs and computes in fp32: the certificate's own numbers. fast:
+    compute in bf16 and, on a CPU, multiply packed weights where PyTorch can.
     Raises MezzotintError if a file was changed since it was packed.
     """
     packed = import_module("optimizer.backends.packed")
-    return packed.load(folder, dtype, device, exact)
+    return packed.load(folder, dtype, device, fast)

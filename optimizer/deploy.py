@@ -184,7 +184,7 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
     view.stage("the reference reads")
     teacher = Teacher(bench.model.net, windows)
     view.stage("the packed model reads")
-    net = packed.load(folder, device=config.device, exact=True)
+    net = packed.load(folder, device=config.device)
     bench.teachers["heldout"] = teacher
     with rounded(net, plan.kv, floating(plan.runtime)):
         scores = teacher.score(net)
@@ -210,7 +210,7 @@ def _speed(config: Evaluate, plan: Plan, bench: Bench, view: View) -> Speed:
     from optimizer.backends import packed
     from optimizer.cache import BITS, Cache
 
-    net = packed.load(Path(config.model), device=config.device)
+    net = packed.load(Path(config.model), device=config.device, fast=True)
 
     def cache(model: Any) -> Any:
         if model is net and plan.kv in BITS:

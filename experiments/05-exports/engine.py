@@ -97,7 +97,7 @@ def load(name: str, folder: Path) -> Any:
     if name.startswith("torch"):
         import optimizer
 
-        return optimizer.load(folder, exact=name == "torch-exact")
+        return optimizer.load(folder, fast=name != "torch-exact")
     import transformers
 
     settings: dict[str, Any] = {"dtype": torch.float32}

@@ -108,19 +108,19 @@ def load(
     folder: str | Path,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
-    exact: bool = False,
+    fast: bool = False,
 ) -> Any:
     """A packed folder -> a working transformers model in eval mode, `generate()` included.
 
-    Weights stay packed in memory. Without `exact` layers compute in bf16 and, on a CPU, multiply
-    packed where they can; with it they compute in fp32 and are unpacked for each use, which gives
-    the certificate's own numbers. dtype: another arithmetic; only bf16 multiplies packed.
+    Weights stay packed in memory, are unpacked for each use and compute in fp32, which gives the
+    certificate's own numbers. fast: compute in bf16 and, on a CPU, multiply packed where PyTorch
+    can. dtype: another arithmetic; only bf16 multiplies packed.
     Raises PlanError if anything in the folder was changed.
     """
     from safetensors import SafetensorError, safe_open
 
     folder = Path(folder)
-    dtype = dtype or (torch.float32 if exact else torch.bfloat16)
+    dtype = dtype or (torch.bfloat16 if fast else torch.float32)
     plan = verify(folder)
     net: Any = skeleton(folder)
     inventory = take_inventory(folder)
@@ -130,9 +130,8 @@ def load(
         with safe_open(folder / PACKED_FILE, framework="pt") as file:
             # copied: while one tensor lives in the file's mapping, all of its pages stay resident,
             # those of tensors that were cast to another type, too (57 MB on SmolLM2)
-            fast = None if exact else device
             get = lambda name: file.get_tensor(name).clone()  # noqa: E731
-            _fill(net, inventory, plan.choice, get, dtype, fast)
+            _fill(net, inventory, plan.choice, get, dtype, device if fast else None)
     except SafetensorError as error:
         raise PlanError(
             f"{folder / PACKED_FILE} and its config.json don't belong together ({error})."

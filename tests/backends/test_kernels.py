@@ -74,8 +74,8 @@ def test_a_loaded_model_multiplies_packed_and_agrees(
     out = packed.save(plan, stories, source.folder, tmp_path / "out", lambda items, _: items)  # type: ignore[attr-defined]
     ids = torch.arange(3, 67).view(2, 32)
     with torch.inference_mode():
-        exact = optimizer.load(out, exact=True)(ids).logits
-        fast_net, plain = optimizer.load(out), packed.load(out, torch.bfloat16, exact=True)
+        exact = optimizer.load(out)(ids).logits
+        fast_net, plain = optimizer.load(out, fast=True), packed.load(out, torch.bfloat16)
         fast, unpacked = fast_net(ids).logits, plain(ids).logits
         reference = stories.net(ids).logits
     products = [m for m in fast_net.modules() if isinstance(m, kernels.Product)]

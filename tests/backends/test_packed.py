@@ -70,7 +70,7 @@ def test_packed_and_rounded_in_place_give_the_same_logits(
     small: Small, folder: tuple[Plan, Path]
 ) -> None:
     plan, out = folder
-    found = logits(packed.load(out, exact=True))
+    found = logits(packed.load(out))
     expected = rounded_logits(small, plan.choice)
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found, logits(small.model.net), atol=1e-2), "nothing was rounded"
@@ -81,13 +81,13 @@ def test_uniform_plans_of_the_blocks_alone(small: Small, tmp_path: Path) -> None
     plan, out = pack(small, choice, tmp_path / "out")
     assert (out / "packed.safetensors").stat().st_size == plan.bytes["total"]
     expected = rounded_logits(small, choice)
-    assert torch.allclose(logits(packed.load(out, exact=True)), expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(logits(packed.load(out)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_untouched_plan_is_the_reference(small: Small, tmp_path: Path) -> None:
     plan, out = pack(small, {}, tmp_path / "out")
     assert plan.bytes["quantized"] == 0
-    assert torch.equal(logits(packed.load(out, exact=True)), logits(small.model.net))
+    assert torch.equal(logits(packed.load(out)), logits(small.model.net))
 
 
 def test_it_generates_what_the_rounded_model_generates(
@@ -97,7 +97,7 @@ def test_it_generates_what_the_rounded_model_generates(
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     prompt = IDS[:1, :4]
     mask = torch.ones_like(prompt)
-    found = optimizer.load(out, exact=True).generate(prompt, attention_mask=mask, **settings)
+    found = optimizer.load(out).generate(prompt, attention_mask=mask, **settings)
     with small.model.rounded(Rtn(), plan.choice):
         expected = small.model.net.generate(prompt, attention_mask=mask, **settings)
     assert found.shape == (1, 10)
@@ -107,7 +107,7 @@ def test_it_generates_what_the_rounded_model_generates(
 def test_weights_stay_packed_in_memory(small: Small, folder: tuple[Plan, Path]) -> None:
     """No parameter of a quantized layer exists; buffers hold the plan's bytes, counted once."""
     plan, out = folder
-    net = packed.load(out, exact=True)
+    net = packed.load(out)
     logits(net)
     names = {n for n, _ in net.named_parameters()}
     for layer in small.inventory.layers:
