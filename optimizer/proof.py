@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from optimizer.meaning import Scores, Teacher
 
 VERSION = 1  # raised when a measurement changes
-LONG_DOCUMENTS, LONG_TOKENS = 8, 1024  # sampled: some minutes on two cores for a model of 135M
+LONG_DOCUMENTS, LONG_TOKENS = 8, 1024  # sampled once per model
 BEGINNING = 40  # characters by which a document is named
 
 Hold = Callable[[], AbstractContextManager[Any]]

@@ -26,7 +26,7 @@ from optimizer.meaning import COLUMNS, Scores, Teacher, TopTeacher
 from optimizer.verdict import FEW, MAIN
 
 HERE = Path(__file__).parent
-POOL, LENGTH = int(os.environ.get("POOL", "240")), 96
+POOL, LENGTH = int(os.environ.get("POOL", "120")), 96
 RUNS, SIZES = 200, (8, 16, 24, 48, 96)
 GROUP = {"smollm2": 64, "stories": 32}
 PARTS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
@@ -53,16 +53,14 @@ def opened(model: str, text: str | None) -> Bench:
 
 
 def damages(bench: Bench, size: int) -> dict[str, dict[str, Precision]]:
-    """Small known damages: one layer at 3 bits, at three depths; and whole models for scale."""
+    """Small known damages: one layer at 3 bits, four times; and a whole model at 8 for scale."""
     layers = [layer.name for layer in bench.inventory.scoped(["blocks"])]
     last = max(layer.block for layer in bench.inventory.layers if layer.block is not None)
     found: dict[str, dict[str, Precision]] = {}
-    for block in (1, last // 2, last - 1):
-        for part in PARTS:
-            name = next(n for n in layers if f".{block}.{part}." in n)
-            found[f"3 bits in {block}.{part}"] = {name: Precision("int", 3, size)}
-    for bits in (8, 6):
-        found[f"uniform {bits} bits"] = dict.fromkeys(layers, Precision("int", bits, size))
+    for block, part in zip((last // 2, 1, last // 2, last - 1), PARTS, strict=True):
+        name = next(n for n in layers if f".{block}.{part}." in n)
+        found[f"3 bits in {block}.{part}"] = {name: Precision("int", 3, size)}
+    found["uniform 8 bits"] = dict.fromkeys(layers, Precision("int", 8, size))
     return found
 
 
@@ -139,7 +137,7 @@ def runs() -> None:
 
 def topk(model: str, text: str | None = None) -> None:
     bench = opened(model, text)
-    windows = bench.windows("heldout").head(24)
+    windows = bench.windows("heldout").head(16)
     exact = Teacher(bench.model.net, windows)
     tops = {k: TopTeacher(bench.model.net, windows, k) for k in (32, 128, 512, 2048)}
     quantizer = make_quantizer(Quantizer(), bench)
@@ -148,7 +146,7 @@ def topk(model: str, text: str | None = None) -> None:
         ["bits", "k", "bytes", "bytes_exact", "kl", "kl_exact", "worst_token"]
     ]
     hidden = sum(part.numel() * part.element_size() for part in exact._hidden)
-    for bits in (8, 4, 3):
+    for bits in (8, 4):
         choice = dict.fromkeys(layers, Precision("int", bits, GROUP[model]))
         with bench.model.rounded(quantizer.rounder(choice), choice):
             kl = exact.score(bench.model.net).kl

@@ -271,15 +271,15 @@ def _meaning(found: Mapping[str, Any]) -> str:
     return (
         f"<p><b>{escape(found['verdict'])}</b></p><p>{escape(words)}</p><div class=wide><table>"
         "<caption>By text; below, the reference against itself, which is the noise that no plan can "
-        f"beat</caption><thead><tr><th scope=col>text</th><th scope=col>documents</th>{head}"
-        f"<th scope=col>within tolerance</th></tr></thead><tbody>{body}</tbody></table></div>"
+        f"beat</caption><thead><tr><th scope=col>text</th><th scope=col>documents</th>"
+        f"<th scope=col>within tolerance</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
 def _text_row(
     row: Mapping[str, Any], names: Mapping[str, tuple[str, str, int]], states: set[str]
 ) -> str:
-    cells = [f"<td>{row['documents']}</td>", *_values(row, names), f"<td>{in_short(states)}</td>"]
+    cells = [f"<td>{row['documents']}</td><td>{in_short(states)}</td>", *_values(row, names)]
     return f"<tr><th scope=row>{escape(str(row['name']))}</th>{''.join(cells)}</tr>"
 
 
