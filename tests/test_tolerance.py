@@ -138,15 +138,15 @@ def test_no_word_goes_beyond_the_bounds(
 
 
 def test_at_the_border_neither_answer_comes_often() -> None:
-    """The true loss is the tolerance: "lossy" and "within" are both wrong, each in about 5 %. An
-    unstudentized test would say "within" in more than 10 %."""
+    """The true loss is the tolerance: "lossy" and "within" are both wrong, each in about 5 %. With
+    percentiles of the bootstrap "within" would come in more than 10 %."""
     states = []
     for seed in range(200):
         scores = made(even(0.004, 24, 0.6, seed + 1000), seed=seed)
         found = tolerance.judge_text(MAIN, scores, Tolerance(), 3, seed)
         states.append(next(f.state for f in found if f.measure == "kl"))
     assert states.count("over") / 200 <= 0.05
-    assert states.count("within") / 200 <= 0.11
+    assert states.count("within") / 200 <= 0.075
 
 
 def test_power_is_what_a_simulation_gives() -> None:

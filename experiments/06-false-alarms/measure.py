@@ -26,7 +26,7 @@ from optimizer.meaning import COLUMNS, Scores, Teacher, TopTeacher
 from optimizer.verdict import FEW, MAIN
 
 HERE = Path(__file__).parent
-POOL, LENGTH = int(os.environ.get("POOL", "120")), 96
+POOL, LENGTH = int(os.environ.get("POOL", "96")), 96
 RUNS, SIZES = 200, (8, 16, 24, 48, 96)
 GROUP = {"smollm2": 64, "stories": 32}
 PARTS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
@@ -102,7 +102,7 @@ def arm(name: str, pool: Scores, count: int, tolerated: Tolerance) -> list[Any]:
     """RUNS certificates; how often KL was judged, and what the power estimate promised."""
     states, promises = [], []
     true, spread = tolerance.mean_and_spread(pool.kl, pool.documents)
-    error = tolerance.ERROR / 3 if true > tolerated.kl else tolerance.ERROR
+    error = tolerance.ERROR / 3 if true > tolerated.kl else tolerance.INSIDE
     for run in range(RUNS):
         rng = np.random.default_rng([run, count])
         found = tolerance.judge_text(MAIN, drawn(pool, count, rng), tolerated, 3, run)
