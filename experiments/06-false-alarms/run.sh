@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 export MEZZOTINT_STORE=${MEZZOTINT_STORE:-$HOME/.cache/mezzotint}
-[ -e pool.npz ] || python measure.py score "${1:-smollm2}" ${TEXT:+"$TEXT"}
+[ -e work/pool.npz ] || python measure.py score "${1:-smollm2}" ${TEXT:+"$TEXT"}
 python measure.py topk "${1:-smollm2}" ${TEXT:+"$TEXT"}
 python measure.py runs
 python plot.py
