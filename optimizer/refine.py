@@ -44,6 +44,7 @@ SIZES, SPAN = (
 )  # of a front: table's optima to start from; sizes from budget / SPAN to * SPAN
 SHOWN = 16  # plans of a front that are measured beside the others
 POLL = 1.0  # seconds
+EXHAUSTED = 60  # trials in a row that repeat plans: there is nothing left to measure
 FEWEST = 2  # windows on which trials are measured
 WHOLE_TRIALS = 15  # of those that tokens allow, if no trial were stopped early
 FRESH, STALE = 2, 6  # trials until the slope is taken again: with a new best plan, without one
@@ -120,8 +121,11 @@ def _public(address: str) -> str:
 
 
 def _over(settings: Search, study: Study, begun: float) -> bool:
-    """Whether tokens, trials or time are spent."""
+    """Whether tokens, trials or time are spent, or nothing new is proposed any more."""
     if settings.trials is not None and len(study.tried()) >= settings.trials:
+        return True
+    last = study.tried()[-EXHAUSTED:]
+    if len(last) == EXHAUSTED and not any(tried.tokens for tried in last):
         return True
     late = settings.seconds is not None and time.monotonic() - begun >= settings.seconds
     return late or study.spent >= settings.tokens

@@ -60,6 +60,18 @@ def test_a_database_that_cannot_be_reached_is_told_before_a_model_is_looked_for(
     assert refine._public(search.storage or "") == "postgresql://me@127.0.0.1:9/none"
 
 
+def test_a_search_ends_when_there_is_nothing_new_to_measure(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy that leaves hardly any choice: all plans are soon known, and tokens are left."""
+    monkeypatch.setattr(refine, "EXHAUSTED", 8)
+    search = {"space": "multipliers", "tokens": 10**7}
+    config = searched(source, tmp_path / "s", search=search)
+    config.policy.pins = ["*mlp* = int3_g64", *(f"*{k}_proj* = int3_g64" for k in "kvo")]
+    found = pipeline.optimize(config, tmp_path / "r")
+    assert found.plan.layers
+
+
 def test_too_few_windows_are_refused(source: Source, tmp_path: Path) -> None:
     config = searched(source, tmp_path / "s")
     config.data.search = Part(sequences=3, length=32)
