@@ -353,12 +353,22 @@ class Scout:
         moved = not np.array_equal(self.slopes[-1].at, best)
         return count - self.taken[-1] >= (FRESH if moved else STALE)
 
+    @property
+    def _slope_half(self) -> int:
+        """Windows of one half of a slope."""
+        return min(SLOPE_WINDOWS, self.used) // 2
+
+    @property
+    def _slope_tokens(self) -> int:
+        """A backward pass counts as two more forward passes."""
+        return 3 * 2 * self._slope_half * self.length
+
     def _take_slope(self, count: int, best: np.ndarray) -> None:
         """Kept in the store under what it depends on: a resumed search takes it from there."""
         from optimizer.sensitivity.slope import slopes
 
         number = len(self.slopes)
-        half = min(SLOPE_WINDOWS, self.used) // 2
+        half = self._slope_half
         rng = np.random.default_rng([self.config.seed, 9, number])
         picked = rng.choice(self.used, 2 * half, replace=False).reshape(2, -1)
         parts = [picked[0], picked[1]]
@@ -372,7 +382,7 @@ class Scout:
         assert found is not None
         self.slopes.append(Slope(best, found["halves"]))
         self.taken.append(count)
-        self.unpaid[key] = 3 * 2 * half * self.length
+        self.unpaid[key] = self._slope_tokens
 
     def _seen(self, best: np.ndarray) -> list[Seen]:
         """All measured plans against the best, on the windows that both were measured on."""
@@ -413,9 +423,10 @@ class Scout:
         return tuple(found[int(i)] for i in kept)
 
     def _history(self) -> list[dict[str, float]]:
+        """One row per trial. tokens: evaluated until then, those of this worker's slopes included."""
         rows, spent, best, finished = [], 0, np.inf, []
-        for tried in self.study.tried():
-            spent += tried.tokens
+        for count, tried in enumerate(self.study.tried()):
+            spent += tried.tokens + self.taken.count(count) * self._slope_tokens
             finished += [tried] if tried.complete else []
             if tried.complete and self.problem.fits(tried.assignment):
                 best = min(best, tried.loss)

@@ -27,7 +27,7 @@ def main(runs: Path, here: Path) -> None:
             ]
             writer.writerow([run["bits"], run["method"], run["seed"], run["tokens"],
                              f"{run['seconds']:.0f}", *values])  # fmt: skip
-    budgets = sorted({run["bits"] for run in found})
+    budgets = sorted({run["bits"] for run in found if run["curve"]})
     figure, axes = plt.subplots(1, len(budgets), figsize=(5.5 * len(budgets), 4), squeeze=False)
     for axis, bits in zip(axes[0], budgets, strict=True):
         for method, colour in COLOURS.items():
