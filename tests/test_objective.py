@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from optimizer import bench, pipeline
 from optimizer.certificate import cvar
 from optimizer.config import Optimize
+from optimizer.data import Part
 from optimizer.errors import ConfigError
 from optimizer.objective import Meaning, Objective
 from optimizer.plan import Budget
@@ -72,7 +73,7 @@ def test_fisher_counts_tokens_by_their_weights(source: Source, tmp_path: Path) -
 def test_table_and_search_follow_the_objective(source: Source, tmp_path: Path) -> None:
     search = Search(tokens=3000)
     config = settings(source, tmp_path / "s", budget=Budget(bits=3.6), search=search)
-    config.data.search.sequences = 12
+    config.data.search = Part(sequences=12, length=32)
     found = {}
     for weight in (0.0, 0.5):
         own = replace(config, meaning=Meaning(cvar=weight))
