@@ -1,8 +1,8 @@
 """From the table's optimum to the plan whose *measured* loss is lowest.
 
 Each trial is a plan that fits the budget, measured on the search windows, one after the other, so
-that a hopeless one stops early. `moves` proposes exchanges around the best plan from the slope of
-the loss there; the slope is taken anew whenever the best plan changes. The final choice is
+that a hopeless one stops early. `moves` proposes exchanges around the best plan from slopes of the
+loss there and at earlier best plans; see `_slope_is_due` for when one is taken. The final choice is
 confirmed on windows that pruned nothing, and it is never worse there than the table's optimum.
 """
 
@@ -38,10 +38,8 @@ STUDY_VERSION = 2  # raised when trials can't be compared with older ones
 SLOPE_VERSION = 1  # raised when slopes change
 SLOPE_WINDOWS = 16
 KEPT = 4  # slopes that proposals are drawn from
-SIZES, SPAN = (
-    8,
-    4 / 3,
-)  # of a front: table's optima to start from; sizes from budget / SPAN to * SPAN
+SIZES = 8  # of a front: table's optima to start from
+SPAN = 4 / 3  # of a front: sizes from budget / SPAN to budget * SPAN
 SHOWN = 16  # plans of a front that are measured beside the others
 POLL = 1.0  # seconds
 EXHAUSTED = 60  # trials in a row that repeat plans: there is nothing left to measure
@@ -225,9 +223,7 @@ class Scout:
 
     def _set(self, assignment: np.ndarray) -> None:
         """Change the layers in which the model differs from this plan, and no others."""
-        choice = self.chosen.choice(assignment)
-        self.quantizer.rounder(choice, joint=False)
-        self.rounding.set(choice)
+        self.rounding.set(self.chosen.choice(assignment))
 
     def _leads(self, loss: float, windows: range) -> bool:
         best = self.study.best
