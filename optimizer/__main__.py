@@ -122,11 +122,11 @@ def _hydra(command: str, rest: list[str], job: Callable[[Any], None]) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from optimizer import config
+    from optimizer import compose
     from optimizer.errors import ConfigError, MezzotintError
     from optimizer.store import unwritable
 
-    config.register()
+    compose.register()
     failures: list[MezzotintError] = []
     busy, here = False, os.getpid()
 
@@ -134,7 +134,7 @@ def _hydra(command: str, rest: list[str], job: Callable[[Any], None]) -> int:
         nonlocal busy
         busy = True
         try:
-            job(config.build(command, cfg))
+            job(compose.build(command, cfg))
         except MezzotintError as error:
             if os.getpid() != here:  # a launcher's process, whose list nobody reads
                 raise
@@ -144,7 +144,7 @@ def _hydra(command: str, rest: list[str], job: Callable[[Any], None]) -> int:
     before = sys.argv
     sys.argv = [f"mezzotint {command}", *rest]
     try:
-        hydra.main(str(config.conf_folder()), command, version_base="1.3")(task)()
+        hydra.main(str(compose.conf_folder()), command, version_base="1.3")(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explained(command, error)) from None
     except OSError as error:
@@ -176,7 +176,7 @@ def _explained(command: str, error: Exception) -> str:
 def _no_preset(group: str, name: str) -> str:
     from difflib import get_close_matches
 
-    from optimizer.config import conf_folder
+    from optimizer.compose import conf_folder
 
     names = sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
     near = get_close_matches(name, names, n=4, cutoff=0.5)

@@ -1,10 +1,9 @@
-"""Which dataclass stands behind which group of conf/; composing, checking, and nothing else."""
+"""What can be set: a dataclass behind every command and every group of conf/, which checks itself."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from optimizer import domains as texts
@@ -17,13 +16,6 @@ from optimizer.plan import Budget, parse_size
 from optimizer.policy import Policy
 from optimizer.search import Search
 from optimizer.sensitivity import Sensitivity
-
-INSIDE, BESIDE = Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf"
-
-
-def conf_folder() -> Path:
-    """In a wheel conf/ lies inside the package, in a checkout beside it."""
-    return INSIDE if INSIDE.is_dir() else BESIDE
 
 
 @dataclass(kw_only=True)
@@ -405,49 +397,3 @@ class Blur:
         for name, least in (("context", 8), ("tokens", 8), ("top", 1), ("passages", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {least} or more, not {getattr(self, name)}.")
-
-
-COMMANDS: dict[str, type[Any]] = {
-    "optimize": Optimize,
-    "apply": Apply,
-    "evaluate": Evaluate,
-    "export": Export,
-    "check": Check,
-    "fit": Fit,
-    "probe": Probe,
-    "blur": Blur,
-}
-
-
-def profile(name: str) -> Runtime:
-    """The rules of an engine from conf/runtime/."""
-    from omegaconf import OmegaConf
-
-    values: Any = OmegaConf.to_container(
-        OmegaConf.load(conf_folder() / "runtime" / f"{name}.yaml")
-    )
-    return Runtime(**values.get("runtime", values))
-
-
-def register() -> None:
-    """Give Hydra the schemas, so that types and unknown keys are checked while it composes."""
-    from hydra.core.config_store import ConfigStore
-
-    for name, schema in COMMANDS.items():
-        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
-
-
-def build(command: str, cfg: Any) -> Any:
-    """A composed configuration -> its dataclass. Raises ConfigError for missing values."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise ConfigError(
-            f"`mezzotint {command}` needs {', '.join(missing)}. Add for example {missing[0]}=..."
-        )
-    try:
-        return OmegaConf.to_object(cfg)
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from None

@@ -15,7 +15,7 @@ from optimizer.backends import autoround, checkpoint, compressed_tensors, gguf, 
 from optimizer.backends.card import card
 from optimizer.backends.rules import Verdict
 from optimizer.bench import View
-from optimizer.config import profile
+from optimizer.compose import profile
 from optimizer.deploy import check_names, codes_of, reference_of
 from optimizer.errors import ConfigError, PlanError
 from optimizer.layer import Inventory

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from optimizer import memory
-from optimizer.config import Fit, conf_folder
+from optimizer.compose import conf_folder
+from optimizer.config import Fit
 from optimizer.errors import BudgetError, ConfigError, PlanError
 from optimizer.geometry import Geometry
 from optimizer.memory import Use

@@ -10,8 +10,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from optimizer import compose as composing
 from optimizer import config
-from optimizer.config import Apply, Evaluate, Optimize, Palette, Runtime, conf_folder
+from optimizer.compose import conf_folder
+from optimizer.config import Apply, Evaluate, Optimize, Palette, Runtime
 from optimizer.data import Data, Part
 from optimizer.errors import ConfigError
 from optimizer.layer import Precision
@@ -35,19 +37,19 @@ NEEDED = {
 
 
 def composed(command: str, *overrides: str, needed: bool = True) -> Any:
-    config.register()
+    composing.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         given = NEEDED[command] if needed else []
-        return config.build(command, compose(command, [*given, *overrides]))
+        return composing.build(command, compose(command, [*given, *overrides]))
 
 
 def test_every_command_has_a_file_and_a_schema() -> None:
-    assert set(COMMANDS) == set(NEEDED) == set(config.COMMANDS)
+    assert set(COMMANDS) == set(NEEDED) == set(composing.COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_compose_to_their_dataclass(command: str) -> None:
-    assert type(composed(command)) is config.COMMANDS[command]
+    assert type(composed(command)) is composing.COMMANDS[command]
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)

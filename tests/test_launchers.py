@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from optimizer import config
+from optimizer import compose as composing
 from optimizer.source import Source
 from tests.conftest import QUICK
 
@@ -22,8 +22,8 @@ LAUNCHERS = ["processes", "slurm", "ray_cluster"]
 
 
 def composed(name: str) -> dict[str, Any]:
-    config.register()
-    with initialize_config_dir(str(config.conf_folder()), version_base="1.3"):
+    composing.register()
+    with initialize_config_dir(str(composing.conf_folder()), version_base="1.3"):
         found = compose(
             "optimize",
             ["model=stories", f"hydra/launcher={name}", "search.worker=1"],

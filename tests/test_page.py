@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from optimizer import compose as composing
 from optimizer import page
 from optimizer.errors import PlanError
 from optimizer.grid import COLOURS, DARK
@@ -226,13 +227,13 @@ def test_overrides_are_read_back_by_hydra():
 
     from optimizer import config
 
-    config.register()
+    composing.register()
     wanted = config.Optimize(model="a b's/[x]", budget=Budget(bits=4.5), seed=3)
     wanted.palette.bits = [2, "ternary", 16]
     wanted.data.path = "my file, (1).txt"
     words = overrides(asdict(wanted))
-    with initialize_config_dir(str(config.conf_folder()), version_base="1.3"):
-        found = config.build("optimize", compose("optimize", words))
+    with initialize_config_dir(str(composing.conf_folder()), version_base="1.3"):
+        found = composing.build("optimize", compose("optimize", words))
     found.store, found.device = wanted.store, wanted.device
     assert asdict(found) == asdict(wanted)
     assert len(words) == 5

@@ -24,7 +24,7 @@ import torch
 from optimizer import deploy, export
 from optimizer.backends import checkpoint, gguf
 from optimizer.bench import Bench, View
-from optimizer.config import profile
+from optimizer.compose import profile
 from optimizer.data import Data, Part
 from optimizer.layer import Precision
 from optimizer.model import Model, take_inventory

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from optimizer import deploy, export
 from optimizer.__main__ import main
 from optimizer.backends import compressed_tensors, folder, gguf, packed, rules
-from optimizer.config import profile
+from optimizer.compose import profile
 from optimizer.errors import ConfigError, MezzotintError, PlanError
 from optimizer.layer import UNTOUCHED, Precision
 from optimizer.model import Model, take_inventory
