@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -249,6 +250,11 @@ def open_storage(url: str | None, default: Path, heartbeat: int = 30) -> BaseSto
         )
     if url.startswith("postgresql://"):  # SQLAlchemy would look for the older driver psycopg2
         url = url.replace("postgresql://", "postgresql+psycopg://", 1)
+    return _database(url, heartbeat)
+
+
+def _database(url: str, heartbeat: int, tries: int = 10) -> BaseStorage:
+    """Workers that start together make the tables together: who is beaten tries again."""
     import sqlalchemy.exc
     from optuna.exceptions import StorageInternalError
 
@@ -261,16 +267,26 @@ def open_storage(url: str | None, default: Path, heartbeat: int = 30) -> BaseSto
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
             )
     except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        shown = (
-            url.split("://")[0]
-            + "://"
-            + url.split("@")[-1].removeprefix(url.split("://")[0] + "://")
-        )
-        raise StorageError(
-            f"The study's database {shown} can't be used ({reason}). Check the address, that the "
-            "server runs, and that its driver is installed (pip install 'mezzotint[postgres]')."
-        ) from None
+        if tries == 1 or not _beaten(error):
+            raise _unusable(url, error) from None
+    time.sleep(np.random.default_rng().uniform(0.05, 0.5))
+    return _database(url, heartbeat, tries - 1)
+
+
+def _beaten(error: Exception) -> bool:
+    """Another worker was making the same tables at this moment; they will be there soon."""
+    text = str(error).lower()
+    return any(sign in text for sign in ("already exists", "duplicate key", "unique", "locked"))
+
+
+def _unusable(url: str, error: Exception) -> StorageError:
+    kind, _, rest = url.partition("://")
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return StorageError(
+        f"The study's database {kind}://{rest.split('@')[-1]} can't be used ({reason}). Check the "
+        "address, that the server runs, and that its driver is installed "
+        "(pip install 'mezzotint[postgres]')."
+    )
 
 
 def _sampler(name: str, seed: int, shared: bool) -> optuna.samplers.BaseSampler:

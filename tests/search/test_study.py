@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import optuna
@@ -170,6 +172,20 @@ def test_a_hopeless_plan_stops_early_and_never_becomes_the_best(tmp_path: Path) 
 def test_settings_that_cannot_work_are_refused(settings: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Search(**settings).check()
+
+
+def test_workers_that_start_together_all_get_the_storage(tmp_path: Path) -> None:
+    workers = 4
+    start = Barrier(workers)
+
+    def opened(url: str) -> int:
+        start.wait(10)
+        return len(studies.open_storage(url, tmp_path / "j").get_all_studies())
+
+    for k in range(3):  # without a second try, each time one or more of the four were refused
+        with ThreadPoolExecutor(workers) as pool:
+            url = f"sqlite:///{tmp_path}/{k}.db"
+            assert list(pool.map(opened, [url] * workers)) == [0] * workers
 
 
 def test_an_unusable_storage_is_explained(tmp_path: Path) -> None:
