@@ -230,11 +230,10 @@ class Optimize:
 
     def _check_kinds(self) -> None:
         blocks = [p.name for p in self.palette.precisions() if p.kind in GGML]
-        if self.quantizer.calibrated and blocks:
+        if self.quantizer.name == "awq" and blocks:
             raise ConfigError(
-                f"llama.cpp's blocks ({blocks[0]}) are rounded to nearest in this version; "
-                f"quantizer={self.quantizer.name} knows integer groups only. Take quantizer=rtn, or "
-                "a palette of integers."
+                f"llama.cpp's blocks ({blocks[0]}) are rounded by rtn or gptq; quantizer=awq knows "
+                "integer groups only. Take quantizer=gptq, or a palette of integers."
             )
 
     def check(self) -> None:

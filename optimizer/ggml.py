@@ -92,6 +92,10 @@ class Grid:
         level = _nearest(w, self.step[..., None], self.minimum[..., None], self.kind)
         return _codes(level, self.kind).view(self.shape)
 
+    def codes(self, level: Tensor) -> Tensor:
+        """Levels t[q] [rows, cols] -> codes uint8 [rows, cols]."""
+        return _codes(level, self.kind)
+
     def values(self, codes: Tensor) -> Tensor:
         """Codes [rows, cols] -> W' fp32 [rows, cols], equation (1)."""
         q = codes.view(*self.a.shape, -1).long()
@@ -99,7 +103,7 @@ class Grid:
         return (self.step[..., None] * level - self.minimum[..., None]).view(self.shape)
 
     def pack(self, codes: Tensor) -> Blocks:
-        q = codes.view(len(self.a), -1)
+        q = codes.reshape(len(self.a), -1)
         data = _PACK[self.kind](self, q)
         return Blocks(Precision.ggml(self.kind), data.view(self.shape[0], -1), self.shape[1])
 

@@ -85,7 +85,7 @@ class Rtn:
 class Given:
     """Codes that were made beforehand, by layer. Layers without any are rounded to nearest."""
 
-    def __init__(self, find: Callable[[str, Precision], Codes | None]) -> None:
+    def __init__(self, find: Callable[[str, Precision], Codes | ggml.Blocks | None]) -> None:
         self._find, self._other = find, Rtn()
 
     def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:
@@ -94,8 +94,8 @@ class Given:
             return self._other.round(weight, precision)
         return codes.decode().to(weight.device)
 
-    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes:
-        return self._find(layer, precision) or self._other.codes(weight, precision)
+    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes | ggml.Blocks:
+        return self._find(layer, precision) or self._other.encode(weight, precision)
 
     def changed(self, name: str, value: Tensor) -> Tensor:  # noqa: ARG002
         """What a tensor that isn't quantized, such as a norm, becomes beside these codes."""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optimizer.ggml import Blocks
 from optimizer.gptq import Gptq
 from optimizer.layer import Inventory, Precision
 from optimizer.plan import digest
@@ -55,14 +56,12 @@ class Calibrated:
         self._method, self._chained, self._material = method, chained, material
         self._nearest = Rtn()
 
-    def _unpacked(self, parts: Parts, precision: Precision, cols: int) -> Codes:
-        codes = Codes.unpack(parts, precision, cols)
-        assert isinstance(codes, Codes)  # ggml's blocks are refused with gptq
-        return codes
+    def _unpacked(self, parts: Parts, precision: Precision, cols: int) -> Codes | Blocks:
+        return Codes.unpack(parts, precision, cols)
 
     def _plain(self, weight: Tensor, precision: Precision) -> Any:
         """What a layer gets whose inputs were never seen."""
-        return self._nearest.codes(weight, precision)
+        return self._nearest.encode(weight, precision)
 
     def _given(self, find: Callable[[str, Precision], Any], parts: Mapping[str, Parts]) -> Rounder:  # noqa: ARG002
         """What rounds a whole choice. find: a layer's codes, or None; parts: filled meanwhile."""
@@ -88,10 +87,10 @@ class Calibrated:
             return weight.float()
         return self.encode(weight, precision, layer).decode().to(weight.device)
 
-    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes:
+    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes | Blocks:
         """Raises KeyError for a layer that has inputs and wasn't prepared."""
         if layer not in self._cols:
-            return self._nearest.codes(weight, precision)
+            return self._nearest.encode(weight, precision)
         found = self._material.store.arrays("codes", self._alone(layer, precision))
         if found is None:
             raise KeyError(f"{layer} at {precision.name} was not prepared")
@@ -141,7 +140,7 @@ class Calibrated:
         block: int,
         sets: Sequence[Sequence[str]],
         wanted: Mapping[str, Sequence[Precision]],
-    ) -> Iterable[tuple[str, Precision, Codes]]:
+    ) -> Iterable[tuple[str, Precision, Codes | Blocks]]:
         sets = [names for names in sets if names]
         if not sets:
             return
@@ -167,7 +166,7 @@ class Calibrated:
     def _jointly(self, choice: Mapping[str, Precision]) -> Rounder:
         parts: dict[str, Parts] = {}
 
-        def find(layer: str, precision: Precision) -> Codes | None:
+        def find(layer: str, precision: Precision) -> Codes | Blocks | None:
             if layer not in parts:
                 return None
             return self._unpacked(parts[layer], precision, self._cols[layer])

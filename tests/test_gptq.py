@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from optimizer.errors import ModelError
+from optimizer.ggml import Blocks
 from optimizer.gptq import Gptq, factors
-from optimizer.layer import Precision
+from optimizer.layer import GGML, Precision
 from optimizer.quantizer import Rtn
 
 torch.set_num_threads(1)
@@ -171,3 +172,28 @@ def test_clipping_never_loses_more_on_the_range_it_is_given() -> None:
     low, w = Precision("int", 2, 48), weight()
     losses = [float((Rtn(clip=c).round(w, low) - w).square().sum()) for c in (True, False)]
     assert losses[0] < 0.8 * losses[1]
+
+
+def wide(seed: int, cols: int = 512) -> tuple[Tensor, Tensor]:
+    """A weight and a Hessian whose columns 256 divides, as K-quants need."""
+    rng = torch.Generator().manual_seed(seed)
+    w = torch.randn(16, cols, generator=rng) * 0.05
+    x = torch.randn(900, cols, generator=rng) @ torch.randn(cols, cols, generator=rng)
+    x *= (1.5 * torch.rand(cols, generator=rng)).exp()
+    return w, x.T @ x / cols
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_blocks_of_ggml_lose_less_than_nearest_inside_their_own_grid(order: str) -> None:
+    w, hessian = wide(9)
+    kinds = [Precision.ggml(kind) for kind in GGML]
+    mixed = [*kinds, Precision("int", 4, 32)]
+    found = Gptq(order=order).solve([(w, p) for p in mixed], hessian)
+    for precision, blocks in zip(kinds, found, strict=False):
+        assert isinstance(blocks, Blocks)
+        assert blocks.precision == precision
+        nearest = loss(Rtn().round(w, precision), w, hessian)
+        assert loss(blocks.decode(), w, hessian) < 0.8 * nearest, precision.name
+        assert torch.equal(blocks.open()[0].step, Rtn().encode(w, precision).open()[0].step)
+    alone = Gptq(order=order).solve([(w, kinds[-1])], hessian)[0]
+    assert torch.equal(alone.decode(), found[len(kinds) - 1].decode())

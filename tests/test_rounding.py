@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optimizer import deploy, pipeline
-from optimizer.backends import packed
+from optimizer import deploy, export, pipeline
+from optimizer.backends import gguf, packed
 from optimizer.bench import Bench, View, choices, make_quantizer
+from optimizer.compose import profile
 from optimizer.config import Optimize, Palette, Proof, Quantizer
 from optimizer.data import Data, Part
 from optimizer.errors import ConfigError, PlanError, TextError
@@ -176,6 +177,21 @@ def test_a_model_moves_less_than_with_nearest(kind: str, inputs: str, made: Make
     assert torch.equal(logits(model.net), reference)
 
 
+@pytest.mark.parametrize("kind", ["q4_0", "iq4_nl", "q5_1"])
+def test_blocks_of_llama_cpp_are_calibrated_too(kind: str, made: Maker) -> None:
+    material = made("llama")
+    model, precision = material.model, Precision.ggml(kind)
+    choice = {x.name: precision for x in model.inventory.scoped(["blocks"])}
+    reference = logits(model.net)
+    with model.rounded(Rtn(), choice):
+        nearest = kl(reference, logits(model.net))
+    with model.rounded(gptq(material).rounder(choice), choice):
+        assert kl(reference, logits(model.net)) < 0.9 * nearest
+    again = gptq(material).rounder(choice)  # from the store
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert again.encode(model.weight(name), precision, name).precision == precision
+
+
 def test_later_layers_see_the_rounded_ones(made: Maker) -> None:
     material = made("llama")
     choice = everything(material.model)
@@ -294,6 +310,23 @@ def test_apply_packs_the_codes_that_were_certified(
         assert not torch.allclose(bench.model.net(ids).logits, found, atol=1e-2)
 
 
+def test_a_gguf_holds_the_codes_that_were_certified(settings: Optimize, tmp_path: Path) -> None:
+    own = replace(
+        settings, palette=Palette(bits=["q4_0", "q5_0"]), runtime=profile("llamacpp"),
+        scope=["all"], budget=Budget(bits=5.0), quantizer=Quantizer(name="gptq"),
+    )  # fmt: skip
+    made_for = pipeline.optimize(own, tmp_path / "run").plan
+    assert set(made_for.layers.values()) == {"q4_0", "q5_0"}
+    export.export(made_for, "gguf", tmp_path / "gguf", own.store)
+    bench = Bench("stories", None, own.data, own.store, "cpu", View())
+    rounder = make_quantizer(own.quantizer, bench).rounder(made_for.choice)
+    found = gguf.decode(tmp_path / "gguf", made_for, bench.inventory)
+    for name, precision in made_for.choice.items():
+        weight = bench.model.weight(name)
+        assert torch.equal(found[name], rounder.round(weight, precision, name)), name
+    assert not torch.equal(found[name], Rtn().round(weight, precision))
+
+
 def test_apply_again_and_from_the_text_alone_gives_the_same_bytes(
     plan: Plan, settings: Optimize, tmp_path: Path
 ) -> None:
@@ -349,3 +382,9 @@ def test_the_table_is_made_with_the_quantizers_own_errors(settings: Optimize) ->
 def test_wrong_settings_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"quantizer.{next(iter(wrong))}"):
         Quantizer(**wrong).check()
+
+
+def test_awq_refuses_blocks_of_llama_cpp(settings: Optimize) -> None:
+    palette, awq = Palette(bits=["q4_0"]), Quantizer(name="awq")
+    with pytest.raises(ConfigError, match="rtn or gptq"):
+        replace(settings, palette=palette, quantizer=awq).check()
