@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -20,7 +20,6 @@ from optimizer.config import Optimize, Quantizer
 from optimizer.data import Data, Tokens, Windows
 from optimizer.errors import ConfigError
 from optimizer.layer import Inventory, Layer, Precision, fuse, glob
-from optimizer.objective import Objective
 from optimizer.plan import digest
 from optimizer.sensitivity import Table, Task
 from optimizer.source import Source, context_length, locate
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from optimizer.model import Model
 
 CHECK_WINDOWS = 8
-FOUR = 4  # code bits at which the tail's tokens are looked for
 VERSION = 4  # raised when a stage's numbers change
 SCORES = 5  # the same for scores: they say since then which model found the true token
 
@@ -242,8 +240,22 @@ def choices(config: Optimize, inventory: Inventory) -> Choices:
     return Choices(scope, groups, columns, fitted, left)
 
 
-def measure_table(bench: Bench, config: Optimize, chosen: Choices) -> Table:
-    """The sensitivity table, chunk by chunk from the store or made now."""
+@dataclass(frozen=True)
+class Reading:
+    """Another text than the calibration windows for a table, or the same with weighted tokens.
+
+    key: what determines it. ids [windows, length]. weights: makes those of its tokens, of that shape.
+    """
+
+    key: Any
+    ids: np.ndarray
+    weights: Callable[[], np.ndarray] | None = None
+
+
+def measure_table(
+    bench: Bench, config: Optimize, chosen: Choices, reading: Reading | None = None
+) -> Table:
+    """The sensitivity table in nats of mean KL, chunk by chunk from the store or made now."""
     settings = config.sensitivity
     fitted = [[chosen.fitted[g[0], c].name for c in chosen.columns] for g in chosen.groups]
     estimator = [settings.estimator, settings.chunks, settings.probes]
@@ -251,45 +263,30 @@ def measure_table(bench: Bench, config: Optimize, chosen: Choices) -> Table:
     key = digest(
         ["table", VERSION, bench.part_key("calibration"), estimator, chosen.groups,
          chosen.columns, fitted, quantizer.key, config.seed,
-         *([asdict(config.meaning)] if config.meaning.cvar else [])]
+         *([] if reading is None else [reading.key])]
     )  # fmt: skip
     task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
-    runs = sensitivity.chunks(config.data.calibration.sequences, settings.chunks)
+    read = reading or Reading(None, bench.calibration())
+    runs = sensitivity.chunks(len(read.ids), min(settings.chunks, len(read.ids)))
     samples = []
     todo = [i for i in range(len(runs)) if bench.store.arrays("tables", _part(key, i)) is None]
     if todo:
         quantizer.prepare(
             {name: [chosen.fitted[name, c] for c in task.columns] for name in task.layers}
         )
-        _ = bench.calibration()
-    tail = _token_weights(bench, config, chosen) if todo and config.meaning.cvar else None
+    weights = read.weights() if todo and read.weights is not None else None
     for i in bench.view.track(range(len(runs)), "sensitivity") if todo else range(len(runs)):
 
         def make(i: int = i) -> dict[str, np.ndarray]:
-            ids = bench.calibration()[runs[i]]
             seed = [config.seed, runs[i].start]
-            weights = None if tail is None else tail[runs[i]]
-            return {"loss": settings.score(bench.model, task, ids, seed, weights)}
+            own = None if weights is None else weights[runs[i]]
+            return {"loss": settings.score(bench.model, task, read.ids[runs[i]], seed, own)}
 
         found = bench.store.arrays("tables", _part(key, i), make)
         assert found is not None
         samples.append(found["loss"])
     table = Table.from_samples(task, np.array(samples))
-    return _measured_rows(bench, config, task, table, key)
-
-
-def _token_weights(bench: Bench, config: Optimize, chosen: Choices) -> np.ndarray:
-    """How much each calibration token counts in J [windows, length]: measured at a uniform plan,
-    the smallest of at least FOUR code bits, since the reference itself has no tail."""
-    at = next((c for c in chosen.columns if chosen.fitted[chosen.groups[0][0], c].code_bits >= FOUR),
-              chosen.columns[-1])  # fmt: skip
-    choice = {layer.name: chosen.fitted[layer.name, at] for layer in chosen.scope}
-    kl = bench.score(choice, "calibration", make_quantizer(config.quantizer, bench)).kl
-    meaning = config.meaning
-    objective = Objective(meaning.cvar, meaning.level, float(np.quantile(kl, meaning.level)))
-    weights = np.ones((len(kl), kl.shape[1] + 1))  # the last position has no next token
-    weights[:, :-1] = objective.weights(kl)
-    return weights
+    return table if reading else _measured_rows(bench, config, task, table, key)
 
 
 def _part(key: str, index: Any) -> str:

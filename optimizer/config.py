@@ -244,6 +244,11 @@ class Optimize:
         self.quantizer.check()
         self._check_kinds()
         self.meaning.check(self.sensitivity.estimator)
+        if any(d.name == texts.LONG and d.path is None for d in texts.parse(self.meaning.domains)):
+            raise ConfigError(
+                f"{texts.LONG} is sampled for the certificate alone, and meaning.domains holds it. "
+                "Take it out, or give a file: 'long = FILE'."
+            )
         self.search.check()
         self.proof.check()
         self.wandb.check()

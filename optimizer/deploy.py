@@ -178,7 +178,8 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
     )
     if bench.source.fingerprint != plan.model.get("fingerprint", bench.source.fingerprint):
         reference_of(plan, config.reference, bench.store)
-    asked = proof.Asked(config.tolerance, config.domains, config.generate, 0)
+    tuned = plan.provenance.get("tuned", {}).get("domains", [])
+    asked = proof.Asked(config.tolerance, config.domains, config.generate, 0, tuned)
     proof.check(bench, asked)
     windows = bench.windows("heldout")
     view.stage("the reference reads")

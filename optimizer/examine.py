@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from optimizer.model import Model
     from optimizer.probes.damage import Cell
 
+TUNED = "on whose half the plan was tuned"
 VERSION = 1  # raised when the margins of the same pairs change
 
 Choice = Mapping[str, Precision]
@@ -158,12 +159,16 @@ def probe(config: Probe, view: View | None = None) -> Probed:
     _check_target(config.out, [config.plan, config.probes or config.plan])
     pairs = _pairs(config)
     subject = Subject(config.plan, config.model, config.store, config.device, view or View())
+    known = subject.plan.provenance.get("tuned", {}).get("pairs") == probes.key(config.probes)
+    whole, pairs = len(pairs), probes.halves(pairs)[1] if known else pairs
     jobs = margins.encode(pairs, subject.tokenizer, subject.context)
     skipped = Counter(job for job in jobs if isinstance(job, str))
-    if len(pairs) == skipped.total():
+    skipped[TUNED] = whole - len(pairs)
+    skipped = +skipped
+    if whole == skipped.total():
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
         raise TextError(
-            f"None of the {len(pairs)} pairs can be measured with this model: {reasons}. Give pairs "
+            f"None of the {whole} pairs can be measured with this model: {reasons}. Give pairs "
             "that it can read with probes=FILE."
         )
     measured = {"reference": _margins(subject, {}, pairs, jobs, "the reference")}

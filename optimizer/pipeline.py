@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimizer import page, proof, rivals, room, search
+from optimizer import aims, page, proof, rivals, room, search
 from optimizer.bench import Bench, Choices, View, choices, make_quantizer, measure_table
 from optimizer.config import Optimize
 from optimizer.errors import ModelError
 from optimizer.geometry import geometry
 from optimizer.layer import Inventory, Precision
-from optimizer.objective import Meaning
 from optimizer.plan import Budget, Plan, assemble
 from optimizer.run import Run, Scale, chosen_point, overrides, run_key
 from optimizer.search import Problem, exact
@@ -68,12 +67,12 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
         _pose(replace(config, budget=one.budget), bench.inventory, chosen, blank)
     # an impossible budget ended here
     write_atomically(out / ".writable", b"").unlink()  # an unwritable folder ends here
-    table = measure_table(bench, replace(config, meaning=Meaning()), chosen)  # KL, for promises
-    aimed = measure_table(bench, config, chosen) if config.meaning.cvar else table
+    table = measure_table(bench, config, chosen)  # KL, for promises
+    aimed = aims.losses(bench, config, chosen, table)
     notes = _unwatched(config, chosen)
 
     def solve(budget: Budget) -> tuple[Problem, np.ndarray]:
-        posed = _pose(replace(config, budget=budget), bench.inventory, chosen, aimed.loss)
+        posed = _pose(replace(config, budget=budget), bench.inventory, chosen, aimed)
         return posed, _allocate(posed)
 
     settled = room.settle(config, bench, chosen, rooms, solve)
@@ -269,6 +268,7 @@ def _plan(
             "command": shlex.join(["mezzotint", "optimize", *overrides(asdict(config))]),
             "seed": config.seed,
             "data": asdict(config.data),
+            "tuned": aims.tuned(config.meaning),
             "geometry": _geometry(bench),
             "caches": list(bench.cache.tried),
             "read": room.traffic(config, bench).weights(
@@ -376,7 +376,9 @@ def prove(
 
 def _asked(config: Optimize) -> proof.Asked:
     wanted = config.proof
-    return proof.Asked(wanted.tolerance, wanted.domains, wanted.generate, config.seed)
+    tuned = aims.tuned(config.meaning)["domains"]
+    entries = [*wanted.domains, *aims.missing(config.meaning, wanted.domains)]
+    return proof.Asked(wanted.tolerance, entries, wanted.generate, config.seed, tuned)
 
 
 def _weights(bench: Bench, choice: Mapping[str, Precision], quantizer: Any) -> proof.Weights:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,12 +32,19 @@ Hold = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Asked:
-    """What `optimize` (proof.*) and `evaluate` ask alike."""
+    """What `optimize` (proof.*) and `evaluate` ask alike. tuned: keys of domains that the plan was
+    tuned on; of them, only the other documents are read."""
 
     tolerance: Tolerance
     domains: Sequence[str]
     generate: int
     seed: int
+    tuned: Sequence[list[str]] = ()
+
+    @property
+    def texts(self) -> list[Domain]:
+        chosen = domains.parse(self.domains)
+        return [replace(d, half=1) if d.key() in self.tuned else d for d in chosen]
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ def check(bench: Bench, asked: Asked) -> None:
         )
     skipped: dict[str, int] = {}
     left_out = []
-    for domain in domains.parse(asked.domains):
+    for domain in asked.texts:
         if domain.name == LONG and domain.path is None:
             continue
         windows, reasons = _cut(bench, domain)
@@ -84,7 +91,7 @@ def judge(bench: Bench, weights: Weights, heldout: Scores, asked: Asked) -> dict
     from optimizer import tolerance
     from optimizer.verdict import MAIN
 
-    chosen = domains.parse(asked.domains)
+    chosen = asked.texts
     texts = {MAIN: heldout} | _domain_scores(bench, weights, chosen)
     cuts = {domain.name: domain.weight for domain in chosen}
     found = tolerance.judge(texts, cuts, _noise(bench), asked.tolerance, asked.seed)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from optimizer.aims import Beside, own_head
 from optimizer.bench import Bench, Choices, make_quantizer
 from optimizer.config import Optimize
 from optimizer.errors import ConfigError
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from optimizer.search.study import Study, Tried
 
 LOW_BIT_FACTORS = (1.5, 2.0, 3.0, 5.0)
-STUDY_VERSION = 2  # raised when trials can't be compared with older ones
+STUDY_VERSION = 3  # raised when trials can't be compared with older ones
 SLOPE_VERSION = 1  # raised when slopes change
 SLOPE_WINDOWS = 16
 KEPT = 4  # slopes that proposals are drawn from
@@ -86,14 +87,15 @@ def refine(
             f"less: data.search.sequences={2 * len(windows.ids)} gives the search more text"
         )
     settings = replace(settings, first=min(settings.first, used))
-    name = _name(bench, config, problem)
+    beside = Beside(bench, config, chosen, used)
+    name = _name(bench, config, problem, beside)
     where = settings.storage or str(journal)
     bench.view.note(f"trials are kept in {_public(where)}; optuna-dashboard shows them live")
     study = Study.open(settings, problem, name, journal, config.seed)
     quantizer = make_quantizer(config.quantizer, bench)
     quantizer.prepare(_offered(chosen))  # all codes, while the model holds its own weights
     with bench.model.rounded(quantizer) as rounding:
-        scout = Scout(bench, config, chosen, problem, study, used, rounding)
+        scout = Scout(bench, config, chosen, problem, study, used, rounding, beside)
         scout.aim(start)
         scout.seed(start)
         begun, before = time.monotonic(), study.spent
@@ -136,14 +138,15 @@ def _offered(chosen: Choices) -> dict[str, list[Precision]]:
     }
 
 
-def _name(bench: Bench, config: Optimize, problem: Problem) -> str:
+def _name(bench: Bench, config: Optimize, problem: Problem, beside: Beside) -> str:
     """The study's name: everything that two workers must agree on to share their trials."""
     content = [
         STUDY_VERSION, bench.part_key("calibration"), bench.part_key("search"),
         make_quantizer(config.quantizer, bench).key,
         problem.groups, problem.columns, problem.limit, problem.unit, problem.free.tolist(),
         config.search.space, config.search.front, config.seed,
-        _used(config.search, *bench.windows("search").ids.shape), asdict(config.meaning),
+        _used(config.search, *bench.windows("search").ids.shape),
+        config.meaning.name, beside.key,
     ]  # fmt: skip
     return f"mezzotint-{config.search.space}-{digest(content)[:24]}"
 
@@ -161,8 +164,9 @@ class Scout:
         study: Study,
         used: int,
         rounding: Rounding,
+        beside: Beside,
     ) -> None:
-        from optimizer.meaning import Teacher, is_head
+        from optimizer.meaning import Teacher
         from optimizer.prefix import Shortcut
 
         self.bench, self.config, self.chosen = bench, config, chosen
@@ -170,11 +174,11 @@ class Scout:
         self.quantizer, self.rounding = make_quantizer(config.quantizer, bench), rounding
         self.task = Task(chosen.groups, chosen.columns, chosen.fitted, self.quantizer)
         net = bench.model.net
-        own_head = any(is_head(net, bench.model.layers[x.name].parameter) for x in chosen.scope)
-        self.teacher = Teacher(net, bench.windows("search"), own_head)
+        self.teacher = Teacher(net, bench.windows("search"), own_head(bench, chosen))
         self.shortcut = Shortcut(bench.model, self.teacher)
         self.prefix: Prefix | None = None
-        self.length = bench.windows("search").ids.shape[1]
+        self.beside = beside
+        self.length = bench.windows("search").ids.shape[1] + beside.tokens
         self.slopes: list[Slope] = []
         self.taken: list[int] = []  # finished trials when each slope was taken
         self.unpaid: dict[str, int] = {}  # tokens of slopes that no trial has used yet
@@ -183,9 +187,10 @@ class Scout:
         self.roles = [bench.model.layers[group[0]].role for group in chosen.groups]
 
     def aim(self, start: np.ndarray) -> None:
-        """Fix the objective's threshold: the quantile of the start's token losses."""
+        """Fix what J depends on at the start: the quantile of its token losses, and its worst
+        domain."""
         meaning = self.config.meaning
-        if not meaning.cvar:
+        if not (meaning.cvar or meaning.domain):
             return
         key = digest(["threshold", self.study.inner.study_name])
 
@@ -196,7 +201,9 @@ class Scout:
             with torch.inference_mode():
                 found = [self.teacher.divergence(self.bench.model.net, w).cpu().numpy()
                          for w in range(self.used)]  # fmt: skip
-            return {"threshold": np.quantile(np.concatenate(found), meaning.level)}
+                domain = self.beside.choose()
+            return {"threshold": np.quantile(np.concatenate(found), meaning.level),
+                    "domain": np.array(domain)}  # fmt: skip
 
         found = self.bench.store.arrays("thresholds", key, make)
         assert found is not None
@@ -204,6 +211,7 @@ class Scout:
         self.teacher.objective = Objective(
             meaning.cvar, meaning.level, float(found["threshold"].item())
         )
+        self.beside.aim(int(found["domain"].item()))
 
     def losses(self, windows: range) -> Callable[[np.ndarray], Iterator[tuple[int, float]]]:
         from optimizer.prefix import Prefix
@@ -213,7 +221,7 @@ class Scout:
             own = Prefix(self.chosen.choice(assignment))
             total = 0.0
             for window in windows:
-                loss = self.shortcut.window(window, self.prefix, own)
+                loss = self.shortcut.window(window, self.prefix, own) + self.beside.loss(window)
                 total += loss
                 if window == windows[-1] and self._leads(total / len(windows), windows):
                     self.prefix = own
@@ -372,7 +380,11 @@ class Scout:
 
         def make() -> dict[str, np.ndarray]:
             self._set(best)
-            return {"halves": slopes(self.bench.model, self.task, self.teacher, parts)}
+            return {
+                "halves": slopes(
+                    self.bench.model, self.task, self.teacher, parts, self.beside.live
+                )
+            }
 
         found = self.bench.store.arrays("slopes", key, make)
         assert found is not None

@@ -121,11 +121,12 @@ def test_a_study_is_named_by_what_its_workers_share(source: Source, tmp_path: Pa
     table = bench.Bench(config.model, None, config.data, config.store, "cpu", bench.View())
     chosen = bench.choices(config, table.inventory)
     blank = np.zeros((len(chosen.groups), len(chosen.columns)))
+    beside = refine.Beside(table, config, chosen, 8)
 
     def name(bits: float) -> str:
         config.budget = Budget(bits=bits)
         posed = pipeline._pose(config, table.inventory, chosen, blank)
-        return refine._name(table, config, posed)
+        return refine._name(table, config, posed, beside)
 
     assert name(4) == name(4) != name(5)
 

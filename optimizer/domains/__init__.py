@@ -2,7 +2,8 @@
 
 Five short sets are the project's own (MIT, see README.md beside this file); `long` is sampled from
 the reference, because only the model's own text is as long as its context. Users name their own
-files. Domains are for the certificate only: nothing is tuned on them.
+files. The certificate reads them. Those of `meaning.domains` are tuned on with every second document
+and certified with the others.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from optimizer.errors import ConfigError, TextError
 HERE = Path(__file__).parent
 BUILT_IN = ("prose", "dialogue", "code", "mathematics", "russian")
 LONG = "long"
-VERSION = 1  # raised when the same text gives other windows
+VERSION = 2  # raised when the same text gives other windows
 SHORTEST = 32  # tokens of a document; shorter ones are skipped
 MOST = 64  # windows of a domain
 UNKNOWN = 0.1  # share of unknown tokens above which a document counts as not representable
@@ -32,11 +33,13 @@ ENTRY = re.compile(r"\s*([\w-]+)\s*(?:=\s*(.*?)\s*)?(?:\*\s*([0-9.]+)\s*)?$")
 @dataclass(frozen=True)
 class Domain:
     """path: the user's own .txt or .jsonl file or folder; None for a built-in set. weight: in the
-    weighted mean of the certificate."""
+    weighted mean of the certificate, and for the worst domain of the objective. half: 0 = only the
+    documents to tune on, 1 = only the others, None = all."""
 
     name: str
     path: Path | None = None
     weight: float = 1.0
+    half: int | None = None
 
     @property
     def source(self) -> Path:
@@ -44,10 +47,12 @@ class Domain:
 
     def key(self) -> list[str]:
         """What determines its text; the name doesn't."""
+        own = [] if self.half is None else [f"half {self.half}"]
         if self.name == LONG and self.path is None:
-            return [LONG]
+            return [LONG, *own]
         files = [self.source] if self.source.is_file() else sorted(self.source.rglob("*"))
-        return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+        hashes = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()]
+        return [*hashes, *own]
 
 
 def parse(entries: Iterable[str]) -> list[Domain]:
@@ -92,29 +97,36 @@ def cut(domain: Domain, tokenizer: Any, longest: int, data: Data) -> Cut:
 
     The length is the tenth percentile of the documents' lengths, `longest` at most, so that nearly
     all of them take part. Documents that are also in the data of `data.path` are skipped: that text
-    was tuned on. Raises TextError for a user's own file that gives fewer than two documents.
+    was tuned on. So are repeated ones, which could be in both halves. Raises TextError for a user's
+    own file that gives fewer than two documents, or four where they are halved.
     """
     own, start = _marks(data), text_prefix(tokenizer)
-    skipped = dict.fromkeys(("also in data.path", "not representable", "too short"), 0)
+    reasons = ("also in data.path", "repeated", "not representable", "too short")
+    skipped, seen = dict.fromkeys(reasons, 0), set[str]()
     documents: list[list[int]] = []
     for text in read_documents(domain.source, "text"):
         ids = encode(tokenizer, text.strip())
         if _mark(text) in own:
             skipped["also in data.path"] += 1
+        elif _mark(text) in seen:
+            skipped["repeated"] += 1
         elif _unknown(ids, tokenizer) > UNKNOWN:
             skipped["not representable"] += 1
         elif len(ids) + len(start) < SHORTEST:
             skipped["too short"] += 1
         else:
             documents.append(ids)
+            seen.add(_mark(text))
     skipped = {reason: count for reason, count in skipped.items() if count}
-    if len(documents) >= 2:
+    needed, word = (2, "two") if domain.half is None else (4, "four")
+    if len(documents) >= needed:
+        documents = documents if domain.half is None else documents[domain.half :: 2]
         return Cut(_windows(documents, start, longest), skipped)
     if domain.path is not None:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "no more"
+        why = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "no more"
         raise TextError(
-            f"A domain needs at least two documents of {SHORTEST} tokens; {domain.path} has "
-            f"{len(documents)} (skipped: {reasons}). Give more text, or leave {domain.name} out."
+            f"A domain needs at least {word} documents of {SHORTEST} tokens; {domain.path} "
+            f"has {len(documents)} (skipped: {why}). Give more text, or leave {domain.name} out."
         )
     return Cut(None, skipped)
 

@@ -6,6 +6,7 @@ this file says what the fields mean. Standard library only.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -126,6 +127,23 @@ def _check_fields(row: dict[str, Any], where: str) -> None:
                 f"{where}: field {name!r} holds half of a surrogate pair (\\ud800 to \\udfff), which "
                 "is no character. Write the character itself."
             ) from None
+
+
+def key(file: str | None) -> str:
+    """What determines the pairs of a file; None = the built-in ones."""
+    return "built in" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def halves(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to tune on, and the others: every second couple (pairs with the same two continuations)
+    of each cell."""
+    turns: dict[tuple[str, str], dict[frozenset[str], int]] = {}
+    parts: tuple[list[Pair], list[Pair]] = ([], [])
+    for pair in pairs:
+        own = turns.setdefault(pair.cell, {})
+        turn = own.setdefault(frozenset((pair.good, pair.bad)), len(own))
+        parts[turn % 2].append(pair)
+    return parts
 
 
 def cells(pairs: Sequence[Pair]) -> list[tuple[str, str]]:

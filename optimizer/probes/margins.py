@@ -76,11 +76,17 @@ def measure(net: nn.Module, jobs: Sequence[Job]) -> np.ndarray:
     rows = [(job.good, job.common) for job in jobs] + [(job.bad, job.common) for job in jobs]
     sums = np.zeros(len(rows))
     predict = Predictor(net)
-    device = next(net.parameters()).device
     for batch in _batches([len(ids) for ids, _ in rows]):
-        for row, value in _score(net, predict, [rows[i] for i in batch], device):
-            sums[batch[row]] += value
+        with torch.inference_mode():
+            sums[batch] = _score(net, predict, [rows[i] for i in batch]).cpu().numpy()
     return sums[: len(jobs)] - sums[len(jobs) :]
+
+
+def live(net: nn.Module, predict: Predictor, jobs: Sequence[Job]) -> Tensor:
+    """Margins [jobs] with a gradient with respect to the weights. All jobs run together."""
+    sides = [[(job.good, job.common) for job in jobs], [(job.bad, job.common) for job in jobs]]
+    good, bad = (_score(net, predict, side) for side in sides)
+    return good - bad
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -95,11 +101,8 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield batch
 
 
-@torch.inference_mode()
-def _score(
-    net: nn.Module, predict: Predictor, rows: list[tuple[list[int], int]], device: torch.device
-) -> Iterator[tuple[int, float]]:
-    """(row, log-probability) of every token after the common ones.
+def _score(net: nn.Module, predict: Predictor, rows: list[tuple[list[int], int]]) -> Tensor:
+    """Log-probability of the tokens after the common ones [rows], float64.
 
     Padding stands on the right, where causal attention never looks back from, so no mask is needed.
     """
@@ -109,9 +112,11 @@ def _score(
     where = torch.tensor(
         [(row, i) for row, (tokens, common) in enumerate(rows) for i in range(common, len(tokens))]
     )
-    hidden = head_input(net, ids.to(device))
+    hidden = head_input(net, ids.to(next(net.parameters()).device))
+    total = torch.zeros(len(rows), dtype=torch.float64, device=hidden.device)
     for part in where.split(CHUNK):
         row, at = part.unbind(1)
-        log_p: Tensor = predict(hidden[row, at - 1])
-        value = log_p.gather(-1, ids[row, at].to(device)[:, None]).squeeze(-1).double()
-        yield from zip(row.tolist(), value.tolist(), strict=True)
+        log_p = predict(hidden[row, at - 1])
+        value = log_p.gather(-1, ids[row, at].to(hidden.device)[:, None]).squeeze(-1).double()
+        total = total.index_add(0, row.to(hidden.device), value)
+    return total

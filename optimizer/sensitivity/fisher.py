@@ -10,8 +10,9 @@ Every precision is scored from the same backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,17 @@ def diagonal(
     token's KL counts; its log-likelihood is multiplied by the square root. Memory: one accumulator
     of the scored layers' size and one parameter's gradient at a time. Cost: a forward and a
     backward pass a window, and one rounding of the layers a precision."""
+    passes = (
+        partial(likelihood, model.net, window, own_seed, _row(weights, i))
+        for i, (window, own_seed) in enumerate(_windows(model.net, ids, seed))
+    )
+    return squared(model, task, passes) / (2 * ids.size)
+
+
+def squared(model: Model, task: Task, passes: Iterable[Callable[[], Tensor]]) -> np.ndarray:
+    """sum_s sum_ij (d s / d W_ij)^2 dW_ij^2 [groups, precisions] over the scalars s that `passes`
+    compute: to first order, and for errors that don't know of each other, the sum of their squared
+    changes."""
     squares: dict[str, Tensor] = {}
 
     def add(name: str, gradient: Tensor) -> None:
@@ -43,14 +55,14 @@ def diagonal(
 
     layers = [model.layers[name] for name in task.layers]
     with _gradients(model.net, {layer.parameter for layer in layers}, add):
-        for i, (window, own_seed) in enumerate(_windows(model.net, ids, seed)):
-            likelihood(model.net, window, own_seed, _row(weights, i)).backward()
+        for scalar in passes:
+            torch.autograd.backward(scalar())
     losses = {}
     for layer in layers:
         fisher = read(squares[layer.parameter], layer)
         errors = (error for _, error in _errors(model, task, layer))
         losses[layer.name] = _array([(fisher * e.square_()).sum() for e in errors])
-    return task.collect(losses) / (2 * ids.size)
+    return task.collect(losses)
 
 
 def directional(

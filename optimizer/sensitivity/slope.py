@@ -12,7 +12,7 @@ layers do not interact. Memory: one accumulator of the scored layers' size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -23,19 +23,29 @@ from optimizer.model import Model, read
 from optimizer.sensitivity import Task
 from optimizer.sensitivity.fisher import _gradients
 
+Beside = Callable[[int], Tensor]  # what else a window's loss is made of; see `optimizer.aims`
 
-def slopes(model: Model, task: Task, teacher: Teacher, parts: Sequence[np.ndarray]) -> np.ndarray:
+
+def slopes(
+    model: Model,
+    task: Task,
+    teacher: Teacher,
+    parts: Sequence[np.ndarray],
+    beside: Beside | None = None,
+) -> np.ndarray:
     """<g, rounded weights> [parts, groups, precisions], nats per token, at the plan that the model
     holds now; one estimate for each part of the windows.
 
     Differences along a row are first-order changes of the loss. parts: indices into the teacher's
-    windows. Cost: a forward and a backward pass over them, and one rounding of each precision a
-    part.
+    windows. beside: further terms of a window's loss. Cost: a forward and a backward pass over them,
+    and one rounding of each precision a part.
     """
-    return np.stack([_slope(model, task, teacher, windows) for windows in parts])
+    return np.stack([_slope(model, task, teacher, windows, beside) for windows in parts])
 
 
-def _slope(model: Model, task: Task, teacher: Teacher, windows: np.ndarray) -> np.ndarray:
+def _slope(
+    model: Model, task: Task, teacher: Teacher, windows: np.ndarray, beside: Beside | None
+) -> np.ndarray:
     total: dict[str, Tensor] = {}
 
     def add(name: str, gradient: Tensor) -> None:
@@ -51,6 +61,9 @@ def _slope(model: Model, task: Task, teacher: Teacher, windows: np.ndarray) -> n
             kl = teacher.divergence(model.net, int(window))
             torch.autograd.backward(teacher.objective.of(kl).sum())
             tokens += kl.numel()
+            rest = None if beside is None else beside(int(window))
+            if rest is not None and rest.requires_grad:  # a window may have nothing beside it
+                torch.autograd.backward(kl.numel() * rest)
     values = {}
     for layer in layers:
         gradient = read(total[layer.parameter], layer)
