@@ -24,6 +24,7 @@ from optimizer.layer import GGML, TRITS_PER_BYTE, Precision, packed_bytes
 
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # fp16's subnormal step and maximum
 TINY = 1e-30  # as a step: every weight is far from zero, so only its sign counts
+CACHED = 2**17  # weights that are rounded at a time: what stays in a CPU's cache, twice as fast
 SHRINKS = [1 - i / 20 for i in range(1, 11)]
 
 
@@ -45,6 +46,11 @@ class Rtn:
             return weight.float()
         if precision.kind in GGML:
             return ggml.round_to(weight, precision)
+        rows, cols = weight.shape
+        some = max(1, CACHED // cols) if weight.device.type == "cpu" else rows
+        return torch.cat([self._values(part, precision) for part in weight.split(some)])
+
+    def _values(self, weight: Tensor, precision: Precision) -> Tensor:
         w = grouped(weight, precision)
         levels = self._levels(w, precision)
         return levels.values(levels.nearest(w)).view(weight.shape)

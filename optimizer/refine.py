@@ -75,7 +75,7 @@ def refine(
 
     settings = config.search
     windows = bench.windows("search")
-    used = _used(settings, *windows.ids.shape)
+    used = tried_on(settings, *windows.ids.shape)
     if used < FEWEST:
         raise ConfigError(
             f"A search needs at least {2 * FEWEST} search windows, of which some confirm the choice; "
@@ -108,7 +108,22 @@ def refine(
         return scout.confirm(start)
 
 
-def _used(settings: Search, windows: int, length: int) -> int:
+def starts(problem: Problem, start: np.ndarray) -> list[np.ndarray]:
+    """The plans that a search starts from: the table's optimum, the same with the lowest bits
+    made dearer (where the second order ends, the table is too kind to them), and the largest
+    uniform plan that fits."""
+    plans = [start]
+    lowest = int(problem.order[0])
+    for factor in LOW_BIT_FACTORS:
+        loss = problem.loss.copy()
+        loss[:, lowest] *= factor
+        plans.append(exact.solve(replace(problem, loss=loss)))
+    uniform = [problem.uniform(c) for c in range(len(problem.columns))]
+    fitting = [u for u in uniform if problem.fits(u) and problem.allows(u)]
+    return plans + ([max(fitting, key=problem.sizes)] if fitting else [])
+
+
+def tried_on(settings: Search, windows: int, length: int) -> int:
     """How many search windows a trial is measured on: enough whole trials must fit into the
     tokens, and a quarter of the windows at least is left to confirm the choice."""
     affordable = max(FEWEST, settings.tokens // (WHOLE_TRIALS * length))
@@ -145,7 +160,7 @@ def _name(bench: Bench, config: Optimize, problem: Problem, beside: Beside) -> s
         make_quantizer(config.quantizer, bench).key,
         problem.groups, problem.columns, problem.limit, problem.unit, problem.free.tolist(),
         config.search.space, config.search.front, config.seed,
-        _used(config.search, *bench.windows("search").ids.shape),
+        tried_on(config.search, *bench.windows("search").ids.shape),
         config.meaning.name, beside.key,
     ]  # fmt: skip
     return f"mezzotint-{config.search.space}-{digest(content)[:24]}"
@@ -242,14 +257,12 @@ class Scout:
         return self.study.run(suggest, self.losses(range(self.used)), self.length)
 
     def seed(self, start: np.ndarray) -> None:
-        """The plans that the study starts from: the table's optimum, the same with the lowest
-        bits made dearer (where the second order ends, the table is too kind to them), and the
-        largest uniform plan that fits."""
-        starts = self._sizes(start) if self.config.search.front else self._starts(start)
-        starts = list({plan.tobytes(): plan for plan in starts}.values())
-        self.fallback, self.seen = start, len(starts)
+        """Measure the plans that the study starts from."""
+        found = self._sizes(start) if self.config.search.front else starts(self.problem, start)
+        plans = list({plan.tobytes(): plan for plan in found}.values())
+        self.fallback, self.seen = start, len(plans)
         if self.study.shared:
-            self.study.begin(starts)
+            self.study.begin(plans)
             for _ in self.bench.view.track(range(self.study.waiting), "search: first plans"):
                 if self.study.waiting:
                     self.run(self._nothing)
@@ -257,20 +270,9 @@ class Scout:
                 time.sleep(POLL)
             return
         done = {tried.assignment.tobytes() for tried in self.study.tried()}
-        missing = [plan for plan in starts if plan.tobytes() not in done]
+        missing = [plan for plan in plans if plan.tobytes() not in done]
         for plan in self.bench.view.track(missing, "search: first plans") if missing else ():
             self.run(lambda _trial, plan=plan: plan)  # type: ignore[misc]
-
-    def _starts(self, start: np.ndarray) -> list[np.ndarray]:
-        starts = [start]
-        lowest = int(self.problem.order[0])
-        for factor in LOW_BIT_FACTORS:
-            loss = self.problem.loss.copy()
-            loss[:, lowest] *= factor
-            starts.append(exact.solve(replace(self.problem, loss=loss)))
-        uniform = [self.problem.uniform(c) for c in range(len(self.problem.columns))]
-        fitting = [u for u in uniform if self.problem.fits(u) and self.problem.allows(u)]
-        return starts + ([max(fitting, key=self.problem.sizes)] if fitting else [])
 
     def _sizes(self, start: np.ndarray) -> list[np.ndarray]:
         """For a front: the table's optima at sizes around the budget, and the uniform plans there."""

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from optimizer.layer import Precision
-from optimizer.quantizer import Codes, Rtn, pack, unpack
+from optimizer.quantizer import CACHED, Codes, Rtn, pack, unpack
 from tests.test_layer import KINDS, precisions
 
 
@@ -31,6 +31,12 @@ def coded(draw: st.DrawFn) -> tuple[Precision, np.ndarray]:
     shape = (draw(st.integers(1, 3)), draw(st.integers(1, 40)))
     codes = draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, levels - 1)))
     return Precision(kind, bits, None, kind == "ternary"), codes
+
+
+def test_a_large_layer_is_rounded_in_pieces_as_one() -> None:
+    weight = torch.randn(CACHED // 64 + 3, 64, generator=torch.Generator().manual_seed(0))
+    precision = Precision("int", 3, 32)
+    assert torch.equal(Rtn().round(weight, precision), Rtn().codes(weight, precision).decode())
 
 
 @given(coded())

@@ -34,11 +34,14 @@ FIRST = 4  # windows before a random plan may be dropped
 
 
 class Meter:
-    """Losses of plans on single search windows, counting evaluated tokens."""
+    """Losses of plans on single search windows, counting evaluated tokens. windows: as many as
+    ours are tried on."""
 
-    def __init__(self, bench: Bench, chosen, rounding, teacher: Teacher, limit: int) -> None:
+    def __init__(
+        self, bench: Bench, chosen, rounding, teacher: Teacher, windows: int, limit: int
+    ) -> None:
         self.bench, self.chosen, self.rounding, self.teacher = bench, chosen, rounding, teacher
-        self.windows = len(teacher.windows.ids) // 2
+        self.windows = windows
         self.length = teacher.windows.ids.shape[1]
         self.spent, self.limit = 0, limit
         self.curve: list[tuple[int, float]] = []
@@ -52,6 +55,15 @@ class Meter:
             found.append(self.shortcut.window(int(window), None, own))
             self.spent += self.length
         return np.array(found)
+
+    def best_start(self, starts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """The best of the plans that ours start from too, and its losses [windows]."""
+        found = []
+        for plan in starts:
+            found.append(self.losses(plan, range(self.windows)))
+            self.best(min(float(each.mean()) for each in found))
+        winner = int(np.argmin([each.mean() for each in found]))
+        return starts[winner], found[winner]
 
     @property
     def over(self) -> bool:
@@ -76,13 +88,13 @@ def switched(problem: Problem, plan: np.ndarray, rng: np.random.Generator) -> np
     return order[rank]
 
 
-def evolution(problem: Problem, start: np.ndarray, meter: Meter, seed: int) -> np.ndarray:
+def evolution(problem: Problem, starts: list[np.ndarray], meter: Meter, seed: int) -> np.ndarray:
     """(1 + 8) evolution with three rounds of selection: 8 children on 2 windows, the best 2 on 8,
     the best on all, against the parent."""
     rng = np.random.default_rng([seed, 41])
     every = range(meter.windows)
-    parent, loss = start, float(meter.losses(start, every).mean())
-    meter.best(loss)
+    parent, each = meter.best_start(starts)
+    loss = float(each.mean())
     while not meter.over:
         children = [switched(problem, parent, rng) for _ in range(8)]
         for keep, count in ((2, 2), (1, 8)):
@@ -96,12 +108,10 @@ def evolution(problem: Problem, start: np.ndarray, meter: Meter, seed: int) -> n
     return parent
 
 
-def random(problem: Problem, start: np.ndarray, meter: Meter, seed: int) -> np.ndarray:
+def random(problem: Problem, starts: list[np.ndarray], meter: Meter, seed: int) -> np.ndarray:
     """Random plans that use their budget; dropped after FIRST windows if not better there."""
     rng = np.random.default_rng([seed, 42])
-    each = meter.losses(start, range(meter.windows))
-    best = start
-    meter.best(float(each.mean()))
+    best, each = meter.best_start(starts)
     while not meter.over:
         plan = exact.random_plan(problem, rng)
         found = meter.losses(plan, range(FIRST))
@@ -129,7 +139,9 @@ def main(text: str, tokens: int, out: Path, budgets: list[float]) -> None:
     quantizer = make_quantizer(base.quantizer, bench)
     teacher = Teacher(bench.model.net, bench.windows("search"))
     for bits in budgets:
-        config = replace(base, budget=Budget(code_bits=bits))
+        config = replace(
+            base, budget=Budget(code_bits=bits), search=Search(space="moves", tokens=tokens)
+        )
         problem = pipeline._pose(config, bench.inventory, chosen, table.loss)
         start = exact.solve(problem)
         for seed in SEEDS:
@@ -150,11 +162,11 @@ def main(text: str, tokens: int, out: Path, budgets: list[float]) -> None:
                     plan, spent, curve = start, 0, []
                 else:
                     with bench.model.rounded(quantizer) as rounding:
-                        half = len(bench.windows("search").ids) // 2
-                        confirm = 4 * half * bench.windows("search").ids.shape[1]  # as ours spends
-                        meter = Meter(bench, chosen, rounding, teacher, tokens + confirm)
+                        used = refine.tried_on(config.search, *teacher.windows.ids.shape)
+                        confirm = 4 * used * teacher.windows.ids.shape[1]  # as ours spends
+                        meter = Meter(bench, chosen, rounding, teacher, used, tokens + confirm)
                         search = evolution if method == "evolution" else random
-                        plan = search(problem, start, meter, seed)
+                        plan = search(problem, refine.starts(problem, start), meter, seed)
                     spent, curve = meter.spent, meter.curve
                 seconds = time.perf_counter() - began
                 scores = bench.score(chosen.choice(plan), "heldout", quantizer)
