@@ -354,7 +354,8 @@ class LazyQuantizer:
         from optimizer.rounding import Calibrated
 
         method = Gptq(settings.damping, settings.order, settings.clip)
-        return Calibrated(method, settings.inputs == "rounded", self._material)
+        guided = settings.weighting == "fisher"
+        return Calibrated(method, settings.inputs == "rounded", self._material, guided)
 
 
 def make_quantizer(settings: Quantizer, material: Any) -> Any:

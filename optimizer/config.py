@@ -92,13 +92,15 @@ class Quantizer:
     """How numbers are rounded. name: rtn (to nearest), gptq or awq. clip: also try smaller ranges
     of a group (not with awq). The rest is gptq's: damping, order (none, columns, groups: see
     `optimizer.gptq`), inputs (rounded: from the model as rounded so far;
-    reference: from the reference)."""
+    reference: from the reference), weighting (of tokens: alike, or fisher: as much as the loss
+    depends on the layer's output at each)."""
 
     name: str = "rtn"
     clip: bool = False
     damping: float = 0.01
     order: str = "columns"
     inputs: str = "rounded"
+    weighting: str = "alike"
 
     @property
     def calibrated(self) -> bool:
@@ -110,6 +112,7 @@ class Quantizer:
             "name": ("rtn", "gptq", "awq"),
             "order": ("none", "columns", "groups"),
             "inputs": ("rounded", "reference"),
+            "weighting": ("alike", "fisher"),
         }
         for key, values in allowed.items():
             if getattr(self, key) not in values:
@@ -133,7 +136,10 @@ class Quantizer:
             return {"name": self.name} | ({"clip": True} if self.clip else {})
         if self.name == "awq":
             return {"name": self.name, "tokens": tokens}
-        return asdict(self) | {"tokens": tokens}
+        found = asdict(self) | {"tokens": tokens}
+        if self.weighting == "alike":  # as in plans and stores from before there was a choice
+            del found["weighting"]
+        return found
 
     def key(self, tokens: str | None) -> Any:
         """For the store. Plain rtn is its name, as in entries made before it had settings."""

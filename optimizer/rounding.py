@@ -22,6 +22,7 @@ from optimizer.gptq import Gptq
 from optimizer.layer import Inventory, Precision
 from optimizer.plan import digest
 from optimizer.quantizer import Codes, Given, Rtn
+from optimizer.sensitivity.outputs import token_weights
 from optimizer.stream import Stream
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from optimizer.store import Store
 
 VERSION = 2  # raised when codes change
+SEED = 0  # of the labels that weigh tokens
 Parts = dict[str, Tensor]  # a layer's packed tensors by suffix
 
 
@@ -48,13 +50,16 @@ class Material(Protocol):
 
 
 class Calibrated:
-    """`quantizer=gptq`. chained: inputs come from the model as rounded so far."""
+    """`quantizer=gptq`. chained: inputs come from the model as rounded so far. guided: a token
+    counts as much as the loss depends on the layer's output there."""
 
     name = "gptq"
 
-    def __init__(self, method: Gptq, chained: bool, material: Material) -> None:
+    def __init__(
+        self, method: Gptq, chained: bool, material: Material, guided: bool = False
+    ) -> None:
         self._method, self._chained, self._material = method, chained, material
-        self._nearest = Rtn()
+        self._guided, self._nearest = guided, Rtn()
 
     def _unpacked(self, parts: Parts, precision: Precision, cols: int) -> Codes | Blocks:
         return Codes.unpack(parts, precision, cols)
@@ -70,7 +75,27 @@ class Calibrated:
     @cached_property
     def key(self) -> list[Any]:
         """What determines the codes, besides weights and precisions."""
-        return ["gptq", VERSION, self._material.calibration_key, vars(self._method), self._chained]
+        guided = ["guided"] if self._guided else []
+        return [
+            "gptq", VERSION, self._material.calibration_key, vars(self._method), *guided,
+            self._chained,
+        ]  # fmt: skip
+
+    @cached_property
+    def _weights(self) -> dict[str, np.ndarray] | None:
+        """Of every watchable layer's tokens, at the reference; None: all count alike. The model
+        must hold its own weights when they are made."""
+        if not self._guided:
+            return None
+        material = self._material
+
+        def make() -> dict[str, np.ndarray]:
+            layers = [x for x in material.inventory.layers if x.watchable]
+            ids = material.calibration()
+            return token_weights(material.model, layers, ids, SEED, material.track)
+
+        key = digest(["token weights", VERSION, material.calibration_key, SEED])
+        return material.store.arrays("weights", key, make)
 
     def rounder(self, choice: Mapping[str, Precision], joint: bool = True) -> Rounder:
         """What rounds the layers of `choice`. Costs about three passes over the calibration
@@ -144,7 +169,10 @@ class Calibrated:
         sets = [names for names in sets if names]
         if not sets:
             return
-        for names, hessian in zip(sets, stream.hessians(block, sets), strict=True):
+        if self._weights is not None:  # layers that share an input weigh its tokens differently
+            sets = [[name] for names in sets for name in names]
+        hessians = stream.hessians(block, sets, self._weights)
+        for names, hessian in zip(sets, hessians, strict=True):
             what = [(name, precision) for name in names for precision in wanted[name]]
             jobs = [(model.weight(name), precision) for name, precision in what]
             for (name, precision), codes in zip(
@@ -202,6 +230,7 @@ class Calibrated:
     ) -> None:
         """Round block after block; a killed run finds the blocks that it finished in the store."""
         ids, model = self._material.calibration(), self._material.model
+        _ = self._weights  # of the reference, so before anything is rounded
         places = {name: model.layers[name].block for name in real}
         done = {name: p for name, p in real.items() if places[name] is None}
         with model.rounded(rounder, done) as rounding:

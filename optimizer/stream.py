@@ -49,8 +49,14 @@ class Stream:
         same tensor stand together."""
         return self._shared.get(block, [])
 
-    def hessians(self, block: int, sharing: Sequence[Sequence[str]]) -> list[Tensor]:
-        """sum x x' [cols, cols] of each set of layers, from one pass that stops after the last."""
+    def hessians(
+        self,
+        block: int,
+        sharing: Sequence[Sequence[str]],
+        weights: Mapping[str, np.ndarray] | None = None,
+    ) -> list[Tensor]:
+        """sum x x' [cols, cols] of each set of layers, from one pass that stops after the last.
+        weights: layer -> of its tokens [windows, length], taken from the first of each set."""
         modules = [self._module(self._model.layers[names[0]]) for names in sharing]
         columns = [self._model.layers[names[0]].cols for names in sharing]
         device = self._batches[0].hidden.device
@@ -59,15 +65,20 @@ class Stream:
         def add(index: int) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 x = args[0].flatten(0, -2).float()
+                if weights is not None:
+                    own = torch.from_numpy(weights[sharing[index][0]][now[0] : now[1]])
+                    x = x * own.to(x).reshape(-1, 1).sqrt()
                 found[index].addmm_(x.T, x)
                 if index == len(modules) - 1:
                     raise _EnoughError
 
             return hook
 
+        now = [0, 0]  # the windows of the batch that runs
         handles = [m.register_forward_pre_hook(add(i)) for i, m in enumerate(modules)]
         try:
             for batch in self._batches:
+                now[:] = [now[1], now[1] + len(batch.hidden)]
                 with suppress(_EnoughError):
                     self._run(block, batch)
         finally:

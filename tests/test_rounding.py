@@ -149,6 +149,62 @@ def test_hessians_are_sums_over_a_layers_own_inputs(kind: str, made: Maker) -> N
             assert torch.allclose(hessian, x.T @ x, rtol=1e-2, atol=1e-2 * float(hessian.max()))
 
 
+def test_weighted_hessians_count_tokens_by_their_gradients(made: Maker) -> None:
+    """Against autograd: s_t is the squared gradient of the sampled labels' likelihood."""
+    from optimizer.sensitivity.fisher import likelihood
+    from optimizer.sensitivity.outputs import token_weights
+
+    material = made("llama")
+    model, ids = material.model, material.calibration()[:5]
+    name = "model.layers.1.mlp.down_proj.weight"
+    layer = model.layers[name]
+    found = token_weights(model, [layer], ids, 7, lambda items, _text: items)[name]
+    assert found.shape == ids.shape
+    assert np.isclose(found.mean(), 1, atol=1e-5)
+    module = model.net.get_submodule(layer.parameter.rpartition(".")[0])
+    seen: list[torch.Tensor] = []
+
+    def leaf(_module: Any, _inputs: Any, y: torch.Tensor) -> torch.Tensor:
+        seen.append(y.detach().requires_grad_(True))
+        return seen[-1]
+
+    handle = module.register_forward_hook(leaf)
+    likelihood(model.net, torch.from_numpy(ids[3])[None], [7, 3]).backward()
+    handle.remove()
+    squares = seen[-1].grad.square().sum(-1).flatten().numpy()
+    assert np.allclose(found[3] / found[3].sum(), squares / squares.sum(), rtol=1e-3, atol=1e-7)
+    stream = Stream(model, ids)
+    inputs: list[torch.Tensor] = []
+    handle = module.register_forward_pre_hook(
+        lambda _m, args: inputs.append(args[0].flatten(0, 1))
+    )
+    with torch.no_grad():
+        model.net(torch.from_numpy(ids))
+    handle.remove()
+    stream.advance(0)
+    [hessian] = stream.hessians(1, [[name]], {name: found})
+    x = torch.cat(inputs)
+    expected = (x * torch.from_numpy(found).reshape(-1, 1)).T @ x
+    assert torch.allclose(hessian, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_guided_codes_are_others_and_still_better_than_nearest(made: Maker) -> None:
+    material = made("llama")
+    model, choice = material.model, everything(material.model)
+    reference = logits(model.net)
+    with model.rounded(Rtn(), choice):
+        nearest = kl(reference, logits(model.net))
+    guided = make_quantizer(Quantizer(name="gptq", weighting="fisher"), material)
+    rounder, plain = guided.rounder(choice), gptq(material).rounder(choice)
+    with model.rounded(rounder, choice):
+        assert kl(reference, logits(model.net)) < 0.85 * nearest
+    name = next(iter(choice))
+    weight = model.weight(name)
+    assert not torch.equal(rounder.round(weight, P3, name), plain.round(weight, P3, name))
+    assert torch.equal(logits(model.net), reference)
+    assert not any(p.requires_grad for p in model.net.parameters())
+
+
 def test_layers_that_share_an_input_stand_together(made: Maker) -> None:
     roles = [
         [name.split(".")[-2] for name in names]
@@ -377,7 +433,14 @@ def test_the_table_is_made_with_the_quantizers_own_errors(settings: Optimize) ->
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"name": "best"}, {"order": "rows"}, {"damping": 0.0}, {"inputs": "none"}]
+    "wrong",
+    [
+        {"name": "best"},
+        {"order": "rows"},
+        {"damping": 0.0},
+        {"inputs": "none"},
+        {"weighting": "none"},
+    ],
 )
 def test_wrong_settings_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"quantizer.{next(iter(wrong))}"):

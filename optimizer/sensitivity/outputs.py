@@ -1,0 +1,64 @@
+"""How much each token's error counts, layer by layer: squared gradients of the layers' outputs.
+
+A layer's outputs y_t = W x_t at tokens t; g_t the gradient of log p(labels) at y_t, labels sampled
+from the model. The second-order loss of an error dW, with one weight for all outputs of a token
+(GuidedQuant, arXiv:2505.07004, with a single group of outputs):
+    KL ~ 1/(2T) sum_t |g_t|^2 / rows sum_j (dW_j x_t)^2
+so Hessians of inputs become sum_t s_t x_t x_t', s_t = |g_t|^2 over its mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from optimizer.layer import Layer
+from optimizer.model import Model
+from optimizer.sensitivity.fisher import likelihood
+
+
+def token_weights(
+    model: Model,
+    layers: Sequence[Layer],
+    ids: np.ndarray,
+    seed: int,
+    track: Callable[[Iterable[Any], str], Iterable[Any]],
+) -> dict[str, np.ndarray]:
+    """Layer -> s [windows, length] fp32 with mean 1; ones for a layer that no gradient reaches.
+    Cost: a forward and a backward pass a window; no gradient of a weight is made."""
+    net = model.net
+    device = next(net.parameters()).device
+    found = {layer.name: np.zeros(ids.shape, np.float32) for layer in layers}
+    now = [0]
+
+    def catch(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, outputs: tuple[Tensor, ...]) -> None:
+            squares = outputs[0].float().square().sum(-1)
+            found[name][now[0]] = squares.reshape(-1).cpu().numpy()
+
+        return hook
+
+    modules = {x.name: net.get_submodule(x.parameter.rpartition(".")[0]) for x in layers}
+    handles = [m.register_full_backward_hook(catch(name)) for name, m in modules.items()]
+    # weights stay without gradients; the graph begins at the embeddings' output
+    first = net.get_input_embeddings()
+    handles.append(first.register_forward_hook(lambda _m, _i, y: y.requires_grad_(True)))
+    try:
+        for now[0] in track(range(len(ids)), "weights of tokens"):
+            window = torch.from_numpy(ids[now[0]])[None].to(device)
+            likelihood(net, window, [seed, now[0]]).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: _normal(squares) for name, squares in found.items()}
+
+
+def _normal(squares: np.ndarray) -> np.ndarray:
+    mean = float(squares.mean())
+    if not (np.isfinite(mean) and mean > 0):
+        return np.ones_like(squares)
+    return squares / mean
