@@ -60,6 +60,10 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     chosen = choices(config, bench.inventory)
     if config.proof.certify:
         proof.check(bench, _asked(config))
+    if config.search.third in ("time", "price"):
+        from optimizer import pace
+
+        pace.check(chosen, config.runtime.name)
     blank = np.zeros((len(chosen.groups), len(chosen.columns)))
     rooms = room.rooms(config, bench, chosen)
     for one in rooms:
@@ -77,6 +81,9 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
 
     settled = room.settle(config, bench, chosen, rooms, solve)
     problem, assignment = settled.problem, settled.assignment
+    scale = _scale(bench, config, chosen)
+    third, rate = config.search.third, config.search.hourly_rate
+    problem = replace(problem, third=None if third is None else scale.third(third, rate))
     notes += _ample(config, problem)
     if bench.cache.tried:
         notes.append(room.told(bench.cache.tried, bench.cache.bits))
@@ -89,6 +96,7 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
         notes.append(_gain(refined, config.meaning.name))
         assignment = refined.assignment
         searched = {f"searched {i}": x for i, x in enumerate(refined.front)}
+        notes += _save_front(bench, config, chosen, table, searched, out / "front")
     problem = replace(problem, loss=table.loss)  # from here on for showing: KL
     notes += _policy_note(config, problem, assignment)
     plan = _plan(bench, config, chosen, table, assignment)
@@ -99,7 +107,7 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     if config.proof.certify:
         outcome = prove(bench, config, chosen, table, problem, assignment, searched, outcome, out)
     outcome = replace(outcome, seconds=time.monotonic() - begun)
-    return _publish(bench, config, chosen, problem, outcome, out)
+    return _publish(bench, config, chosen, problem, scale, outcome, out)
 
 
 def _reach_storage(config: Optimize, store: Path) -> None:
@@ -119,14 +127,49 @@ def _geometry(bench: Bench) -> dict[str, Any]:
         return {}
 
 
+def _scale(bench: Bench, config: Optimize, chosen: Choices) -> Scale:
+    """With times, measured now or kept, if they are an objective."""
+    scale = Scale.of(
+        bench.inventory,
+        chosen,
+        bench.source.fingerprint,
+        asdict(config.quantizer),
+        room.traffic(config, bench),
+    )
+    if config.search.third not in ("time", "price"):
+        return scale
+    from optimizer import pace
+
+    found = pace.times(bench, chosen, scale.traffic.batch)
+    return replace(scale, times=search.Third("time", found.each, found.outside))
+
+
+def _save_front(
+    bench: Bench,
+    config: Optimize,
+    chosen: Choices,
+    table: Table,
+    searched: Mapping[str, np.ndarray],
+    folder: Path,
+) -> list[str]:
+    """Each plan of a searched front as a file of its own, so that any of them can be applied."""
+    for name, assignment in searched.items():
+        path = folder / f"{name.replace(' ', '-')}.json"
+        _plan(bench, config, chosen, table, assignment).save(path)
+    return [f"The plans of the front are in {folder}, without certificates."] if searched else []
+
+
 def _publish(
-    bench: Bench, config: Optimize, chosen: Choices, problem: Problem, outcome: Outcome, out: Path
+    bench: Bench,
+    config: Optimize,
+    chosen: Choices,
+    problem: Problem,
+    scale: Scale,
+    outcome: Outcome,
+    out: Path,
 ) -> Outcome:
     """What a person looks at afterwards: run.json, and the page that is made from it."""
     fingerprint, settings = bench.source.fingerprint, asdict(config)
-    scale = Scale.of(
-        bench.inventory, chosen, fingerprint, asdict(config.quantizer), room.traffic(config, bench)
-    )
     measured = tuple(
         scale.point(
             row.name, row.assignment, row.predicted, measured=row.measured, measures=row.measures

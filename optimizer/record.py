@@ -13,9 +13,11 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,10 @@ from optimizer.store import write_atomically
 
 INIT_SECONDS = 30  # online; after it the record is kept offline instead
 FINISH_SECONDS = 120
-SECONDS = INIT_SECONDS + FINISH_SECONDS + 30
+SECONDS = {
+    "online": INIT_SECONDS + FINISH_SECONDS + 30,
+    "offline": 300,
+}  # the latter needs no network
 CERTIFICATE = "certificate.json"
 NAME = re.compile(r"[^\w.-]+")  # artifact names: letters, digits, underscore, dash, dot
 
@@ -56,24 +61,39 @@ def _attempt(folder: Path, settings: Wandb, sweep: str | None) -> tuple[str, str
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     own = {"PYTHONPATH": path, "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
     asked = json.dumps([str(folder), asdict(settings), sweep])
+    command = [sys.executable, "-m", "optimizer.record", asked]
+    limit = SECONDS[settings.mode]
     try:
-        done = subprocess.run(  # noqa: S603  (this very program)
-            [sys.executable, "-m", "optimizer.record", asked],
-            stdin=subprocess.DEVNULL,  # W&B asks for a key where there is a terminal
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            env=os.environ | own,
-            check=False,
-        )
+        code, out, said = _limited(command, os.environ | own, limit)
     except subprocess.TimeoutExpired:
-        return "", f"it was not done after {SECONDS} s."
+        return "", f"it was not done after {limit} s."
     except OSError as error:
         return "", str(error)
-    if done.returncode == 0:
-        return done.stdout.strip().splitlines()[-1], None
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return "", lines[-1] if lines else f"exit code {done.returncode}."
+    if code == 0:
+        return out.strip().splitlines()[-1], None
+    lines = [line for line in said.splitlines() if line.strip()]
+    return "", lines[-1] if lines else f"exit code {code}."
+
+
+def _limited(command: list[str], env: dict[str, str], limit: float) -> tuple[int, str, str]:
+    """(exit code, output, errors). When the time is over, or this program is stopped, the process and
+    all that it started end: W&B's own service holds the pipes and would go on trying."""
+    with subprocess.Popen(  # noqa: S603  (this very program)
+        command,
+        stdin=subprocess.DEVNULL,  # W&B asks for a key where there is a terminal
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        start_new_session=True,
+    ) as child:
+        try:
+            out, said = child.communicate(timeout=limit)
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            raise
+        return child.returncode, out, said
 
 
 def main(asked: str) -> None:
@@ -141,6 +161,11 @@ def _log(live: Any, plan: Plan, run: Run, folder: Path) -> None:
     log["predicted against measured"] = wandb.plot.scatter(
         plans, "predicted_kl", "kl", "Predicted against measured KL, nats per token"
     )
+    if run.third is not None:
+        column = {"read": "bytes_per_token", "time": "seconds_per_token",
+                  "price": "price_of_a_million"}[run.third]  # fmt: skip
+        title = f"{column} against measured KL, nats per token"
+        log["third objective"] = wandb.plot.scatter(plans, column, "kl", title)
     log["heat map"] = wandb.Html(page.heat_document(plan), inject=False)
     if (folder / example.FILE).exists():
         shaded = (folder / example.FILE).read_text(encoding="utf-8")
@@ -189,16 +214,16 @@ def plan_table(run: Run) -> Any:
     points = [(p, role) for p, role in chart.shown(run) if role != "front"]
     measures = list(dict.fromkeys(key for point, _ in points for key in point.measures))
     columns: list[str | int] = ["plan", "role", "plan_id", "bytes", "bits", "bytes_per_token"]
-    columns += ["predicted_kl"]
+    columns += ["seconds_per_token", "price_of_a_million", "predicted_kl"]
     for key in measures:
         columns += [key, f"{key}_low", f"{key}_high"]
-    rows = [_plan_row(point, role, measures) for point, role in points]
+    rows = [_plan_row(run, point, role, measures) for point, role in points]
     return wandb.Table(columns=columns, data=rows, allow_mixed_types=True)
 
 
-def _plan_row(point: Point, role: str, measures: list[str]) -> list[Any]:
+def _plan_row(run: Run, point: Point, role: str, measures: list[str]) -> list[Any]:
     row: list[Any] = [point.name, role, point.id, point.bytes, point.bits, point.moved]
-    row += [point.predicted]
+    row += [point.seconds or None, run.price(point), point.predicted]
     for key in measures:
         row += _three(point.measures.get(key, {}))
     return row

@@ -41,6 +41,7 @@ SLOPE_WINDOWS = 16
 KEPT = 4  # slopes that proposals are drawn from
 SIZES = 8  # of a front: table's optima to start from
 SPAN = 4 / 3  # of a front: sizes from budget / SPAN to budget * SPAN
+FIRST_PULLS = (0.3, 3.0)  # of a third objective, see Problem.toll
 SHOWN = 16  # plans of a front that are measured beside the others
 POLL = 1.0  # seconds
 EXHAUSTED = 60  # trials in a row that repeat plans: there is nothing left to measure
@@ -53,7 +54,7 @@ FRESH, STALE = 2, 6  # trials until the slope is taken again: with a new best pl
 class Refined:
     """assignment: the chosen plan [G]. history: one row per trial. confirmed: mean loss on the
     confirmation windows of the start and of the choice. front: of search.front, plans of other
-    sizes that none beats in size and loss on the search windows."""
+    sizes that none beats in all objectives on the search windows."""
 
     assignment: np.ndarray
     history: list[dict[str, float]]
@@ -162,6 +163,7 @@ def _name(bench: Bench, config: Optimize, problem: Problem, beside: Beside) -> s
         config.search.space, config.search.front, config.seed,
         tried_on(config.search, *bench.windows("search").ids.shape),
         config.meaning.name, beside.key,
+        *([problem.third.name, problem.third.each.tolist()] if problem.third else []),
     ]  # fmt: skip
     return f"mezzotint-{config.search.space}-{digest(content)[:24]}"
 
@@ -275,10 +277,18 @@ class Scout:
             self.run(lambda _trial, plan=plan: plan)  # type: ignore[misc]
 
     def _sizes(self, start: np.ndarray) -> list[np.ndarray]:
-        """For a front: the table's optima at sizes around the budget, and the uniform plans there."""
+        """For a front: the table's optima at sizes around the budget, those that a third objective
+        pulls at, and the uniform plans there."""
         low, high = self.span
         limits = np.geomspace(low, high, SIZES)
         optima = [exact.solve(replace(self.problem, limit=float(limit))) for limit in limits]
+        if self.problem.third is not None:
+            priced = [self.problem.loss + self.problem.toll(pull) for pull in FIRST_PULLS]
+            optima += [
+                exact.solve(replace(self.problem, limit=float(limit), loss=loss))
+                for limit in (self.problem.limit, high)
+                for loss in priced
+            ]
         uniform = [self.problem.uniform(c) for c in range(len(self.problem.columns))]
         inside = [u for u in uniform if low <= self.problem.sizes(u) <= high]
         return [start, *optima, *(u for u in inside if self.problem.allows(u))]
@@ -297,15 +307,16 @@ class Scout:
 
     @property
     def volume(self) -> float:
-        """Of all finished trials; sizes in units of the budget, losses in nats, below the largest
-        size and the largest loss of the plans that the study started from."""
+        """Of all finished trials; sizes in units of the budget, losses in nats, a third objective in
+        units of the first plan's, below the largest of the plans that the study started from."""
         return self._volume(self.study.finished)
 
     def _volume(self, trials: list[Tried]) -> float:
         points = self.study.points(trials)
         starts = self.study.points(self.study.finished[: SIZES + 1])
-        top = (self.span[1] / self.problem.limit, float(starts[:, 1].max()))
-        return hypervolume(points / [self.problem.limit, 1], top)
+        unit = np.array([self.problem.limit, 1.0, *starts[0, 2:]])
+        top = np.array([self.span[1], *starts[:, 1:].max(0)])
+        return hypervolume(points / unit, [float(x) for x in top / unit])
 
     def _nothing(self, _trial: Any) -> np.ndarray:
         """Another worker took the last queued plan in this very moment: repeat the first."""
@@ -317,7 +328,7 @@ class Scout:
 
         spaces = {
             "layers": study.layers,
-            "multipliers": lambda problem: study.multipliers(problem, self.roles),
+            "multipliers": lambda problem, toll=0.0: study.multipliers(problem, self.roles, toll),
         }
         space = spaces.get(self.config.search.space)
         if space is not None:
@@ -442,7 +453,9 @@ class Scout:
                 best = min(best, tried.loss)
             row = {"tokens": spent, "loss": tried.loss, "windows": tried.windows, "best": best}
             if self.config.search.front:
+                third = self.problem.third
                 row |= {"size": self.problem.sizes(tried.assignment),
+                        **({third.name: third.of(tried.assignment)} if third else {}),
                         "hypervolume": self._volume(finished)}  # fmt: skip
             rows.append(row)
         return rows

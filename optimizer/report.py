@@ -27,7 +27,7 @@ from optimizer.bench import View
 from optimizer.fit import Answer
 from optimizer.layer import Precision
 from optimizer.memory import mib, usable
-from optimizer.page.compare import Sweep
+from optimizer.page.compare import Sweep, speeds_of
 from optimizer.pipeline import Outcome
 from optimizer.plan import Plan
 from optimizer.speed import price
@@ -412,14 +412,16 @@ def sweep(out: Console, found: Sweep, written: Path) -> None:
     """The runs of a sweep, smallest plan first, and the jobs that didn't finish."""
     table = Table()
     table.add_column("job", overflow="fold")
-    for name in ("MB", "bits", "predicted KL", "held-out KL", "s"):
+    speeds = speeds_of(found.jobs)
+    for name in ("MB", "bits", *speeds, "predicted KL", "held-out KL", "s"):
         table.add_column(name, justify="right")
-    for job in found.jobs:
+    for i, job in enumerate(found.jobs):
         kl = job.heldout
         table.add_row(
             Text(job.label),
             f"{job.plan.bytes['total'] / 1e6:.2f}",
             f"{job.plan.effective_bits:.3f}",
+            *(column[i] for column in speeds.values()),
             f"{job.run.chosen.predicted:.4f}",
             f"{kl[0]:.4f} [dim]\\[{kl[1]:.4f}, {kl[2]:.4f}][/dim]" if kl else "not measured",
             f"{job.run.seconds:.0f}",

@@ -18,12 +18,12 @@ import numpy as np
 from optimizer.errors import PlanError
 from optimizer.layer import Inventory, Precision
 from optimizer.plan import Plan, digest, identity, stored_bytes
-from optimizer.speed import Traffic
+from optimizer.speed import Traffic, price
 from optimizer.store import write_atomically
 
 if TYPE_CHECKING:
     from optimizer.bench import Choices
-    from optimizer.search import Problem
+    from optimizer.search import Problem, Third
 
 FORMAT, VERSION = "mezzotint-run", 1
 FILE = "run.json"
@@ -38,7 +38,7 @@ class Point:
     bytes: of the tensors, headers not counted, as in the certificate. bits: per weight in scope,
     scales counted. predicted, measured: mean KL, nats per token, the latter on search documents
     (None: not measured). measures: name -> {value, low, high}. moved: bytes that are read for each
-    new token (optimizer.speed).
+    new token (optimizer.speed). seconds: that each takes by optimizer.pace; 0: not measured.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Point:
     measures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     layers: str = ""
     moved: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,23 @@ class Run:
         data = {"format": FORMAT, "version": VERSION, **asdict(self)}
         text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
         return write_atomically(folder / FILE, text.encode())
+
+    @property
+    def third(self) -> str | None:
+        """Which third objective was asked for."""
+        found = self.config.get("search", {}).get("third")
+        return None if found is None else str(found)
+
+    def price(self, point: Point) -> float | None:
+        """Of a million tokens; None where no rate was given or no time measured."""
+        rate = self.config.get("search", {}).get("hourly_rate")
+        return price(float(rate), 1 / point.seconds) if rate and point.seconds else None
+
+    def cost(self, point: Point) -> float:
+        """The third objective of a plan: bytes, seconds, or a price."""
+        if self.third == "price":
+            return self.price(point) or 0.0
+        return point.seconds if self.third == "time" else float(point.moved)
 
     @classmethod
     def load(cls, folder: Path) -> Run:
@@ -123,7 +141,7 @@ class Scale:
     """Turns assignments of one model into points without touching its inventory again.
 
     size [G, P]: bytes; read [G, P]: those that a step of decoding reads; constant, outside: the
-    same of everything outside the groups.
+    same of everything outside the groups. times: of each new token, where they were measured.
     """
 
     fingerprint: str
@@ -136,6 +154,7 @@ class Scale:
     traffic: Traffic
     read: np.ndarray
     outside: float
+    times: Third | None = None
 
     @classmethod
     def of(
@@ -187,8 +206,23 @@ class Scale:
             float(predicted),
             layers=letters(assignment),
             moved=self.traffic.token(self.outside + float(self.read[rows, assignment].sum())),
+            seconds=0.0 if self.times is None else self.times.of(assignment),
             **rest,
         )
+
+    def third(self, name: str, hourly_rate: float | None) -> Third:
+        """The objective of this name, see `Search.third`."""
+        from optimizer.search import Third
+
+        if name == "read":
+            batch = self.traffic.batch
+            return Third(name, self.read / batch, self.outside / batch + self.traffic.cache)
+        assert self.times is not None
+        if name == "time":
+            return self.times
+        assert hourly_rate is not None
+        a_second = price(hourly_rate, 1.0)
+        return Third(name, a_second * self.times.each, a_second * self.times.outside)
 
     def front(self, problem: Problem, rows: int) -> tuple[Point, ...]:
         """The exact front, thinned evenly to `rows` plans."""

@@ -178,7 +178,7 @@ def test_text_has_contrast_in_light_and_dark():
         for name in ("ink", "soft"):
             assert contrast(colours[name], colours["back"]) >= 4.5, name
             assert contrast(colours[name], colours["panel"]) >= 4.5, name
-        for name in ("front", "uniform", "random", "baseline", "chosen"):
+        for name in ("front", "uniform", "random", "baseline", "searched", "chosen"):
             assert contrast(colours[name], colours["back"]) >= 3, name
 
 

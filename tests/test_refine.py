@@ -148,3 +148,42 @@ def test_a_front_is_searched_around_the_budget(source: Source, tmp_path: Path) -
     assert any("hypervolume" in note for note in found.notes)
     again = pipeline.optimize(config, tmp_path / "again", Seen())
     assert again.plan == found.plan
+
+
+def test_time_and_price_are_objectives_of_a_front(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5 bits are made slow: the front offers plans that avoid them, as files of their own, and the
+    page, the record's table and the comparison know what a token takes."""
+    from optimizer import pace
+    from optimizer.page import compare
+    from optimizer.plan import Plan
+
+    monkeypatch.setattr(
+        pace,
+        "_measure",
+        lambda _bench, _chosen, todo, _batch: {
+            "layers": np.array([1.0 if "int5" in kind[3] else 0.001 for kind in todo]),
+            "outside": np.array(0.5),
+        },
+    )
+    search = {"space": "multipliers", "front": True, "sampler": "nsgaii", "tokens": 5000,
+              "third": "price", "hourly_rate": 3.6}  # fmt: skip
+    config = searched(source, tmp_path / "s", search=search)
+    found = pipeline.optimize(config, tmp_path / "sweep" / "r")
+    run = found.run
+    front = [point for point in run.measured if point.name.startswith("searched")]
+    fives = [list(Plan.load(tmp_path / "sweep/r/front" / f"searched-{i}.json").layers.values())
+             .count("int5_g64") for i in range(len(front))]  # fmt: skip
+    rest = [0.001 * (len(run.groups) - five) for five in fives]
+    assert [p.seconds for p in front] == pytest.approx(
+        [0.5 + five + slow for five, slow in zip(fives, rest, strict=True)]
+    )
+    assert min(fives) == 0 < max(fives)
+    assert run.price(front[0]) == pytest.approx(1000 * front[0].seconds)
+    header, first = (tmp_path / "sweep/r/search.csv").read_text().splitlines()[:2]
+    row = dict(zip(header.split(","), first.split(","), strict=True))
+    assert float(row["price"]) >= 1000 * 0.5
+    text = (tmp_path / "sweep/r/report.html").read_text()
+    assert "Speed against loss" in text and "price of a million tokens" in text
+    assert "a million cost" in compare.write(tmp_path / "sweep").read_text()

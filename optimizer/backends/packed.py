@@ -194,6 +194,31 @@ def _assign(net: nn.Module, name: str, value: Tensor) -> None:
         module._buffers[leaf] = value
 
 
+def linear(weight: Tensor, precision: Precision, tied: bool, device: str) -> Callable[[], Any]:
+    """Makes copies of one layer, as `load(fast=True)` would hold it. weight [rows, cols]; tied: it is
+    an embedding, too, and never multiplied packed."""
+    rows, cols = weight.shape
+    layer = Layer("own", rows, cols, "linear", "own", None, "weight", (rows, cols), tied=tied)
+    untouched = precision.kind == "none"
+    stored = {"own": weight.bfloat16()} if untouched else {
+        f"own.{suffix}": part for suffix, part in Rtn().encode(weight, precision).pack().items()
+    }  # fmt: skip
+
+    def make() -> Any:
+        module = nn.Linear(cols, rows, bias=False, device="meta")
+        if untouched:
+            _assign(module, "weight", stored["own"].to(device, copy=True))
+            return module
+        piece = Piece(layer, precision, lambda name: stored[name].clone())
+        if _multiplies(module, piece, torch.bfloat16, device):
+            _install_product(module, "weight", kernels.Product(piece.stored()))
+        else:
+            _install(module, "weight", PackedParameter([piece], weight.shape, torch.bfloat16))
+        return module.to(device)
+
+    return make
+
+
 class Piece(nn.Module):
     """One layer's stored tensors."""
 

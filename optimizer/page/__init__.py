@@ -32,6 +32,7 @@ def render(plan: Plan, run: Run) -> str:
     """The whole page."""
     sections = [
         ("Size against loss", parts.front(plan, run)),
+        *([("Speed against loss", parts.third(run))] if run.third is not None else []),
         ("Where the bits go", parts.heat(plan, run)),
         ("Predicted against measured", parts.prediction(run)),
         ("Where the bytes go", parts.bytes_table(plan)),

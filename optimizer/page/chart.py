@@ -1,5 +1,5 @@
-"""Two charts as SVG: the front (bytes, loss) and predicted against measured loss. Loss axes are
-logarithmic; a loss of zero is drawn on the lower edge.
+"""Charts as SVG: the front (bytes, loss), a third objective against loss, predicted against measured
+loss. Loss axes are logarithmic; a loss of zero is drawn on the lower edge.
 
 Text sizes come from the style sheet, so that a phone can enlarge them.
 """
@@ -66,13 +66,15 @@ def shown(run: Run) -> list[tuple[Point, str]]:
 def role_of(point: Point, run: Run) -> str:
     if point.name in run.columns:
         return "uniform"
-    return "random" if point.name.startswith("random ") else "baseline"
+    first = point.name.split(" ")[0]
+    return first if first in ("random", "searched") else "baseline"
 
 
 ROLES = {
     "front": "on the predicted front",
     "uniform": "the same precision everywhere",
     "random": "a random plan",
+    "searched": "on the searched front",
     "baseline": "a baseline",
     "chosen": "the chosen plan",
 }
@@ -102,7 +104,32 @@ def summary(point: Point, role: str) -> str:
     name = "" if role in ("front", "chosen") else f"{point.name}, "
     text = f"{name}{ROLES[role]}: {size(point.bytes)}, {point.bits:.3f} bits per weight, "
     text += f"predicted KL {loss(point.predicted)}"
+    if point.seconds:
+        text += f", {milliseconds(1000 * point.seconds)} per token"
     return text + ("" if point.measured is None else f", measured {loss(point.measured)}")
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.3g} ms"
+
+
+def third(run: Run) -> str:
+    """The third objective of a searched front against loss; empty where the run has none."""
+    if run.third is None:
+        return ""
+    across, scale, text = {
+        "read": ("bytes read per new token", 1.0, size),
+        "time": ("milliseconds per new token", 1000.0, milliseconds),
+        "price": ("price of a million tokens", 1.0, loss),
+    }[run.third]
+    points = [(i, p, r) for i, (p, r) in enumerate(shown(run))]
+    xs = [scale * run.cost(p) for _, p, _ in points]
+    x = linear(xs, LEFT, WIDTH - RIGHT)
+    y = logarithmic([value(p) for _, p, _ in points], HEIGHT - BOTTOM, TOP)
+    body = [axes(x, y, across, "KL, nats per token", text)]
+    for (index, point, role), at in zip(points, xs, strict=True):
+        body.append(shape(index, role, x.at(at), y.at(value(point))))
+    return svg("third", f"Chart of {across} against loss for {len(points)} plans.", body)
 
 
 def value(point: Point) -> float:
@@ -185,6 +212,10 @@ def shape(index: int, role: str, x: float, y: float) -> str:
     if role == "baseline":
         up, down = f"{x:.1f},{y - 7:.1f}", f"{x + 6:.1f},{y + 5:.1f} {x - 6:.1f},{y + 5:.1f}"
         return f'<polygon {own} points="{up} {down}"/>'
+    if role == "searched":
+        steps = ((0, -6), (6, 0), (0, 6), (-6, 0))
+        diamond = " ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in steps)
+        return f'<polygon {own} points="{diamond}"/>'
     if role == "chosen":
         corners = []
         for i in range(10):

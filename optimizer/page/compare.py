@@ -9,6 +9,7 @@ from pathlib import Path
 
 from optimizer.errors import ConfigError, PlanError
 from optimizer.page import chart, document
+from optimizer.page.parts import speed_columns
 from optimizer.plan import Plan
 from optimizer.run import FILE, Run, overrides
 from optimizer.store import write_atomically
@@ -122,25 +123,36 @@ def _chart(jobs: Sequence[Job]) -> str:
 
 
 def _table(jobs: Sequence[Job]) -> str:
-    names = ("job", "size", "bits", "predicted KL", "held-out KL", "seconds", "report")
+    speeds = speeds_of(jobs)
+    names = ("job", "size", "bits", *speeds, "predicted KL", "held-out KL", "seconds", "report")
     head = "".join(f"<th scope=col>{name}</th>" for name in names)
+    rows = (_row(job, [column[i] for column in speeds.values()]) for i, job in enumerate(jobs))
     return (
         f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>"
-        f"{''.join(_row(job) for job in jobs)}</tbody></table></div>"
+        f"{''.join(rows)}</tbody></table></div>"
     )
 
 
-def _row(job: Job) -> str:
+def speeds_of(jobs: Sequence[Job]) -> dict[str, list[str]]:
+    """Columns of what is known of the chosen plans' speed; empty cells where a job didn't ask."""
+    each = [speed_columns(job.run, [job.run.chosen]) for job in jobs]
+    titles = dict.fromkeys(title for columns in each for title in columns)
+    return {title: [columns.get(title, [""])[0] for columns in each] for title in titles}
+
+
+def _row(job: Job, speeds: Sequence[str]) -> str:
+    heldout = "not measured"
+    if job.heldout:
+        kl, low, high = (f"{v:.4f}" for v in job.heldout)
+        heldout = f"{kl} <small>[{low}, {high}]</small>"
     cells = [
         chart.size(job.plan.bytes["total"]),
         f"{job.plan.effective_bits:.3f}",
+        *speeds,
         chart.loss(job.run.chosen.predicted),
-        "not measured",
+        heldout,
         f"{job.run.seconds:.0f}",
         f'<a href="{escape(job.folder)}/report.html">open</a>',
     ]
-    if job.heldout:
-        kl, low, high = (f"{v:.4f}" for v in job.heldout)
-        cells[3] = f"{kl} <small>[{low}, {high}]</small>"
     numbers = "".join(f"<td>{cell}</td>" for cell in cells)
     return f"<tr><th scope=row>{escape(job.label)}</th>{numbers}</tr>"

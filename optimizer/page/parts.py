@@ -5,7 +5,7 @@ goes through `escape`.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -54,6 +54,7 @@ LEGEND = {
     "front": "predicted front",
     "uniform": "uniform plans",
     "random": "random plans",
+    "searched": "searched front",
     "baseline": "other baselines",
 }
 
@@ -78,11 +79,13 @@ def front(plan: Plan, run: Run) -> str:  # noqa: ARG001
 def _measured_table(run: Run) -> str:
     shown = chart.shown(run)
     rows = [(i, p, role) for i, (p, role) in enumerate(shown) if role not in ("front", "random")]
-    head = "".join(
-        f"<th scope=col>{name}</th>"
-        for name in ("plan", "size", "bits", "read per token", "predicted KL", "measured KL")
+    speeds = speed_columns(run, [point for _, point, _ in rows])
+    names = ("plan", "size", "bits", *speeds, "predicted KL", "measured KL")
+    head = "".join(f"<th scope=col>{name}</th>" for name in names)
+    body = "".join(
+        _measured_row(i, point, role, [column[row] for column in speeds.values()])
+        for row, (i, point, role) in enumerate(rows)
     )
-    body = "".join(_measured_row(i, point, role) for i, point, role in rows)
     hidden = sum(role == "random" for _, role in shown)
     note = f"<p class=hint>{hidden} random plans are in the chart and in measured.csv.</p>"
     return (
@@ -92,14 +95,37 @@ def _measured_table(run: Run) -> str:
     )
 
 
-def _measured_row(index: int, point: Point, role: str) -> str:
+def speed_columns(run: Run, points: Sequence[Point]) -> dict[str, list[str]]:
+    """What is known of the plans' speed, by the column's title; a cell per plan."""
+    found = {"read per token": [chart.size(p.moved) if p.moved else "" for p in points]}
+    if any(p.seconds for p in points):
+        found["ms per token"] = [f"{1000 * p.seconds:.3g}" if p.seconds else "" for p in points]
+        found["tokens/s"] = [f"{1 / p.seconds:.3g}" if p.seconds else "" for p in points]
+    prices = [run.price(p) for p in points]
+    if any(prices):
+        found["a million cost"] = ["" if cost is None else f"{cost:.3g}" for cost in prices]
+    return found
+
+
+def third(run: Run) -> str:
+    """Speed, where it was an objective."""
+    words = {
+        "read": "Bytes are counted: every weight once, of an embedding a row, of experts those that "
+        "are chosen, and the cache.",
+        "time": "Times are sums over the layers, each measured alone and packed on this machine, and "
+        "the rest of the model. <code>mezzotint evaluate speed=64</code> measures a whole model.",
+    }
+    words["price"] = words["time"]
+    return f"{chart.third(run)}<p class=hint>{words[str(run.third)]}</p>"
+
+
+def _measured_row(index: int, point: Point, role: str, speeds: Sequence[str]) -> str:
     measured = "" if point.measured is None else chart.loss(point.measured)
     kl = point.measures.get("kl")
     if kl:
         measured += f" <small>[{chart.loss(kl['low'])}, {chart.loss(kl['high'])}]</small>"
     name = "chosen plan" if role == "chosen" else point.name
-    moved = chart.size(point.moved) if point.moved else ""
-    cells = (chart.size(point.bytes), f"{point.bits:.3f}", moved, chart.loss(point.predicted))
+    cells = (chart.size(point.bytes), f"{point.bits:.3f}", *speeds, chart.loss(point.predicted))
     numbers = "".join(f"<td>{cell}</td>" for cell in cells)
     button = (
         f'<button type=button data-show="{index}" aria-label="Show {escape(name)}">show</button>'

@@ -19,6 +19,7 @@ SPACES = ("moves", "multipliers", "layers")
 SAMPLERS = ("tpe", "nsgaii", "cmaes", "gp", "random")
 DECODED = ("multipliers", "layers")
 CONTINUOUS = ("cmaes", "gp")
+THIRDS = ("read", "time", "price")
 
 
 @dataclass(kw_only=True)
@@ -31,6 +32,8 @@ class Search:
     tokens: evaluated search tokens at most; a backward pass counts as two more forward passes.
     trials, seconds: further limits, None = none.
     front: search sizes around the budget too, size and loss as two objectives of one study.
+    third: one more objective of a front: read (bytes read per new token), time (seconds per new token
+    of the packed model, measured layer by layer) or price (of a million tokens at hourly_rate).
     heartbeat: seconds; a worker on a database that is silent for twice as long is taken for dead.
     """
 
@@ -40,6 +43,8 @@ class Search:
     trials: int | None = None
     seconds: float | None = None
     front: bool = False
+    third: str | None = None
+    hourly_rate: float | None = None
     storage: str | None = None
     heartbeat: int = 30
     worker: int = 0  # a number of its own for each worker of one study
@@ -62,6 +67,7 @@ class Search:
                 f"sampler of two objectives: search.space one of {', '.join(DECODED)} and "
                 f"search.sampler one of tpe, nsgaii, random, not {self.space} and {self.sampler}."
             )
+        self._check_third()
         if self.tokens < 1:
             raise ConfigError(
                 f"A search needs evaluated tokens; search.tokens is {self.tokens}. Give a positive "
@@ -79,6 +85,43 @@ class Search:
         if not 0 <= self.prune < 1 or self.first < 1:
             raise ConfigError("search.prune is a p-value in [0, 1) and search.first at least 1.")
 
+    def _check_third(self) -> None:
+        if self.third is not None and self.third not in THIRDS:
+            raise ConfigError(
+                f"search.third is {', '.join(THIRDS)} or null, not {self.third!r}: bytes read per "
+                "new token, seconds per new token, or what a million tokens cost."
+            )
+        if self.third is not None and not self.front:
+            raise ConfigError(
+                f"A third objective (search.third={self.third}) is one of a front's: take "
+                "search=front, or leave search.third out."
+            )
+        if self.third == "price" and self.hourly_rate is None:
+            raise ConfigError(
+                "A price follows from what the machine costs: give search.hourly_rate, such as 0.5 "
+                "an hour, or take search.third=time."
+            )
+        if self.hourly_rate is not None and self.third not in ("time", "price"):
+            raise ConfigError(
+                "A price follows from a measured time: search.hourly_rate needs search.third=price or "
+                f"time, not {self.third}."
+            )
+        if self.hourly_rate is not None and not 0 < self.hourly_rate < float("inf"):
+            raise ConfigError(f"search.hourly_rate is an amount above 0, not {self.hourly_rate}.")
+
+
+@dataclass(frozen=True)
+class Third:
+    """What a front weighs besides size and loss, lower is better: outside + the sum of each [G, P].
+    name: read, in bytes per token; time, in seconds per token; price, of a million tokens."""
+
+    name: str
+    each: np.ndarray
+    outside: float
+
+    def of(self, assignment: np.ndarray) -> float:
+        return self.outside + float(self.each[np.arange(len(self.each)), assignment].sum())
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -86,6 +129,7 @@ class Problem:
 
     loss: predicted nats per token [G, P], lower is better. size: in `unit`s [G, P]; limit in the
     same unit. code_bits [P] orders the columns. weights [G]. allowed: what a policy leaves.
+    third: of a front with three objectives.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -98,6 +142,7 @@ class Problem:
     blocks: tuple[int | None, ...]
     unit: str = "bytes"
     allowed: np.ndarray | None = None
+    third: Third | None = None
 
     @property
     def free(self) -> np.ndarray:
@@ -129,6 +174,17 @@ class Problem:
 
     def uniform(self, column: int) -> np.ndarray:
         return np.full(len(self.groups), column)
+
+    def toll(self, pull: float) -> np.ndarray:
+        """The third objective as a loss [G, P] for a solver: at pull 1, the way from the dearest plan
+        to the cheapest counts as much as the loss of the largest uniform plan that fits."""
+        if self.third is None or pull == 0:
+            return np.zeros(self.loss.shape)
+        each = self.third.each
+        span = float((each.max(1) - each.min(1)).sum()) or 1.0
+        fitting = [p for p in map(self.uniform, self.order) if self.fits(p)]
+        unit = self.losses(fitting[-1] if fitting else self.uniform(int(self.order[0])))
+        return pull * abs(unit) / span * each
 
 
 def pose(

@@ -37,6 +37,7 @@ from optimizer.search.surrogate import Belief
 
 OUTSIDE = "tokens outside trials "
 BANDS = 5  # depth bands of `multipliers`
+PULLS = (0.03, 30.0)  # weights of a third objective, see Problem.toll
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Study:
                 pruner=WilcoxonPruner(p_threshold=search.prune, n_startup_steps=search.first)
                 if search.prune and not search.front
                 else NopPruner(),
-                directions=["minimize", "minimize"] if search.front else ["minimize"],
+                directions=["minimize"] * _objectives(search),
                 load_if_exists=True,
             )
         return cls(inner, problem, search, seed)
@@ -121,15 +122,20 @@ class Study:
         return [tried for tried in self.tried() if tried.complete]
 
     def front(self, trials: Sequence[Tried]) -> list[Tried]:
-        """Those that none beats in both size and loss, from the smallest up."""
+        """Those that none beats in all objectives, from the smallest up."""
         points = self.points(trials)
         kept = np.flatnonzero(nondominated(points))
         return [trials[i] for i in kept[np.argsort(points[kept, 0])]]
 
     def points(self, trials: Sequence[Tried]) -> np.ndarray:
-        """(size, loss) [N, 2]."""
-        found = [(self.problem.sizes(t.assignment), t.loss) for t in trials]
-        return np.array(found).reshape(-1, 2)
+        """(size, loss) or (size, loss, third objective) [N, 2 or 3]."""
+        found = [self._values(t.assignment, t.loss) for t in trials]
+        return np.array(found).reshape(-1, 2 if self.problem.third is None else 3)
+
+    def _values(self, assignment: np.ndarray, loss: float) -> list[float]:
+        third = self.problem.third
+        own = [] if third is None else [third.of(assignment)]
+        return [self.problem.sizes(assignment), loss, *own]
 
     def begin(self, starts: Sequence[np.ndarray]) -> None:
         """Queue the plans that a shared study starts from, and those again whose worker died."""
@@ -199,8 +205,7 @@ class Study:
         if pruned:
             self.inner.tell(trial, state=TrialState.PRUNED)
         else:
-            size = self.problem.sizes(chosen)
-            self.inner.tell(trial, [size, mean] if self.search.front else mean)
+            self.inner.tell(trial, self._values(chosen, mean) if self.search.front else mean)
         return Tried(chosen, mean, len(seen), cost, not pruned, np.array(seen))
 
     def _beat(self, trial: optuna.Trial) -> None:
@@ -226,6 +231,10 @@ def _unwarned() -> Iterator[None]:
 
 def _has_heartbeat(storage: BaseStorage) -> bool:
     return isinstance(getattr(storage, "_backend", storage), RDBStorage)
+
+
+def _objectives(search: Search) -> int:
+    return 1 + search.front + (search.third is not None)
 
 
 def _loss(tried: Tried) -> float:
@@ -305,9 +314,13 @@ def _sampler(name: str, seed: int, shared: bool) -> optuna.samplers.BaseSampler:
 # ---------------------------------------------------------------- spaces
 
 
-def layers(problem: Problem) -> Callable[[optuna.Trial], np.ndarray]:
+def layers(
+    problem: Problem, toll: np.ndarray | float = 0.0
+) -> Callable[[optuna.Trial], np.ndarray]:
     """One categorical choice a group; what is over the budget is stepped down where the table
-    says that it costs least, what is left over is spent where it gains most."""
+    says that it costs least, what is left over is spent where it gains most. toll [G, P]: see
+    `Problem.toll`."""
+    priced = replace(problem, loss=problem.loss + toll)
 
     def suggest(trial: optuna.Trial) -> np.ndarray:
         order = problem.order
@@ -318,13 +331,16 @@ def layers(problem: Problem) -> Callable[[optuna.Trial], np.ndarray]:
                 for i in range(len(problem.groups))
             ]
         )
-        return exact.repaired(problem, order[picked])
+        return exact.repaired(priced, order[picked])
 
     return suggest
 
 
-def multipliers(problem: Problem, roles: Sequence[str]) -> Callable[[optuna.Trial], np.ndarray]:
-    """Factors e^u on the table's rows and columns, decoded at exactly the budget. roles [G]."""
+def multipliers(
+    problem: Problem, roles: Sequence[str], toll: np.ndarray | float = 0.0
+) -> Callable[[optuna.Trial], np.ndarray]:
+    """Factors e^u on the table's rows and columns, decoded at exactly the budget. roles [G]; toll
+    [G, P]: see `Problem.toll`."""
     kinds = sorted(set(roles))
     depth = [-1 if b is None else b for b in problem.blocks]
     band = np.clip(np.array(depth) * BANDS // (max(depth) + 1), 0, BANDS - 1)
@@ -339,21 +355,23 @@ def multipliers(problem: Problem, roles: Sequence[str]) -> Callable[[optuna.Tria
             loss[:, column] *= np.exp(
                 trial.suggest_float(f"low {problem.columns[column]}", -0.5, 2)
             )
-        return exact.solve(replace(problem, loss=loss))
+        return exact.solve(replace(problem, loss=loss + toll))
 
     return suggest
 
 
 def sized(
-    space: Callable[[Problem], Callable[[optuna.Trial], np.ndarray]],
+    space: Callable[[Problem, np.ndarray], Callable[[optuna.Trial], np.ndarray]],
     problem: Problem,
     span: tuple[float, float],
 ) -> Callable[[optuna.Trial], np.ndarray]:
-    """A space of any size within `span`: the trial also samples the size (on a log scale)."""
+    """A space of any size within `span`: the trial also samples the size (on a log scale) and, with
+    a third objective, how much that one weighs."""
 
     def suggest(trial: optuna.Trial) -> np.ndarray:
         limit = trial.suggest_float("size", *span, log=True)
-        return space(replace(problem, limit=limit))(trial)
+        pull = trial.suggest_float("pull", *PULLS, log=True) if problem.third else 0.0
+        return space(replace(problem, limit=limit), problem.toll(pull))(trial)
 
     return suggest
 

@@ -9,9 +9,10 @@ from optuna._hypervolume import compute_hypervolume
 from optimizer.search.pareto import hypervolume, nondominated
 
 
+@pytest.mark.parametrize("objectives", [2, 3])
 @pytest.mark.parametrize("seed", range(20))
-def test_the_front_is_what_nothing_dominates(seed: int) -> None:
-    points = np.random.default_rng(seed).integers(0, 6, (12, 2)).astype(float)
+def test_the_front_is_what_nothing_dominates(seed: int, objectives: int) -> None:
+    points = np.random.default_rng(seed).integers(0, 6, (12, objectives)).astype(float)
     kept = nondominated(points)
     for i, p in enumerate(points):
         beaten = any((q <= p).all() and (q < p).any() for q in points)
@@ -19,12 +20,14 @@ def test_the_front_is_what_nothing_dominates(seed: int) -> None:
         assert kept[i] == (not beaten and not twin)
 
 
+@pytest.mark.parametrize("objectives", [2, 3])
 @pytest.mark.parametrize("seed", range(20))
-def test_the_area_is_optunas(seed: int) -> None:
-    points = np.random.default_rng(seed).random((10, 2))
-    inside = points[(points < 0.8).all(1)]
-    expected = compute_hypervolume(inside, np.array([0.8, 0.8])) if len(inside) else 0.0
-    assert hypervolume(points, (0.8, 0.8)) == pytest.approx(expected)
+def test_the_volume_is_optunas(seed: int, objectives: int) -> None:
+    points = np.random.default_rng(seed).random((10, objectives)).round(1)  # with ties
+    reference = np.array([0.8, 0.7, 0.9])[:objectives]
+    inside = points[(points < reference).all(1)]
+    expected = compute_hypervolume(inside, reference) if len(inside) else 0.0
+    assert hypervolume(points, tuple(reference)) == pytest.approx(expected)
 
 
 def test_nothing_covers_nothing_and_nan_is_not_on_a_front() -> None:

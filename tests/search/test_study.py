@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 
@@ -13,13 +14,15 @@ import pytest
 from optuna.trial import TrialState
 
 from optimizer.errors import ConfigError, StorageError
-from optimizer.search import SAMPLERS, SPACES, Problem, Search, exact
+from optimizer.search import SAMPLERS, SPACES, Problem, Search, Third, exact
 from optimizer.search import study as studies
+from optimizer.search.pareto import nondominated
 from optimizer.search.study import Study
 from optimizer.search.surrogate import Slope, believe
 from tests.search.test_contract import problem
 
 WINDOWS, TOKENS = 6, 10
+FRONT = {"front": True, "space": "multipliers", "sampler": "nsgaii"}
 
 
 def hidden_loss(posed: Problem) -> Callable[[np.ndarray], Iterator[tuple[int, float]]]:
@@ -167,6 +170,11 @@ def test_a_hopeless_plan_stops_early_and_never_becomes_the_best(tmp_path: Path) 
         ({"seconds": 0}, "search.seconds"),
         ({"front": True, "space": "moves"}, "decoded for any size"),
         ({"front": True, "space": "multipliers", "sampler": "cmaes"}, "two objectives"),
+        ({"third": "read"}, "search=front"),
+        (FRONT | {"third": "watts"}, "read, time, price"),
+        (FRONT | {"third": "price"}, "search.hourly_rate"),
+        (FRONT | {"third": "read", "hourly_rate": 1.0}, "search.third=price"),
+        (FRONT | {"third": "price", "hourly_rate": 0.0}, "above 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, object], said: str) -> None:
@@ -197,3 +205,41 @@ def test_an_unusable_storage_is_explained(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="can't be used") as caught:
         studies.open_storage("postgresql://me:secret@127.0.0.1:9/none", tmp_path / "j")
     assert "secret" not in str(caught.value)
+
+
+def with_third(posed: Problem) -> Problem:
+    """The third objective has nothing to do with the size."""
+    each = np.random.default_rng(3).exponential(size=posed.size.shape)
+    return replace(posed, third=Third("time", each, 5.0))
+
+
+@pytest.mark.parametrize("name", ["layers", "multipliers"])
+def test_a_third_objective_is_searched_and_told(name: str, tmp_path: Path) -> None:
+    posed = with_third(problem(2, 12, 4, tightness=0.5))
+    study = opened(posed, tmp_path, **FRONT | {"space": name, "third": "time"})
+    roles = ["a", "b"] * (len(posed.groups) // 2)
+
+    def proposed(sub: Problem, toll: np.ndarray) -> Callable[[optuna.Trial], np.ndarray]:
+        if name == "layers":
+            return studies.layers(sub, toll)
+        return studies.multipliers(sub, roles, toll)
+
+    suggest = studies.sized(proposed, posed, (posed.limit / 1.3, posed.limit * 1.3))
+    for _ in range(12):
+        study.run(suggest, hidden_loss(posed), TOKENS)
+    values = np.array([trial.values for trial in study.inner.trials])
+    assert np.allclose(values, study.points(study.tried()))
+    assert values[:, 2] == pytest.approx([posed.third.of(t.assignment) for t in study.tried()])
+    kept = study.points(study.front(study.finished))
+    assert len(kept) >= len(kept[nondominated(kept[:, :2])])  # the third keeps more plans
+    assert {"size", "pull"} <= study.inner.trials[0].params.keys()
+
+
+def test_a_toll_pulls_towards_the_cheap(tmp_path: Path) -> None:
+    posed = with_third(problem(2, 12, 4, tightness=0.5))
+    found = [
+        posed.third.of(exact.solve(replace(posed, loss=posed.loss + posed.toll(pull))))
+        for pull in (0.0, 1.0, 1000.0)
+    ]
+    assert found[0] > found[1] >= found[2]
+    assert not replace(posed, third=None).toll(3.0).any()
