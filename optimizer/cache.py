@@ -60,6 +60,19 @@ def _safe(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
 
+class _Through(torch.autograd.Function):
+    """What a cache returns of tensors, with the gradient of what it was given: rounding has none of
+    its own (the straight-through estimator, arXiv:1308.3432). For whole sequences: nothing is kept."""
+
+    @staticmethod
+    def forward(_context: Any, value: Tensor, cache: Cache) -> Tensor:
+        return cache._out(cache._in(value), value)
+
+    @staticmethod
+    def backward(_context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
 class Cache(DynamicCache):  # type: ignore[misc]  # transformers isn't typed here
     """As transformers' own, with what it keeps in `bits` bits; `floating`: as vLLM stores them."""
 
@@ -72,6 +85,8 @@ class Cache(DynamicCache):  # type: ignore[misc]  # transformers isn't typed her
     ) -> tuple[Tensor, Tensor]:
         """The new tokens' [batch, heads, tokens, n] -> those of all tokens that are kept."""
         new = (key_states, value_states)
+        if torch.is_grad_enabled() and any(value.requires_grad for value in new):
+            return _Through.apply(key_states, self), _Through.apply(value_states, self)
         kept = super().update(*(self._in(x) for x in new), layer_idx, *rest, **named)
         keys, values = (self._out(k, x) for k, x in zip(kept, new, strict=True))
         return keys, values
@@ -92,14 +107,14 @@ def rounded(
     net: Any, bits: int, floating: bool = False, when: Callable[[], bool] | None = None
 ) -> Iterator[None]:
     """Inside, the model attends to keys and values that went through such a cache, whatever its
-    caller says about caches; only where `when` says so. Not where gradients are taken: rounding
-    has none. More than 8 bits: nothing changes."""
+    caller says about caches; only where `when` says so. Gradients go straight through the rounding.
+    More than 8 bits: nothing changes."""
     if bits not in BITS:
         yield
         return
 
     def inject(_net: Any, args: Any, named: dict[str, Any]) -> Any:
-        if torch.is_grad_enabled() or not (when is None or when()):
+        if not (when is None or when()):
             return None
         own = Cache(net.config, bits, floating)
         return args, named | {"past_key_values": own, "use_cache": True}

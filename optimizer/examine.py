@@ -21,6 +21,7 @@ from optimizer.config import Blur, Probe
 from optimizer.deploy import check_names, quantizer_of, reference_of
 from optimizer.errors import ConfigError, StorageError, TextError
 from optimizer.layer import UNTOUCHED, Inventory, Precision
+from optimizer.memory import floating
 from optimizer.plan import Plan, digest, stored_bytes
 from optimizer.source import context_length
 from optimizer.store import Store, write_atomically
@@ -73,9 +74,21 @@ class Subject:
 
     @contextmanager
     def holding(self, choice: Choice) -> Iterator[Any]:
-        """The network with these weights; afterwards with the reference's own again."""
-        with self.model.rounded(self.quantizer.rounder(choice), choice):
+        """The network with these weights and, unless they are the reference's, the plan's cache;
+        afterwards with the reference's own again."""
+        from optimizer.cache import rounded
+
+        bits, floats = self.cache if choice else (16, False)
+        with (
+            self.model.rounded(self.quantizer.rounder(choice), choice),
+            rounded(self.model.net, bits, floats),
+        ):
             yield self.model.net
+
+    @property
+    def cache(self) -> tuple[int, bool]:
+        """Bits of the plan's cache, and whether they are floating-point numbers."""
+        return self.plan.kv, floating(self.plan.runtime)
 
 
 def uniform_beside(plan: Plan, inventory: Inventory) -> tuple[str, dict[str, Precision]] | None:
@@ -206,6 +219,7 @@ def _margins(
 
     real = {layer: p.name for layer, p in sorted(choice.items()) if p.kind != "none"}
     weights = [subject.source.fingerprint, subject.quantizer.key, real]
+    weights += [subject.cache] if choice and subject.plan.kv < 16 else []
     found = np.full(len(pairs), np.nan)
     rows = {
         key: [

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from optimizer.search.study import Study, Tried
 
 LOW_BIT_FACTORS = (1.5, 2.0, 3.0, 5.0)
-STUDY_VERSION = 3  # raised when trials can't be compared with older ones
-SLOPE_VERSION = 1  # raised when slopes change
+STUDY_VERSION = 2  # raised when trials can't be compared with older ones
+SLOPE_VERSION = 2  # raised when slopes change
 SLOPE_WINDOWS = 16
 KEPT = 4  # slopes that proposals are drawn from
 SIZES = 8  # of a front: table's optima to start from

@@ -83,3 +83,32 @@ def test_floats_as_vllm_stores_them(stories):
     kept = cache.Cache(stories.net.config, 8, floating=True)
     keys, _ = kept.update(x.view(1, 1, 1, 4), x.view(1, 1, 1, 4), 0)
     assert keys.flatten().tolist() == [0.1015625, -3.25, 448.0, 0.0]
+
+
+def test_gradients_are_those_of_the_rounded_model_straight_through(stories, monkeypatch):
+    """The forward pass is the rounded one's; where rounding changes nothing, gradients are the
+    plain model's."""
+    net, ids = stories.net, torch.arange(24)[None] % 90
+    weight = net.get_parameter("model.layers.1.self_attn.k_proj.weight")
+
+    def pass_over(bits):
+        with cache.rounded(net, bits):
+            logits = net(input_ids=ids, use_cache=False).logits
+        return logits, torch.autograd.grad(logits.square().mean(), weight)[0]
+
+    before = weight.requires_grad
+    weight.requires_grad_(True)
+    try:
+        plain, slope = pass_over(16)
+        rough, rough_slope = pass_over(4)
+        with torch.inference_mode(), cache.rounded(net, 4):
+            read_only = net(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(rough, read_only)
+        assert not torch.allclose(rough, plain, rtol=1e-3, atol=1e-3)
+        gap = float((rough_slope - slope).norm() / slope.norm())
+        assert 1e-3 < gap < 0.9
+        monkeypatch.setattr(cache.Cache, "_in", lambda _self, x: x)
+        monkeypatch.setattr(cache.Cache, "_out", lambda _self, x, _like: x)
+        torch.testing.assert_close(pass_over(4)[1], slope)
+    finally:
+        weight.requires_grad_(before)

@@ -4,13 +4,18 @@ certified and packed together."""
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
+from optimizer import examine
+from optimizer.bench import View
 from optimizer.errors import ConfigError
 from optimizer.plan import Budget, Plan
 from tests.conftest import QUICK
+from tests.test_probes import story_pairs
 
 MACHINE = ["budget=pi3_1gb", "budget.overhead=0", "budget.usable=1", "budget.context=256"]
 
@@ -54,6 +59,24 @@ def test_what_is_certified_has_the_cache_in_it(mezzotint):
     done = mezzotint("evaluate", "model=packed", *QUICK[:6])
     found = float(done.out.split("mean KL (nats/token)")[1].split()[1])
     assert found == pytest.approx(loss[1], abs=2e-4)
+    pairs = [json.dumps(pair) for pair in story_pairs()]
+    Path("pairs.jsonl").write_text("\n".join(pairs))
+    worst = []
+    for name in ("exact", "rough"):  # the same weights, so only the cache can move a margin
+        call = ("probe", f"{name}/plan.json", "probes=pairs.jsonl", f"out={name}.json")
+        assert mezzotint(*call).code == 0
+        worst.append(json.loads(Path(f"{name}.json").read_text())["cells"][0]["damage"]["plan"])
+    assert worst[0] != worst[1]
+    subject = examine.Subject(
+        "rough/plan.json", None, os.environ["MEZZOTINT_STORE"], "cpu", View()
+    )
+    ids = torch.arange(20)[None] % 90
+    with torch.inference_mode():
+        plain = subject.model.net(input_ids=ids).logits
+        with subject.holding(subject.plan.choice) as net:
+            assert not torch.equal(net(input_ids=ids).logits, plain)
+        with subject.holding({}) as net:
+            assert torch.equal(net(input_ids=ids).logits, plain)
 
 
 def test_the_search_measures_both(mezzotint):

@@ -25,6 +25,7 @@ from optimizer.backends.folder import (
     save_tensors,
     seal,
 )
+from optimizer.backends.reader import Tensors, tensors
 from optimizer.errors import PlanError
 from optimizer.ggml import Blocks
 from optimizer.layer import Inventory, Layer, Precision
@@ -117,8 +118,6 @@ def load(
     can. dtype: another arithmetic; only bf16 multiplies packed.
     Raises PlanError if anything in the folder was changed.
     """
-    from safetensors import SafetensorError, safe_open
-
     folder = Path(folder)
     dtype = dtype or (torch.bfloat16 if fast else torch.float32)
     plan = verify(folder)
@@ -126,16 +125,8 @@ def load(
     inventory = take_inventory(folder)
     if {layer.name for layer in inventory.layers} != set(plan.layers):
         raise PlanError(f"The plan in {folder} and its config.json name different layers.")
-    try:
-        with safe_open(folder / PACKED_FILE, framework="pt") as file:
-            # copied: while one tensor lives in the file's mapping, all of its pages stay resident,
-            # those of tensors that were cast to another type, too (57 MB on SmolLM2)
-            get = lambda name: file.get_tensor(name).clone()  # noqa: E731
-            _fill(net, inventory, plan.choice, get, dtype, device if fast else None)
-    except SafetensorError as error:
-        raise PlanError(
-            f"{folder / PACKED_FILE} and its config.json don't belong together ({error})."
-        ) from None
+    with tensors(folder / PACKED_FILE) as file:
+        _fill(net, inventory, plan.choice, file, dtype, device if fast else None)
     if hasattr(net, "generation_config"):
         with suppress(OSError):
             from transformers import GenerationConfig
@@ -148,14 +139,13 @@ def _fill(
     net: Any,
     inventory: Inventory,
     choice: Mapping[str, Precision],
-    get: Callable[[str], Tensor],
+    stored: Tensors,
     dtype: torch.dtype,
     fast: str | None,
 ) -> None:
     """fast: the device that packed products are for; None: unpack everything."""
     for tensor in inventory.others:
-        value = get(tensor.name)
-        _assign(net, tensor.parameter, value.to(dtype) if value.is_floating_point() else value)
+        _assign(net, tensor.parameter, stored.get(tensor.name, dtype))
     by_parameter: dict[str, list[Layer]] = {}
     for layer in inventory.layers:
         by_parameter.setdefault(layer.parameter, []).append(layer)
@@ -163,10 +153,10 @@ def _fill(
         owner, _, leaf = parameter.rpartition(".")
         module = net.get_submodule(owner)
         shape = module.get_parameter(leaf).shape
-        pieces = [Piece(layer, choice[layer.name], get) for layer in layers]
         if all(layer.kind != "experts" and choice[layer.name].kind == "none" for layer in layers):
-            _assign(net, parameter, get(layers[0].name).to(dtype))
+            _assign(net, parameter, stored.get(layers[0].name, dtype))
             continue
+        pieces = [Piece(layer, choice[layer.name], stored.get) for layer in layers]
         if fast is not None and _multiplies(module, pieces[0], dtype, fast):
             _install_product(module, leaf, kernels.Product(pieces[0].stored()))
             continue
