@@ -133,7 +133,7 @@ def _scale(bench: Bench, config: Optimize, chosen: Choices) -> Scale:
         bench.inventory,
         chosen,
         bench.source.fingerprint,
-        asdict(config.quantizer),
+        config.quantizer.described(bench.calibration_key),
         room.traffic(config, bench),
     )
     if config.search.third not in ("time", "price"):

@@ -75,6 +75,7 @@ def measure(
     from optimizer import certificate
 
     quantizer = make_quantizer(config.quantizer, bench)
+    described = config.quantizer.described(bench.calibration_key)
     weights = problem.weights.sum()
     rows = []
     for name in bench.view.track(list(plans), "measuring plans"):
@@ -85,7 +86,7 @@ def measure(
         measures = {k: asdict(v) for k, v in certificate.describe(scores, counts).items()}
         layers = {x.name: "none" for x in bench.inventory.layers}
         layers |= {k: precision.name for k, precision in choice.items()}
-        key = identity(bench.source.fingerprint, asdict(config.quantizer), layers)
+        key = identity(bench.source.fingerprint, described, layers)
         predicted, measured = table.predict(plans[name])[0], scores.mean_kl
         bits = 8 * size / float(weights)
         rows.append(Row(name, key, bits, predicted, measured, measures, plans[name]))

@@ -180,6 +180,8 @@ def test_time_and_price_are_objectives_of_a_front(
         [0.5 + five + slow for five, slow in zip(fives, rest, strict=True)]
     )
     assert min(fives) == 0 < max(fives)
+    own = next(point for point in run.measured if point.name == "plan")
+    assert run.chosen.id == own.id == found.plan.id and run.chosen.measured == own.measured
     assert run.price(front[0]) == pytest.approx(1000 * front[0].seconds)
     header, first = (tmp_path / "sweep/r/search.csv").read_text().splitlines()[:2]
     row = dict(zip(header.split(","), first.split(","), strict=True))

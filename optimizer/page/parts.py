@@ -274,7 +274,8 @@ def certificate(plan: Plan) -> str:
         )
     return (
         f"{_meaning(proof.get('meaning', {}))}"
-        f"<p><b>{escape(proof['verdict'])}</b></p><p>{words}</p>{line}<div class=wide><table>"
+        f"<p><b>{escape(proof['verdict'])}</b></p><p>{words}</p>{line}"
+        "<div class=wide><table class=cards>"
         f"<caption>{escape(proof['interval'])} in brackets</caption><thead><tr><th scope=col>plan"
         f"</th><th scope=col>size</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         "<p class=hint>Lower is better, except EAR: the share of probability that both models agree "
@@ -295,7 +296,8 @@ def _meaning(found: Mapping[str, Any]) -> str:
     body = "".join(_text_row(row, names, states.get(row["name"], set())) for row in rows)
     words = " ".join(in_words(found))
     return (
-        f"<p><b>{escape(found['verdict'])}</b></p><p>{escape(words)}</p><div class=wide><table>"
+        f"<p><b>{escape(found['verdict'])}</b></p><p>{escape(words)}</p><div class=wide>"
+        "<table class=cards>"
         "<caption>By text; below, the reference against itself, which is the noise that no plan can "
         f"beat</caption><thead><tr><th scope=col>text</th><th scope=col>documents</th>"
         f"<th scope=col>within tolerance</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
@@ -305,20 +307,27 @@ def _meaning(found: Mapping[str, Any]) -> str:
 def _text_row(
     row: Mapping[str, Any], names: Mapping[str, tuple[str, str, int]], states: set[str]
 ) -> str:
-    cells = [f"<td>{row['documents']}</td><td>{in_short(states)}</td>", *_values(row, names)]
+    short = in_short(states)
+    cells = [_named("documents", row["documents"])]
+    cells += [_named("within tolerance", short) if short else "<td></td>", *_values(row, names)]
     return f"<tr><th scope=row>{escape(str(row['name']))}</th>{''.join(cells)}</tr>"
 
 
 def _values(row: Mapping[str, Any], names: Mapping[str, tuple[str, str, int]]) -> list[str]:
     cells = []
-    for key, (_, pattern, factor) in names.items():
+    for key, (title, pattern, factor) in names.items():
         value, low, high = (pattern.format(factor * row[key][k]) for k in ("value", "low", "high"))
-        cells.append(f"<td>{value} <small>[{low}, {high}]</small></td>")
+        cells.append(_named(title, f"{value} <small>[{low}, {high}]</small>"))
     return cells
 
 
+def _named(title: str, html: Any) -> str:
+    """A cell that a phone shows with its column's title."""
+    return f'<td data-name="{escape(title)}"><span>{html}</span></td>'
+
+
 def _proof_row(row: Mapping[str, Any], names: Mapping[str, tuple[str, str, int]]) -> str:
-    cells = [f"<td>{chart.size(row['bytes'])}</td>", *_values(row, names)]
+    cells = [_named("size", chart.size(row["bytes"])), *_values(row, names)]
     own = ' class="own"' if row["name"] == "plan" else ""
     return f"<tr{own}><th scope=row>{escape(str(row['name']))}</th>{''.join(cells)}</tr>"
 
