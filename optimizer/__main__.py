@@ -183,7 +183,7 @@ def _no_preset(group: str, name: str) -> str:
     near += [other for other in names if name[:3] and other.startswith(name[:3])]
     text = f"There is no preset {group}={name}."
     if near:
-        text += f" Near names: {', '.join(dict.fromkeys(near))}."
+        text += f" Near names: {', '.join(list(dict.fromkeys(near))[:6])}."
     return f"{text} All of them: {', '.join(names)}."
 
 

@@ -68,7 +68,7 @@ class Bench:
     def __init__(
         self, name: str, revision: str | None, data: Data, store: str, device: str, view: View
     ) -> None:
-        self.store = Store(Path(store).expanduser())
+        self.store = Store(Path(store).expanduser(), view.note)
         self.view, self.data, self.device = view, data, device
         self.cache = Kept()
         view.stage(f"finding {name}")

@@ -45,9 +45,10 @@ def apply(
 
     view = view or View()
     packed.check_target(out, overwrite)
-    source, inventory = reference_of(plan, model, Store(Path(store).expanduser()))
+    kept = Store(Path(store).expanduser(), view.note)
+    source, inventory = reference_of(plan, model, kept)
     check_names(plan, inventory)
-    encoder = codes_of(plan, source, inventory, Store(Path(store).expanduser()), view)
+    encoder = codes_of(plan, source, inventory, kept, view)
     view.stage("loading the reference")
     reference = Model.load(source.folder, inventory, full=False)
     packed.save(plan, reference, source.folder, out, view.track, encoder)

@@ -42,7 +42,7 @@ class Subject:
 
     def __init__(self, plan: str, model: str | None, store: str, device: str, view: View) -> None:
         self.plan, self.view, self.device = Plan.load(plan), view, device
-        self.store = Store(Path(store).expanduser())
+        self.store = Store(Path(store).expanduser(), view.note)
         view.stage(f"finding {model or self.plan.model['name']}")
         self.source, self.inventory = reference_of(self.plan, model, self.store)
         check_names(self.plan, self.inventory)

@@ -108,7 +108,7 @@ def export(
     if to in RECIPES:
         folders.publish(out, lambda draft: _recipe(job, to, draft))
         return verdict
-    tensors = _stored(job, packed, Store(Path(store).expanduser()), view)
+    tensors = _stored(job, packed, Store(Path(store).expanduser(), view.note), view)
 
     def fill(draft: Path) -> None:
         view.stage(f"writing for {job.engine}")

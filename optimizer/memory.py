@@ -286,10 +286,11 @@ def resolve(
     if room < smallest:
         longest = longest_context(shape, runtime, budget, smallest, unpacked)
         remedy = (
-            f"A context of {longest} tokens would fit: budget.context={longest}"
+            f"A context of {longest} tokens would fit: budget.context={longest}, or lower "
+            "budget.batch or budget.kv."
             if longest
             else "No context fits: choose a larger machine, a runtime with less overhead, or lower "
-            "precisions"
+            "precisions."
         )
         raise BudgetError(
             f"Weights, cache, activations and runtime must fit the machine together. "
@@ -297,7 +298,7 @@ def resolve(
             f"{budget.context}, budget.batch={budget.batch} and budget.kv={budget.kv} the cache "
             f"takes {mib(need.cache)}, activations {mib(need.activations)}, runtime and allocator "
             f"{mib(need.runtime + need.holes)}, and the smallest plan {mib(smallest)}. "
-            f"{remedy}, or lower budget.batch or budget.kv."
+            f"{remedy}"
         )
     text = (
         f"{budget.device or 'the machine'}: {mib(usable(budget))} usable - cache {mib(need.cache)} "

@@ -127,7 +127,9 @@ def _holds(column: str, precision: Precision, sign: str, value: str) -> bool:
     except ValueError:
         if sign == "=":
             return False
-        raise ConfigError(f"A floor or a ceiling is a number of bits, not {value!r}.") from None
+        raise ConfigError(
+            f"A floor or a ceiling is a number of bits, such as {sign} 6, not {value!r}."
+        ) from None
     own = REFERENCE_BITS if precision.kind == "none" else float(precision.code_bits)
     if sign == "=":
         return own == bits and precision.kind != "ternary"

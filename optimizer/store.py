@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,11 +53,17 @@ def unwritable(path: Path, error: OSError) -> StorageError:
     )
 
 
+def _silent(_text: str) -> None:
+    """Who gives no `tell` isn't told."""
+
+
 @dataclass(frozen=True)
 class Store:
-    """`root/kind/key.json` and `root/kind/key.safetensors`."""
+    """`root/kind/key.json` and `root/kind/key.safetensors`. tell: hears of damaged entries."""
 
     root: Path
+    tell: Callable[[str], None] = field(default=_silent, compare=False)
+    _damaged: set[Path] = field(default_factory=set, compare=False)
 
     def path(self, kind: str, key: str, suffix: str) -> Path:
         return self.root / kind / f"{key[:40]}{suffix}"
@@ -65,16 +71,7 @@ class Store:
     def json(self, kind: str, key: str, make: Callable[[], Any] | None = None) -> Any:
         """The entry; made and kept if it is missing and `make` is given, else None."""
         path = self.path(kind, key, ".json")
-        with suppress(OSError, ValueError):
-            return json.loads(path.read_text(encoding="utf-8"))
-        if make is None:
-            return None
-        with alone(path):
-            with suppress(OSError, ValueError):  # made while this process waited
-                return json.loads(path.read_text(encoding="utf-8"))
-            value = make()
-            write_atomically(path, json.dumps(value).encode())
-        return value
+        return self._entry(path, json.loads, make, lambda value: json.dumps(value).encode())
 
     def arrays(
         self, kind: str, key: str, make: Callable[[], dict[str, np.ndarray]] | None = None
@@ -83,20 +80,53 @@ class Store:
         from safetensors import SafetensorError
         from safetensors.numpy import load, save
 
+        def parse(data: bytes) -> dict[str, np.ndarray]:
+            try:
+                return dict(load(data))
+            except SafetensorError as error:
+                raise ValueError(str(error)) from None
+
+        def whole() -> dict[str, np.ndarray]:
+            import numpy as np
+
+            assert make is not None  # safetensors writes a view's memory, not its values
+            return {name: np.ascontiguousarray(array) for name, array in make().items()}
+
         path = self.path(kind, key, ".safetensors")
-        with suppress(OSError, SafetensorError):
-            return load(path.read_bytes())
+        found: dict[str, np.ndarray] | None = self._entry(path, parse, make and whole, save)
+        return found
+
+    def _entry(
+        self,
+        path: Path,
+        parse: Callable[[bytes], Any],
+        make: Callable[[], Any] | None,
+        encode: Callable[[Any], bytes],
+    ) -> Any:
+        for value in self._read(path, parse):
+            return value
         if make is None:
             return None
         with alone(path):
-            with suppress(OSError, SafetensorError):  # made while this process waited
-                return load(path.read_bytes())
-            import numpy as np
-
-            # safetensors writes a view's memory, not its values
-            value = {name: np.ascontiguousarray(array) for name, array in make().items()}
-            write_atomically(path, save(value))
+            for value in self._read(path, parse):  # made while this process waited
+                return value
+            value = make()
+            write_atomically(path, encode(value))
         return value
+
+    def _read(self, path: Path, parse: Callable[[bytes], Any]) -> list[Any]:
+        """[the entry], or [] if there is none that can be read."""
+        try:
+            data = path.read_bytes()
+        except OSError:
+            return []
+        try:
+            return [parse(data)]
+        except ValueError:
+            if path not in self._damaged:
+                self.tell(f"{path} is damaged; what it held is made again")
+            self._damaged.add(path)
+            return []
 
 
 @contextmanager

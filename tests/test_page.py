@@ -240,6 +240,33 @@ def test_overrides_are_read_back_by_hydra():
 
 
 @pytest.mark.slow
+def test_a_browser_opens_a_large_page_within_two_seconds(tmp_path):
+    """400 plans of a front with 1000 groups each: as large as a run's file gets."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs chromium: tests/install_browser.sh")
+    plan, run = make_run()
+    many = tuple(replace(run.front[i % len(run.front)], layers="1" * 1000) for i in range(400))
+    text = page.render(plan, replace(run, front=many))
+    assert 4e5 < len(text) < 6e6
+    ready = (
+        "<script>addEventListener('load',()=>{document.body.dataset.ready=performance.now()})"
+        "</script>"
+    )
+    report = tmp_path / "report.html"
+    report.write_text(text + ready)
+    taken = []
+    for _ in range(3):  # the fastest: what else the machine does only adds
+        done = subprocess.run(
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+             f"file://{report}"],
+            capture_output=True, text=True, timeout=120, check=True,
+        )  # fmt: skip
+        taken.append(float(re.search(r'data-ready="([\d.]+)"', done.stdout)[1]))
+    assert min(taken) < 2000, taken
+
+
+@pytest.mark.slow
 def test_a_browser_shows_the_plan_that_was_clicked(tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:

@@ -161,6 +161,10 @@ class Seen(View):
 
     def __init__(self) -> None:
         self.stages: list[str] = []
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def stage(self, text: str) -> None:
         self.stages.append(text)
@@ -190,7 +194,9 @@ def test_a_damaged_entry_of_the_store_is_made_again(source: Source, tmp_path: Pa
     for kind in ("tables", "tokens", "scores", "inventories", "hashes"):
         for file in sorted((tmp_path / "store" / kind).iterdir())[::2]:
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    assert pipeline.optimize(config, tmp_path / "two").plan == first.plan
+    view = Seen()
+    assert pipeline.optimize(config, tmp_path / "two", view).plan == first.plan
+    assert sum("is damaged; what it held is made again" in note for note in view.notes) > 5
 
 
 @pytest.mark.parametrize(

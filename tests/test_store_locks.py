@@ -48,12 +48,15 @@ def test_a_maker_that_fails_leaves_neither_an_entry_nor_a_lock(tmp_path):
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00" * 50, b"{"])
-def test_a_damaged_entry_is_made_again(tmp_path, data):
-    store = Store(tmp_path)
+def test_a_damaged_entry_is_made_again_and_told_once(tmp_path, data):
+    told = []
+    store = Store(tmp_path, told.append)
     store.arrays("kind", "key", lambda: {"a": np.ones(3)})
     store.path("kind", "key", ".safetensors").write_bytes(data)
+    assert not told
     assert store.arrays("kind", "key") is None
     assert store.arrays("kind", "key", lambda: {"a": np.zeros(3)})["a"].sum() == 0
+    assert len(told) == 1 and "key.safetensors is damaged" in told[0]
     assert store.arrays("kind", "key")["a"].sum() == 0
 
 
