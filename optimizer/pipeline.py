@@ -25,15 +25,22 @@ from optimizer.errors import ModelError
 from optimizer.geometry import geometry
 from optimizer.layer import Inventory, Precision
 from optimizer.plan import Budget, Plan, assemble
-from optimizer.run import Run, Scale, chosen_point, overrides, run_key
+from optimizer.run import (
+    FRONT_ROWS,
+    Run,
+    Scale,
+    chosen_point,
+    overrides,
+    run_key,
+    save_front,
+    save_history,
+)
 from optimizer.search import Problem, exact
 from optimizer.sensitivity import Table
 from optimizer.store import write_atomically
 
 if TYPE_CHECKING:
     from optimizer.refine import Refined
-
-FRONT_ROWS = 400
 
 
 @dataclass(frozen=True)
@@ -100,9 +107,9 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     problem = replace(problem, loss=table.loss)  # from here on for showing: KL
     notes += _policy_note(config, problem, assignment)
     plan = _plan(bench, config, chosen, table, assignment)
-    files = {"plan": plan.save(out / "plan.json"), "front": _front(problem, out / "front.csv")}
+    files = {"plan": plan.save(out / "plan.json"), "front": save_front(problem, out / "front.csv")}
     if refined is not None:
-        files["search"] = _history(refined, out / "search.csv")
+        files["search"] = save_history(refined.history, out / "search.csv")
     outcome = Outcome(plan, files, notes=notes)
     if config.proof.certify:
         outcome = prove(bench, config, chosen, table, problem, assignment, searched, outcome, out)
@@ -331,23 +338,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def _history(refined: Refined, path: Path) -> Path:
-    """What the search measured: one row per trial, with the evaluated tokens until then."""
-    lines = [",".join(refined.history[0])]
-    lines += [",".join(f"{v:.8g}" for v in row.values()) for row in refined.history]
-    return write_atomically(path, ("\n".join(lines) + "\n").encode())
-
-
-def _front(problem: Problem, path: Path) -> Path:
-    """The whole front of budgets: size, predicted loss, at most 400 rows."""
-    sizes, losses, _ = exact.front(problem)
-    keep = np.unique(np.linspace(0, len(sizes) - 1, FRONT_ROWS).round().astype(int))
-    scale = problem.weights.sum() / (1 if problem.unit == "code bits" else 8)
-    lines = ["bits_per_weight,size,predicted_kl"]
-    lines += [f"{sizes[i] / scale:.6f},{sizes[i]:.0f},{losses[i]:.8g}" for i in keep]
-    return write_atomically(path, ("\n".join(lines) + "\n").encode())
 
 
 # ---------------------------------------------------------------- prove

@@ -24,7 +24,7 @@ from optimizer.errors import ConfigError
 from optimizer.layer import Precision
 from optimizer.objective import Objective
 from optimizer.plan import digest
-from optimizer.search import Problem, Search, exact
+from optimizer.search import Problem, Search, starts
 from optimizer.search.pareto import hypervolume
 from optimizer.search.surrogate import Seen, Slope, believe
 from optimizer.sensitivity import Task
@@ -34,14 +34,10 @@ if TYPE_CHECKING:
     from optimizer.prefix import Prefix
     from optimizer.search.study import Study, Tried
 
-LOW_BIT_FACTORS = (1.5, 2.0, 3.0, 5.0)
-STUDY_VERSION = 2  # raised when trials can't be compared with older ones
+STUDY_VERSION = 3  # raised when trials can't be compared with older ones
 SLOPE_VERSION = 2  # raised when slopes change
 SLOPE_WINDOWS = 16
 KEPT = 4  # slopes that proposals are drawn from
-SIZES = 8  # of a front: table's optima to start from
-SPAN = 4 / 3  # of a front: sizes from budget / SPAN to budget * SPAN
-FIRST_PULLS = (0.3, 3.0)  # of a third objective, see Problem.toll
 SHOWN = 16  # plans of a front that are measured beside the others
 POLL = 1.0  # seconds
 EXHAUSTED = 60  # trials in a row that repeat plans: there is nothing left to measure
@@ -107,21 +103,6 @@ def refine(
                 rate = (spent - before) / (time.monotonic() - begun)
                 show(spent, f"{scout.news}  {spent} tokens, {rate:.0f}/s")
         return scout.confirm(start)
-
-
-def starts(problem: Problem, start: np.ndarray) -> list[np.ndarray]:
-    """The plans that a search starts from: the table's optimum, the same with the lowest bits
-    made dearer (where the second order ends, the table is too kind to them), and the largest
-    uniform plan that fits."""
-    plans = [start]
-    lowest = int(problem.order[0])
-    for factor in LOW_BIT_FACTORS:
-        loss = problem.loss.copy()
-        loss[:, lowest] *= factor
-        plans.append(exact.solve(replace(problem, loss=loss)))
-    uniform = [problem.uniform(c) for c in range(len(problem.columns))]
-    fitting = [u for u in uniform if problem.fits(u) and problem.allows(u)]
-    return plans + ([max(fitting, key=problem.sizes)] if fitting else [])
 
 
 def tried_on(settings: Search, windows: int, length: int) -> int:
@@ -260,11 +241,11 @@ class Scout:
 
     def seed(self, start: np.ndarray) -> None:
         """Measure the plans that the study starts from."""
-        found = self._sizes(start) if self.config.search.front else starts(self.problem, start)
-        plans = list({plan.tobytes(): plan for plan in found}.values())
-        self.fallback, self.seen = start, len(plans)
+        begin = starts.of_a_front if self.config.search.front else starts.of_a_budget
+        first = list({plan.tobytes(): plan for plan in begin(self.problem, start)}.values())
+        self.fallback, self.seen = start, len(first)
         if self.study.shared:
-            self.study.begin(plans)
+            self.study.begin(first)
             for _ in self.bench.view.track(range(self.study.waiting), "search: first plans"):
                 if self.study.waiting:
                     self.run(self._nothing)
@@ -272,33 +253,9 @@ class Scout:
                 time.sleep(POLL)
             return
         done = {tried.assignment.tobytes() for tried in self.study.tried()}
-        missing = [plan for plan in plans if plan.tobytes() not in done]
+        missing = [plan for plan in first if plan.tobytes() not in done]
         for plan in self.bench.view.track(missing, "search: first plans") if missing else ():
             self.run(lambda _trial, plan=plan: plan)  # type: ignore[misc]
-
-    def _sizes(self, start: np.ndarray) -> list[np.ndarray]:
-        """For a front: the table's optima at sizes around the budget, those that a third objective
-        pulls at, and the uniform plans there."""
-        low, high = self.span
-        limits = np.geomspace(low, high, SIZES)
-        optima = [exact.solve(replace(self.problem, limit=float(limit))) for limit in limits]
-        if self.problem.third is not None:
-            priced = [self.problem.loss + self.problem.toll(pull) for pull in FIRST_PULLS]
-            optima += [
-                exact.solve(replace(self.problem, limit=float(limit), loss=loss))
-                for limit in (self.problem.limit, high)
-                for loss in priced
-            ]
-        uniform = [self.problem.uniform(c) for c in range(len(self.problem.columns))]
-        inside = [u for u in uniform if low <= self.problem.sizes(u) <= high]
-        return [start, *optima, *(u for u in inside if self.problem.allows(u))]
-
-    @property
-    def span(self) -> tuple[float, float]:
-        """Sizes that a front covers, in the problem's unit."""
-        free = np.where(self.problem.free, self.problem.size, np.inf)
-        low, high = float(free.min(1).sum()), self.problem.sizes(self.problem.largest)
-        return max(low, self.problem.limit / SPAN), min(high, self.problem.limit * SPAN)
 
     @property
     def news(self) -> str:
@@ -313,9 +270,9 @@ class Scout:
 
     def _volume(self, trials: list[Tried]) -> float:
         points = self.study.points(trials)
-        starts = self.study.points(self.study.finished[: SIZES + 1])
-        unit = np.array([self.problem.limit, 1.0, *starts[0, 2:]])
-        top = np.array([self.span[1], *starts[:, 1:].max(0)])
+        first = self.study.points(self.study.finished[: starts.SIZES + 1])
+        unit = np.array([self.problem.limit, 1.0, *first[0, 2:]])
+        top = np.array([starts.span(self.problem)[1], *first[:, 1:].max(0)])
         return hypervolume(points / unit, [float(x) for x in top / unit])
 
     def _nothing(self, _trial: Any) -> np.ndarray:
@@ -333,7 +290,11 @@ class Scout:
         space = spaces.get(self.config.search.space)
         if space is not None:
             wide = self.config.search.front
-            self.run(study.sized(space, self.problem, self.span) if wide else space(self.problem))
+            self.run(
+                study.sized(space, self.problem, starts.span(self.problem))
+                if wide
+                else space(self.problem)
+            )
             return
         self._take_due_slopes()
         best = self.leader.assignment

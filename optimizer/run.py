@@ -29,6 +29,7 @@ FORMAT, VERSION = "mezzotint-run", 1
 FILE = "run.json"
 LETTERS = 400_000  # groups times front rows that are kept: half a megabyte
 FIRST = 48  # "0"
+FRONT_ROWS = 400
 
 
 @dataclass(frozen=True)
@@ -301,3 +302,22 @@ def _written(value: Any) -> str:
         escaped = text.replace("\\", "\\\\").replace("'", "\\'")
         return f"'{escaped}'"
     return text
+
+
+def save_history(rows: Sequence[Mapping[str, float]], path: Path) -> Path:
+    """What the search measured: one row per trial, with the evaluated tokens until then."""
+    lines = [",".join(rows[0])]
+    lines += [",".join(f"{v:.8g}" for v in row.values()) for row in rows]
+    return write_atomically(path, ("\n".join(lines) + "\n").encode())
+
+
+def save_front(problem: Problem, path: Path) -> Path:
+    """The whole front of budgets: size, predicted loss, at most FRONT_ROWS rows."""
+    from optimizer.search import exact
+
+    sizes, losses, _ = exact.front(problem)
+    keep = np.unique(np.linspace(0, len(sizes) - 1, FRONT_ROWS).round().astype(int))
+    scale = problem.weights.sum() / (1 if problem.unit == "code bits" else 8)
+    lines = ["bits_per_weight,size,predicted_kl"]
+    lines += [f"{sizes[i] / scale:.6f},{sizes[i]:.0f},{losses[i]:.8g}" for i in keep]
+    return write_atomically(path, ("\n".join(lines) + "\n").encode())

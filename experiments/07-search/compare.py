@@ -25,7 +25,7 @@ from optimizer.data import Data
 from optimizer.meaning import Teacher
 from optimizer.plan import Budget
 from optimizer.prefix import Prefix, Shortcut
-from optimizer.search import Problem, Search, exact
+from optimizer.search import Problem, Search, exact, starts
 
 SEEDS = (0, 1, 2)
 OURS = ("moves", "multipliers", "layers")
@@ -166,7 +166,7 @@ def main(text: str, tokens: int, out: Path, budgets: list[float]) -> None:
                         confirm = 4 * used * teacher.windows.ids.shape[1]  # as ours spends
                         meter = Meter(bench, chosen, rounding, teacher, used, tokens + confirm)
                         search = evolution if method == "evolution" else random
-                        plan = search(problem, refine.starts(problem, start), meter, seed)
+                        plan = search(problem, starts.of_a_budget(problem, start), meter, seed)
                     spent, curve = meter.spent, meter.curve
                 seconds = time.perf_counter() - began
                 scores = bench.score(chosen.choice(plan), "heldout", quantizer)
