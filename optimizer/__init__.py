@@ -26,7 +26,7 @@ STORE = "~/.cache/mezzotint"
 def optimize(model: str, out: str | Path = "mezzotint-run", **settings: Any) -> Plan:
     """Measure `model`, make the best plan for `budget`, prove it, write both to `out`.
 
-    model: `smollm2`, `stories`, a folder, a .gguf file or a hub id. settings: fields of
+    model: `smollm2`, `minilm`, `stories`, a folder, a .gguf file or a hub id. settings: fields of
     `optimizer.config.Optimize`, e.g. budget=Budget(bits=4.5), data=Data(source="text", path=...).
     Raises MezzotintError.
     """

@@ -26,7 +26,7 @@ Mezzotint: make a language model fit a memory budget and keep what it means.
   mezzotint probe plan.json                             which distinctions of meaning it lost
   mezzotint blur plan.json text.txt out=blur.html       where in a text it changed what is said
 
-model=   smollm2, stories, a folder, a .gguf file, or a hub id
+model=   smollm2, minilm, stories, a folder, a .gguf file, or a hub id
 budget.  bits=4.5 (per weight, scales counted), code_bits=4 (codes alone), size=80MiB (whole file)
 budget=  a machine (rtx3060_12gb, m2_16gb, pi_zero2w ...) with budget.context, .batch and .kv
 data=    self (default: text sampled from the model), text data.path=FILE, hub data.path=ID

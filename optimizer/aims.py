@@ -87,9 +87,9 @@ def _tail(bench: Bench, config: Optimize, chosen: Choices) -> Reading:
         quantizer = make_quantizer(config.quantizer, bench)
         kl = bench.score(_uniform(chosen)[1], "calibration", quantizer).kl
         alone = Objective(1.0, level, float(np.quantile(kl, level)))
-        found = np.zeros((len(kl), kl.shape[1] + 1))  # the last position has no next token
-        found[:, :-1] = alone.weights(kl) - 1
-        return found
+        found = alone.weights(kl) - 1
+        # the last position of a language model's window has no next token
+        return found if bench.encoder else np.pad(found, ((0, 0), (0, 1)))
 
     return Reading(["tail", VERSION, level], bench.calibration(), weights)
 

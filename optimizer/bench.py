@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -18,15 +18,15 @@ import numpy as np
 from optimizer import policy, sensitivity
 from optimizer.config import Optimize, Quantizer
 from optimizer.data import Data, Tokens, Windows
-from optimizer.errors import ConfigError
+from optimizer.errors import ConfigError, ModelError
 from optimizer.layer import Inventory, Layer, Precision, fuse, glob
 from optimizer.plan import digest
 from optimizer.sensitivity import Table, Task
-from optimizer.source import Source, context_length, locate
+from optimizer.source import Source, context_length, is_encoder, locate
 from optimizer.store import Store
 
 if TYPE_CHECKING:
-    from optimizer.meaning import Scores, Teacher
+    from optimizer.meaning import AnyScores, AnyTeacher
     from optimizer.model import Model
 
 CHECK_WINDOWS = 8
@@ -76,6 +76,21 @@ class Bench:
         data.check(context_length(self.source.folder))
 
     @cached_property
+    def encoder(self) -> bool:
+        """Whether the model embeds texts, see `optimizer.encoder`; else it is a language model."""
+        return is_encoder(self.source.folder)
+
+    def geometry(self) -> dict[str, Any]:
+        """For `mezzotint fit`; empty where the memory model doesn't know the architecture."""
+        from optimizer.geometry import geometry
+
+        try:
+            found: dict[str, Any] = {} if self.encoder else asdict(geometry(self.config))
+        except ModelError:
+            return {}
+        return dict(json.loads(json.dumps(found)))  # as it reads in plan.json: lists, no tuples
+
+    @cached_property
     def config(self) -> dict[str, Any]:
         """The model's config.json."""
         text = (self.source.folder / "config.json").read_text(encoding="utf-8")
@@ -119,6 +134,8 @@ class Bench:
             parts = texts.cut(self.data, load_tokenizer(self.source.folder))
             return {f"{name}.{k}": v for name, w in parts.items() for k, v in vars(w).items()}
 
+        if self.encoder:
+            return self._texts(keep)
         if self.data.source != "self":
             kept = keep(self.tokens_key, cut)
             return {
@@ -127,6 +144,23 @@ class Bench:
             }
 
         return texts.sample(self.data, LazyModel(self), keep, self.view.track)
+
+    def _texts(self, keep: Callable[[str, Any], dict[str, np.ndarray]]) -> Tokens:
+        """Batches of texts for an encoder, and a word on those that were left out or cut."""
+        from optimizer import texts
+
+        def cut() -> dict[str, np.ndarray]:
+            from optimizer.model import load_tokenizer
+
+            found = texts.cut(self.data, load_tokenizer(self.source.folder))
+            ids = {name: windows.ids for name, windows in found.parts.items()}
+            return ids | {"news": np.array([found.texts, found.shortened, found.skipped])}
+
+        kept = keep(f"{self.tokens_key} texts {texts.VERSION}", cut)
+        self.view.note(texts.told(*kept["news"].tolist()))
+        return {
+            name: Windows(ids, np.arange(len(ids))) for name, ids in kept.items() if name != "news"
+        }
 
     def windows(self, part: str) -> Windows:
         """calibration, search or heldout; `check` is the first search windows, enough to rank
@@ -171,15 +205,15 @@ class Bench:
         return self.view.track(items, text)
 
     @cached_property
-    def teachers(self) -> dict[str, Teacher]:
+    def teachers(self) -> dict[str, AnyTeacher]:
         return {}
 
-    def score(self, choice: Mapping[str, Precision], part: str, quantizer: Any) -> Scores:
+    def score(self, choice: Mapping[str, Precision], part: str, quantizer: Any) -> AnyScores:
         """The plan's scores on a part of the tokens; kept by content. Held-out: of the plan's joint
         rounding, which is what gets packed. Search: of layers rounded by themselves, whose codes
         all plans share."""
         from optimizer.cache import rounded
-        from optimizer.meaning import Scores, Teacher
+        from optimizer.meaning import stored
 
         real = {name: p.name for name, p in sorted(choice.items()) if p.kind != "none"}
         key = digest(["scores", SCORES, self.part_key(part), quantizer.key, real])
@@ -187,15 +221,22 @@ class Bench:
         def make() -> dict[str, np.ndarray]:
             # first what is kept piece by piece, so that a killed run doesn't read again for nothing
             rounder = quantizer.rounder(choice, joint=part == "heldout")
-            if part not in self.teachers:
-                self.teachers[part] = Teacher(self.model.net, self.windows(part), own_head=True)
+            teacher = self.teacher(part)
             kept = rounded(self.model.net, self.cache.bits, self.cache.floating)
             with self.model.rounded(rounder, choice), kept:
-                return self.teachers[part].score(self.model.net).arrays()
+                return teacher.score(self.model.net).arrays()
 
         found = self.store.arrays("scores", key, make)
         assert found is not None
-        return Scores(**found)
+        return stored(found)
+
+    def teacher(self, part: str) -> AnyTeacher:
+        """The reference on a part of the tokens, made once."""
+        from optimizer.meaning import teacher
+
+        if part not in self.teachers:
+            self.teachers[part] = teacher(self.model, self.windows(part), own_head=True)
+        return self.teachers[part]
 
 
 class LazyModel:

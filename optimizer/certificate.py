@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimizer.verdict import FEW
+from optimizer.verdict import FEW, in_unit
 
 if TYPE_CHECKING:
-    from optimizer.meaning import Scores
+    from optimizer import encoder
+    from optimizer.meaning import AnyScores, Scores
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -37,7 +38,7 @@ class Candidate:
     name: str
     bytes: int
     size: float
-    scores: Scores
+    scores: AnyScores
 
 
 def resamples(documents: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -49,26 +50,44 @@ def resamples(documents: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return counts[:, index]
 
 
-def describe(scores: Scores, counts: np.ndarray) -> dict[str, Interval]:
-    """kl and its tail (p99, p99.9, CVaR 0.99: the mean of the worst 1 % of tokens), flips, ear,
-    drift (RMS change of the true token's probability), perplexity (of this model and of the
-    reference)."""
+def describe(scores: AnyScores, counts: np.ndarray) -> dict[str, Interval]:
+    """kl and its tail (p99, p99.9, CVaR 0.99: the mean of the worst 1 % of tokens or texts), flips,
+    and what only one kind of model has."""
+    found = {
+        "kl": mean(scores.kl, counts),
+        "kl_p99": _tail(scores.kl, counts, 0.99),
+        "kl_p999": _tail(scores.kl, counts, 0.999),
+        "kl_cvar99": cvar(scores.kl, counts, 0.99),
+        "flips": mean(scores.flip, counts),
+    }
+    own = _geometry(scores, counts) if scores.unit == "text" else _predictions(scores, counts)
+    return found | own
+
+
+def _tail(values: np.ndarray, counts: np.ndarray, level: float) -> Interval:
+    return _interval(float(np.quantile(values, level)), _quantiles(values, counts, level))
+
+
+def _geometry(scores: encoder.Scores, counts: np.ndarray) -> dict[str, Interval]:
+    """Of an encoder: the change of cosines, mean and 99th percentile of the pairs, and the share of
+    nearest texts that stay."""
+    return {
+        "cosine": mean(scores.cosine, counts),
+        "cosine_p99": _tail(scores.cosine, counts, 0.99),
+        "overlap": mean(scores.overlap, counts),
+    }
+
+
+def _predictions(scores: Scores, counts: np.ndarray) -> dict[str, Interval]:
+    """Of a language model: ear, drift (RMS change of the true token's probability), perplexity (of
+    this model and of the reference)."""
 
     def perplexity(nll: np.ndarray) -> Interval:
         own = float(np.exp(nll.mean(dtype=np.float64)))
         return _interval(own, np.exp(_means(nll, counts)))
 
-    def tail(level: float) -> Interval:
-        own = float(np.quantile(scores.kl, level))
-        return _interval(own, _quantiles(scores.kl, counts, level))
-
     change = np.square(np.exp(-scores.nll) - np.exp(-scores.nll_reference))
     return {
-        "kl": mean(scores.kl, counts),
-        "kl_p99": tail(0.99),
-        "kl_p999": tail(0.999),
-        "kl_cvar99": cvar(scores.kl, counts, 0.99),
-        "flips": mean(scores.flip, counts),
         "ear": mean(scores.ear, counts),
         "drift": _interval(float(np.sqrt(change.mean())), np.sqrt(_means(change, counts))),
         "perplexity": perplexity(scores.nll),
@@ -76,13 +95,15 @@ def describe(scores: Scores, counts: np.ndarray) -> dict[str, Interval]:
     }
 
 
-def difference(mine: Scores, other: Scores, counts: np.ndarray) -> Interval:
+def difference(mine: AnyScores, other: AnyScores, counts: np.ndarray) -> Interval:
     """Mean KL of `mine` minus that of `other`, paired; negative = mine is closer."""
     gap = mine.kl.astype(np.float64) - other.kl
     return _interval(float(gap.mean()), _means(gap, counts))
 
 
-def ratio(mine: Scores, other: Callable[[np.ndarray], np.ndarray], counts: np.ndarray) -> Interval:
+def ratio(
+    mine: AnyScores, other: Callable[[np.ndarray], np.ndarray], counts: np.ndarray
+) -> Interval:
     """Mean KL of `mine` over another mean KL that is computed from the same resamples."""
     once = np.ones((1, len(mine.kl)), dtype=counts.dtype)
     value = _means(mine.kl, once) / np.maximum(other(once), 1e-12)
@@ -241,14 +262,15 @@ def certify(
     return {
         "documents": documents,
         "tokens": int(plan.scores.kl.size),
-        "interval": f"{LEVEL:.0%} bootstrap over documents",
+        "interval": in_unit(f"{LEVEL:.0%} bootstrap over documents", plan.scores.unit),
         "rows": [
             {"name": c.name, "bytes": c.bytes}
             | {k: asdict(v) for k, v in describe(c.scores, counts).items()}
             for c in rows
         ],
         "versus": versus,
-        "verdict": verdict(versus, documents),
+        "unit": plan.scores.unit,
+        "verdict": in_unit(verdict(versus, documents), plan.scores.unit),
     }
 
 

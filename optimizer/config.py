@@ -262,6 +262,29 @@ class Optimize:
         self.data.check(None)
         _ = self.scopes
 
+    def check_encoder(self) -> None:
+        """What only a language model has. Raises ConfigError."""
+        if self.budget.memory is not None or self.budget.caches != [16]:
+            raise ConfigError(
+                f"{self.model} is an encoder: it keeps no cache, and its memory beside the weights is "
+                "not modelled. Give budget.bits, budget.code_bits or budget.size, without budget.kv."
+            )
+        if self.quantizer.calibrated:
+            raise ConfigError(
+                f"quantizer={self.quantizer.name} runs a language model block by block and doesn't "
+                f"know the padded batches of an encoder such as {self.model}. Take quantizer=rtn."
+            )
+        if self.meaning.domain or self.meaning.probes:
+            raise ConfigError(
+                f"Domains and probes are measured by next tokens, and {self.model} is an encoder. Set "
+                "meaning.domain=0 and meaning.probes=0; meaning=tail counts its worst texts."
+            )
+        if self.search.third is not None:
+            raise ConfigError(
+                f"A third objective counts what writing a token takes, and {self.model} is an "
+                "encoder, which writes none. Leave search.third out."
+            )
+
 
 @dataclass(kw_only=True)
 class Apply:

@@ -84,7 +84,9 @@ class Data:
         """What determines the tokens, for the store; a text counts by content, not by name."""
         content = ""
         if self.source == "text" and self.path is not None:
-            hashes = [hashlib.sha256(f.read_bytes()).hexdigest() for f in _files(Path(self.path))]
+            hashes = [
+                hashlib.sha256(f.read_bytes()).hexdigest() for f in text_files(Path(self.path))
+            ]
             content = hashlib.sha256("".join(hashes).encode()).hexdigest()
         if self.source == "hub" and Path(str(self.path)).is_dir():
             files = sorted(f for f in Path(str(self.path)).rglob("*") if f.is_file())
@@ -216,7 +218,7 @@ def text_start(tokenizer: Any) -> list[int]:
 
 def _documents(data: Data) -> Iterator[str]:
     if data.source == "hub":
-        yield from _hub(data)
+        yield from read_hub(data)
     else:
         yield from read_documents(Path(str(data.path)), data.column)
 
@@ -224,7 +226,7 @@ def _documents(data: Data) -> Iterator[str]:
 def read_documents(path: Path, column: str) -> Iterator[str]:
     """The documents of a file or a folder. Raises TextError."""
     found = False
-    for file in _files(path):
+    for file in text_files(path):
         for text in _read(file, column):
             found = found or bool(text.strip())
             yield text
@@ -232,7 +234,8 @@ def read_documents(path: Path, column: str) -> Iterator[str]:
         raise TextError(f"{path} holds no text. Give a .txt or .jsonl file that does.")
 
 
-def _files(path: Path) -> list[Path]:
+def text_files(path: Path) -> list[Path]:
+    """The file itself, or the texts in a folder. Raises TextError."""
     if path.is_file():
         return [path]
     files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".md"))
@@ -297,7 +300,8 @@ def split_documents(text: str) -> list[str]:
     return [text[i : i + STRETCH] for i in range(0, len(text), STRETCH)]
 
 
-def _hub(data: Data) -> Iterator[str]:
+def read_hub(data: Data) -> Iterator[str]:
+    """The documents of a data set for `datasets`. Raises TextError."""
     from datasets import load_dataset
 
     try:

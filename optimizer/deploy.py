@@ -15,11 +15,11 @@ from optimizer import proof, speed
 from optimizer.bench import Bench, View, make_quantizer
 from optimizer.config import Evaluate, Quantizer
 from optimizer.data import Data, Part
-from optimizer.errors import PlanError
+from optimizer.errors import ConfigError, PlanError
 from optimizer.layer import Inventory
 from optimizer.memory import floating
 from optimizer.plan import Plan
-from optimizer.source import PACKED_FILE, Source, locate
+from optimizer.source import PACKED_FILE, Source, is_encoder, locate
 from optimizer.speed import Speed
 from optimizer.store import Store
 
@@ -136,6 +136,15 @@ def reference_of(plan: Plan, name: str | None, store: Store) -> tuple[Source, In
     return source, take_inventory(source.folder)
 
 
+def check_language_model(source: Source, command: str) -> None:
+    """Raise ConfigError for an encoder, where only a model that predicts tokens will do."""
+    if is_encoder(source.folder):
+        raise ConfigError(
+            f"`mezzotint {command}` needs a language model, and {source.name} is an encoder. For an "
+            "encoder there are optimize, show, apply, evaluate, report and compare."
+        )
+
+
 def check_names(plan: Plan, inventory: Inventory) -> None:
     """Raise PlanError unless plan and model name the same layers in the same shapes."""
     have = {layer.name: (layer.rows, layer.cols) for layer in inventory.layers}
@@ -160,10 +169,9 @@ def check_names(plan: Plan, inventory: Inventory) -> None:
 def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
     """Reference against packed, on held-out windows of the given text. Returns the certificate's
     row for the packed model."""
-    from optimizer import certificate
+    from optimizer import certificate, meaning
     from optimizer.backends import packed
     from optimizer.cache import rounded
-    from optimizer.meaning import Teacher
 
     config.check()
     view = view or View()
@@ -180,14 +188,18 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
     if bench.source.fingerprint != plan.model.get("fingerprint", bench.source.fingerprint):
         reference_of(plan, config.reference, bench.store)
     tuned = plan.provenance.get("tuned", {}).get("domains", [])
+    if bench.encoder and config.speed:
+        raise ConfigError(
+            f"speed={config.speed} times how fast text is written, and an encoder writes none. Leave "
+            "it out."
+        )
     asked = proof.Asked(config.tolerance, config.domains, config.generate, 0, tuned)
     proof.check(bench, asked)
     windows = bench.windows("heldout")
     view.stage("the reference reads")
-    teacher = Teacher(bench.model.net, windows)
+    teacher = bench.teachers["heldout"] = meaning.teacher(bench.model, windows)
     view.stage("the packed model reads")
     net = packed.load(folder, device=config.device)
-    bench.teachers["heldout"] = teacher
     with rounded(net, plan.kv, floating(plan.runtime)):
         scores = teacher.score(net)
     weights = proof.Weights(None, lambda: nullcontext(net), plan.kv, floating(plan.runtime))

@@ -18,7 +18,7 @@ import numpy as np
 from optimizer import probes
 from optimizer.bench import View
 from optimizer.config import Blur, Probe
-from optimizer.deploy import check_names, quantizer_of, reference_of
+from optimizer.deploy import check_language_model, check_names, quantizer_of, reference_of
 from optimizer.errors import ConfigError, StorageError, TextError
 from optimizer.layer import UNTOUCHED, Inventory, Precision
 from optimizer.memory import floating
@@ -40,11 +40,14 @@ Choice = Mapping[str, Precision]
 class Subject:
     """A plan, the reference that it was made for, and the weights that are looked at."""
 
-    def __init__(self, plan: str, model: str | None, store: str, device: str, view: View) -> None:
+    def __init__(
+        self, command: str, plan: str, model: str | None, store: str, device: str, view: View
+    ) -> None:
         self.plan, self.view, self.device = Plan.load(plan), view, device
         self.store = Store(Path(store).expanduser(), view.note)
         view.stage(f"finding {model or self.plan.model['name']}")
         self.source, self.inventory = reference_of(self.plan, model, self.store)
+        check_language_model(self.source, command)
         check_names(self.plan, self.inventory)
         self.quantizer = quantizer_of(self.plan, self.source, self.inventory, self.store, view)
         self.context = context_length(self.source.folder)
@@ -171,7 +174,8 @@ def probe(config: Probe, view: View | None = None) -> Probed:
     config.check()
     _check_target(config.out, [config.plan, config.probes or config.plan])
     pairs = _pairs(config)
-    subject = Subject(config.plan, config.model, config.store, config.device, view or View())
+    view = view or View()
+    subject = Subject("probe", config.plan, config.model, config.store, config.device, view)
     known = subject.plan.provenance.get("tuned", {}).get("pairs") == probes.key(config.probes)
     whole, pairs = len(pairs), probes.halves(pairs)[1] if known else pairs
     jobs = margins.encode(pairs, subject.tokenizer, subject.context)
@@ -268,7 +272,7 @@ def blur(config: Blur, view: View | None = None) -> Map:
     _check_target(config.out if html else None, [config.plan, config.text])
     text = map_of.read(Path(config.text))
     view = view or View()
-    subject = Subject(config.plan, config.model, config.store, config.device, view)
+    subject = Subject("blur", config.plan, config.model, config.store, config.device, view)
     cut = map_of.cut(
         text, subject.tokenizer, config.context, subject.context, config.tokens, config.top
     )

@@ -16,7 +16,7 @@ from optimizer.backends.card import card
 from optimizer.backends.rules import Verdict
 from optimizer.bench import View
 from optimizer.compose import profile
-from optimizer.deploy import check_names, codes_of, reference_of
+from optimizer.deploy import check_language_model, check_names, codes_of, reference_of
 from optimizer.errors import ConfigError, PlanError
 from optimizer.layer import Inventory
 from optimizer.plan import Plan
@@ -71,14 +71,15 @@ class Job:
 
 def check(plan: Plan, to: str, store: str, model: str | None = None) -> Verdict:
     """Would the engine load and run it? Raises only if the question itself is wrong."""
-    return _job(plan, to, store, model).check()
+    return _job("check", plan, to, store, model).check()
 
 
-def _job(plan: Plan, to: str, store: str, model: str | None) -> Job:
+def _job(command: str, plan: Plan, to: str, store: str, model: str | None) -> Job:
     known = TARGETS | RECIPES
     if to not in known:
         raise ConfigError(f"to= is one of {', '.join(known)}, not {to!r}.")
     source, inventory = reference_of(plan, model, Store(Path(store).expanduser()))
+    check_language_model(source, command)
     check_names(plan, inventory)
     return Job(plan, source, inventory, known[to])
 
@@ -102,7 +103,7 @@ def export(
 
     view = view or View()
     folders.check_target(out, overwrite)
-    job = _job(plan, to, store, model)
+    job = _job("export", plan, to, store, model)
     verdict = job.check()
     verdict.require()
     if to in RECIPES:

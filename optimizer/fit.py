@@ -105,6 +105,11 @@ def _timed(found: Answer, config: Fit, shape: Geometry) -> Answer:
 
 def _shape(plan: Plan, path: Path) -> Geometry:
     data = plan.provenance.get("geometry")
+    if plan.predicted.get("unit") == "text":
+        raise PlanError(
+            f"The plan in {path} is for an encoder, which keeps no cache: `mezzotint fit` knows the "
+            "memory of language models only. `mezzotint show` says how many bytes its weights have."
+        )
     if not data:
         raise PlanError(
             f"The plan in {path} doesn't hold its model's sizes: it is from an older version, or of "

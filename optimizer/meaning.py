@@ -15,16 +15,18 @@ vocabulary]: a hundred times smaller, and exact, since the head turns them into 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from optimizer import encoder
 from optimizer.data import Windows
 from optimizer.errors import ModelError
+from optimizer.model import Model
 from optimizer.objective import Objective
 
 CHUNK = 512  # tokens whose logits exist at one time, twice
@@ -35,6 +37,7 @@ BATCH_TOKENS = 2048  # tokens that run through the blocks together
 class Scores:
     """Per-token measures, each float32 [windows, length - 1], and documents int64 [windows]."""
 
+    unit: ClassVar[Literal["token"]] = "token"
     kl: np.ndarray
     ear: np.ndarray
     flip: np.ndarray
@@ -180,6 +183,22 @@ class Teacher:
             if self._weights is None:
                 return self._head(hidden).float()
             return torch.func.functional_call(self._head, self._weights, (hidden,)).float()
+
+
+AnyScores = Scores | encoder.Scores
+AnyTeacher = Teacher | encoder.Teacher
+
+
+def teacher(model: Model, windows: Windows, own_head: bool = False) -> AnyTeacher:
+    """For the kind of model that it is: a language model's tokens or an encoder's geometry."""
+    if model.pooling is not None:
+        return encoder.Teacher(model.net, windows, model.pooling)
+    return Teacher(model.net, windows, own_head)
+
+
+def stored(arrays: Mapping[str, np.ndarray]) -> AnyScores:
+    """What `arrays()` of either kind gave."""
+    return Scores(**arrays) if "ear" in arrays else encoder.Scores(**arrays)
 
 
 class TopTeacher:
@@ -334,4 +353,4 @@ def _unchanged(logits: Tensor) -> Tensor:
 
 def is_head(net: Any, parameter: str) -> bool:
     """Whether the named parameter is the output head's, perhaps shared with the embeddings."""
-    return net.get_parameter(parameter) is getattr(_head(net), "weight", None)
+    return net.get_parameter(parameter) is getattr(net.get_output_embeddings(), "weight", None)

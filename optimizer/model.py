@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from optimizer import encoder
 from optimizer.errors import ModelError, PlanError
 from optimizer.layer import UNTOUCHED, Inventory, Layer, Other, Precision
-from optimizer.source import quiet
+from optimizer.source import is_encoder, pooling, quiet
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
 SPELLING = {dtype: name for name, dtype in DTYPES.items()}
@@ -35,20 +37,38 @@ class Rounder(Protocol):
 def skeleton(folder: Path) -> Any:
     """The model on the meta device: modules and shapes, no weights."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder)
         with init_empty_weights(), quiet():
-            net = AutoModelForCausalLM.from_config(config)
+            net = _class(folder).from_config(config)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelError(
-            f"{folder} isn't a causal language model that transformers can build ({error}). "
-            "Give a folder whose config.json names such an architecture."
+            f"{folder} isn't a causal language model or an encoder that transformers can build "
+            f"({error}). Give a folder whose config.json names such an architecture."
         ) from None
+    _drop_pooler(net, folder)
     net.tie_weights()
     net.eval()
     return net
+
+
+def _class(folder: Path) -> Any:
+    """transformers' factory for what the folder holds: a language model or an encoder."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    return AutoModel if is_encoder(folder) else AutoModelForCausalLM
+
+
+POOLER = "pooler"
+
+
+def _drop_pooler(net: Any, folder: Path) -> None:
+    """BERT's layer for sentence pairs takes no part in mean or cls pooling, and many checkpoints
+    lack it."""
+    if is_encoder(folder) and getattr(net, POOLER, None) is not None:
+        setattr(net, POOLER, None)
 
 
 def take_inventory(folder: Path) -> Inventory:
@@ -130,14 +150,17 @@ def _tied(net: Any, module: nn.Module, head: nn.Module | None) -> bool:
 
 
 def _layers(
-    net: nn.Module, parameter: str, value: Tensor, kind: str, blocks: str, tied: bool
+    net: Any, parameter: str, value: Tensor, kind: str, blocks: str, tied: bool
 ) -> list[Layer]:
     owner, _, leaf = parameter.rpartition(".")
     module = net.get_submodule(owner)
     role = leaf if kind == "experts" else owner.rpartition(".")[2]
     block = None
     if parameter.startswith(blocks + "."):
-        block = int(parameter[len(blocks) + 1 :].split(".", maxsplit=1)[0])
+        inside = owner[len(blocks) + 1 :].split(".", maxsplit=1)
+        block = int(inside[0])
+        if role == "dense" and net.get_output_embeddings() is None:
+            role = inside[-1]  # BERT's three kinds of dense layers
     common: dict[str, Any] = {"kind": kind, "block": block, "parameter": parameter, "tied": tied}
     names = _disk_names(net, parameter, value)
     if kind != "experts":
@@ -233,8 +256,10 @@ class Model:
     the plan's "untouched" is 16 bits), so the stash that restores them bit for bit costs half.
     """
 
-    def __init__(self, net: Any, inventory: Inventory) -> None:
+    def __init__(self, net: Any, inventory: Inventory, pooling: str | None = None) -> None:
+        """pooling: an encoder's, see `optimizer.encoder`; None for a language model."""
         self.net = net
+        self.pooling = pooling
         self.inventory = inventory
         self.layers = {layer.name: layer for layer in inventory.layers}
         self._stash: dict[str, Tensor] = {}
@@ -249,25 +274,38 @@ class Model:
         full: compute in fp32; otherwise weights stay 16-bit, enough for reading them.
         """
         from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM
 
         dtype = torch.float32 if full else DTYPES[inventory.dtype]
         try:
             with quiet():
-                net, report = AutoModelForCausalLM.from_pretrained(
+                net, report = _class(folder).from_pretrained(
                     folder, dtype=dtype, use_safetensors=True, output_loading_info=True
                 )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ModelError(
                 f"{folder} couldn't be loaded ({error}). Copy or download it again."
             ) from None
-        if report["missing_keys"]:  # transformers would fill them with random numbers
+        _drop_pooler(net, folder)
+        missing = sorted(n for n in report["missing_keys"] if not n.startswith(f"{POOLER}."))
+        if missing:  # transformers would fill them with random numbers
             raise ModelError(
                 f"A checkpoint must hold all of its model's weights; {folder} lacks "
-                f"{sorted(report['missing_keys'])[0]}. Copy or download it again."
+                f"{missing[0]}. Copy or download it again."
             )
         _settle(net.to(device).eval().requires_grad_(False), inventory)
-        return cls(net, inventory)
+        return cls(net, inventory, pooling(folder) if is_encoder(folder) else None)
+
+    def logits(self, window: Tensor) -> Tensor:
+        """ids [1, l] of a window -> logits [predictions, choices] with a gradient: of the next token
+        at every position, or, for an encoder, of each text's neighbours."""
+        if self.pooling is not None:
+            return encoder.logits(self.net, window[0], self.pooling)
+        found: Tensor = self.net(input_ids=window, use_cache=False).logits[0].float()
+        return found
+
+    def predictions(self, ids: np.ndarray) -> int:
+        """How many rows `logits` has for all windows: tokens, or texts."""
+        return len(ids) * encoder.TEXTS if self.pooling is not None else int(ids.size)
 
     def weight(self, name: str) -> Tensor:
         """The layer's live matrix [rows, cols]; fp32 if the model was loaded in full."""

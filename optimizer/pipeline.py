@@ -6,7 +6,6 @@ a measured model costs seconds. No Hydra, no printing.
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,6 @@ from optimizer import aims, page, proof, rivals, room, search
 from optimizer.bench import Bench, Choices, View, choices, make_quantizer, measure_table
 from optimizer.config import Optimize
 from optimizer.errors import ModelError
-from optimizer.geometry import geometry
 from optimizer.layer import Inventory, Precision
 from optimizer.plan import Budget, Plan, assemble
 from optimizer.run import (
@@ -61,16 +59,7 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     run.json and report.html to `out`."""
     begun = time.monotonic()
     view = view or View()
-    config.check()
-    _reach_storage(config, Path(config.store).expanduser())
-    bench = Bench(config.model, config.revision, config.data, config.store, config.device, view)
-    chosen = choices(config, bench.inventory)
-    if config.proof.certify:
-        proof.check(bench, _asked(config))
-    if config.search.third in ("time", "price"):
-        from optimizer import pace
-
-        pace.check(chosen, config.runtime.name)
+    bench, chosen = _checked(config, view)
     blank = np.zeros((len(chosen.groups), len(chosen.columns)))
     rooms = room.rooms(config, bench, chosen)
     for one in rooms:
@@ -117,21 +106,29 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     return _publish(bench, config, chosen, problem, scale, outcome, out)
 
 
+def _checked(config: Optimize, view: View) -> tuple[Bench, Choices]:
+    """The model and what may be chosen for it. Most that can be wrong ends here."""
+    config.check()
+    _reach_storage(config, Path(config.store).expanduser())
+    bench = Bench(config.model, config.revision, config.data, config.store, config.device, view)
+    if bench.encoder:
+        config.check_encoder()
+    chosen = choices(config, bench.inventory)
+    if config.proof.certify:
+        proof.check(bench, _asked(config))
+    if config.search.third in ("time", "price"):
+        from optimizer import pace
+
+        pace.check(chosen, config.runtime.name)
+    return bench, chosen
+
+
 def _reach_storage(config: Optimize, store: Path) -> None:
     """A database that can't be used ends here, before a model is loaded."""
     if config.search.space != "exact" and config.search.storage is not None:
         from optimizer.search.study import open_storage
 
         open_storage(config.search.storage, store, config.search.heartbeat)
-
-
-def _geometry(bench: Bench) -> dict[str, Any]:
-    """For `mezzotint fit`; empty where the memory model doesn't know the architecture."""
-    try:
-        found: dict[str, Any] = json.loads(json.dumps(asdict(geometry(bench.config))))
-        return found  # as it reads in plan.json: lists, no tuples
-    except ModelError:
-        return {}
 
 
 def _scale(bench: Bench, config: Optimize, chosen: Choices) -> Scale:
@@ -195,6 +192,7 @@ def _publish(
         notes=tuple(outcome.notes),
         config=settings,
         seconds=outcome.seconds,
+        unit="text" if bench.encoder else "token",
     )
     files = outcome.files | {"run": run.save(out), "report": page.write(out)}
     return replace(outcome, files=files, run=run)
@@ -311,7 +309,8 @@ def _plan(
         },
         runtime=config.runtime.name,
         quantizer=config.quantizer.described(bench.calibration_key),
-        predicted={"kl": kl, "stderr": error, "estimator": config.sensitivity.estimator},
+        predicted={"kl": kl, "stderr": error, "estimator": config.sensitivity.estimator}
+        | ({"unit": "text"} if bench.encoder else {}),
         kv=bench.cache.bits,
         budget=config.budget.asked,
         provenance={
@@ -319,7 +318,7 @@ def _plan(
             "seed": config.seed,
             "data": asdict(config.data),
             "tuned": aims.tuned(config.meaning),
-            "geometry": _geometry(bench),
+            "geometry": bench.geometry(),
             "caches": list(bench.cache.tried),
             "read": room.traffic(config, bench).weights(
                 bench.inventory, chosen.choice(assignment)
@@ -428,7 +427,9 @@ def _weights(bench: Bench, choice: Mapping[str, Precision], quantizer: Any) -> p
 
 
 def _blurred(bench: Bench, kl: np.ndarray, plan: Plan, out: Path) -> dict[str, Path]:
-    """Held-out text, shaded; nothing where the model has no tokenizer."""
+    """Held-out text, shaded; nothing where the model has no tokenizer, or embeds whole texts."""
+    if bench.encoder:
+        return {}
     from optimizer.blur import example
     from optimizer.model import load_tokenizer
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from optimizer.errors import ModelError
 from optimizer.layer import Precision
-from optimizer.meaning import Teacher
+from optimizer.meaning import AnyTeacher
 from optimizer.model import Model
 from optimizer.stream import blocks_of
 
@@ -37,7 +37,7 @@ class Shortcut:
     """Mean KL of single windows, starting where a known prefix ends. Falls back to whole passes
     for models whose blocks are not a plain chain; that is tried out once."""
 
-    def __init__(self, model: Model, teacher: Teacher) -> None:
+    def __init__(self, model: Model, teacher: AnyTeacher) -> None:
         self._model, self._teacher = model, teacher
         self._blocks: list[nn.Module] = []
         try:

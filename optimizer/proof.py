@@ -15,13 +15,13 @@ from optimizer import data, domains, greedy
 from optimizer.bench import Bench
 from optimizer.config import Tolerance
 from optimizer.data import Windows
-from optimizer.domains import LONG, Domain
+from optimizer.domains import BUILT_IN, LONG, Domain
 from optimizer.errors import ConfigError
 from optimizer.plan import digest
 from optimizer.source import context_length
 
 if TYPE_CHECKING:
-    from optimizer.meaning import Scores, Teacher
+    from optimizer.meaning import AnyScores, Scores, Teacher
 
 VERSION = 1  # raised when a measurement changes
 LONG_DOCUMENTS, LONG_TOKENS = 8, 1024  # sampled once per model
@@ -64,6 +64,9 @@ class Weights:
 
 def check(bench: Bench, asked: Asked) -> None:
     """Everything that can be wrong, before anything expensive. Cuts the domains' texts."""
+    if bench.encoder:
+        _check_encoder(bench, asked)
+        return
     context = context_length(bench.source.folder)
     if context is not None and asked.generate >= context:
         raise ConfigError(
@@ -86,13 +89,28 @@ def check(bench: Bench, asked: Asked) -> None:
         bench.view.note(f"Documents of domains that were skipped: {counts}{whole}.")
 
 
-def judge(bench: Bench, weights: Weights, heldout: Scores, asked: Asked) -> dict[str, Any]:
+def _check_encoder(bench: Bench, asked: Asked) -> None:
+    """An encoder's certificate has nothing of this. The default domains can't be told from asking
+    for them, so they are left out with a word."""
+    if asked.generate or tuple(asked.domains) not in ((), tuple(BUILT_IN)):
+        raise ConfigError(
+            f"{bench.source.name} is an encoder: it writes no text, and its certificate has no "
+            "domains, only batches of held-out texts. Leave out generate and domains; "
+            "data=text data.path=FILE gives texts of your own."
+        )
+    bench.view.note(
+        "An encoder's certificate is about cosines and neighbours of held-out texts; domains and "
+        "greedy text belong to language models and are left out."
+    )
+
+
+def judge(bench: Bench, weights: Weights, heldout: AnyScores, asked: Asked) -> dict[str, Any]:
     """`tolerance.judge` on everything that was asked for, and the comparison of greedy texts."""
     from optimizer import tolerance
     from optimizer.verdict import MAIN
 
-    chosen = asked.texts
-    texts = {MAIN: heldout} | _domain_scores(bench, weights, chosen)
+    chosen = [] if bench.encoder else asked.texts
+    texts: dict[str, AnyScores] = {MAIN: heldout, **_domain_scores(bench, weights, chosen)}
     cuts = {domain.name: domain.weight for domain in chosen}
     found = tolerance.judge(texts, cuts, _noise(bench), asked.tolerance, asked.seed)
     for one in found["documents"]:
@@ -102,16 +120,13 @@ def judge(bench: Bench, weights: Weights, heldout: Scores, asked: Asked) -> dict
     return found
 
 
-def _noise(bench: Bench) -> dict[str, Scores]:
-    from optimizer.meaning import Scores, Teacher
+def _noise(bench: Bench) -> dict[str, AnyScores]:
+    from optimizer.meaning import stored
 
     def make() -> dict[str, np.ndarray]:
-        if "heldout" not in bench.teachers:
-            bench.teachers["heldout"] = Teacher(
-                bench.model.net, bench.windows("heldout"), own_head=True
-            )
+        teacher = bench.teacher("heldout")
         bench.view.stage("the reference against itself")
-        found = bench.teachers["heldout"].noise(bench.model.net)
+        found = teacher.noise(bench.model.net)
         return {f"{n}/{k}": v for n, scores in found.items() for k, v in scores.arrays().items()}
 
     key = digest(["noise", VERSION, bench.part_key("heldout"), bench.device])
@@ -119,8 +134,8 @@ def _noise(bench: Bench) -> dict[str, Scores]:
     assert kept is not None
     names = dict.fromkeys(name.rpartition("/")[0] for name in sorted(kept, reverse=True))
     return {
-        name: Scores(
-            **{k.rpartition("/")[2]: v for k, v in kept.items() if k.startswith(f"{name}/")}
+        name: stored(
+            {k.rpartition("/")[2]: v for k, v in kept.items() if k.startswith(f"{name}/")}
         )
         for name in names
     }
@@ -234,7 +249,7 @@ def _beginning(bench: Bench, chosen: Sequence[Domain], one: Mapping[str, Any]) -
     domain = next((d for d in chosen if d.name == one["text"]), None)
     windows = bench.windows("heldout") if domain is None else _windows(bench, domain)
     assert windows is not None
-    ids = windows.ids[one["window"]][:40].tolist()
+    ids = [i for i in windows.ids[one["window"]][:40].tolist() if i >= 0]  # an encoder's padding
 
     def make() -> str:
         from optimizer.model import load_tokenizer

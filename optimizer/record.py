@@ -159,7 +159,7 @@ def _log(live: Any, plan: Plan, run: Run, folder: Path) -> None:
     plans = plan_table(run)
     log: dict[str, Any] = {"plans": plans, "front": front_chart(run)}
     log["predicted against measured"] = wandb.plot.scatter(
-        plans, "predicted_kl", "kl", "Predicted against measured KL, nats per token"
+        plans, "predicted_kl", "kl", f"Predicted against measured KL, nats per {run.unit}"
     )
     if run.third is not None:
         column = {"read": "bytes_per_token", "time": "seconds_per_token",
@@ -270,7 +270,7 @@ def front_chart(run: Run) -> Any:
             keys.append(name)
             xs.append([size / 1e6 for size, _ in usable])
             ys.append([loss for _, loss in usable])
-    title = "log10 of KL (nats per token) against size"
+    title = f"log10 of KL (nats per {run.unit}) against size"
     return wandb.plot.line_series(xs=xs, ys=ys, keys=keys, title=title, xname="MB")
 
 

@@ -164,15 +164,14 @@ class Scout:
         rounding: Rounding,
         beside: Beside,
     ) -> None:
-        from optimizer.meaning import Teacher
+        from optimizer.meaning import teacher
         from optimizer.prefix import Shortcut
 
         self.bench, self.config, self.chosen = bench, config, chosen
         self.problem, self.study, self.used = problem, study, used
         self.quantizer, self.rounding = make_quantizer(config.quantizer, bench), rounding
         self.task = Task(chosen.groups, chosen.columns, chosen.fitted, self.quantizer)
-        net = bench.model.net
-        self.teacher = Teacher(net, bench.windows("search"), own_head(bench, chosen))
+        self.teacher = teacher(bench.model, bench.windows("search"), own_head(bench, chosen))
         self.shortcut = Shortcut(bench.model, self.teacher)
         self.prefix: Prefix | None = None
         self.beside = beside

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,17 +20,18 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from optimizer import grid, room
+from optimizer import grid, heldout, room
 from optimizer.backends.rules import Verdict
 from optimizer.bench import View
 from optimizer.fit import Answer
+from optimizer.heldout import human
 from optimizer.layer import Precision
 from optimizer.memory import mib, usable
 from optimizer.page.compare import Sweep, speeds_of
 from optimizer.pipeline import Outcome
 from optimizer.plan import Plan
 from optimizer.speed import price
-from optimizer.verdict import in_short, in_words
+from optimizer.verdict import unit_of
 
 BLOCKS_PER_LINE = 32
 
@@ -39,12 +39,6 @@ BLOCKS_PER_LINE = 32
 def console() -> Console:
     found = Console(highlight=False)
     return found if found.is_terminal else Console(highlight=False, width=120)
-
-
-def human(size: float) -> str:
-    """Decimal units, as disks and downloads are sold: 121.4 kB, 114.0 MB."""
-    power = min(int(math.log(max(size, 1), 1000)), 3)
-    return f"{size / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB')[power]}"
 
 
 class Terminal(View):
@@ -100,9 +94,9 @@ def outcome(out: Console, result: Outcome) -> None:
     plan = result.plan
     out.print()
     if plan.certificate:
-        out.print(certificate(plan))
+        out.print(heldout.certificate(plan))
         out.print()
-        _answer(out, plan)
+        heldout.answer(out, plan)
     line = (
         f"Plan {plan.id}: {human(plan.bytes['total'])}, {plan.effective_bits:.3f} bits per "
         f"weight in scope ({plan.code_bits:.3f} of codes), predicted KL "
@@ -123,119 +117,11 @@ def outcome(out: Console, result: Outcome) -> None:
     out.print(f"Wrote {files} in {result.seconds:.0f} s.", soft_wrap=True)
 
 
-def certificate(plan: Plan) -> Table:
-    proof = plan.certificate
-    table = Table(
-        title=f"Held-out: {proof['documents']} documents, {proof['tokens']} tokens; "
-        f"{proof['interval']}",
-        title_justify="left",
-    )
-    table.add_column("plan")
-    for name in ("size", "KL (nats/token)", "KL p99", "flips %", "EAR", "perplexity"):
-        table.add_column(name, justify="right")
-    rows = list(proof["rows"])
-    between = proof["versus"].get("line")
-    for row in rows:
-        own = row["name"] == "plan"
-        table.add_row(*_cells(row), style="bold" if own else None, end_section=own)
-        if own and between:
-            share = between["ratio"]
-            table.add_row(
-                between["name"],
-                human(row["bytes"]),
-                f"{between['kl']:.4f}",
-                f"[dim]plan is {share['value']:.2f}x[/dim]",
-                *[""] * 3,
-                end_section=True,
-            )
-    reference = rows[0]["perplexity_reference"]["value"]
-    table.caption = f"reference perplexity {reference:.3f}; lower is better, EAR: higher"
-    table.caption_justify = "left"
-    return table
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    kl = row["kl"]
-    return [
-        str(row["name"]),
-        human(row["bytes"]),
-        f"{kl['value']:.4f} [dim]\\[{kl['low']:.4f}, {kl['high']:.4f}][/dim]",
-        f"{row['kl_p99']['value']:.3f}",
-        f"{100 * row['flips']['value']:.1f}",
-        f"{row['ear']['value']:.4f}",
-        f"{row['perplexity']['value']:.2f}",
-    ]
-
-
-def _answer(out: Console, plan: Plan) -> None:
-    """The verdicts of a certificate: against the tolerance, and against uniform plans."""
-    meaning(out, plan.certificate.get("meaning", {}))
-    out.print(plan.certificate["verdict"], style="bold", soft_wrap=True)
-
-
-def meaning(out: Console, found: Mapping[str, Any]) -> None:
-    """Whether it is the reference within the tolerance: by text, with what supports it."""
-    if not found:  # a plan of an earlier version
-        return
-    if len(found["texts"]) > 1 or found["noise"]:
-        out.print(_texts(found))
-    for line in in_words(found):
-        out.print(line, soft_wrap=True, markup=False)
-    out.print(found["verdict"], style="bold", soft_wrap=True, markup=False)
-
-
-def _texts(found: Mapping[str, Any]) -> Table:
-    table = Table(title="By text, and the reference against itself", title_justify="left")
-    table.add_column("text")
-    for name in ("documents", "KL (nats/token)", "flips %", "EAR", "within tolerance"):
-        table.add_column(name, justify="right")
-    states: dict[str, set[str]] = {}
-    for finding in found["findings"]:
-        states.setdefault(finding["text"], set()).add(finding["state"])
-    rows = list(found["texts"])
-    for i, row in enumerate(rows + list(found["noise"])):
-        kl = row["kl"]
-        table.add_row(
-            Text(row["name"]),
-            str(row["documents"]),
-            f"{kl['value']:.4f} [dim]\\[{kl['low']:.4f}, {kl['high']:.4f}][/dim]",
-            f"{100 * row['flips']['value']:.1f}",
-            f"{row['ear']['value']:.4f}",
-            in_short(states.get(row["name"], set())),
-            end_section=i == len(rows) - 1,
-        )
-    return table
-
-
 def evaluation(out: Console, found: Mapping[str, Any]) -> None:
     """Reference against packed."""
-    row, plan = found["row"], found["plan"]
-    table = Table(
-        title=f"Packed against reference: {found['documents']} documents, {found['tokens']} tokens; "
-        "95 % over documents",
-        title_justify="left",
-    )
-    table.add_column("measure")
-    for name in ("packed", "95 %", "reference"):
-        table.add_column(name, justify="right")
-    reference = {"perplexity": row["perplexity_reference"]["value"], "kl": 0.0, "kl_p99": 0.0}
-    reference |= {"flips": 0.0, "ear": 1.0}
-    for key, label in (
-        ("kl", "mean KL (nats/token)"),
-        ("kl_p99", "KL, 99th percentile"),
-        ("flips", "top-1 flips"),
-        ("ear", "EAR (1 - total variation)"),
-        ("perplexity", "perplexity"),
-    ):
-        value = row[key]
-        table.add_row(
-            label,
-            f"{value['value']:.4f}",
-            f"{value['low']:.4f} to {value['high']:.4f}",
-            f"{reference[key]:.4f}",
-        )
-    out.print(table)
-    meaning(out, found["meaning"])
+    plan = found["plan"]
+    out.print(heldout.packed(found))
+    heldout.meaning(out, found["meaning"])
     whole = 2 * sum(r * c for r, c in plan.shapes.values())
     out.print(
         f"{human(found['bytes'])} packed; the reference's layers take {human(whole)} at 16 bits.",
@@ -293,10 +179,12 @@ def show(out: Console, plan: Plan) -> None:
     for line in caches(plan):
         out.print(line, soft_wrap=True)
     promise = plan.predicted
-    out.print(f"Promise: KL {promise['kl']:.4f} +- {promise['stderr']:.4f} nats per token.")
+    out.print(
+        f"Promise: KL {promise['kl']:.4f} +- {promise['stderr']:.4f} nats per {unit_of(promise)}."
+    )
     if plan.certificate:
-        out.print(certificate(plan))
-        _answer(out, plan)
+        out.print(heldout.certificate(plan))
+        heldout.answer(out, plan)
     else:
         out.print("No certificate: not measured on held-out text yet.")
 

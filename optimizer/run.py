@@ -37,9 +37,10 @@ class Point:
     """A plan in the plane of bytes and loss.
 
     bytes: of the tensors, headers not counted, as in the certificate. bits: per weight in scope,
-    scales counted. predicted, measured: mean KL, nats per token, the latter on search documents
-    (None: not measured). measures: name -> {value, low, high}. moved: bytes that are read for each
-    new token (optimizer.speed). seconds: that each takes by optimizer.pace; 0: not measured.
+    scales counted. predicted, measured: mean KL in nats, the latter on search documents (None: not
+    measured). measures: name -> {value, low, high}. moved: bytes that are read for each new token
+    (optimizer.speed), or by one pass of an encoder. seconds: that each takes by optimizer.pace; 0:
+    not measured.
     """
 
     name: str
@@ -56,7 +57,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """columns: the palette's names; groups: layer names per group; chosen: the plan's point."""
+    """columns: the palette's names; groups: layer names per group; chosen: the plan's point. unit:
+    what its KL are nats of, `token` or, for encoders, `text`."""
 
     model: str
     key: str
@@ -69,6 +71,7 @@ class Run:
     notes: tuple[str, ...]
     config: dict[str, Any]
     seconds: float
+    unit: str = "token"
 
     def save(self, folder: Path) -> Path:
         data = {"format": FORMAT, "version": VERSION, **asdict(self)}

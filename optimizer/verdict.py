@@ -16,11 +16,25 @@ Documents = Mapping[str, int]
 NAMES = {"kl": "KL", "flips": "flips", "accuracy": "change of accuracy"}
 
 
+def in_unit(said: str, unit: str) -> str:
+    """A sentence about documents and tokens, as it reads for an encoder's batches and texts."""
+    if unit == "token":
+        return said
+    for word, own in (("documents", "batches"), ("document", "batch"), ("token", "text")):
+        said = said.replace(word, own)
+    return said
+
+
+def unit_of(found: Mapping[str, Any]) -> str:
+    """Of a certificate or of its answer: `token`, or `text` for encoders."""
+    return str(found.get("unit", "token"))
+
+
 def sentence(found: Mapping[str, Any]) -> str:
     """The answer: lossless within the tolerance, lossy and where, or not enough text to say."""
     documents = {row["name"]: row["documents"] for row in found["texts"]}
     say = {"lossy": _lossy, "lossless": _lossless, "open": _open}[found["state"]]
-    said = say(found["findings"], documents)
+    said = in_unit(say(found["findings"], documents), unit_of(found))
     loudest = max((row["kl"]["value"] for row in found["noise"]), default=0.0)
     tolerated = found["tolerance"]["kl"]
     if loudest >= tolerated:
@@ -132,28 +146,31 @@ def in_words(found: Mapping[str, Any]) -> list[str]:
             f"Worst domain: {worst['name']}, KL {worst['kl']['value']:.4f}; the weighted mean of the "
             f"domains is {found['weighted_kl']:.4f}."
         )
-    test = found["mcnemar"]
-    lines.append(
-        f"Of the tokens that only one of the two ranks first, the reference is right at "
-        f"{test['lost']} and the plan at {test['won']} (McNemar over documents: p = {test['p']:.2g})."
-    )
+    if "mcnemar" in found:
+        test = found["mcnemar"]
+        lines.append(
+            f"Of the tokens that only one of the two ranks first, the reference is right at "
+            f"{test['lost']} and the plan at {test['won']} (McNemar over documents: "
+            f"p = {test['p']:.2g})."
+        )
     if found["half_of_loss"]:
+        named = in_unit("documents", unit_of(found))
         lines.append(
             f"Half of the held-out loss is in {found['half_of_loss']} of "
-            f"{found['texts'][0]['documents']} documents. {_worst(found['documents'])}"
+            f"{found['texts'][0]['documents']} {named}. {_worst(found['documents'], named)}"
         )
     if "greedy" in found:
         lines.append(greedy_words(found["greedy"]))
     return lines
 
 
-def _worst(documents: Sequence[Mapping[str, Any]]) -> str:
+def _worst(documents: Sequence[Mapping[str, Any]], named: str) -> str:
     each = [
         f"{one['text']} {one['document']} ({one['kl']:.3f}"
         + (f', "{one["begins"]}")' if one.get("begins") else ")")
         for one in documents[:3]
     ]
-    return f"The most moved documents: {', '.join(each)}."
+    return f"The most moved {named}: {', '.join(each)}."
 
 
 def greedy_words(found: Mapping[str, Any]) -> str:

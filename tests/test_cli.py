@@ -215,7 +215,7 @@ CALLS: dict[str, tuple[list[str], list[str]]] = {
     "experts": (["runtime.experts=some"], ["tensor or block", "'some'"]),
     "quantizer": (["quantizer.name=magic"], ["rtn", "'magic'"]),
     "windows too long": (["data.heldout.length=4000"], ["256 tokens", "data.heldout.length"]),
-    "no such model": (["model=./nowhere"], ["./nowhere", "smollm2, stories"]),
+    "no such model": (["model=./nowhere"], ["./nowhere", "smollm2, minilm, stories"]),
     "no such hub model": (["model=no/where"], ["no/where", "network"]),
     "no path": (["data=text"], ["data.path"]),
     "no such text": (["data=text", "data.path=no.txt"], ["no.txt"]),

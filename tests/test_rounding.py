@@ -169,7 +169,7 @@ def test_weighted_hessians_count_tokens_by_their_gradients(made: Maker) -> None:
         return seen[-1]
 
     handle = module.register_forward_hook(leaf)
-    likelihood(model.net, torch.from_numpy(ids[3])[None], [7, 3]).backward()
+    likelihood(model, torch.from_numpy(ids[3])[None], [7, 3]).backward()
     handle.remove()
     squares = seen[-1].grad.square().sum(-1).flatten().numpy()
     assert np.allclose(found[3] / found[3].sum(), squares / squares.sum(), rtol=1e-3, atol=1e-7)

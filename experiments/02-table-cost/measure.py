@@ -49,7 +49,7 @@ def main(what: str, text: str) -> None:
         for name in task.layers:
             model.net.get_parameter(model.layers[name].parameter).requires_grad_(True)
         for i, window in enumerate(ids):
-            loss = fisher.likelihood(model.net, torch.from_numpy(window)[None], [0, i])
+            loss = fisher.likelihood(model, torch.from_numpy(window)[None], [0, i])
             loss.backward()
             model.net.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - begun

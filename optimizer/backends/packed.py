@@ -8,6 +8,7 @@ and, if asymmetric, NAME.zeros; everything else has its checkpoint name and 16 b
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -32,7 +33,7 @@ from optimizer.layer import Inventory, Layer, Precision
 from optimizer.model import DTYPES, Model, read, skeleton, take_inventory, write
 from optimizer.plan import Plan
 from optimizer.quantizer import Codes, Rtn
-from optimizer.source import PACKED_FILE
+from optimizer.source import PACKED_FILE, POOLING, is_encoder, pooling
 
 __all__ = ["check_target", "load", "pack", "save", "verify"]
 
@@ -91,6 +92,9 @@ def _write(tensors: dict[str, Tensor], plan: Plan, folder: Path, out: Path) -> N
             "made for another version or another checkpoint; make it again."
         )
     copy_beside(folder, out)
+    if is_encoder(folder):  # its own file may lie in a folder below, which isn't copied
+        text = json.dumps({"pooling": pooling(folder)})
+        (out / POOLING).write_text(text + "\n", encoding="utf-8")
     seal(plan, out)
 
 

@@ -126,7 +126,7 @@ def third(run: Run) -> str:
     xs = [scale * run.cost(p) for _, p, _ in points]
     x = linear(xs, LEFT, WIDTH - RIGHT)
     y = logarithmic([value(p) for _, p, _ in points], HEIGHT - BOTTOM, TOP)
-    body = [axes(x, y, across, "KL, nats per token", text)]
+    body = [axes(x, y, across, f"KL, nats per {run.unit}", text)]
     for (index, point, role), at in zip(points, xs, strict=True):
         body.append(shape(index, role, x.at(at), y.at(value(point))))
     return svg("third", f"Chart of {across} against loss for {len(points)} plans.", body)
@@ -143,7 +143,7 @@ def front(run: Run) -> str:
     y = logarithmic([value(p) for p, _ in points], HEIGHT - BOTTOM, TOP)
     uniform = sorted((p for p, role in points if role == "uniform"), key=lambda p: p.bytes)
     body = [
-        axes(x, y, "bytes of the model's tensors", "KL, nats per token", size),
+        axes(x, y, "bytes of the model's tensors", f"KL, nats per {run.unit}", size),
         path(x, y, [(p.bytes, p.predicted) for p in run.front], "line-front"),
         path(x, y, [(p.bytes, value(p)) for p in uniform], "line-uniform"),
     ]
@@ -165,7 +165,7 @@ def prediction(run: Run) -> str:
     y = logarithmic(values, HEIGHT - BOTTOM, TOP)
     ends = [(x.low, x.low), (x.high, x.high)]
     body = [
-        axes(x, y, "predicted KL, nats per token", "measured KL", loss),
+        axes(x, y, f"predicted KL, nats per {run.unit}", "measured KL", loss),
         path(x, y, ends, "line-uniform"),
     ]
     for index, point, role in points:

@@ -112,7 +112,8 @@ def _chart(jobs: Sequence[Job]) -> str:
     x = chart.linear([p.bytes for p in points], chart.LEFT, chart.WIDTH - chart.RIGHT)
     losses = [chart.value(point) for point in points]
     y = chart.logarithmic(losses, chart.HEIGHT - chart.BOTTOM, chart.TOP)
-    body = [chart.axes(x, y, "bytes of the model's tensors", "KL, nats per token", chart.size)]
+    unit = " or ".join(sorted({job.run.unit for job in jobs}, reverse=True))
+    body = [chart.axes(x, y, "bytes of the model's tensors", f"KL, nats per {unit}", chart.size)]
     for i, job in enumerate(jobs):
         line = [(p.bytes, p.predicted) for p in job.run.front]
         body.append(chart.path(x, y, line, f"look{i % LINES}"))

@@ -14,7 +14,7 @@ from optimizer.layer import Precision
 from optimizer.page import chart
 from optimizer.plan import Plan
 from optimizer.run import Point, Run, overrides
-from optimizer.verdict import in_short, in_words
+from optimizer.verdict import in_short, in_unit, in_words, unit_of
 
 EXPERTS = 6  # experts of a cell that are named; the rest is counted
 
@@ -59,6 +59,10 @@ LEGEND = {
 }
 
 
+MOVED = {"token": "next-token distribution", "text": "distribution of a text's similarities"}
+READ = {"token": "read per token", "text": "read per pass"}
+
+
 def front(plan: Plan, run: Run) -> str:  # noqa: ARG001
     roles = {role for _, role in chart.shown(run)}
     keys = "".join(
@@ -69,7 +73,7 @@ def front(plan: Plan, run: Run) -> str:  # noqa: ARG001
     return (
         f"<ul class=legend>{keys}</ul>{chart.front(run)}"
         "<p class=hint>The front is the table's prediction; marks are measured on search documents "
-        "where a plan was measured. KL says how far the quantized model's next-token distribution "
+        f"where a plan was measured. KL says how far the quantized model's {MOVED[run.unit]} "
         "moved from the reference's: 0 is no change. <span class=script>Point at a plan to read it; "
         "click it to see its heat map.</span></p>"
         f"{_measured_table(run)}"
@@ -97,7 +101,7 @@ def _measured_table(run: Run) -> str:
 
 def speed_columns(run: Run, points: Sequence[Point]) -> dict[str, list[str]]:
     """What is known of the plans' speed, by the column's title; a cell per plan."""
-    found = {"read per token": [chart.size(p.moved) if p.moved else "" for p in points]}
+    found = {READ[run.unit]: [chart.size(p.moved) if p.moved else "" for p in points]}
     if any(p.seconds for p in points):
         found["ms per token"] = [f"{1000 * p.seconds:.3g}" if p.seconds else "" for p in points]
         found["tokens/s"] = [f"{1 / p.seconds:.3g}" if p.seconds else "" for p in points]
@@ -237,13 +241,24 @@ def _bytes_row(name: str, stored: float, bits: str, total: int) -> str:
 # ---------------------------------------------------------------- certificate
 
 
-MEASURES = {
+MEASURES = {  # those that a certificate has are shown
     "kl": ("KL", "{:.4f}", 1),
     "kl_p99": ("KL, worst 1 %", "{:.3f}", 1),
     "flips": ("other top token, %", "{:.1f}", 100),
     "ear": ("EAR", "{:.4f}", 1),
     "perplexity": ("perplexity", "{:.3f}", 1),
+    "overlap": ("10 nearest that stay, %", "{:.1f}", 100),
+    "cosine": ("cosines change by", "{:.4f}", 1),
+    "cosine_p99": ("cosines, worst 1 %", "{:.4f}", 1),
 }
+OF_TEXTS = {
+    "flips": ("other nearest text, %", "{:.1f}", 100)
+}  # of encoders, in the place of flips
+
+
+def _measures(row: Mapping[str, Any], unit: str) -> dict[str, tuple[str, str, int]]:
+    found = {key: value for key, value in MEASURES.items() if key in row}
+    return found if unit == "token" else found | OF_TEXTS
 
 
 def certificate(plan: Plan) -> str:
@@ -254,15 +269,9 @@ def certificate(plan: Plan) -> str:
             "proof.certify=false to get a certificate.</p>"
         )
     own = proof["rows"][0]
-    words = (
-        f"The plan was compared with the reference on {proof['documents']} documents "
-        f"({proof['tokens']} tokens) that were not used to make it. Per token, its predictions move "
-        f"by {own['kl']['value']:.4f} nats on average and by {own['kl_p99']['value']:.3f} or more at "
-        f"the worst 1 % of tokens. At {100 * own['flips']['value']:.1f} % of tokens it finds "
-        f"another token most likely. Its perplexity is {own['perplexity']['value']:.3f}, the "
-        f"reference's {own['perplexity_reference']['value']:.3f}."
-    )
-    names = {key: value for key, value in MEASURES.items() if key in own}
+    unit = unit_of(proof)
+    words = _of_texts(proof, own) if unit == "text" else _of_tokens(proof, own)
+    names = _measures(own, unit)
     head = "".join(f"<th scope=col>{title}</th>" for title, _, _ in names.values())
     body = "".join(_proof_row(row, names) for row in proof["rows"])
     between = proof["versus"].get("line")
@@ -278,8 +287,36 @@ def certificate(plan: Plan) -> str:
         "<div class=wide><table class=cards>"
         f"<caption>{escape(proof['interval'])} in brackets</caption><thead><tr><th scope=col>plan"
         f"</th><th scope=col>size</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        "<p class=hint>Lower is better, except EAR: the share of probability that both models agree "
-        "on. &ldquo;plan&rdquo; is the chosen one.</p>"
+        f"<p class=hint>Lower is better, except {BETTER[unit]}. &ldquo;plan&rdquo; is the chosen "
+        "one.</p>"
+    )
+
+
+BETTER = {
+    "token": "EAR: the share of probability that both models agree on",
+    "text": "the nearest texts that stay",
+}
+
+
+def _of_tokens(proof: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    return (
+        f"The plan was compared with the reference on {proof['documents']} documents "
+        f"({proof['tokens']} tokens) that were not used to make it. Per token, its predictions move "
+        f"by {own['kl']['value']:.4f} nats on average and by {own['kl_p99']['value']:.3f} or more at "
+        f"the worst 1 % of tokens. At {100 * own['flips']['value']:.1f} % of tokens it finds "
+        f"another token most likely. Its perplexity is {own['perplexity']['value']:.3f}, the "
+        f"reference's {own['perplexity_reference']['value']:.3f}."
+    )
+
+
+def _of_texts(proof: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    return (
+        f"The plan was compared with the reference on {proof['tokens']} texts in "
+        f"{proof['documents']} batches that were not used to make it. The cosine of two texts changes "
+        f"by {own['cosine']['value']:.4f} on average, and by {own['cosine_p99']['value']:.4f} or more "
+        f"for 1 % of the pairs. {100 * own['flips']['value']:.1f} % of the texts have another nearest "
+        f"text, and {100 * own['overlap']['value']:.1f} % of the 10 nearest stay among them. KL is "
+        "that of a text's similarities to the others of its batch, in nats per text."
     )
 
 
@@ -290,7 +327,9 @@ def _meaning(found: Mapping[str, Any]) -> str:
     states: dict[str, set[str]] = {}
     for finding in found["findings"]:
         states.setdefault(finding["text"], set()).add(finding["state"])
-    names = {key: value for key, value in MEASURES.items() if key != "perplexity"}
+    unit = unit_of(found)
+    names = _measures(found["texts"][0], unit)
+    names.pop("perplexity", None)
     head = "".join(f"<th scope=col>{title}</th>" for title, _, _ in names.values())
     rows = [*found["texts"], *found["noise"]]
     body = "".join(_text_row(row, names, states.get(row["name"], set())) for row in rows)
@@ -299,8 +338,9 @@ def _meaning(found: Mapping[str, Any]) -> str:
         f"<p><b>{escape(found['verdict'])}</b></p><p>{escape(words)}</p><div class=wide>"
         "<table class=cards>"
         "<caption>By text; below, the reference against itself, which is the noise that no plan can "
-        f"beat</caption><thead><tr><th scope=col>text</th><th scope=col>documents</th>"
-        f"<th scope=col>within tolerance</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        "beat</caption><thead><tr><th scope=col>text</th>"
+        f"<th scope=col>{in_unit('documents', unit)}</th><th scope=col>within tolerance</th>{head}"
+        f"</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -370,5 +410,6 @@ def _data_seed(run: Run) -> Any:
 def _text(run: Run) -> str:
     data = run.config.get("data", {})
     if data.get("source") == "self":
-        return "sampled from the reference itself"
+        own = "the project's own sentences"
+        return own if run.unit == "text" else "sampled from the reference itself"
     return f"{data.get('source')}: {data.get('path')}"

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,10 +35,10 @@ def diagonal(
     of the scored layers' size and one parameter's gradient at a time. Cost: a forward and a
     backward pass a window, and one rounding of the layers a precision."""
     passes = (
-        partial(likelihood, model.net, window, own_seed, _row(weights, i))
+        partial(likelihood, model, window, own_seed, _row(weights, i))
         for i, (window, own_seed) in enumerate(_windows(model.net, ids, seed))
     )
-    return squared(model, task, passes) / (2 * ids.size)
+    return squared(model, task, passes) / (2 * model.predictions(ids))
 
 
 def squared(model: Model, task: Task, passes: Iterable[Callable[[], Tensor]]) -> np.ndarray:
@@ -88,17 +87,17 @@ def directional(
     total = np.zeros((len(task.groups), len(task.columns)))
     with _gradients(model.net, set(by_parameter), dot):
         for i, (window, own_seed) in enumerate(_windows(model.net, ids, seed)):
-            likelihood(model.net, window, own_seed, _row(weights, i)).backward()
+            likelihood(model, window, own_seed, _row(weights, i)).backward()
             total += task.collect(products) ** 2
-    return total / (2 * ids.size)
+    return total / (2 * model.predictions(ids))
 
 
 def likelihood(
-    net: Any, window: Tensor, seed: list[int], weights: np.ndarray | None = None
+    model: Model, window: Tensor, seed: list[int], weights: np.ndarray | None = None
 ) -> Tensor:
-    """ids [1, l] -> log-likelihood (a scalar with gradient) of labels sampled from the model at
-    every position, each times the square root of its weight [l]."""
-    logits = net(input_ids=window, use_cache=False).logits[0].float()
+    """ids [1, l] -> log-likelihood (a scalar with gradient) of labels sampled from the model's own
+    predictions, each times the square root of its weight [predictions]."""
+    logits = model.logits(window)
     each = torch.log_softmax(logits, -1).gather(-1, sampled(logits, seed))[:, 0]
     if weights is None:
         return each.sum()

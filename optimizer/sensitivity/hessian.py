@@ -42,7 +42,7 @@ def trace(
             for window, own_seed in _windows(model.net, ids, seed):
                 for probe in range(probes):
                     rng = torch.Generator().manual_seed(_number([*own_seed, probe]))
-                    quadratic = _hvp(model.net, window, parameters, rng)
+                    quadratic = _hvp(model, window, parameters, rng)
                     for layer in layers:
                         own = read(quadratic[names.index(layer.parameter)], layer)
                         total[layer.name] += float(own.sum(dtype=torch.float64)) / probes
@@ -54,12 +54,14 @@ def trace(
         mean = max(total[layer.name], 0.0) / layer.weights
         norms = _array([error.square().sum() for _, error in _errors(model, task, layer)])
         losses[layer.name] = mean * norms
-    return task.collect(losses) / (2 * ids.size)
+    return task.collect(losses) / (2 * model.predictions(ids))
 
 
-def _hvp(net: Any, window: Tensor, parameters: list[Any], rng: torch.Generator) -> list[Tensor]:
+def _hvp(
+    model: Model, window: Tensor, parameters: list[Any], rng: torch.Generator
+) -> list[Tensor]:
     """v * (H v) for one Rademacher vector over all parameters, H summed over the window."""
-    logits = net(input_ids=window, use_cache=False).logits[0].float()
+    logits = model.logits(window)
     log_q = torch.log_softmax(logits, -1)
     log_p = log_q.detach()
     kl = (log_p.exp() * (log_p - log_q)).sum()
@@ -98,7 +100,7 @@ def kronecker(model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]) ->
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     with _watching(model, task.layers, factors):
         for window, own_seed in _windows(model.net, ids, seed):
-            likelihood(model.net, window, own_seed).backward()
+            likelihood(model, window, own_seed).backward()
     losses = {}
     for layer in layers:
         inputs, outputs = factors[layer.name]
@@ -106,7 +108,7 @@ def kronecker(model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]) ->
         losses[layer.name] = _array(
             [((outputs @ e @ inputs) * e).sum() / tau for _, e in _errors(model, task, layer)]
         )
-    return task.collect(losses) / (2 * ids.size)
+    return task.collect(losses) / (2 * model.predictions(ids))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 
 from optimizer.data import Windows
 from optimizer.layer import Precision
-from optimizer.meaning import Teacher
+from optimizer.meaning import teacher
 from optimizer.model import Model
 from optimizer.sensitivity import Task
 
@@ -31,12 +31,12 @@ def measure(
         base = {name: task.fitted[name, at] for name in task.layers}
     for name in group:
         base.pop(name, None)
-    teacher = Teacher(model.net, windows, own_head=True)
+    reference = teacher(model, windows, own_head=True)
     with model.rounded(task.quantizer, base) as rounding:
-        floor = teacher.score(model.net).kl.mean(1) if base else np.zeros(len(windows.ids))
+        floor = reference.score(model.net).kl.mean(1) if base else np.zeros(len(windows.ids))
         gaps = []
         for column in task.columns:
             rounding.set(base | {name: task.fitted[name, column] for name in group})
-            gaps.append(teacher.score(model.net).kl.mean(1) - floor)
+            gaps.append(reference.score(model.net).kl.mean(1) - floor)
     values = np.array(gaps, dtype=np.float64)
     return {"loss": values.mean(1), "stderr": values.std(1, ddof=1) / np.sqrt(values.shape[1])}

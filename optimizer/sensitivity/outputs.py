@@ -50,7 +50,7 @@ def token_weights(
     try:
         for now[0] in track(range(len(ids)), "weights of tokens"):
             window = torch.from_numpy(ids[now[0]])[None].to(device)
-            likelihood(net, window, [seed, now[0]]).backward()
+            likelihood(model, window, [seed, now[0]]).backward()
     finally:
         for handle in handles:
             handle.remove()

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optimizer.meaning import Teacher
+from optimizer.meaning import AnyTeacher
 from optimizer.model import Model, read
 from optimizer.sensitivity import Task
 from optimizer.sensitivity.fisher import _gradients
@@ -29,7 +29,7 @@ Beside = Callable[[int], Tensor]  # what else a window's loss is made of; see `o
 def slopes(
     model: Model,
     task: Task,
-    teacher: Teacher,
+    teacher: AnyTeacher,
     parts: Sequence[np.ndarray],
     beside: Beside | None = None,
 ) -> np.ndarray:
@@ -44,7 +44,7 @@ def slopes(
 
 
 def _slope(
-    model: Model, task: Task, teacher: Teacher, windows: np.ndarray, beside: Beside | None
+    model: Model, task: Task, teacher: AnyTeacher, windows: np.ndarray, beside: Beside | None
 ) -> np.ndarray:
     total: dict[str, Tensor] = {}
 

@@ -134,7 +134,7 @@ def test_one_chunk_is_the_sum_over_its_windows(tiny: Model, estimator: str) -> N
     for i, row in enumerate(ids):
         for parameter in parameters:
             parameter.requires_grad_(True)
-        value = likelihood(tiny.net, torch.from_numpy(row)[None], [7, 1, i])
+        value = likelihood(tiny, torch.from_numpy(row)[None], [7, 1, i])
         gradients = torch.autograd.grad(value, parameters)
         for parameter in parameters:
             parameter.requires_grad_(False)
@@ -291,7 +291,7 @@ def tokens_of(
 
     handle = module.register_forward_hook(catch)
     try:
-        value = likelihood(model.net, torch.from_numpy(row)[None], seed)
+        value = likelihood(model, torch.from_numpy(row)[None], seed)
     finally:
         handle.remove()
     (gradient,) = torch.autograd.grad(value, caught["y"])
