@@ -19,6 +19,7 @@ import numpy as np
 
 from optimizer import tolerance
 from optimizer.bench import Bench, View, make_quantizer
+from optimizer.certificate import per_document
 from optimizer.config import Quantizer, Tolerance
 from optimizer.data import Data, Part
 from optimizer.layer import Precision
@@ -105,7 +106,8 @@ def drawn(pool: Scores, count: int, rng: np.random.Generator) -> Scores:
 def arm(name: str, pool: Scores, count: int, tolerated: Tolerance) -> list[Any]:
     """RUNS certificates; how often KL was judged, and what the power estimate promised."""
     states, promises = [], []
-    true, spread = tolerance.mean_and_spread(pool.kl, pool.documents)
+    sums, sizes, _ = per_document(pool.kl, pool.documents)
+    true = float(sums.sum() / sizes.sum())
     error = tolerance.ERROR / 3 if true > tolerated.kl else tolerance.INSIDE
     for run in range(RUNS):
         rng = np.random.default_rng([run, count])
@@ -114,9 +116,9 @@ def arm(name: str, pool: Scores, count: int, tolerated: Tolerance) -> list[Any]:
         whole = tolerance.state(found, count)
         states.append((whole == "lossy", whole == "lossless", kl.state))
         pilot = drawn(pool, 24, rng)
-        value, wide = tolerance.mean_and_spread(pilot.kl, pilot.documents)
-        promises.append(tolerance.power(value, wide, tolerated.kl, count, error))
-    promised = tolerance.power(true, spread, tolerated.kl, count, error)
+        few = per_document(pilot.kl, pilot.documents)[:2]
+        promises.append(tolerance.power(*few, tolerated.kl, count, error))
+    promised = tolerance.power(sums, sizes, tolerated.kl, count, error)
     kl_is = "over" if true > tolerated.kl else "within"
     rate = np.mean([s[2] == kl_is for s in states])
     lossy, lossless = (np.mean([s[i] for s in states]) for i in (0, 1))
