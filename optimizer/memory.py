@@ -19,11 +19,10 @@ from optimizer.plan import Budget, Plan, parse_size
 MIB = 2**20
 STATE_BYTES = 4  # recurrent states are kept in fp32
 LOGIT_BYTES = 4
-HOLES = 0.25  # torch on CPU: share of cache and activations that glibc's malloc takes more than
-# it gives: blocks of up to 32 MiB are cut from one heap. Measured 0.19 to 0.47 on four settings; with
-# MALLOC_MMAP_THRESHOLD_=131072 there are none, and unpacking a layer takes twice as long.
-UNPACKING = 14  # torch: bytes per weight while a layer is unpacked: codes, offsets, fp32 twice
+UNPACKED = 2**16  # torch: weights that are unpacked together
+UNPACKING = 14  # torch: bytes for each of them: codes, offsets, fp32 twice
 SPREAD = 17  # the same without the codes' own bits where they cross bytes: through 64-bit words
+RESULT = 4  # torch: bytes per weight of an unpacked layer, fp32
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,10 @@ class Use:
     cache: int
     activations: int
     runtime: int
-    holes: int = 0  # of the allocator
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.activations + self.runtime + self.holes
+        return self.weights + self.cache + self.activations + self.runtime
 
     @property
     def besides(self) -> int:
@@ -224,9 +222,7 @@ def use(
     bits = stored_bits(shape, runtime, budget.kv)
     cache = cache_bytes(shape, context, batch, bits)
     activations = activation_bytes(shape, runtime, context, batch, bits, compute, unpacked)
-    holed = runtime == "torch" and budget.machine == "cpu"
-    holes = int(HOLES * (cache + activations)) if holed else 0
-    return Use(weights, cache, activations, overhead, holes)
+    return Use(weights, cache, activations, overhead)
 
 
 def resident_weights(plan: Plan, compute: int = 16) -> int:
@@ -235,19 +231,18 @@ def resident_weights(plan: Plan, compute: int = 16) -> int:
 
 
 def unpacked_bytes(plan: Plan) -> int:
-    """torch: bytes while the largest layer is unpacked as a whole (an embedding unpacks rows)."""
-    sizes = (
-        rows * cols * unpacking(plan.choice[name]) for name, (rows, cols) in plan.shapes.items()
-    )
-    return max(sizes, default=0)
+    """torch: bytes while the layer that needs most is unpacked (an embedding unpacks rows)."""
+    found = (unpacking(rows * cols, plan.choice[n]) for n, (rows, cols) in plan.shapes.items())
+    return max(found, default=0)
 
 
-def unpacking(precision: Precision) -> int:
-    """torch: bytes per weight that are alive at most while it is unpacked."""
+def unpacking(weights: int, precision: Precision) -> int:
+    """torch: bytes that are alive at most while a layer of so many weights is unpacked."""
     if precision.kind == "none":
         return 0
     across = precision.kind == "int" and 8 % precision.bits != 0
-    return SPREAD + precision.bits if across else UNPACKING
+    each = SPREAD + precision.bits if across else UNPACKING
+    return RESULT * weights + each * min(weights, UNPACKED)
 
 
 def usable(budget: Budget) -> int:
@@ -296,14 +291,14 @@ def resolve(
             f"Weights, cache, activations and runtime must fit the machine together. "
             f"{_sentence(budget.device or 'it')} has {mib(usable(budget))} usable; at budget.context="
             f"{budget.context}, budget.batch={budget.batch} and budget.kv={budget.kv} the cache "
-            f"takes {mib(need.cache)}, activations {mib(need.activations)}, runtime and allocator "
-            f"{mib(need.runtime + need.holes)}, and the smallest plan {mib(smallest)}. "
+            f"takes {mib(need.cache)}, activations {mib(need.activations)}, the runtime "
+            f"{mib(need.runtime)}, and the smallest plan {mib(smallest)}. "
             f"{remedy}"
         )
     text = (
         f"{budget.device or 'the machine'}: {mib(usable(budget))} usable - cache {mib(need.cache)} "
         f"({budget.context} tokens, batch {budget.batch}, {budget.kv} bits) - activations "
-        f"{mib(need.activations)} - runtime and allocator {mib(need.runtime + need.holes)} = "
+        f"{mib(need.activations)} - runtime {mib(need.runtime)} = "
         f"{mib(room)} for weights"
     )
     return Budget(size=str(room)), text

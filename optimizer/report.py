@@ -246,8 +246,6 @@ def fitting(out: Console, found: Answer) -> None:
     table.add_row("weights", mib(need.weights))
     table.add_row(f"cache: {tokens}", mib(need.cache))
     table.add_row("activations", mib(need.activations))
-    if need.holes:
-        table.add_row("holes that the allocator leaves", mib(need.holes))
     table.add_row("runtime", mib(need.runtime), end_section=True)
     table.add_row("together", mib(need.total), style="bold")
     if budget.memory:

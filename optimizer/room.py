@@ -111,7 +111,7 @@ def _smallest(bench: Bench, chosen: Choices) -> int:
 def _unpacked(chosen: Choices) -> int:
     """Bytes while the largest layer is unpacked from the dearest precision."""
     return max(
-        layer.weights * max(memory.unpacking(chosen.fitted[layer.name, c]) for c in chosen.columns)
+        max(memory.unpacking(layer.weights, chosen.fitted[layer.name, c]) for c in chosen.columns)
         for layer in chosen.scope
     )
 

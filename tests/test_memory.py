@@ -272,7 +272,7 @@ def test_fit_says_what_more_memory_buys(tmp_path):
     plan, run = save(tmp_path)
     besides = memory.use(SHAPE, "torch", CARD, 0).besides
     packed = 64 * 64  # at unpacking, the largest layer
-    besides += memory.unpacking(plan.choice[next(iter(plan.layers))]) * packed
+    besides += memory.unpacking(packed, plan.choice[next(iter(plan.layers))])
     small = besides + run.front[1].bytes
     more = run.front[4].bytes - run.front[1].bytes
     machine = replace(CARD, memory=str(small), usable=1.0)

@@ -10,7 +10,6 @@ happened; `peak` is the most that was ever resident. Run it in a fresh process p
 
 import ctypes
 import gc
-import os
 import sys
 from pathlib import Path
 
@@ -102,20 +101,18 @@ def main() -> None:
 
     shape = geometry(net.config.to_dict())
     machine = "cpu" if device == "cpu" else "gpu"
-    kept = any(name.startswith("MALLOC_MMAP") for name in os.environ)
     budget = Budget(memory="1TB", context=context, batch=batch, kv=kv, machine=machine)
     weights = memory.resident_weights(plan, bits)
     unpacked = memory.unpacked_bytes(plan)
     need = memory.use(shape, "torch", budget, weights, unpacked, bits)
-    holes = 0 if kept else need.holes
     rows = [
         ("runtime", need.runtime, start),
         ("weights", need.weights, loaded - start),
         ("cache", need.cache, filled - loaded),
-        ("activations", need.activations + holes, peak - filled),
-        ("running", need.total - need.holes + holes, peak),
+        ("activations", need.activations, peak - filled),
+        ("running", need.total, peak),
         ("loading", need.runtime + need.weights, while_loading),
-        ("total", need.total - need.holes + holes, max(peak, while_loading)),
+        ("total", need.total, max(peak, while_loading)),
     ]
     print("context,batch,dtype,device,cache_bits,line,predicted,measured,error_percent")
     for line, predicted, measured in rows:
