@@ -138,6 +138,8 @@ def _made(store: Store, key: str, make: Callable[[Path], None]) -> Path:
     target = store.root / "models" / key[:40]
     if target.exists():
         return target
+    from safetensors import SafetensorError
+
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (
@@ -151,6 +153,8 @@ def _made(store: Store, key: str, make: Callable[[Path], None]) -> Path:
                 shutil.move(inner, target)
     except OSError as error:
         raise unwritable(target, error) from None
+    except SafetensorError as error:  # its own name for a full disk
+        raise unwritable(target, OSError(str(error))) from None
     return target
 
 

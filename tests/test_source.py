@@ -11,7 +11,7 @@ import pytest
 from optimizer.errors import ModelError, StorageError
 from optimizer.source import Source, fingerprint, locate
 from optimizer.store import Store
-from tests.conftest import Small
+from tests.conftest import Small, largest_file
 
 
 @pytest.fixture
@@ -24,6 +24,13 @@ def test_a_built_in_model_is_made_once(source: Source, store: Path) -> None:
     assert again == source
     assert again.folder.is_relative_to(store)
     assert not list(store.rglob(".making-*"))
+
+
+def test_a_disk_that_is_full_of_half_a_model_is_told(tmp_path: Path) -> None:
+    """safetensors has its own error for that."""
+    with largest_file(20_000), pytest.raises(StorageError, match="Free space"):
+        locate("stories", Store(tmp_path))
+    assert not list(tmp_path.rglob("model.safetensors"))
 
 
 def test_a_folder_is_used_where_it_lies(llama: Small, tmp_path: Path) -> None:

@@ -5,8 +5,7 @@ cd "$(dirname "$0")"
 work=${WORK:-work}
 mezzotint optimize model=smollm2 budget.bits=6 proof.certify=false search=exact wandb=off hydra.run.dir="$work/run"
 mezzotint apply "$work/run/plan.json" out="$work/packed" overwrite=true
-for setting in "512 1" "2048 1" "4096 1" "1024 4"; do
+for setting in "256 1" "512 1" "1024 1" "2048 1" "1024 4"; do
     python measure.py "$work/packed" $setting "${DTYPE:-float32}" "${DEVICE:-cpu}"
-    MALLOC_MMAP_THRESHOLD_=131072 python measure.py "$work/packed" $setting "${DTYPE:-float32}" "${DEVICE:-cpu}"
 done
 python measure.py "$work/packed" 2048 1 "${DTYPE:-float32}" "${DEVICE:-cpu}" 8
