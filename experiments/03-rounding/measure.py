@@ -3,12 +3,16 @@
 measure.py MODEL TEXT uniform METHOD BITS...          every layer at these bits
 measure.py MODEL TEXT time METHOD                     seconds, all precisions at once and alone
 measure.py MODEL TEXT plan METHOD TABLE BUDGET...     TABLE = estimator-quantizer, code bits
-METHOD: rtn, rtn-clip, awq, gptq-ORDER[-clip][-reference]. Finished work is in the store.
+measure.py MODEL TEXT saved METHOD PLAN.json          a searched plan; METHOD only names the row
+measure.py MODEL TEXT tokens - FOLDER                 the model and its calibration tokens for peers.py
+measure.py MODEL TEXT given TOOL BITS FILE            weights that another tool rounded (peers.py)
+METHOD: rtn, rtn-clip, awq, gptq-ORDER[-clip][-reference][-fisher]. Finished work is in the store.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 import sys
 import time
@@ -16,17 +20,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors import safe_open
+from torch import Tensor
+
 from optimizer import pipeline
 from optimizer.bench import Bench, View, choices, make_quantizer, measure_table
+from optimizer.certificate import describe, resamples
 from optimizer.config import Optimize, Palette, Quantizer
 from optimizer.data import Data, Part
 from optimizer.layer import Precision
-from optimizer.plan import Budget
+from optimizer.plan import Budget, Plan
 from optimizer.search import exact
 from optimizer.sensitivity import Sensitivity
 
 RESULTS = Path(__file__).parent / "results.csv"
-FIELDS = ["model", "method", "plan", "code_bits", "kl", "flips", "seconds"]
+FIELDS = ["model", "method", "plan", "code_bits", "kl", "flips", "seconds", "kl_low", "kl_high",
+          "flips_low", "flips_high"]  # fmt: skip
 GROUP = {"smollm2": 64, "stories": 32}
 
 
@@ -41,6 +51,7 @@ def quantizer(method: str) -> Quantizer:
         order=rest[0],
         clip="clip" in rest,
         inputs="reference" if "reference" in rest else "rounded",
+        weighting="fisher" if "fisher" in rest else "alike",
     )
 
 
@@ -91,35 +102,105 @@ def timing(model: str, text: str, method: str) -> None:
 def main(model: str, text: str, kind: str, method: str, *rest: str) -> None:
     if kind == "time":
         timing(model, text, method)
-        return
-    estimator, _, scored_with = rest[0].partition("-") if kind == "plan" else ("fisher", "", "")
-    config = configuration(model, text, scored_with or method, estimator, 8)
-    bench = Bench(model, None, config.data, config.store, "cpu", Lines())
+    elif kind == "plan":
+        planned(model, text, method, *rest)
+    elif kind == "uniform":
+        bench = bench_of(model, text)
+        chosen = choices(configuration(model, text, "rtn", "fisher", 8), bench.inventory)
+        for bits in rest:
+            column = f"int{bits}_g{GROUP[model]}"
+            choice = {x.name: chosen.fitted[x.name, column] for x in chosen.scope}
+            score(bench, make_quantizer(quantizer(method), bench), choice, model, method, "uniform",
+                  bits)  # fmt: skip
+    elif kind == "saved":
+        plan, bench = Plan.load(rest[0]), bench_of(model, text)
+        settings = {k: v for k, v in plan.quantizer.items() if k != "tokens"}
+        rounder = make_quantizer(Quantizer(**settings), bench)
+        score(bench, rounder, plan.choice, model, method, "searched", f"{plan.code_bits:.3g}")
+    elif kind == "tokens":
+        bench = bench_of(model, text)
+        np.save(Path(rest[0]) / "tokens.npy", bench.calibration())
+        (Path(rest[0]) / "folder").write_text(str(bench.source.folder))
+    else:
+        given(model, text, method, *rest)
+
+
+def bench_of(model: str, text: str) -> Bench:
+    config = configuration(model, text, "rtn", "fisher", 8)
+    return Bench(model, None, config.data, config.store, "cpu", Lines())
+
+
+def planned(model: str, text: str, method: str, table_of: str, *budgets: str) -> None:
+    estimator, _, scored_with = table_of.partition("-")
+    bench = bench_of(model, text)
+    config = configuration(model, text, scored_with, estimator, 8)
     chosen = choices(config, bench.inventory)
-    rounder = make_quantizer(quantizer(method), bench)
-    table = measure_table(bench, config, chosen) if kind == "plan" else None
-    for value in rest[1:] if kind == "plan" else rest:
-        if table is None:
-            choice = {
-                x.name: chosen.fitted[x.name, f"int{value}_g{GROUP[model]}"] for x in chosen.scope
-            }
-        else:
-            own = configuration(model, text, scored_with, estimator, float(value))
-            problem = pipeline._pose(own, bench.inventory, chosen, table.loss)
-            choice = chosen.choice(exact.solve(problem))
-        begun = time.monotonic()
-        scores = bench.score(choice, "heldout", rounder)
-        row = [model, method, rest[0] if table else "uniform", value, f"{scores.mean_kl:.6f}",
-               f"{scores.flip.mean():.6f}", f"{time.monotonic() - begun:.1f}"]  # fmt: skip
-        print(*row, flush=True)
-        keep(row)
+    table = measure_table(bench, config, chosen)
+    for bits in budgets:
+        own = configuration(model, text, scored_with, estimator, float(bits))
+        problem = pipeline._pose(own, bench.inventory, chosen, table.loss)
+        choice = chosen.choice(exact.solve(problem))
+        score(
+            bench, make_quantizer(quantizer(method), bench), choice, model, method, table_of, bits
+        )
+
+
+def given(model: str, text: str, tool: str, bits: str, file: str) -> None:
+    bench = bench_of(model, text)
+    with safe_open(file, framework="pt") as found:
+        seconds = found.metadata()["seconds"]
+        rounder = Foreign({name: found.get_tensor(name) for name in found.keys()}, tool)  # noqa: SIM118
+    scope = bench.inventory.scoped(["blocks"])
+    assert {x.name for x in scope} == rounder.weights.keys()
+    named = Precision("int", int(bits), GROUP[model])
+    choice = {x.name: named for x in scope}
+    score(bench, rounder, choice, model, tool, "uniform", bits, seconds)
+
+
+class Foreign:
+    """Weights that another tool rounded, in a quantizer's place. Each is checked to lie on a grid of
+    the promised size: at most 2^bits values in a group."""
+
+    def __init__(self, weights: dict[str, Tensor], tool: str) -> None:
+        self.weights = weights
+        sums = [hashlib.sha256(w.numpy().tobytes()).hexdigest() for w in weights.values()]
+        self.key = ["foreign", tool, sums]
+
+    def rounder(self, choice: Any, joint: bool = True) -> Foreign:
+        return self
+
+    def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:
+        own = self.weights[layer].view(weight.shape[0], -1, precision.group_size)
+        distinct = own.sort(-1).values.diff(dim=-1).ne(0).sum(-1).max() + 1
+        assert distinct <= 2**precision.bits, (layer, distinct)
+        return self.weights[layer]
+
+
+def score(
+    bench: Bench, rounder: Any, choice: Any, model: str, method: str, plan: str, bits: str,
+    seconds: str | None = None,
+) -> None:  # fmt: skip
+    """Append the row of a choice. seconds: of the rounding elsewhere; else of rounding and reading."""
+    begun = time.monotonic()
+    scores = bench.score(choice, "heldout", rounder)
+    found = describe(scores, resamples(scores.documents, np.random.default_rng(0)))
+    kl, flips = found["kl"], found["flips"]
+    row = [model, method, plan, bits, f"{kl.value:.6f}", f"{flips.value:.6f}",
+           seconds or f"{time.monotonic() - begun:.1f}",
+           *(f"{x:.6f}" for x in (kl.low, kl.high, flips.low, flips.high))]  # fmt: skip
+    print(*row, flush=True)
+    keep(row)
 
 
 def keep(row: list[str]) -> None:
     """Replace the row of the same measurement; a repeated run leaves its first seconds."""
     rows = list(csv.reader(RESULTS.open())) if RESULTS.exists() else [FIELDS]
-    if not any(old[:4] == row[:4] for old in rows):
-        rows.append(row)
+    rows = [FIELDS, *(old + [""] * (len(FIELDS) - len(old)) for old in rows[1:])]
+    before = next((old for old in rows if old[:4] == row[:4]), None)
+    if before is not None:
+        row[6] = before[6]
+        rows.remove(before)
+    rows.append(row + [""] * (len(FIELDS) - len(row)))
     with RESULTS.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([rows[0], *sorted(rows[1:])])
 

@@ -29,12 +29,11 @@ from optimizer.data import Data, Part
 from optimizer.layer import Precision
 from optimizer.model import Model, take_inventory
 from optimizer.plan import Plan, assemble
-from optimizer.quantizer import Rtn
 from optimizer.source import PACKED_FILE, locate
 from optimizer.store import Store
 
 STORE = Path("~/.cache/mezzotint").expanduser()
-EVERY = 3  # positions that are compared
+EVERY = 6  # positions that are compared
 ENGINES = {"vllm": "transformers", "gptq": "autoround"}  # who loads the format here
 
 
@@ -82,7 +81,8 @@ def main(model: str, to: str, given: str, out: str, windows: int = 6, length: in
         return torch.log_softmax(logits.float(), -1).numpy()
 
     p = log_p()
-    with reference.rounded(Rtn(), plan.choice):
+    rounder = deploy.codes_of(plan, bench.source, bench.inventory, Store(store), View())
+    with reference.rounded(rounder, plan.choice):
         ours = log_p()
     with tempfile.TemporaryDirectory() as scratch:
         folder, names = Path(scratch) / "out", [ENGINES.get(to, to)]

@@ -1,8 +1,8 @@
-#!/bin/sh
+#!/usr/bin/env bash
 # From this folder, with the package installed together with its `dev` extra. SCRATCH: where plans go.
-# STORIES260K: a folder with that model. About ten minutes on two cores.
-set -eu
-: "${SCRATCH:?}" "${STORIES260K:?}"
+# STORIES260K: a folder with that model. TEXT: a text for SmolLM2.
+set -euo pipefail
+: "${SCRATCH:?}" "${STORIES260K:?}" "${TEXT:?}"
 export OMP_NUM_THREADS=1
 python -m venv "$SCRATCH/autoround"
 "$SCRATCH/autoround/bin/pip" install -q torch==2.13.0 transformers==5.23.0 auto-round==0.16.1
@@ -27,6 +27,17 @@ python run.py "$STORIES260K" vllm "$SCRATCH/tv/plan.json" results.csv 12 64
 for format in torch vllm autoround gptq; do
   python run.py stories $format dealt results.csv 12 64
 done
-for format in llamacpp vllm autoround gptq torch; do
-  python run.py smollm2 $format dealt results.csv 3 40
+export TEXT
+smol() { plan "$1" model=smollm2 data=text data.path="$TEXT" search=exact proof.certify=false "${@:2}"; }
+quick=""
+smol st budget.bits=6.5 palette.bits='[4,8]'
+smol sm budget.bits=4.75 runtime=vllm
+python run.py smollm2 torch "$SCRATCH/st/plan.json" results.csv 12 64
+for format in vllm autoround; do
+  python run.py smollm2 $format "$SCRATCH/sm/plan.json" results.csv 12 64
 done
+for format in llamacpp gptq; do
+  python run.py smollm2 $format dealt results.csv 12 64
+done
+mezzotint apply "$SCRATCH/st/plan.json" out="$SCRATCH/packed"
+python turns.py smollm2 "$SCRATCH/packed" turns.csv

@@ -1,19 +1,26 @@
 #!/usr/bin/env bash
-# Usage: run.sh TEXT. Our GGUF files of at most the bytes of llama.cpp's own mixtures, without Q4_1,
-# the grid that SmolLM2 came from. SEARCH=exact (default) or moves. Appends to results.csv.
+# Usage: run.sh TEXT. llama.cpp's own mixtures and our files of at most their bytes, both measured by
+# llama.cpp. SEARCH=exact (default) or moves. SCRATCH: where files go; a killed run goes on there.
 set -euo pipefail
 cd "$(dirname "$0")"
-text=$1 search=${SEARCH:-exact} scratch=${SCRATCH:-$(mktemp -d)}
-while read -r name bytes kl; do
-  # 2.2 MB: the tokenizer in a GGUF file, which a plan's bytes don't count
-  mezzotint optimize model=smollm2 runtime=llamacpp scope=all budget.size="$((bytes - 2200000))B" \
-    palette.bits='[q2_k,q3_k,q4_0,iq4_nl,q4_k,q5_0,q5_1,q5_k,q6_k,q8_0,16]' data=text \
-    data.path="$text" data.heldout.sequences=12 search="$search" proof.random=0 wandb=off \
-    hydra.run.dir="$scratch/$name-$search"
-  python collect.py "$scratch/$name-$search/plan.json" "$name" "$bytes" "$kl" "$search"
-done <<'MIXTURES'
-Q4_K_M 105500000 .0555
-Q6_K 138400000 .0106
-Q3_K_M 93500000 .129
-Q2_K 88200000 .429
-MIXTURES
+text=$1 search=${SEARCH:-exact}
+: "${SCRATCH:?}"
+export CYLLAMA="$SCRATCH/cyllama"
+[ -d "$CYLLAMA" ] || python -m pip install -q --no-deps --target "$CYLLAMA" cyllama==0.2.18
+python compare.py reference "$text" "$SCRATCH"
+for type in Q3_K_M Q2_K Q4_K_M Q6_K; do
+  python compare.py theirs $type "$SCRATCH"
+  bytes=$(stat -c %s "$SCRATCH/$type.gguf")
+  for quantizer in gptq rtn; do
+    [ $quantizer = gptq ] && settings="quantizer=gptq quantizer.weighting=fisher" || settings=quantizer=rtn
+    out="$SCRATCH/$type-$quantizer-$search"
+    # 1.85 MB: the tokenizer and fp32 norms of a GGUF file, which a plan's bytes don't count. The
+    # palette leaves out q4_1, the grid that SmolLM2 came from; rows of 576 take the types that
+    # llama.cpp falls back to (q4_0, q5_0, q5_1, q8_0).
+    [ -f "$out/plan.json" ] || python -m optimizer optimize model=smollm2 runtime=llamacpp scope=all \
+      budget.size="$((bytes - 1850000))B" palette.bits='[q2_k,q3_k,iq4_nl,q4_k,q5_k,q6_k,q8_0]' \
+      $settings data=text data.path="$text" data.heldout.sequences=12 search="$search" \
+      proof.certify=false wandb=off hydra.run.dir="$out"
+    python compare.py ours $type "$quantizer-$search" "$out/plan.json" "$SCRATCH"
+  done
+done
