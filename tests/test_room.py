@@ -68,7 +68,7 @@ def test_what_is_certified_has_the_cache_in_it(mezzotint):
         worst.append(json.loads(Path(f"{name}.json").read_text())["cells"][0]["damage"]["plan"])
     assert worst[0] != worst[1]
     subject = examine.Subject(
-        "rough/plan.json", None, os.environ["MEZZOTINT_STORE"], "cpu", View()
+        "probe", "rough/plan.json", None, os.environ["MEZZOTINT_STORE"], "cpu", View()
     )
     ids = torch.arange(20)[None] % 90
     with torch.inference_mode():
