@@ -102,6 +102,7 @@ def refine(
                 spent = study.spent
                 rate = (spent - before) / (time.monotonic() - begun)
                 show(spent, f"{scout.news}  {spent} tokens, {rate:.0f}/s")
+        scout.settle()
         return scout.confirm(start)
 
 
@@ -374,6 +375,21 @@ class Scout:
                 error = float(gap.std(ddof=1) / np.sqrt(len(gap)))
                 found.append(Seen(tried.assignment, float(gap.mean()), error))
         return found
+
+    def settle(self) -> None:
+        """Let the trials that other workers have under way end, so that all choose from the same
+        ones. Those whose worker dies meanwhile are run here: none is lost."""
+        if not self.study.shared:
+            return
+        under_way = self.study.running
+        if under_way:
+            self.bench.view.note(f"waiting for {len(under_way)} trials of other workers")
+            self.study.beat_for(under_way.values())
+        while under_way.keys() & self.study.running.keys():
+            time.sleep(POLL)
+            self.study.revive()
+        while self.study.waiting:
+            self.step()
 
     def confirm(self, start: np.ndarray) -> Refined:
         """Measure the best few on windows that no trial used; the start is always among

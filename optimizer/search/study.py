@@ -12,7 +12,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -160,6 +160,20 @@ class Study:
         states = (TrialState.WAITING,)
         return len(self.inner.get_trials(deepcopy=False, states=states))
 
+    @property
+    def running(self) -> dict[int, int]:
+        """Trials under way, of all workers, those of dead ones too until they are revived: their
+        ids in the storage by number."""
+        found = self.inner.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return {trial.number: trial._trial_id for trial in found}
+
+    def beat_for(self, trials: Iterable[int]) -> None:
+        """A heartbeat for others' trials (ids): one whose worker died before its first beat would
+        otherwise never be found dead."""
+        storage: Any = self.inner._storage
+        for trial in trials:
+            storage.record_heartbeat(trial)
+
     def run(
         self,
         suggest: Callable[[optuna.Trial], np.ndarray],
@@ -168,13 +182,14 @@ class Study:
     ) -> Tried:
         """One trial. losses yields (window, loss) one window after the other; the trial is
         pruned as soon as Wilcoxon's signed-rank test against the best says that it is worse."""
-        self._revive()
+        self.revive()
         done = len(self.tried())  # the same trials so far, the same next one: also after a kill
         self.inner.sampler = _sampler(
             self.search.sampler, self.seed + 1000 * done + 17 * self.search.worker, self.shared
         )
         with _unwarned():
             trial = self.inner.ask()
+        self._beat(trial)
         start = trial.user_attrs.get("start")
         chosen = suggest(trial) if start is None else np.array(start, dtype=np.int64)
         known = next((t for t in self.tried() if np.array_equal(t.assignment, chosen)), None)
@@ -214,7 +229,7 @@ class Study:
         if _has_heartbeat(storage):
             storage.record_heartbeat(trial._trial_id)
 
-    def _revive(self) -> None:
+    def revive(self) -> None:
         """Queue the trials of dead workers again: none is lost, and a failed one never counts."""
         if self.shared:
             with _unwarned():

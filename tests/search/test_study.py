@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -117,6 +118,21 @@ def test_a_shared_study_queues_each_start_once_and_those_of_dead_workers_again(
     study.inner.tell(trial, state=TrialState.FAIL)
     study.begin(starts)
     assert study.waiting == 2
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat")
+@pytest.mark.filterwarnings("ignore:.*experimental")
+def test_a_trial_whose_worker_died_before_its_first_beat_is_queued_again(tmp_path: Path) -> None:
+    posed = problem(4, 12, 4)
+    study = opened(posed, tmp_path, storage=f"sqlite:///{tmp_path}/study.db", heartbeat=1)
+    dead = study.inner.ask()
+    time.sleep(2.5)
+    study.revive()
+    assert list(study.running) == [dead.number] and study.waiting == 0
+    study.beat_for(study.running.values())
+    time.sleep(3.5)
+    study.revive()
+    assert not study.running and study.waiting == 1
 
 
 def test_a_killed_study_makes_the_trials_that_an_unhurt_one_makes(tmp_path: Path) -> None:
