@@ -476,8 +476,9 @@ def test_exit_codes_reach_the_shell(tmp_path: Path) -> None:
 
 
 def test_a_closed_pipe_is_no_error(run_folder: Path) -> None:
-    command = f"{sys.executable} -m optimizer show {run_folder / 'plan.json'} | head -1"
+    pipe = '"$0" -m optimizer show "$1" | head -1'
     done = subprocess.run(
-        command, shell=True, capture_output=True, text=True, timeout=60, check=False
-    )
+        ["sh", "-c", pipe, sys.executable, str(run_folder / "plan.json")],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
     assert done.stderr == "" and done.stdout.startswith("Plan ")
