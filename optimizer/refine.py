@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from optimizer.prefix import Prefix
     from optimizer.search.study import Study, Tried
 
-STUDY_VERSION = 3  # raised when trials can't be compared with older ones
+STUDY_VERSION = 4  # raised when trials can't be compared with older ones
 SLOPE_VERSION = 2  # raised when slopes change
 SLOPE_WINDOWS = 16
-KEPT = 4  # slopes that proposals are drawn from
+KEPT = 8  # slopes that proposals are drawn from
 SHOWN = 16  # plans of a front that are measured beside the others
 POLL = 1.0  # seconds
 EXHAUSTED = 60  # trials in a row that repeat plans: there is nothing left to measure

@@ -6,9 +6,13 @@ true loss when group g goes from b[g] to c. The table foretells B[g, c] - B[g, b
 know are the cross terms with the errors of all other groups, products of two errors, so
     d[g, c] = B[g, c] - B[g, b] + s[g, c] e[g, c],   s = sqrt(B[g, c] + B[g, b]),  e ~ N(0, k^2).
 Observed are
-    slopes  (one backward pass at a plan): e itself with noise v, which grows with the slope's age
-    plans   (measured trials): the sum of d over the changed groups, with the noise of the windows
-            and what changed groups do to each other, of variance CROWD^2 sum_{i != j} s_i^2 s_j^2
+    slopes  (one backward pass at a plan): e itself with noise v. A slope at an earlier plan knows it
+            less well: where groups M differ now, the errors of M in its cross terms are others,
+            which adds k^2 (losses of M there and here) / (loss of b) to v^2
+    plans   (measured trials): the sum of d over the changed groups, plus what these do to each other.
+            Groups that move down the same slope share its direction, so with X their summed cross
+            terms, as the slopes tell them, that is about COHERENT X^2 / (loss of b), and
+            its variance is CROWD^2 sum_{i != j} s_i^2 s_j^2; and the noise of the windows
 k and v come from two halves of each slope: their covariance is the signal. Thompson sampling
 (a plan that is optimal for one draw of d) decides between using and exploring, because a plan
 that is optimal for the mean of d would pick whatever noise made look good.
@@ -25,7 +29,7 @@ from scipy import linalg
 from optimizer.search import Problem
 
 CROWD = 0.3  # interaction of groups that change together, in units of their own losses
-FORGET = 0.6  # a slope that is one best plan older counts this much
+COHERENT = 1.0  # measured on SmolLM2: .9 at 4 bits, 1.4 to 2.2 at 5; see experiments/11-cross-terms
 LEAST = 1e-3  # of v: nothing is believed entirely
 WEAKEST = 0.2  # of k, in units of v: a signal that two halves of a slope can't show may be there
 
@@ -94,18 +98,23 @@ def signal_and_noise(problem: Problem, slope: Slope) -> tuple[float, float]:
 def believe(
     problem: Problem, best: np.ndarray, slopes: Sequence[Slope], seen: Sequence[Seen]
 ) -> Belief:
-    """The posterior of d around `best`. slopes: oldest first, at least one. Cost: one inverse of
-    a [G * P] square matrix."""
+    """The posterior of d around `best`. slopes: at least one; the last tells k and v. Cost: one
+    inverse of a [G * P] square matrix."""
     groups, columns = problem.loss.shape
     rows = np.arange(groups)
     scale = _scale(problem, best)
     signal, noise = signal_and_noise(problem, slopes[-1])
     weight, pull = np.full((groups, columns), signal**-2), np.zeros((groups, columns))
-    for age, slope in enumerate(reversed(slopes)):
-        share = FORGET**age / noise**2
+    loss = np.maximum(problem.loss, 0)
+    total = max(float(loss[rows, best].sum()), 1e-30)
+    for slope in slopes:
+        away = slope.at != best
+        moved = float((loss[rows, slope.at] + loss[rows, best])[away].sum())
+        share = 1 / (noise**2 + signal**2 * moved / total)
         weight += share
         pull += share * cross_terms(problem, slope).mean(0)
     matrix, flat = np.diag(weight.ravel()), pull.ravel()
+    told = scale * pull / weight
     prior = problem.loss - problem.loss[rows, best][:, None]
     for plan in seen:
         moved = np.flatnonzero(plan.assignment != best)
@@ -115,7 +124,9 @@ def believe(
         size = scale[moved, plan.assignment[moved]]
         alone = size**2
         variance = plan.error**2 + CROWD**2 * float(alone.sum() ** 2 - alone @ alone)
-        rest = plan.difference - float(prior[moved, plan.assignment[moved]].sum())
+        own = told[moved, plan.assignment[moved]]
+        together = COHERENT * float(own.sum() ** 2 - own @ own) / total
+        rest = plan.difference - float(prior[moved, plan.assignment[moved]].sum()) - together
         matrix[np.ix_(at, at)] += np.outer(size, size) / variance
         flat[at] += size * rest / variance
     lower = linalg.cholesky(matrix, lower=True)
