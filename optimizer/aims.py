@@ -257,6 +257,12 @@ def _signed(
 # ---------------------------------------------------------------- the search
 
 
+def confirming(used: int, windows: int) -> range:
+    """Search windows that nothing reads before the choice, which they confirm. Trials read the first
+    `used`; slopes all windows but these."""
+    return range(max(used, windows - used), windows)
+
+
 class Beside:
     """What J adds to the loss of a search window: the KL of one window of the worst domain, and the
     lost margins of some probes, so that the mean over the trials' windows has the whole domain's and
@@ -269,6 +275,7 @@ class Beside:
         from optimizer.meaning import Predictor, Teacher
 
         self.meaning, self.net, self.used = config.meaning, bench.model.net, used
+        self.rest = confirming(used, len(bench.windows("search").ids))
         self.teachers: dict[Domain, Teacher] = {}
         if self.meaning.domain:
             for domain, cut in _cuts(bench, self.meaning.domains).items():
@@ -326,8 +333,8 @@ class Beside:
         from optimizer.probes import margins
 
         total: Any = torch.zeros(())
-        trial = window < self.used
-        turn = window if trial else window - self.used
+        trial = window < self.rest.start
+        turn = (window if trial else window - self.rest.start) % self.used
         if self.domain is not None:
             teacher = self.teachers[self.domain]
             own = self._windows(teacher, trial)

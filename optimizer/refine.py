@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     from optimizer.search.study import Study, Tried
 
 STUDY_VERSION = 4  # raised when trials can't be compared with older ones
-SLOPE_VERSION = 2  # raised when slopes change
+SLOPE_VERSION = 3  # raised when slopes change
 SLOPE_WINDOWS = 16
 KEPT = 8  # slopes that proposals are drawn from
 SHOWN = 16  # plans of a front that are measured beside the others
 POLL = 1.0  # seconds
 EXHAUSTED = 60  # trials in a row that repeat plans: there is nothing left to measure
 FEWEST = 2  # windows on which trials are measured
-WHOLE_TRIALS = 15  # of those that tokens allow, if no trial were stopped early
+WHOLE_TRIALS = 0.5  # whole trials that the tokens allow, over the windows of each
 FRESH, STALE = 2, 6  # trials until the slope is taken again: with a new best plan, without one
 
 
@@ -78,7 +78,7 @@ def refine(
             f"A search needs at least {2 * FEWEST} search windows, of which some confirm the choice; "
             f"data.search.sequences is {len(windows.ids)}. Raise it, or take search=exact."
         )
-    if settings.tokens > 2 * WHOLE_TRIALS * used * windows.ids.shape[1]:
+    if used < _affordable(settings, windows.ids.shape[1]):
         bench.view.note(
             f"{settings.tokens} tokens would allow trials on more than {used} windows, which overfit "
             f"less: data.search.sequences={2 * len(windows.ids)} gives the search more text"
@@ -107,10 +107,14 @@ def refine(
 
 
 def tried_on(settings: Search, windows: int, length: int) -> int:
-    """How many search windows a trial is measured on: enough whole trials must fit into the
-    tokens, and a quarter of the windows at least is left to confirm the choice."""
-    affordable = max(FEWEST, settings.tokens // (WHOLE_TRIALS * length))
-    return min(affordable, windows // 2 if windows < 4 * FEWEST else 3 * windows // 4)
+    """How many search windows a trial is measured on: with more tokens both the windows and the
+    trials grow, and a quarter of the windows at least is left to confirm the choice."""
+    most = windows // 2 if windows < 4 * FEWEST else 3 * windows // 4
+    return min(max(FEWEST, _affordable(settings, length)), most)
+
+
+def _affordable(settings: Search, length: int) -> int:
+    return int((settings.tokens / length / WHOLE_TRIALS) ** 0.5)
 
 
 def _public(address: str) -> str:
@@ -342,13 +346,14 @@ class Scout:
         return 3 * 2 * self._slope_half * self.length
 
     def _take_slope(self, count: int, best: np.ndarray) -> None:
-        """Kept in the store under what it depends on: a resumed search takes it from there."""
+        """On text that no trial reads, too, where there is some. Kept in the store under what it
+        depends on: a resumed search takes it from there."""
         from optimizer.sensitivity.slope import slopes
 
         number = len(self.slopes)
         half = self._slope_half
         rng = np.random.default_rng([self.config.seed, 9, number])
-        picked = rng.choice(self.used, 2 * half, replace=False).reshape(2, -1)
+        picked = rng.choice(self.beside.rest.start, 2 * half, replace=False).reshape(2, -1)
         parts = [picked[0], picked[1]]
         key = digest([SLOPE_VERSION, self.study.inner.study_name, number, best.tolist()])
 
@@ -398,9 +403,8 @@ class Scout:
         fitting = [t for t in self.study.finished if self.problem.fits(t.assignment)]
         for tried in sorted(fitting, key=lambda t: t.loss)[:3]:
             finalists[tried.assignment.tobytes()] = tried.assignment
-        rest = range(self.used, min(2 * self.used, len(self.teacher.windows.ids)))
         found = {
-            key: float(np.mean([loss for _, loss in self.losses(rest)(assignment)]))
+            key: float(np.mean([loss for _, loss in self.losses(self.beside.rest)(assignment)]))
             for key, assignment in finalists.items()
         }
         winner = min(found, key=lambda key: found[key])
@@ -408,7 +412,7 @@ class Scout:
             finalists[winner],
             self._history(),
             {"start": found[start.tobytes()], "choice": found[winner]},
-            self.study.spent + len(finalists) * len(rest) * self.length,
+            self.study.spent + len(finalists) * len(self.beside.rest) * self.length,
             self._front(),
         )
 
