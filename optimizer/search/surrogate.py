@@ -29,7 +29,9 @@ from scipy import linalg
 from optimizer.search import Problem
 
 CROWD = 0.3  # interaction of groups that change together, in units of their own losses
-COHERENT = 1.0  # measured on SmolLM2: .9 at 4 bits, 1.4 to 2.2 at 5; see experiments/11-cross-terms
+COHERENT = (
+    1.0  # measured on SmolLM2: .9 at 4 bits, 1.4 to 2.2 at 5; see experiments/11-cross-terms
+)
 LEAST = 1e-3  # of v: nothing is believed entirely
 WEAKEST = 0.2  # of k, in units of v: a signal that two halves of a slope can't show may be there
 
@@ -109,8 +111,8 @@ def believe(
     total = max(float(loss[rows, best].sum()), 1e-30)
     for slope in slopes:
         away = slope.at != best
-        moved = float((loss[rows, slope.at] + loss[rows, best])[away].sum())
-        share = 1 / (noise**2 + signal**2 * moved / total)
+        drift = float((loss[rows, slope.at] + loss[rows, best])[away].sum()) / total
+        share = 1 / (noise**2 + signal**2 * drift)
         weight += share
         pull += share * cross_terms(problem, slope).mean(0)
     matrix, flat = np.diag(weight.ravel()), pull.ravel()
