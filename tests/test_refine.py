@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from optimizer import bench, pipeline, refine
+from optimizer import aims, bench, pipeline, refine
 from optimizer.config import Optimize, Quantizer
 from optimizer.data import Part
 from optimizer.errors import ConfigError, StorageError
@@ -77,6 +77,37 @@ def test_too_few_windows_are_refused(source: Source, tmp_path: Path) -> None:
     config.data.search = Part(sequences=3, length=32)
     with pytest.raises(ConfigError, match="at least 4 search windows"):
         pipeline.optimize(config, tmp_path / "r")
+
+
+def test_windows_of_trials_grow_with_the_tokens() -> None:
+    used = [refine.tried_on(Search(tokens=t), 1000, 128) for t in (500, 60_000, 240_000)]
+    assert used == [2, 30, 61]
+    assert refine.tried_on(Search(tokens=10**7), 64, 128) == 48  # a quarter confirms
+
+
+@pytest.mark.parametrize(("windows", "used"), [(64, 30), (64, 48), (192, 60)])
+def test_what_confirms_a_choice_was_read_by_nothing_before(windows: int, used: int) -> None:
+    rest = aims.confirming(used, windows)
+    assert rest.stop == windows and used <= rest.start
+    assert len(rest) == min(used, windows - used)
+
+
+def test_slopes_read_what_no_trial_reads_and_nothing_that_confirms(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: set[int] = set()
+    whole = slope.slopes
+
+    def spy(model: Any, task: Any, teacher: Any, parts: Any, beside: Any) -> Any:
+        read.update(int(w) for part in parts for w in part)
+        return whole(model, task, teacher, parts, beside)
+
+    monkeypatch.setattr(slope, "slopes", spy)
+    config = searched(source, tmp_path / "s", search={"tokens": 2500})
+    config.data.search = Part(sequences=40, length=32)
+    used = refine.tried_on(config.search, 40, 32)
+    pipeline.optimize(config, tmp_path / "r")
+    assert used < max(read) < aims.confirming(used, 40).start
 
 
 def test_the_slope_is_the_losss_derivative(source: Source, tmp_path: Path) -> None:

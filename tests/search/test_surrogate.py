@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from optimizer.search import Problem, exact
+from optimizer.search import Problem, exact, surrogate
 from optimizer.search.surrogate import Seen, Slope, believe, cross_terms, signal_and_noise
 from tests.search.test_contract import problem
 
@@ -102,6 +102,41 @@ def test_measured_plans_teach_what_the_slope_did_not() -> None:
     index = tuple(np.array([[g, c] for g, c, _ in seen]).T)
     gaps = [np.abs((b.prior + b.cross - truth)[index]).mean() for b in (before, after)]
     assert gaps[1] < 0.7 * gaps[0]
+
+
+def test_a_slope_fades_with_what_moved_since() -> None:
+    """The same numbers, taken at plans farther and farther away, are believed less and less."""
+    made, best = world()
+    slope = made.slope(best, np.random.default_rng(1), 0.5)
+    strength = []
+    for moved in (0, 3, 30):
+        away = best.copy()
+        away[:moved] = (away[:moved] + 1) % 5
+        halves = made.slope(away, np.random.default_rng(2), 0.5).halves
+        belief = believe(made.posed, best, [Slope(away, halves), slope], [])
+        precision = 1 / np.maximum((belief.root**2).sum(1), 1e-30)
+        strength.append(np.median(precision))
+    assert strength[0] > 1.05 * strength[1] > 1.05**2 * strength[2]
+
+
+def test_an_overshoot_that_is_expected_teaches_nothing() -> None:
+    """Groups that share a slope's direction: a plan that fell short by just what that costs leaves
+    the cross terms as the slope told them; one that did so for no reason does not."""
+    made, best = world()
+    slope = made.slope(best, np.random.default_rng(1), 0.1)
+    alone = believe(made.posed, best, [slope], [])
+    plan = best.copy()
+    plan[:12] = (plan[:12] + 1) % 5
+    rows = np.arange(12)
+    told, prior = alone.cross[rows, plan[:12]], alone.prior[rows, plan[:12]]
+    short = surrogate.COHERENT * (told.sum() ** 2 - told @ told) / made.posed.losses(best)
+    assert abs(short) > 1e-3
+    seen = Seen(plan, float(prior.sum() + told.sum() + short), 1e-9)
+    expected = believe(made.posed, best, [slope], [seen])
+    assert expected.cross == pytest.approx(alone.cross, abs=1e-6)
+    seen = Seen(plan, float(prior.sum() + told.sum()), 1e-9)
+    surprised = believe(made.posed, best, [slope], [seen])
+    assert np.abs(surprised.cross - alone.cross).max() > 1e-4
 
 
 def test_draws_follow_the_belief() -> None:
