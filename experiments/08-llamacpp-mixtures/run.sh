@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Usage: run.sh TEXT. llama.cpp's own mixtures and our files of at most their bytes, both measured by
-# llama.cpp. SEARCH=exact (default) or moves. SCRATCH: where files go; a killed run goes on there.
+# llama.cpp. SEARCH=exact (default) or moves. QUANTIZERS: both, or one. SCRATCH: where files go; a killed run goes on there.
 set -euo pipefail
 cd "$(dirname "$0")"
 text=$1 search=${SEARCH:-exact}
@@ -11,7 +11,7 @@ python compare.py reference "$text" "$SCRATCH"
 for type in Q3_K_M Q2_K Q4_K_M Q6_K; do
   python compare.py theirs $type "$SCRATCH"
   bytes=$(stat -c %s "$SCRATCH/$type.gguf")
-  for quantizer in gptq rtn; do
+  for quantizer in ${QUANTIZERS:-gptq rtn}; do
     [ $quantizer = gptq ] && settings="quantizer=gptq quantizer.weighting=fisher" || settings=quantizer=rtn
     out="$SCRATCH/$type-$quantizer-$search"
     # 1.85 MB: the tokenizer and fp32 norms of a GGUF file, which a plan's bytes don't count. The
