@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from optimizer import domains as texts
-from optimizer.data import Data
+from optimizer.data import Data, check_seed
 from optimizer.domains import BUILT_IN
 from optimizer.errors import ConfigError
 from optimizer.layer import GGML, Precision
@@ -249,6 +249,7 @@ class Optimize:
         self.policy.check()
         self.quantizer.check()
         self._check_kinds()
+        check_seed("seed", self.seed)
         self.meaning.check(self.sensitivity.estimator)
         if any(d.name == texts.LONG and d.path is None for d in texts.parse(self.meaning.domains)):
             raise ConfigError(

@@ -184,6 +184,7 @@ def test_a_hopeless_plan_stops_early_and_never_becomes_the_best(tmp_path: Path) 
         ({"prune": 1.5}, "p-value"),
         ({"trials": 0}, "search.trials"),
         ({"seconds": 0}, "search.seconds"),
+        ({"worker": -1}, "search.worker"),
         ({"front": True, "space": "moves"}, "decoded for any size"),
         ({"front": True, "space": "multipliers", "sampler": "cmaes"}, "two objectives"),
         ({"third": "read"}, "search=front"),
