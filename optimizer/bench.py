@@ -61,6 +61,22 @@ class Kept:
     floating: bool = False
     tried: tuple[dict[str, Any], ...] = ()
 
+def check_device(name: str) -> None:
+    """Raises ConfigError for a device that PyTorch can't use here. For cpu it isn't loaded."""
+    if name == "cpu":
+        return
+    import torch
+
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"device is cpu, cuda, cuda:1 or another that PyTorch can use on this machine, not "
+            f"{name!r} ({reason})."
+        ) from None
+
+
 
 class Bench:
     """One model with its store: everything that doesn't depend on a budget."""
@@ -70,6 +86,7 @@ class Bench:
     ) -> None:
         self.store = Store(Path(store).expanduser(), view.note)
         self.view, self.data, self.device = view, data, device
+        check_device(device)
         self.cache = Kept()
         view.stage(f"finding {name}")
         self.source: Source = locate(name, self.store, revision)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optimizer import probes
-from optimizer.bench import View
+from optimizer.bench import View, check_device
 from optimizer.config import Blur, Probe
 from optimizer.deploy import check_language_model, check_names, quantizer_of, reference_of
 from optimizer.errors import ConfigError, StorageError, TextError
@@ -43,6 +43,7 @@ class Subject:
     def __init__(
         self, command: str, plan: str, model: str | None, store: str, device: str, view: View
     ) -> None:
+        check_device(device)
         self.plan, self.view, self.device = Plan.load(plan), view, device
         self.store = Store(Path(store).expanduser(), view.note)
         view.stage(f"finding {model or self.plan.model['name']}")
