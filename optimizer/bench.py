@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from optimizer.layer import Inventory, Layer, Precision, fuse, glob
 from optimizer.plan import digest
 from optimizer.sensitivity import Table, Task
 from optimizer.source import Source, context_length, is_encoder, locate
-from optimizer.store import Store
+from optimizer.store import Store, root
 
 if TYPE_CHECKING:
     from optimizer.meaning import AnyScores, AnyTeacher
@@ -84,7 +83,7 @@ class Bench:
     def __init__(
         self, name: str, revision: str | None, data: Data, store: str, device: str, view: View
     ) -> None:
-        self.store = Store(Path(store).expanduser(), view.note)
+        self.store = Store(root(store), view.note)
         self.view, self.data, self.device = view, data, device
         check_device(device)
         self.cache = Kept()

@@ -21,7 +21,7 @@ from optimizer.memory import floating
 from optimizer.plan import Plan
 from optimizer.source import PACKED_FILE, Source, is_encoder, locate
 from optimizer.speed import Speed
-from optimizer.store import Store
+from optimizer.store import Store, root
 
 if TYPE_CHECKING:
     from optimizer.backends import packed
@@ -45,7 +45,7 @@ def apply(
 
     view = view or View()
     packed.check_target(out, overwrite)
-    kept = Store(Path(store).expanduser(), view.note)
+    kept = Store(root(store), view.note)
     source, inventory = reference_of(plan, model, kept)
     check_names(plan, inventory)
     encoder = codes_of(plan, source, inventory, kept, view)
