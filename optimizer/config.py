@@ -189,6 +189,11 @@ class Proof:
         texts.parse(self.domains)
 
 
+def _check_rate(rate: float | None) -> None:
+    if rate is not None and not 0 < rate < float("inf"):
+        raise ConfigError(f"hourly_rate is an amount above 0, not {rate}.")
+
+
 @dataclass(kw_only=True)
 class Wandb:
     """Where a run is recorded besides its folder. mode: `offline` (files that `wandb sync` sends
@@ -244,12 +249,12 @@ class Optimize:
 
     def check(self) -> None:
         """What can be wrong before anything is loaded."""
+        check_seed("seed", self.seed)
         self.budget.check()
         self.runtime.check(self.palette.precisions())
         self.policy.check()
         self.quantizer.check()
         self._check_kinds()
-        check_seed("seed", self.seed)
         self.meaning.check(self.sensitivity.estimator)
         if any(d.name == texts.LONG and d.path is None for d in texts.parse(self.meaning.domains)):
             raise ConfigError(
@@ -342,6 +347,7 @@ class Evaluate:
         Proof(tolerance=self.tolerance, domains=self.domains, generate=self.generate).check()
         if self.speed < 0:
             raise ConfigError(f"speed is a number of tokens, 0 for none, not {self.speed}.")
+        _check_rate(self.hourly_rate)
         if self.hourly_rate is not None and not self.speed:
             raise ConfigError("A price follows from a measured speed. Add speed=64, in tokens.")
 
@@ -363,6 +369,7 @@ class Fit:
     def check(self) -> None:
         if self.bandwidth is not None and parse_size(self.bandwidth) == 0:
             raise ConfigError(f"bandwidth is bytes per second above 0, not {self.bandwidth}.")
+        _check_rate(self.hourly_rate)
         if self.hourly_rate is not None and self.bandwidth is None:
             raise ConfigError(
                 "A price follows from a speed. Add bandwidth=..., such as 360GB, for the bound that "
