@@ -49,10 +49,10 @@ class Terminal(View):
         self._tracking = False
 
     def stage(self, text: str) -> None:
-        self.out.print(f"[dim]{text} ...[/dim]")
+        self.out.print(f"{text} ...", style="dim", markup=False)
 
     def note(self, text: str) -> None:
-        self.out.print(text, soft_wrap=True)
+        self.out.print(text, soft_wrap=True, markup=False)
 
     def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:
         items = list(items)
@@ -60,7 +60,7 @@ class Terminal(View):
             yield from items
             return
         columns = (
-            TextColumn(f"{text:<32}"),
+            TextColumn(f"{text:<32}", markup=False),
             BarColumn(30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -77,7 +77,7 @@ class Terminal(View):
     @contextmanager
     def meter(self, text: str, total: int) -> Iterator[Callable[[int, str], None]]:
         columns = (
-            TextColumn(f"{text:<32}"),
+            TextColumn(f"{text:<32}", markup=False),
             BarColumn(30),
             TextColumn("{task.fields[news]}"),
             TimeElapsedColumn(),
@@ -112,9 +112,9 @@ def outcome(out: Console, result: Outcome) -> None:
             soft_wrap=True,
         )
     for note in result.notes:
-        out.print(f"[yellow]Note:[/yellow] {note}", soft_wrap=True)
+        out.print(f"[yellow]Note:[/yellow] {escape(note)}", soft_wrap=True)
     files = ", ".join(str(path) for path in result.files.values())
-    out.print(f"Wrote {files} in {result.seconds:.0f} s.", soft_wrap=True)
+    out.print(f"Wrote {files} in {result.seconds:.0f} s.", soft_wrap=True, markup=False)
 
 
 def evaluation(out: Console, found: Mapping[str, Any]) -> None:
@@ -171,6 +171,7 @@ def show(out: Console, plan: Plan) -> None:
     )
     out.print(heat_map(plan))
     size = plan.bytes
+        markup=False,
     out.print(
         f"{size['total']} bytes: {size['quantized']} quantized, {size.get('untouched', 0)} untouched, "
         f"{size.get('container', 0)} header. {plan.effective_bits:.3f} bits per weight in scope.",
@@ -315,4 +316,4 @@ def sweep(out: Console, found: Sweep, written: Path) -> None:
     out.print(table)
     for name, asked in found.unfinished:
         out.print(f"Not finished: job {name} ({asked}).", style="yellow", markup=False)
-    out.print(f"Wrote {written}.", soft_wrap=True)
+    out.print(f"Wrote {written}.", soft_wrap=True, markup=False)
