@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,10 +106,12 @@ def outcome(out: Console, result: Outcome) -> None:
     out.print(line, soft_wrap=True)
     quality = result.prediction
     if "spearman" in quality:
+        calibration = quality.get("calibration_plan", math.nan)  # none where no loss was foretold
+        own = "" if math.isnan(calibration) else f", {calibration:.2f} for the plan"
         out.print(
             f"The table foretold {quality['plans']:.0f} measured plans with rank correlation "
             f"{quality['spearman']:.3f}; measured / predicted is {quality['calibration']:.2f} "
-            f"(median), {quality.get('calibration_plan', float('nan')):.2f} for the plan.",
+            f"(median){own}.",
             soft_wrap=True,
         )
     for note in result.notes:
@@ -168,10 +171,10 @@ def show(out: Console, plan: Plan) -> None:
     out.print(
         f"Plan {plan.id} for {plan.model['name']} ({plan.runtime}, {plan.quantizer['name']})",
         style="bold",
+        markup=False,
     )
     out.print(heat_map(plan))
     size = plan.bytes
-        markup=False,
     out.print(
         f"{size['total']} bytes: {size['quantized']} quantized, {size.get('untouched', 0)} untouched, "
         f"{size.get('container', 0)} header. {plan.effective_bits:.3f} bits per weight in scope.",

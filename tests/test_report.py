@@ -31,3 +31,11 @@ def test_brackets_in_names_are_text(run_folder: Path) -> None:
     list(view.track([1], ODD))
     for words in (f"for {ODD} (", f"finding {ODD} ...", f"kept in {ODD}"):
         assert words in out.file.getvalue()
+
+
+def test_no_ratio_is_told_where_no_loss_was_foretold(run_folder: Path) -> None:
+    quality = {"plans": 9.0, "spearman": 0.5, "calibration": 2.0}
+    plan = Plan.load(run_folder)
+    assert "is 2.00 (median)." in said(Outcome(plan, {}, prediction=quality))
+    quality["calibration_plan"] = 3.0
+    assert "is 2.00 (median), 3.00 for the plan." in said(Outcome(plan, {}, prediction=quality))
