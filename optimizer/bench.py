@@ -60,6 +60,7 @@ class Kept:
     floating: bool = False
     tried: tuple[dict[str, Any], ...] = ()
 
+
 def check_device(name: str) -> None:
     """Raises ConfigError for a device that PyTorch can't use here. For cpu it isn't loaded."""
     if name == "cpu":
@@ -76,7 +77,6 @@ def check_device(name: str) -> None:
         ) from None
 
 
-
 class Bench:
     """One model with its store: everything that doesn't depend on a budget."""
 
@@ -85,8 +85,8 @@ class Bench:
     ) -> None:
         self.store = Store(root(store), view.note)
         self.view, self.data, self.device = view, data, device
-        check_device(device)
         self.cache = Kept()
+        check_device(device)
         view.stage(f"finding {name}")
         self.source: Source = locate(name, self.store, revision)
         data.check(context_length(self.source.folder))

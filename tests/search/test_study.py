@@ -224,6 +224,21 @@ def test_an_unusable_storage_is_explained(tmp_path: Path) -> None:
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("torn", [b'{"op_code":4,"wor', b'{"op_code":4,"wor{"op_code":6}\n{}\n'])
+def test_a_journal_that_a_full_disk_tore_goes_on(tmp_path: Path, torn: bytes) -> None:
+    posed = problem(1, 6, 4, tightness=0.5)
+    study = opened(posed, tmp_path)
+    study.run(space("layers", posed, posed.largest), hidden_loss(posed), TOKENS)
+    journal = tmp_path / "study.journal"
+    whole = journal.read_bytes()
+    assert not studies.mend(journal) and not studies.mend(tmp_path / "none")
+    journal.write_bytes(whole + torn)
+    assert studies.mend(journal) and journal.read_bytes() == whole
+    again = opened(posed, tmp_path)
+    again.run(space("layers", posed, posed.largest), hidden_loss(posed), TOKENS)
+    assert len(again.tried()) == 2
+
+
 def with_third(posed: Problem) -> Problem:
     """The third objective has nothing to do with the size."""
     each = np.random.default_rng(3).exponential(size=posed.size.shape)
