@@ -240,6 +240,7 @@ def _apply(settings: Any) -> None:
         f"Wrote {folder}: {plan.bytes['total']} bytes of weights, as promised. Measure it with: "
         f"mezzotint evaluate model={folder}",
         soft_wrap=True,
+        markup=False,
     )
 
 
@@ -274,7 +275,7 @@ def _export(settings: Any) -> None:
         report.Terminal(out),
     )
     report.verdict(out, verdict)
-    out.print(f"Wrote {folder}. Its README.md says how it was made.", soft_wrap=True)
+    out.print(f"Wrote {folder}. Its README.md says how it was made.", soft_wrap=True, markup=False)
 
 
 def _evaluate(settings: Any) -> None:
@@ -296,7 +297,7 @@ def _probe(settings: Any) -> None:
     out = report.console()
     closeup.probes(out, examine.probe(settings, report.Terminal(out)))
     if settings.out is not None:
-        out.print(f"Wrote {settings.out}.", soft_wrap=True)
+        out.print(f"Wrote {settings.out}.", soft_wrap=True, markup=False)
 
 
 def _blur(settings: Any) -> None:
@@ -306,7 +307,7 @@ def _blur(settings: Any) -> None:
     found = examine.blur(settings, report.Terminal(out))
     closeup.blur(out, found, settings.passages, whole=settings.to == "terminal")
     if settings.to == "html":
-        out.print(f"Wrote {settings.out}. Open it in a browser.", soft_wrap=True)
+        out.print(f"Wrote {settings.out}. Open it in a browser.", soft_wrap=True, markup=False)
 
 
 def _show(rest: list[str]) -> None:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from optimizer.layer import Inventory, Layer, Precision, fuse, glob
 from optimizer.plan import digest
 from optimizer.sensitivity import Table, Task
 from optimizer.source import Source, context_length, is_encoder, locate
-from optimizer.store import Store
+from optimizer.store import Store, root
 
 if TYPE_CHECKING:
     from optimizer.meaning import AnyScores, AnyTeacher
@@ -62,15 +61,32 @@ class Kept:
     tried: tuple[dict[str, Any], ...] = ()
 
 
+def check_device(name: str) -> None:
+    """Raises ConfigError for a device that PyTorch can't use here. For cpu it isn't loaded."""
+    if name == "cpu":
+        return
+    import torch
+
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"device is cpu, cuda, cuda:1 or another that PyTorch can use on this machine, not "
+            f"{name!r} ({reason})."
+        ) from None
+
+
 class Bench:
     """One model with its store: everything that doesn't depend on a budget."""
 
     def __init__(
         self, name: str, revision: str | None, data: Data, store: str, device: str, view: View
     ) -> None:
-        self.store = Store(Path(store).expanduser(), view.note)
+        self.store = Store(root(store), view.note)
         self.view, self.data, self.device = view, data, device
         self.cache = Kept()
+        check_device(device)
         view.stage(f"finding {name}")
         self.source: Source = locate(name, self.store, revision)
         data.check(context_length(self.source.folder))

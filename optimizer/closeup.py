@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -52,8 +53,10 @@ def probes(out: Console, found: Probed) -> None:
         out.print(f"[yellow]Note:[/yellow] {count} pairs skipped, {reason}.", soft_wrap=True)
     silent = [f"{c.phenomenon} {c.language}" for c in found.cells if not c.damage]
     if silent:
-        out.print(f"Without an informative pair: {', '.join(silent)}.", soft_wrap=True)
-    out.print(found.verdict, style="bold", soft_wrap=True)
+        out.print(
+            f"Without an informative pair: {', '.join(silent)}.", soft_wrap=True, markup=False
+        )
+    out.print(found.verdict, style="bold", soft_wrap=True, markup=False)
 
 
 def _caption(found: Probed, rival: str | None) -> str:
@@ -117,7 +120,7 @@ def blur(out: Console, found: Map, listed: int, whole: bool) -> None:
         )
     out.print(table)
     for note in found.notes:
-        out.print(f"[yellow]Note:[/yellow] {note}", soft_wrap=True)
+        out.print(f"[yellow]Note:[/yellow] {escape(note)}", soft_wrap=True)
 
 
 def _passages(out: Console, found: Map, listed: int) -> None:

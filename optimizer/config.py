@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from optimizer import domains as texts
-from optimizer.data import Data
+from optimizer.data import Data, check_seed
 from optimizer.domains import BUILT_IN
 from optimizer.errors import ConfigError
 from optimizer.layer import GGML, Precision
@@ -189,6 +189,11 @@ class Proof:
         texts.parse(self.domains)
 
 
+def _check_rate(rate: float | None) -> None:
+    if rate is not None and not 0 < rate < float("inf"):
+        raise ConfigError(f"hourly_rate is an amount above 0, not {rate}.")
+
+
 @dataclass(kw_only=True)
 class Wandb:
     """Where a run is recorded besides its folder. mode: `offline` (files that `wandb sync` sends
@@ -244,6 +249,7 @@ class Optimize:
 
     def check(self) -> None:
         """What can be wrong before anything is loaded."""
+        check_seed("seed", self.seed)
         self.budget.check()
         self.runtime.check(self.palette.precisions())
         self.policy.check()
@@ -341,6 +347,7 @@ class Evaluate:
         Proof(tolerance=self.tolerance, domains=self.domains, generate=self.generate).check()
         if self.speed < 0:
             raise ConfigError(f"speed is a number of tokens, 0 for none, not {self.speed}.")
+        _check_rate(self.hourly_rate)
         if self.hourly_rate is not None and not self.speed:
             raise ConfigError("A price follows from a measured speed. Add speed=64, in tokens.")
 
@@ -362,6 +369,7 @@ class Fit:
     def check(self) -> None:
         if self.bandwidth is not None and parse_size(self.bandwidth) == 0:
             raise ConfigError(f"bandwidth is bytes per second above 0, not {self.bandwidth}.")
+        _check_rate(self.hourly_rate)
         if self.hourly_rate is not None and self.bandwidth is None:
             raise ConfigError(
                 "A price follows from a speed. Add bandwidth=..., such as 360GB, for the bound that "

@@ -62,6 +62,7 @@ class Data:
         """Everything that can be wrong before any work. context: the model's longest input."""
         if self.source not in ("self", "text", "hub"):
             raise ConfigError(f"data.source is self, text or hub, not {self.source!r}.")
+        check_seed("data.seed", self.seed)
         for name, part in self.parts.items():
             if part.sequences < 1 or part.length < 2:
                 raise ConfigError(
@@ -93,6 +94,12 @@ class Data:
             content = repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
         settings = asdict(self) | {"path": content or self.path}
         return [VERSION, fingerprint, settings]
+
+
+def check_seed(name: str, seed: int) -> None:
+    """NumPy takes none below 0; Optuna's samplers, seeded beside it, none from 2**32 on."""
+    if not 0 <= seed < 2**31:
+        raise ConfigError(f"{name} is a whole number from 0 to {2**31 - 1}, not {seed}.")
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from optimizer.errors import ConfigError, PlanError
 from optimizer.layer import Inventory
 from optimizer.memory import floating
 from optimizer.plan import Plan
-from optimizer.source import PACKED_FILE, Source, is_encoder, locate
+from optimizer.source import PACKED_FILE, Source, context_length, is_encoder, locate
 from optimizer.speed import Speed
-from optimizer.store import Store
+from optimizer.store import Store, root
 
 if TYPE_CHECKING:
     from optimizer.backends import packed
@@ -45,7 +45,7 @@ def apply(
 
     view = view or View()
     packed.check_target(out, overwrite)
-    kept = Store(Path(store).expanduser(), view.note)
+    kept = Store(root(store), view.note)
     source, inventory = reference_of(plan, model, kept)
     check_names(plan, inventory)
     encoder = codes_of(plan, source, inventory, kept, view)
@@ -188,11 +188,8 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
     if bench.source.fingerprint != plan.model.get("fingerprint", bench.source.fingerprint):
         reference_of(plan, config.reference, bench.store)
     tuned = plan.provenance.get("tuned", {}).get("domains", [])
-    if bench.encoder and config.speed:
-        raise ConfigError(
-            f"speed={config.speed} times how fast text is written, and an encoder writes none. Leave "
-            "it out."
-        )
+    if config.speed:
+        _check_speed(config, bench)
     asked = proof.Asked(config.tolerance, config.domains, config.generate, 0, tuned)
     proof.check(bench, asked)
     windows = bench.windows("heldout")
@@ -215,6 +212,21 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
         "speed": _speed(config, plan, bench, view) if config.speed else None,
         "hourly_rate": config.hourly_rate,
     }
+
+
+def _check_speed(config: Evaluate, bench: Bench) -> None:
+    if bench.encoder:
+        raise ConfigError(
+            f"speed={config.speed} times how fast text is written, and an encoder writes none. Leave "
+            "it out."
+        )
+    context = context_length(bench.source.folder)
+    prompt = min(speed.PROMPT, config.data.heldout.length)
+    if context is not None and prompt + config.speed > context:
+        raise ConfigError(
+            f"A prompt of {prompt} tokens and speed={config.speed} more must fit the model's context "
+            f"of {context} tokens. Lower speed."
+        )
 
 
 def _speed(config: Evaluate, plan: Plan, bench: Bench, view: View) -> Speed:

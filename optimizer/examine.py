@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optimizer import probes
-from optimizer.bench import View
+from optimizer.bench import View, check_device
 from optimizer.config import Blur, Probe
 from optimizer.deploy import check_language_model, check_names, quantizer_of, reference_of
 from optimizer.errors import ConfigError, StorageError, TextError
@@ -24,7 +24,7 @@ from optimizer.layer import UNTOUCHED, Inventory, Precision
 from optimizer.memory import floating
 from optimizer.plan import Plan, digest, stored_bytes
 from optimizer.source import context_length
-from optimizer.store import Store, write_atomically
+from optimizer.store import Store, root, write_atomically
 
 if TYPE_CHECKING:
     from optimizer.blur import Map
@@ -43,8 +43,9 @@ class Subject:
     def __init__(
         self, command: str, plan: str, model: str | None, store: str, device: str, view: View
     ) -> None:
+        check_device(device)
         self.plan, self.view, self.device = Plan.load(plan), view, device
-        self.store = Store(Path(store).expanduser(), view.note)
+        self.store = Store(root(store), view.note)
         view.stage(f"finding {model or self.plan.model['name']}")
         self.source, self.inventory = reference_of(self.plan, model, self.store)
         check_language_model(self.source, command)

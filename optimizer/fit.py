@@ -115,7 +115,13 @@ def _shape(plan: Plan, path: Path) -> Geometry:
             f"The plan in {path} doesn't hold its model's sizes: it is from an older version, or of "
             "an architecture whose cache isn't known. Make it again with `mezzotint optimize`."
         )
-    return Geometry.from_json(data)
+    try:
+        return Geometry.from_json(data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise PlanError(
+            f"The plan in {path} has sizes of its model that can't be read ({type(error).__name__}: "
+            f"{error}). Make it again with `mezzotint optimize`."
+        ) from None
 
 
 def _front(run: Run | None, path: Path) -> tuple[Point, ...]:

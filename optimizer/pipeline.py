@@ -35,7 +35,7 @@ from optimizer.run import (
 )
 from optimizer.search import Problem, exact
 from optimizer.sensitivity import Table
-from optimizer.store import write_atomically
+from optimizer.store import root, unwritable, write_atomically
 
 if TYPE_CHECKING:
     from optimizer.refine import Refined
@@ -109,7 +109,7 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
 def _checked(config: Optimize, view: View) -> tuple[Bench, Choices]:
     """The model and what may be chosen for it. Most that can be wrong ends here."""
     config.check()
-    _reach_storage(config, Path(config.store).expanduser())
+    _reach_storage(config, root(config.store))
     bench = Bench(config.model, config.revision, config.data, config.store, config.device, view)
     if bench.encoder:
         config.check_encoder()
@@ -259,8 +259,11 @@ def _refine(
     from optimizer.refine import refine
 
     journal = bench.store.root / "studies" / f"{bench.part_key('search')[:40]}.journal"
-    with bench.cached():
-        return refine(bench, config, chosen, problem, start, journal)
+    try:
+        with bench.cached():
+            return refine(bench, config, chosen, problem, start, journal)
+    except OSError as error:  # Optuna's, writing the journal
+        raise unwritable(Path(error.filename or journal), error) from None
 
 
 def _gain(refined: Refined, objective: str) -> str:

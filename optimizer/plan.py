@@ -244,7 +244,7 @@ class Plan:
             raise PlanError(
                 f"No plan at {path}. `mezzotint optimize` writes one; give the path to it."
             ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise PlanError(
                 f"A plan is one whole JSON file; {path} can't be read ({error}). It was cut off "
                 "or changed: run the command that made it again."
@@ -269,7 +269,9 @@ class Plan:
             )
         try:
             plan = cls._build(data)
-        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        except (
+            KeyError, TypeError, ValueError, AttributeError, OverflowError, ConfigError
+        ) as error:  # fmt: skip
             raise PlanError(
                 f"{where} doesn't have a plan's structure ({type(error).__name__}: {error}). "
                 "Make it again with `mezzotint optimize`."
@@ -283,6 +285,9 @@ class Plan:
             str(key): Precision(**{k: row[k] for k in ("kind", "bits")} | _grouping(row))
             for key, row in data["palette"].items()
         }
+        for key, name, kind in _INSIDE:
+            if not isinstance(data[key][name], kind):
+                raise TypeError(f"{key}.{name} is {data[key][name]!r}")
         layers = {str(k): str(v) for k, v in data["layers"].items()}
         return cls(
             model=dict(data["model"]),
@@ -308,6 +313,12 @@ class Plan:
             raise PlanError(
                 f"{where} gives layers the precision {sorted(unknown)[0]!r}, which its palette "
                 f"doesn't have ({', '.join(sorted(self.palette))}). Add it there or change it."
+            )
+        strangers = set(self.scope) - self.layers.keys()
+        if strangers:
+            raise PlanError(
+                f"{where} has {sorted(strangers)[0]} in its scope, but not among its layers. Correct "
+                "the name."
             )
         for name, (_, cols) in self.shapes.items():
             precision = self.palette[self.layers[name]] if name in self.layers else UNTOUCHED
@@ -336,6 +347,10 @@ class Plan:
 _KEYS = (
     "model", "runtime", "quantizer", "palette", "layers", "shapes", "scope", "bytes",
     "effective_bits", "code_bits", "predicted", "kv", "budget", "certificate", "provenance",
+)  # fmt: skip
+_INSIDE: tuple[tuple[str, str, type | tuple[type, ...]], ...] = (
+    ("model", "name", str), ("quantizer", "name", str), ("bytes", "quantized", int),
+    ("bytes", "total", int), ("predicted", "kl", (int, float)), ("predicted", "stderr", (int, float)),
 )  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def refine(
     journal: Path,
 ) -> Refined:
     """Search until `search.tokens` evaluated tokens are spent. Resumes from its storage."""
-    from optimizer.search.study import Study
+    from optimizer.search.study import Study, mend
 
     settings = config.search
     windows = bench.windows("search")
@@ -88,6 +88,8 @@ def refine(
     name = _name(bench, config, problem, beside)
     where = settings.storage or str(journal)
     bench.view.note(f"trials are kept in {_public(where)}; optuna-dashboard shows them live")
+    if settings.storage is None and mend(journal):
+        bench.view.note(f"{journal} is damaged; its trials from there on are made again")
     study = Study.open(settings, problem, name, journal, config.seed)
     quantizer = make_quantizer(config.quantizer, bench)
     quantizer.prepare(_offered(chosen))  # all codes, while the model holds its own weights

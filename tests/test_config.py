@@ -178,6 +178,9 @@ def test_a_wrong_palette_is_explained(palette: Palette, words: str) -> None:
         ({"scope": []}, "scope is"),
         ({"scope": [3]}, "scope is"),
         ({"palette": Palette(bits=[99])}, "palette.bits"),
+        ({"seed": -1}, "^seed is"),
+        ({"seed": 2**32}, "^seed is"),
+        ({"data": Data(seed=-1)}, "data.seed is"),
     ],
 )
 def test_everything_is_checked_before_anything_is_loaded(

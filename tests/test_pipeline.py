@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from optimizer import bench, pipeline
+from optimizer import bench, pipeline, refine
 from optimizer.bench import View
 from optimizer.config import Optimize, Palette, Proof
 from optimizer.data import Data, Part
-from optimizer.errors import BudgetError
+from optimizer.errors import BudgetError, StorageError
 from optimizer.plan import Budget, Plan
 from optimizer.search import Search
 from optimizer.sensitivity import Measured, Sensitivity
@@ -338,3 +339,16 @@ def test_the_plan_says_how_it_was_made(source: Source, tmp_path: Path) -> None:
     assert plan.provenance["data"]["calibration"] == {"sequences": 8, "length": 32}
     assert "budget.bits=4" in plan.provenance["command"]
     assert json.loads((tmp_path / "r" / "plan.json").read_text())["format"] == "mezzotint-plan"
+
+
+def test_a_disk_that_is_full_while_the_search_writes_its_journal(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(refine, "refine", full)
+    with pytest.raises(StorageError, match=r"journal couldn't be written: No space left"):
+        pipeline.optimize(
+            settings(source, tmp_path / "store", search=Search(space="layers")), tmp_path / "run"
+        )

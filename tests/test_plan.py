@@ -266,6 +266,12 @@ BY_HAND: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "palette of numbers": (lambda d: d.update(palette={"int4_g64": 4}), "structure"),
     "bits a word": (lambda d: d.update(effective_bits="many"), "structure"),
     "bytes null": (lambda d: d.update(bytes=None), "structure"),
+    "no total": (lambda d: d["bytes"].pop("total"), "structure"),
+    "no quantizer": (lambda d: d.update(quantizer={}), "structure"),
+    "model a number": (lambda d: d["model"].update(name=5), "model.name is 5"),
+    "promise a word": (lambda d: d["predicted"].update(kl="low"), "predicted.kl is 'low'"),
+    "cache without end": (lambda d: d.update(kv=float("inf")), "structure"),
+    "scope of strangers": (lambda d: d.update(scope=["other"]), "other in its scope"),
     "shape of three": (lambda d: d["shapes"].update({FIRST: [1, 2, 3]}), "structure"),
     "other version": (lambda d: d.update(version=2), "version 2"),
     "no version": (lambda d: d.pop("version"), "version None"),
@@ -286,6 +292,12 @@ def test_an_inconsistent_plan_written_by_hand_is_refused(tmp_path: Path, case: s
 def test_json_that_is_no_plan(tmp_path: Path, content: str) -> None:
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(PlanError, match="is not a plan"):
+        Plan.load(tmp_path)
+
+
+def test_json_that_nests_without_end(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("[" * 100_000)
+    with pytest.raises(PlanError, match="one whole JSON file"):
         Plan.load(tmp_path)
 
 

@@ -144,6 +144,12 @@ def test_a_path_that_is_not_there(tmp_path: Path, name: str) -> None:
         locate(name, Store(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ModelError, match="model= is empty"):
+        locate(name, Store(tmp_path))
+
+
 def test_a_hub_id_without_a_network(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no/such-model is no local folder.*network"):
         locate("no/such-model", Store(tmp_path))

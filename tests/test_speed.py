@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
@@ -104,3 +105,24 @@ def test_prices_need_speeds():
         Evaluate(model="x", hourly_rate=1.0).check()
     with pytest.raises(ConfigError, match="bandwidth"):
         Fit(plan="x", hourly_rate=1.0).check()
+
+
+@pytest.mark.parametrize("rate", [-3.0, 0.0, float("nan"), float("inf")])
+def test_a_rate_is_an_amount(rate):
+    with pytest.raises(ConfigError, match="above 0"):
+        Evaluate(model="x", speed=4, hourly_rate=rate).check()
+    with pytest.raises(ConfigError, match="above 0"):
+        Fit(plan="x", bandwidth="1GB", hourly_rate=rate).check()
+
+
+def test_what_is_timed_fits_the_context(mezzotint, packed_folder):
+    done = mezzotint("evaluate", f"model={packed_folder}", "speed=225")
+    assert done.code == 2 and "speed=225 more must fit the model's context of 256" in done.err
+
+
+def test_sizes_that_cannot_be_read(mezzotint, run_folder, tmp_path):
+    data = json.loads((run_folder / "plan.json").read_text())
+    del data["checksum"], data["provenance"]["geometry"]["blocks"]
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    done = mezzotint("fit", "plan.json", "budget=pi3_1gb")
+    assert done.code == 2 and "sizes of its model that can't be read" in done.err

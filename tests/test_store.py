@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from optimizer.errors import StorageError
-from optimizer.store import Store, write_atomically
+from optimizer.store import Store, root, write_atomically
 from tests.conftest import largest_file
 
 
@@ -126,3 +126,11 @@ def test_files_have_the_users_usual_mode(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_where_the_store_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert root("~/.cache/mezzotint") == Path("/home/me/.cache/mezzotint")
+    for nowhere in ("", " ", "~no-such-account/store"):
+        with pytest.raises(StorageError, match="MEZZOTINT_STORE"):
+            root(nowhere)

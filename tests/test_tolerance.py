@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 
 from optimizer import tolerance, verdict
+from optimizer.certificate import per_document
 from optimizer.config import Tolerance
 from optimizer.errors import ConfigError
 from optimizer.meaning import Scores
@@ -190,6 +191,15 @@ def test_needed_documents_give_the_promised_power() -> None:
     assert documents_needed(even(1.0, 50, 0.5)[:, 0], np.ones(50), 0.004, 0.05) == FEW < MOST
     flat = np.full(10, 0.002)
     assert power(flat, np.ones(10), 0.004, 8) == 1 and power(-flat, np.ones(10), 0.004, 8) == 1
+
+
+def test_more_documents_are_needed_than_did_not_do() -> None:
+    """The estimate of power may say that as many would be enough: these had bad luck."""
+    scores = made(even(0.001, 12, 1.3, 5), seed=5)
+    sums, sizes, _ = per_document(scores.kl, scores.documents)
+    assert documents_needed(sums, sizes, 0.004, tolerance.INSIDE) == 11
+    found = tolerance.judge_text(MAIN, scores, Tolerance(), 1, 5)[0]
+    assert (found.measure, found.state, found.needed) == ("kl", "open", 13)
 
 
 # ---------------------------------------------------------------- McNemar over documents

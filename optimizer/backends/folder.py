@@ -27,15 +27,21 @@ COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
 
 def check_target(out: Path, overwrite: bool) -> None:
     """Raise before any work if the folder can't be written."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+    used = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    if used and not (overwrite and out.is_dir()):
         raise ConfigError(
             f"The folder for the model must be new or empty; {out} is not. Choose another "
             "out=DIR, or say overwrite=true to replace it."
         )
+    if used and not (out / MANIFEST).is_file():
+        raise ConfigError(
+            f"overwrite=true replaces a folder that Mezzotint wrote a model to; {out} has no "
+            f"{MANIFEST} and may hold other things. Choose another out=DIR, or remove it yourself."
+        )
     probe = out.absolute().parent
     while not probe.exists():
         probe = probe.parent
-    if not os.access(probe, os.W_OK):
+    if not (probe.is_dir() and os.access(probe, os.W_OK)):
         raise StorageError(f"{probe} can't be written to. Choose another out=DIR.")
 
 

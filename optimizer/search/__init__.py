@@ -80,6 +80,11 @@ class Search:
                     f"search.{key} is a limit above 0, or null for none, not {value}. Take "
                     "search=exact to measure nothing."
                 )
+        if not 0 <= self.worker < 10**6:
+            raise ConfigError(
+                f"search.worker is a number of its own, 0 to 999999, for each worker of a study, not "
+                f"{self.worker}."
+            )
         if self.heartbeat < 1:
             raise ConfigError(f"search.heartbeat is at least 1 second, not {self.heartbeat}.")
         if not 0 <= self.prune < 1 or self.first < 1:

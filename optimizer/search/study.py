@@ -277,6 +277,33 @@ def open_storage(url: str | None, default: Path, heartbeat: int = 30) -> BaseSto
     return _database(url, heartbeat)
 
 
+def mend(journal: Path) -> bool:
+    """Cut off what a full disk left half-written, and what was appended to it; else no later run
+    could read the journal. Returns whether there was anything."""
+    if not journal.exists():
+        return False
+    whole, lock = 0, JournalFileOpenLock(str(journal))
+    lock.acquire()
+    try:
+        with journal.open("r+b") as file:
+            for line in file:
+                if not (line.endswith(b"\n") and _is_json(line)):
+                    file.truncate(whole)
+                    return True
+                whole += len(line)
+    finally:
+        lock.release()
+    return False
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
 def _database(url: str, heartbeat: int, tries: int = 10) -> BaseStorage:
     """Workers that start together make the tables together: who is beaten tries again."""
     import sqlalchemy.exc

@@ -6,6 +6,7 @@ second; the work is done by one file per family. Every estimator fills the same 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optimizer.errors import ConfigError
-from optimizer.layer import Precision
+from optimizer.layer import GGML, Precision
 
 if TYPE_CHECKING:
     from optimizer.model import Model, Rounder
@@ -150,12 +151,23 @@ def palette_columns(
     for precision in palette:
         for layer in layers:
             if not precision.fits(layer.cols) and not nearest:
-                fine = precision.nearest(layer.cols).group_size
                 raise ConfigError(
                     f"A group must divide a layer's columns: groups of {precision.group_size} don't "
-                    f"divide the {layer.cols} columns of {layer.name}. Set palette.group_size to a "
-                    f"divisor ({fine} is the nearest), or palette.fit=nearest to take the nearest "
-                    "divisor for each layer."
+                    f"divide the {layer.cols} columns of {layer.name}. {_remedy(layers, precision)}"
                 )
             fitted[layer.name, precision.name] = precision.nearest(layer.cols)
     return fitted
+
+
+def _remedy(layers: Sequence[Any], precision: Precision) -> str:
+    """What would divide every layer; the blocks of llama.cpp have the length that they have."""
+    if precision.kind in GGML:
+        return (
+            f"Leave {precision.name} out of palette.bits, or set palette.fit=nearest to take what "
+            "llama.cpp falls back to."
+        )
+    common = precision.nearest(math.gcd(*(layer.cols for layer in layers)))
+    return (
+        f"Set palette.group_size to a divisor of all ({common.group_size} is the nearest), or "
+        "palette.fit=nearest to take the nearest divisor for each layer."
+    )

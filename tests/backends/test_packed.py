@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -264,6 +265,12 @@ def test_targets(tmp_path: Path) -> None:
     packed.check_target(tmp_path / "new" / "deep", overwrite=False)
     packed.check_target(tmp_path, overwrite=False)
     (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="may hold other things"):
+        packed.check_target(tmp_path, overwrite=True)
+    with pytest.raises(StorageError, match="can't be written to"):
+        packed.check_target(tmp_path / "file" / "new", overwrite=False)
+    with pytest.raises(ConfigError, match="must be new or empty"):
+        packed.check_target(Path(os.devnull), overwrite=True)
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match="must be new or empty"):
             packed.check_target(tmp_path / "file", overwrite)

@@ -184,6 +184,7 @@ def test_a_hopeless_plan_stops_early_and_never_becomes_the_best(tmp_path: Path) 
         ({"prune": 1.5}, "p-value"),
         ({"trials": 0}, "search.trials"),
         ({"seconds": 0}, "search.seconds"),
+        ({"worker": -1}, "search.worker"),
         ({"front": True, "space": "moves"}, "decoded for any size"),
         ({"front": True, "space": "multipliers", "sampler": "cmaes"}, "two objectives"),
         ({"third": "read"}, "search=front"),
@@ -221,6 +222,21 @@ def test_an_unusable_storage_is_explained(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="can't be used") as caught:
         studies.open_storage("postgresql://me:secret@127.0.0.1:9/none", tmp_path / "j")
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("torn", [b'{"op_code":4,"wor', b'{"op_code":4,"wor{"op_code":6}\n{}\n'])
+def test_a_journal_that_a_full_disk_tore_goes_on(tmp_path: Path, torn: bytes) -> None:
+    posed = problem(1, 6, 4, tightness=0.5)
+    study = opened(posed, tmp_path)
+    study.run(space("layers", posed, posed.largest), hidden_loss(posed), TOKENS)
+    journal = tmp_path / "study.journal"
+    whole = journal.read_bytes()
+    assert not studies.mend(journal) and not studies.mend(tmp_path / "none")
+    journal.write_bytes(whole + torn)
+    assert studies.mend(journal) and journal.read_bytes() == whole
+    again = opened(posed, tmp_path)
+    again.run(space("layers", posed, posed.largest), hidden_loss(posed), TOKENS)
+    assert len(again.tried()) == 2
 
 
 def with_third(posed: Problem) -> Problem:
