@@ -384,7 +384,9 @@ def prove(
     fitting = [c for c in uniforms if rivals.may_be(held[c.name], problem)]
     best = min(fitting, key=lambda c: c.scores.mean_kl, default=None)
     winner = "plan"
-    whole = np.array_equal(assignment, problem.largest)  # what seems to keep more does so by chance
+    whole = np.array_equal(
+        assignment, problem.largest
+    )  # what seems to keep more does so by chance
     if best is not None and not whole and best.scores.mean_kl <= found["plan"].scores.mean_kl:
         winner = best.name
         if not np.array_equal(held[winner], assignment):

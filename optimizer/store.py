@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,13 +67,18 @@ def unwritable(path: Path, error: OSError) -> StorageError:
     )
 
 
+def _digest(data: bytes) -> bytes:
+    return sha256(data).hexdigest().encode()
+
+
 def _silent(_text: str) -> None:
     """Who gives no `tell` isn't told."""
 
 
 @dataclass(frozen=True)
 class Store:
-    """`root/kind/key.json` and `root/kind/key.safetensors`. tell: hears of damaged entries."""
+    """`root/kind/key.json` and `root/kind/key.safetensors`, each with a line behind it that holds
+    its SHA-256. tell: hears of damaged entries."""
 
     root: Path
     tell: Callable[[str], None] = field(default=_silent, compare=False)
@@ -124,20 +130,23 @@ class Store:
             for value in self._read(path, parse):  # made while this process waited
                 return value
             value = make()
-            write_atomically(path, encode(value))
+            data = encode(value)
+            write_atomically(path, data + b"\n" + _digest(data))
         return value
 
     def _read(self, path: Path, parse: Callable[[bytes], Any]) -> list[Any]:
         """[the entry], or [] if there is none that can be read."""
         try:
-            data = path.read_bytes()
+            data, _, mark = path.read_bytes().rpartition(b"\n")
         except OSError:
             return []
         try:
+            if _digest(data) != mark:
+                raise ValueError("other bytes than were written")
             return [parse(data)]
         except ValueError:
             if path not in self._damaged:
-                self.tell(f"{path} is damaged; what it held is made again")
+                self.tell(f"{path} is damaged, or of an earlier version; it is made again")
             self._damaged.add(path)
             return []
 

@@ -72,6 +72,19 @@ def test_a_damaged_entry_counts_as_missing_and_is_made_again(
     assert store.arrays("a", "key") == {"x": np.zeros(1)}
 
 
+def test_one_flipped_bit_counts_as_damage(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.json("j", "key", lambda: [1, 2])
+    store.arrays("a", "key", lambda: {"x": np.ones(300)})
+    for kind, suffix, place in (("j", ".json", 1), ("a", ".safetensors", -100)):
+        path = store.path(kind, "key", suffix)
+        data = bytearray(path.read_bytes())
+        data[place] ^= 2  # still well-formed: [3, 2], and another number
+        path.write_bytes(data)
+    assert store.json("j", "key") is None
+    assert store.arrays("a", "key") is None
+
+
 def test_a_cut_off_array_counts_as_missing(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.arrays("a", "key", lambda: {"x": np.ones(300)})
