@@ -66,7 +66,7 @@ def _caption(found: Probed, rival: str | None) -> str:
         f"counted: {wrong} that it gets wrong, {weak} that it separates by less. flips: used pairs "
         "turned over. p: of no loss, Holm."
     )
-    return text if rival is None else f"{text} uniform: {rival}."
+    return text if rival is None else f"{text} Beside it: {rival}."
 
 
 def _row(cell: Cell, rival: str | None) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,6 +243,6 @@ def _speed(config: Evaluate, plan: Plan, bench: Bench, view: View) -> Speed:
             return Cache(net.config, plan.kv, floating(plan.runtime))
         return DynamicCache(config=model.config)
 
-    view.stage(f"both write {config.speed} tokens, in turns")
     ids = bench.windows("heldout").ids[0]
-    return speed.measure(net, bench.model.net, ids, config.speed, cache)
+    track = partial(view.track, text=f"both write {config.speed} tokens")
+    return speed.measure(net, bench.model.net, ids, config.speed, cache, track)

@@ -284,8 +284,8 @@ def resolve(
             f"A context of {longest} tokens would fit: budget.context={longest}, or lower "
             "budget.batch or budget.kv."
             if longest
-            else "No context fits: choose a larger machine, a runtime with less overhead, or lower "
-            "precisions."
+            else "No context fits: choose a larger machine, a runtime with less overhead, "
+            f"{'a lower budget.batch, ' if budget.batch > 1 else ''}or lower precisions."
         )
         raise BudgetError(
             f"Weights, cache, activations and runtime must fit the machine together. "
@@ -301,6 +301,11 @@ def resolve(
         f"{mib(need.activations)} - runtime {mib(need.runtime)} = "
         f"{mib(room)} for weights"
     )
+    if 0 < shape.longest < budget.context:
+        text += (
+            f". The model was made for {shape.longest} tokens only: budget.context={shape.longest} "
+            "would leave more for the weights"
+        )
     return Budget(size=str(room)), text
 
 

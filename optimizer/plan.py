@@ -128,7 +128,10 @@ class Budget:
         for key, unit in (("bits", "bits per weight"), ("code_bits", "code bits per weight")):
             if getattr(self, key) is not None:
                 return f"{getattr(self, key):g} {unit}"
-        return str(self.size if self.memory is None else self.device or self.memory)
+        if self.memory is not None:
+            return str(self.device or self.memory)
+        text = str(self.size)
+        return text if text.strip(" .0123456789") else f"{parse_size(text)} bytes"
 
 
 def container_bytes(entries: Iterable[tuple[str, str, Sequence[int], int]]) -> int:
@@ -234,12 +237,13 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """Read and verify. Raises PlanError for anything that isn't a whole, consistent plan.
 
-        A plan without `checksum` (written by hand) is accepted if its arithmetic is right.
+        A plan without `checksum` (written or changed by hand) is accepted if its arithmetic is
+        right, without certificate: what was measured may be another plan.
         """
         path = Path(path)
         path = path / "plan.json" if path.is_dir() else path
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
         except FileNotFoundError:
             raise PlanError(
                 f"No plan at {path}. `mezzotint optimize` writes one; give the path to it."
@@ -303,7 +307,7 @@ class Plan:
             predicted=dict(data["predicted"]),
             kv=int(data.get("kv", 16)),
             budget=dict(data.get("budget", {})),
-            certificate=dict(data.get("certificate", {})),
+            certificate=dict(data.get("certificate", {})) if "checksum" in data else {},
             provenance=dict(data.get("provenance", {})),
         )
 
@@ -352,6 +356,16 @@ _INSIDE: tuple[tuple[str, str, type | tuple[type, ...]], ...] = (
     ("model", "name", str), ("quantizer", "name", str), ("bytes", "quantized", int),
     ("bytes", "total", int), ("predicted", "kl", (int, float)), ("predicted", "stderr", (int, float)),
 )  # fmt: skip
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which every name is given once: of two, readers take different ones."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"it gives {key!r} twice")
+        found[key] = value
+    return found
 
 
 def _grouping(row: Mapping[str, Any]) -> dict[str, Any]:

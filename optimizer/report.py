@@ -190,7 +190,7 @@ def show(out: Console, plan: Plan) -> None:
         out.print(heldout.certificate(plan))
         heldout.answer(out, plan)
     else:
-        out.print("No certificate: not measured on held-out text yet.")
+        out.print("No certificate: not measured on held-out text yet, or changed since.")
 
 
 def caches(plan: Plan) -> list[str]:

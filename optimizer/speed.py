@@ -11,7 +11,7 @@ falls on both.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -85,14 +85,19 @@ def price(rate: float, tokens_per_second: float) -> float:
 
 
 def measure(
-    packed: Any, reference: Any, ids: np.ndarray, tokens: int, cache: Callable[[Any], Any]
+    packed: Any,
+    reference: Any,
+    ids: np.ndarray,
+    tokens: int,
+    cache: Callable[[Any], Any],
+    track: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Speed:
     """Decode `tokens` after a prompt, with each model in turns. ids: token ids [n] of real text.
-    cache: a model -> an empty cache for it. Cost: (1 + ROUNDS) * 2 * tokens steps."""
+    cache: a model -> an empty cache for it. track: shows how far the turns are. Cost: (1 + ROUNDS) * 2 * tokens steps."""
     import numpy
 
     seconds: dict[str, list[float]] = {"packed": [], "reference": []}
-    for turn in range(1 + ROUNDS):
+    for turn in track(range(1 + ROUNDS)):
         for name, net in (("packed", packed), ("reference", reference)):
             taken = _decode(net, ids[:PROMPT], tokens, cache(net))
             if turn:

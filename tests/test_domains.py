@@ -66,6 +66,7 @@ def test_entries() -> None:
         (["prose", "prose"], "Two texts"),
         ([f"held-out = {HERE}"], "Two texts"),
         (["prose * 0"], "number above 0"),
+        ([f"mine = {HERE} * -1"], "number above 0"),
         (["prose * 1.2.3"], "number above 0"),
         ([""], "is neither"),
     ],

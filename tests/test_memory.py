@@ -207,8 +207,22 @@ def test_a_cache_that_does_not_fit_says_which_context_would():
 
 
 def test_nothing_fits_a_machine_below_the_runtime():
-    with pytest.raises(BudgetError, match="No context fits"):
+    with pytest.raises(BudgetError, match="No context fits") as caught:
         memory.resolve(replace(CARD, memory="100MiB"), SHAPE, "torch", MIB)
+    assert "lower budget.batch" not in str(caught.value)
+
+
+def test_so_many_sequences_that_no_context_fits():
+    with pytest.raises(BudgetError, match=r"No context fits.*lower budget\.batch"):
+        memory.resolve(replace(CARD, batch=100_000), SHAPE, "torch", MIB)
+
+
+def test_a_context_that_the_model_was_not_made_for_is_said():
+    shape = replace(SHAPE, longest=1000)
+    assert "made for" not in memory.resolve(replace(CARD, context=1000), shape, "torch", MIB)[1]
+    assert "made for 1000 tokens" in memory.resolve(
+        replace(CARD, context=1001), shape, "torch", MIB
+    )[1]  # fmt: skip
 
 
 def test_a_cache_that_the_runtime_does_not_have():

@@ -62,6 +62,7 @@ def test_a_budget_reads_as_it_was_given() -> None:
     assert Budget(bits=4.5).text == "4.5 bits per weight"
     assert Budget(code_bits=4).text == "4 code bits per weight"
     assert Budget(size="80MiB").text == "80MiB"
+    assert Budget(size="1000000.0").text == "1000000 bytes"
 
 
 # ---------------------------------------------------------------- exact bytes
@@ -241,6 +242,22 @@ def test_a_consistent_plan_written_by_hand_is_welcome(tmp_path: Path) -> None:
 
     plan = Plan.load(written(tmp_path / "p", change, by_hand=True))
     assert plan.layers[FIRST] == "ternary_g32"
+
+
+def test_a_certificate_of_a_plan_changed_by_hand_is_left_out(tmp_path: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["certificate"] = {"rows": "great", "verdict": "lossless"}
+
+    assert example().certificate
+    assert not Plan.load(written(tmp_path / "p", change, by_hand=True)).certificate
+
+
+def test_a_name_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "p", lambda _: None, by_hand=True)
+    text = path.read_text()
+    path.write_text(text.replace('"layers": {', f'"layers": {{"{FIRST}": "none", ', 1))
+    with pytest.raises(PlanError, match="twice"):
+        Plan.load(path)
 
 
 def test_the_published_keys_alone_make_a_plan(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def main(model: str, folder: str, out: str, tokens: int = 64) -> None:
         "model": model, "plan": plan.id, "bits_per_weight": f"{plan.effective_bits:.2f}",
         "precisions": " ".join(sorted(set(plan.layers.values()))), "tokens": tokens,
         "packed": f"{found.packed:.2f}", "reference_bf16": f"{found.reference:.2f}",
-        "ratio": f"{found.ratio:.3f}",
+        "ratio": f"{found.ratio:.3f}", "threads": THREADS,
     }  # fmt: skip
     print(row)
     fresh = not Path(out).exists()

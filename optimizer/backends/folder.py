@@ -59,6 +59,8 @@ def publish(out: Path, fill: Callable[[Path], None]) -> Path:
             inner.replace(out)
     except OSError as error:
         raise unwritable(out, error) from None
+    except StorageError as error:  # a person looks for the folder, not for its draft
+        raise StorageError(str(error).replace(str(inner), str(out))) from None
     return out
 
 

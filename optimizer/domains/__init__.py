@@ -27,7 +27,7 @@ VERSION = 2  # raised when the same text gives other windows
 SHORTEST = 32  # tokens of a document; shorter ones are skipped
 MOST = 64  # windows of a domain
 UNKNOWN = 0.1  # share of unknown tokens above which a document counts as not representable
-ENTRY = re.compile(r"\s*([\w-]+)\s*(?:=\s*(.*?)\s*)?(?:\*\s*([0-9.]+)\s*)?$")
+ENTRY = re.compile(r"\s*([\w-]+)\s*(?:=\s*(.*?)\s*)?(?:\*\s*([+-]?[0-9.][\w.+-]*)\s*)?$")
 
 
 @dataclass(frozen=True)
