@@ -93,7 +93,8 @@ def measure(
     track: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Speed:
     """Decode `tokens` after a prompt, with each model in turns. ids: token ids [n] of real text.
-    cache: a model -> an empty cache for it. track: shows how far the turns are. Cost: (1 + ROUNDS) * 2 * tokens steps."""
+    cache: a model -> an empty cache for it. track: shows how far the turns are. Cost: (1 + ROUNDS)
+    * 2 * tokens steps."""
     import numpy
 
     seconds: dict[str, list[float]] = {"packed": [], "reference": []}
