@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from optimizer.backends import autoround, checkpoint, compressed_tensors, gguf, gptq, recipes
 from optimizer.backends.card import card
 from optimizer.backends.rules import Verdict
+from optimizer.backends.rules import packed as packed_rules
 from optimizer.bench import View
 from optimizer.compose import profile
 from optimizer.deploy import check_language_model, check_names, codes_of, reference_of
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 # what `to=` may say -> the runtime profile whose rules it must meet
 TARGETS = {
+    "torch": "torch",
     "vllm": "vllm",
     "compressed-tensors": "vllm",
     "transformers": "transformers",
@@ -63,6 +65,8 @@ class Job:
 
     def check(self) -> Verdict:
         rules = profile(self.engine)
+        if self.engine == "torch":
+            return packed_rules(self.plan, rules)
         if self.engine == "llamacpp":
             return gguf.check(self.plan, self.inventory, rules, self.source.folder, self.origin)
         found: Verdict = CHECKPOINTS[self.engine].check(self.plan, self.inventory, rules)
@@ -79,7 +83,8 @@ def _job(command: str, plan: Plan, to: str, store: str, model: str | None) -> Jo
     if to not in known:
         raise ConfigError(f"to= is one of {', '.join(known)}, not {to!r}.")
     source, inventory = reference_of(plan, model, Store(root(store)))
-    check_language_model(source, command)
+    if to != "torch":
+        check_language_model(source, command)
     check_names(plan, inventory)
     return Job(plan, source, inventory, known[to])
 
@@ -113,6 +118,11 @@ def export(
 
     def fill(draft: Path) -> None:
         view.stage(f"writing for {job.engine}")
+        if job.engine == "torch":
+            from optimizer.backends import packed as torch_backend
+
+            torch_backend.put(tensors, plan, job.source.folder, draft)
+            return
         _write(job, tensors, draft)
         view.stage("reading it back")
         _compare(job, tensors, draft, verdict)

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optimizer.plan import Plan
-from optimizer.verdict import in_short, in_unit, in_words, unit_of
+from optimizer.verdict import LABELS, in_short, in_unit, in_words, unit_of
 
 # what a certificate's columns are called, by what was measured: tokens, or an encoder's texts
 COLUMNS = {
@@ -34,23 +34,6 @@ COLUMNS = {
 }
 PATTERNS = {"kl_p99": "{:.3f}", "ear": "{:.4f}", "perplexity": "{:.2f}", "cosine": "{:.4f}"}
 NEIGHBOURS = "neighbours among all held-out texts; cosines: mean absolute change"
-LABELS = {
-    "token": {
-        "kl": "mean KL (nats/token)",
-        "kl_p99": "KL, 99th percentile",
-        "flips": "top-1 flips",
-        "ear": "EAR (1 - total variation)",
-        "perplexity": "perplexity",
-    },
-    "text": {
-        "kl": "mean KL of similarities (nats/text)",
-        "kl_p99": "KL, 99th percentile",
-        "flips": "texts with another nearest text",
-        "overlap": "the 10 nearest that stay",
-        "cosine": "cosines, mean absolute change",
-        "cosine_p99": "cosines, 99th percentile",
-    },
-}
 
 
 def human(size: float) -> str:

@@ -13,6 +13,24 @@ FEW = 8  # documents; below this a bootstrap's interval is too narrow to be beli
 Finding = Mapping[str, Any]
 Findings = Sequence[Finding]
 Documents = Mapping[str, int]
+# what is measured, by the unit that a certificate is for
+LABELS = {
+    "token": {
+        "kl": "mean KL (nats/token)",
+        "kl_p99": "KL, 99th percentile",
+        "flips": "top-1 flips",
+        "ear": "EAR (1 - total variation)",
+        "perplexity": "perplexity",
+    },
+    "text": {
+        "kl": "mean KL of similarities (nats/text)",
+        "kl_p99": "KL, 99th percentile",
+        "flips": "texts with another nearest text",
+        "overlap": "the 10 nearest that stay",
+        "cosine": "cosines, mean absolute change",
+        "cosine_p99": "cosines, 99th percentile",
+    },
+}
 NAMES = {"kl": "KL", "flips": "flips", "accuracy": "change of accuracy"}
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from optimizer.backends.rules import Verdict
 from optimizer.plan import Plan
+from optimizer.verdict import LABELS, in_unit, unit_of
 
 RUN = {
+    "torch": "optimizer.load(THIS_FOLDER)  # Python, pip install mezzotint; a transformers model",
     "vllm": "vllm serve THIS_FOLDER",
     "transformers": "AutoModelForCausalLM.from_pretrained(THIS_FOLDER)  # pip install "
     "compressed-tensors",
@@ -59,8 +61,9 @@ def card(plan: Plan, verdict: Verdict) -> str:
 
 def _loss(plan: Plan) -> list[str]:
     promise = plan.predicted
+    unit = unit_of(promise)
     lines = [
-        f"Predicted: KL {promise['kl']:.4f} +- {promise['stderr']:.4f} nats per token from the "
+        f"Predicted: KL {promise['kl']:.4f} +- {promise['stderr']:.4f} nats per {unit} from the "
         "reference."
     ]
     proof: Mapping[str, Any] = plan.certificate
@@ -69,21 +72,21 @@ def _loss(plan: Plan) -> list[str]:
     row = next(r for r in proof["rows"] if r["name"] == "plan")
     lines += [
         "",
-        f"Measured on {proof['documents']} held-out documents ({proof['tokens']} tokens), "
-        f"{proof['interval']}, with the weights of this folder in fp32 arithmetic:",
+        in_unit(
+            f"Measured on {proof['documents']} held-out documents ({proof['tokens']} tokens), "
+            f"{proof['interval']}, with the weights of this folder in fp32 arithmetic:",
+            unit,
+        ),
         "",
         "| measure | value | interval |",
         "| --- | ---: | ---: |",
     ]
-    for key, label in (
-        ("kl", "mean KL, nats per token"),
-        ("kl_p99", "KL, 99th percentile"),
-        ("flips", "top-1 flips"),
-        ("perplexity", "perplexity"),
-        ("perplexity_reference", "perplexity of the reference"),
-    ):
+    for key, label in {**LABELS[unit], "perplexity_reference": "perplexity, reference"}.items():
+        if key not in row:
+            continue
         cell = row[key]
         lines.append(
             f"| {label} | {cell['value']:.4f} | {cell['low']:.4f} to {cell['high']:.4f} |"
         )
-    return [*lines, "", str(proof["verdict"])]
+    answer = proof.get("meaning", {}).get("verdict")
+    return [*lines, "", *([str(answer), ""] if answer else []), str(proof["verdict"])]

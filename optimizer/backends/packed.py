@@ -1,9 +1,10 @@
 """The torch backend: codes packed densely on disk; in memory multiplied packed where PyTorch has a
 product for them (see `kernels`), else unpacked when a layer runs.
 
-A packed folder holds config.json, the tokenizer, plan.json, packed.safetensors and manifest.json
-(sha256 of the others). In packed.safetensors a quantized layer NAME is NAME.codes, NAME.scales
-and, if asymmetric, NAME.zeros; everything else has its checkpoint name and 16 bits.
+A packed folder holds config.json, the tokenizer, plan.json, packed.safetensors, README.md (what it is
+and what was lost) and manifest.json (sha256 of the others). In packed.safetensors a quantized layer
+NAME is NAME.codes, NAME.scales and, if asymmetric, NAME.zeros; everything else has its checkpoint
+name and 16 bits.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from optimizer.backends import kernels
+from optimizer.backends import kernels, rules
+from optimizer.backends.card import card
 from optimizer.backends.folder import (
     check_target,
     copy_beside,
@@ -29,6 +31,7 @@ from optimizer.backends.folder import (
     seal,
 )
 from optimizer.backends.reader import Tensors, tensors
+from optimizer.config import Runtime
 from optimizer.errors import PlanError
 from optimizer.ggml import Blocks
 from optimizer.layer import Inventory, Layer, Precision
@@ -62,7 +65,7 @@ def save(
     encoder: gives the codes; rounding to nearest if none is given. Appears whole or not at all.
     Memory: the packed model."""
     tensors = pack(plan, model, track, encoder)
-    return publish(out, lambda draft: _write(tensors, plan, folder, draft))
+    return publish(out, lambda draft: put(tensors, plan, folder, draft))
 
 
 def pack(
@@ -90,19 +93,26 @@ def pack(
     return tensors
 
 
-def _write(tensors: dict[str, Tensor], plan: Plan, folder: Path, out: Path) -> None:
-    save_tensors(tensors, out / PACKED_FILE)
+def put(parts: dict[str, Tensor], plan: Plan, folder: Path, out: Path) -> None:
+    """Fill `out` and read the weights back. Raises PlanError if the file isn't what was promised."""
+    save_tensors(parts, out / PACKED_FILE)
     size = (out / PACKED_FILE).stat().st_size
     if size != plan.bytes["total"]:
         raise PlanError(
             f"The plan promises {plan.bytes['total']} bytes and the file has {size}. The plan was "
             "made for another version or another checkpoint; make it again."
         )
+    with tensors(out / PACKED_FILE) as file:
+        for name, value in parts.items():
+            if not torch.equal(file.get(name, value.dtype), value):
+                raise PlanError(f"Read back, {name} is not what was written. Is the disk sound?")
     copy_beside(folder, out)
     if is_encoder(folder):  # its own file may lie in a folder below, which isn't copied
         text = json.dumps({"pooling": pooling(folder)})
         (out / POOLING).write_text(text + "\n", encoding="utf-8")
-    seal(plan, out)
+    text = card(plan, rules.packed(plan, Runtime()))
+    (out / "README.md").write_text(text, encoding="utf-8")
+    seal(plan, out, {"engine": "torch"})
 
 
 # ---------------------------------------------------------------- read back

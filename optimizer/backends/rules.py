@@ -35,6 +35,11 @@ class Verdict:
             raise PlanError(self.errors[0] + more)
 
 
+def packed(plan: Plan, profile: Runtime) -> Verdict:
+    """Of our own folder, which holds every precision in the bytes that the plan promises."""
+    return Verdict(profile.name, tuple(executed(plan, profile)), bytes=plan.bytes["total"])
+
+
 def quantized(plan: Plan, inventory: Inventory) -> list[Layer]:
     return [layer for layer in inventory.layers if plan.choice[layer.name].kind != "none"]
 

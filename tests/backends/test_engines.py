@@ -24,7 +24,7 @@ from optimizer.errors import ConfigError, MezzotintError, PlanError
 from optimizer.layer import UNTOUCHED, Precision
 from optimizer.model import Model, take_inventory
 from optimizer.quantizer import Rtn
-from optimizer.source import locate, quiet
+from optimizer.source import PACKED_FILE, locate, quiet
 from optimizer.store import Store
 from tests.backends.conftest import G64, IDS, WORDS, Wide, dealt, uniform
 
@@ -221,6 +221,34 @@ def test_a_wrong_file_is_noticed_before_it_appears(
 
 def track(items: list, _text: str) -> list:
     return items
+
+
+def test_the_torch_folder_is_what_apply_writes(wide: Wide, tmp_path: Path) -> None:
+    plan, store = wide.plan(uniform(wide, G64), "vllm"), str(wide.store)
+    verdict = export.export(plan, "torch", tmp_path / "out", store)
+    deploy.apply(plan, tmp_path / "applied", store)
+    assert verdict == export.check(plan, "torch", store) and not verdict.errors
+    assert packed.verify(tmp_path / "out") == packed.verify(tmp_path / "applied") == plan
+    for name in (PACKED_FILE, "README.md", "manifest.json"):
+        own, other = (tmp_path / at / name for at in ("out", "applied"))
+        assert own.read_bytes() == other.read_bytes()
+    assert (tmp_path / "out" / PACKED_FILE).stat().st_size == verdict.bytes == plan.bytes["total"]
+
+
+def test_a_torch_file_is_read_back(
+    wide: Wide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = packed.save_tensors
+
+    def damaged(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        name = next(iter(tensors))
+        own(tensors | {name: tensors[name] + 1}, file)
+
+    monkeypatch.setattr(packed, "save_tensors", damaged)
+    plan = wide.plan(uniform(wide, G64), "vllm")
+    with pytest.raises(PlanError, match="Read back"):
+        export.export(plan, "torch", tmp_path / "out", str(wide.store))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_changed_file_is_noticed(wide: Wide, tmp_path: Path) -> None:
