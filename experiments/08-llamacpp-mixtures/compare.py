@@ -57,7 +57,7 @@ def theirs(kind: str, scratch: str) -> None:
 
 
 def ours(kind: str, name: str, plan: str, scratch: str) -> None:
-    folder = Path(scratch) / f"{kind}-{name}"
+    folder = Path(scratch) / f"{kind}-{name}-gguf"
     export.export(Plan.load(plan), "gguf", folder, STORE, overwrite=True)
     _keep(kind, name, folder / "model.gguf", Path(scratch), Plan.load(plan))
 
