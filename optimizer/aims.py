@@ -25,7 +25,15 @@ from typing import Any
 import numpy as np
 
 from optimizer import domains, probes
-from optimizer.bench import Bench, Choices, Reading, make_quantizer, measure_table
+from optimizer.bench import (
+    Bench,
+    Choices,
+    Reading,
+    make_quantizer,
+    measure_table,
+    read_for,
+    read_part,
+)
 from optimizer.config import Optimize
 from optimizer.data import Windows
 from optimizer.domains import Domain
@@ -80,18 +88,18 @@ def _uniform(chosen: Choices) -> tuple[str, dict[str, Precision]]:
 
 
 def _tail(bench: Bench, config: Optimize, chosen: Choices) -> Reading:
-    """Calibration tokens, weighted by dCVaR / dKL."""
-    level = config.meaning.level
+    """The table's tokens, weighted by dCVaR / dKL."""
+    level, ids = config.meaning.level, read_for(bench, config).ids
 
     def weights() -> np.ndarray:
         quantizer = make_quantizer(config.quantizer, bench)
-        kl = bench.score(_uniform(chosen)[1], "calibration", quantizer).kl
+        kl = bench.score(_uniform(chosen)[1], read_part(config), quantizer).kl[: len(ids)]
         alone = Objective(1.0, level, float(np.quantile(kl, level)))
         found = alone.weights(kl) - 1
         # the last position of a language model's window has no next token
         return found if bench.encoder else np.pad(found, ((0, 0), (0, 1)))
 
-    return Reading(["tail", VERSION, level], bench.calibration(), weights)
+    return Reading(["tail", VERSION, level], ids, weights)
 
 
 # ---------------------------------------------------------------- domains

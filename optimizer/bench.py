@@ -188,11 +188,15 @@ class Bench:
     def part_key(self, part: str) -> str:
         """What results on these windows depend on: the model, the tokens themselves and, except
         for calibration, the cache."""
-        ids = np.ascontiguousarray(self.windows(part).ids)
         own = self.cache.bits < 16 and part != "calibration"
         kept = [[self.cache.bits, self.cache.floating]] if own else []
+        return self.key_of(self.windows(part), *kept)
+
+    def key_of(self, windows: Windows, *rest: Any) -> str:
+        """Of the model and these tokens."""
+        ids = np.ascontiguousarray(windows.ids)
         return digest(
-            [self.source.fingerprint, list(ids.shape), sha256(ids.tobytes()).hexdigest(), *kept]
+            [self.source.fingerprint, list(ids.shape), sha256(ids.tobytes()).hexdigest(), *rest]
         )
 
     @contextmanager
@@ -309,6 +313,18 @@ class Reading:
     weights: Callable[[], np.ndarray] | None = None
 
 
+def read_part(config: Optimize) -> str:
+    """On which part of the tokens a table is measured. Rounding that was fitted to the calibration
+    windows loses less on them than elsewhere (GPTQ on SmolLM2: half as much, and the layers with the
+    most columns least), so its table reads search windows."""
+    return "search" if config.quantizer.calibrated else "calibration"
+
+
+def read_for(bench: Bench, config: Optimize) -> Windows:
+    """No more of them than calibration windows."""
+    return bench.windows(read_part(config)).head(bench.data.calibration.sequences)
+
+
 def measure_table(
     bench: Bench, config: Optimize, chosen: Choices, reading: Reading | None = None
 ) -> Table:
@@ -316,14 +332,15 @@ def measure_table(
     settings = config.sensitivity
     fitted = [[chosen.fitted[g[0], c].name for c in chosen.columns] for g in chosen.groups]
     estimator = [settings.estimator, settings.chunks, settings.probes]
+    windows = read_for(bench, config)
     quantizer = make_quantizer(config.quantizer, bench)
     key = digest(
-        ["table", VERSION, bench.part_key("calibration"), estimator, chosen.groups,
+        ["table", VERSION, bench.key_of(windows), estimator, chosen.groups,
          chosen.columns, fitted, quantizer.key, config.seed,
          *([] if reading is None else [reading.key])]
     )  # fmt: skip
     task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
-    read = reading or Reading(None, bench.calibration())
+    read = reading or Reading(None, windows.ids)
     runs = sensitivity.chunks(len(read.ids), min(settings.chunks, len(read.ids)))
     samples = []
     todo = [i for i in range(len(runs)) if bench.store.arrays("tables", _part(key, i)) is None]
@@ -372,7 +389,7 @@ def _measured_rows(bench: Bench, config: Optimize, task: Task, table: Table, key
         def make(i: int = i) -> dict[str, np.ndarray]:
             from optimizer.sensitivity import measured
 
-            windows = bench.windows("calibration")
+            windows = read_for(bench, config)
             return measured.measure(bench.model, task, windows, task.groups[i], settings.at)
 
         found = bench.store.arrays("tables", _part(key, ["measured", settings.at, i]), make)

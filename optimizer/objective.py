@@ -23,6 +23,8 @@ from typing import Any
 
 from optimizer.errors import ConfigError
 
+BY_TOKEN = ("fisher", "directional", "tokenwise")  # estimators that can weigh single tokens
+
 
 @dataclass(kw_only=True)
 class Meaning:
@@ -52,10 +54,10 @@ class Meaning:
                 f"meaning.level is a share of the tokens between 0 and 1, such as 0.99, not "
                 f"{self.level}."
             )
-        if self.cvar and estimator not in ("fisher", "directional"):
+        if self.cvar and estimator not in BY_TOKEN:
             raise ConfigError(
                 "Only Fisher information weighs single tokens: meaning.cvar above 0 needs "
-                f"sensitivity=fisher or directional, not {estimator}."
+                f"sensitivity={', '.join(BY_TOKEN[:-1])} or {BY_TOKEN[-1]}, not {estimator}."
             )
 
     @property

@@ -16,11 +16,12 @@ import numpy as np
 
 from optimizer.errors import ConfigError
 from optimizer.layer import GGML, Precision
+from optimizer.objective import BY_TOKEN
 
 if TYPE_CHECKING:
     from optimizer.model import Model, Rounder
 
-ESTIMATORS = ("fisher", "directional", "hessian", "kronecker")
+ESTIMATORS = ("fisher", "directional", "tokenwise", "hessian", "kronecker")
 
 
 @dataclass(kw_only=True)
@@ -37,7 +38,7 @@ class Measured:
 
 @dataclass(kw_only=True)
 class Sensitivity:
-    """estimator: fisher (diagonal), directional, hessian (Hutchinson's trace) or kronecker.
+    """estimator: fisher (diagonal), directional, tokenwise, hessian (Hutchinson's trace) or kronecker.
 
     chunks: the calibration windows are scored in this many parts; the parts' spread gives the
     standard errors, and a killed run loses at most one part. probes: Hutchinson vectors per
@@ -70,10 +71,11 @@ class Sensitivity:
     ) -> np.ndarray:
         """One chunk of windows -> losses [groups, precisions]. Unbiased over chunks. weights: of
         tokens, for Fisher information only."""
-        if self.estimator in ("fisher", "directional"):
+        if self.estimator in BY_TOKEN:
             from optimizer.sensitivity import fisher
 
-            work = fisher.diagonal if self.estimator == "fisher" else fisher.directional
+            work = {"fisher": fisher.diagonal, "directional": fisher.directional,
+                    "tokenwise": fisher.tokenwise}[self.estimator]  # fmt: skip
             return work(model, task, ids, seed, weights)
         from optimizer.sensitivity import hessian
 

@@ -5,6 +5,12 @@ a layer's error dW, with G_s the gradient of window s's log-likelihood of labels
 tokens in the windows (Kunstner et al., arXiv:1905.12558, on why sampled labels and not the text's):
     diagonal      KL ~ 1/(2T) sum_s sum_ij G_s,ij^2 dW_ij^2
     directional   KL ~ 1/(2T) sum_s <G_s, dW>^2
+    tokenwise     KL ~ 1/(2T) sum_t (d_t' dW x_t)^2, with x_t a layer's input at token t and d_t the
+                  gradient at its output there: G_s = sum_t d_t x_t', of which the terms between
+                  tokens are left out. It follows an error's direction, as directional does, but
+                  averages over tokens instead of windows. On SmolLM2 with GPTQ's errors the whole is
+                  1.07 times as much, by layer types 1.0 to 1.3 times, and the standard error of a
+                  layer 18 % for directional and 5 % for this (64 windows of 128).
 Every precision is scored from the same backward pass.
 """
 
@@ -13,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +28,8 @@ from torch import Tensor, nn
 from optimizer.layer import Layer
 from optimizer.model import Model, read
 from optimizer.sensitivity import Task
+
+TOGETHER = 4  # windows whose inputs and output gradients are kept at a time
 
 
 def diagonal(
@@ -90,6 +99,76 @@ def directional(
             likelihood(model, window, own_seed, _row(weights, i)).backward()
             total += task.collect(products) ** 2
     return total / (2 * model.predictions(ids))
+
+
+def tokenwise(
+    model: Model,
+    task: Task,
+    ids: np.ndarray,
+    seed: Sequence[int],
+    weights: np.ndarray | None = None,
+) -> np.ndarray:
+    """[groups, precisions]; layers whose inputs can't be watched get the diagonal. Memory: inputs and
+    output gradients of TOGETHER windows, fp32. Cost: a forward and a backward pass a window, one
+    product of its size a precision, and one rounding for every TOGETHER windows."""
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    squares: dict[str, Tensor] = {}
+
+    def keep(name: str, x: Tensor, d: Tensor) -> None:
+        seen.setdefault(name, []).append((x, d))
+
+    def add(name: str, gradient: Tensor) -> None:
+        squares[name] = squares.get(name, torch.zeros(())) + gradient.square()
+
+    layers = [model.layers[name] for name in task.layers]
+    unseen = [layer for layer in layers if not layer.watchable]
+    losses = {name: np.zeros(len(task.columns)) for name in task.layers}
+    passes = list(_windows(model.net, ids, seed))
+    with (
+        watching(model, [layer.name for layer in layers if layer.watchable], keep),
+        _gradients(model.net, {layer.parameter for layer in unseen}, add),
+    ):
+        for i, (window, own_seed) in enumerate(passes):
+            likelihood(model, window, own_seed, _row(weights, i)).backward()
+            if (i + 1) % TOGETHER and i + 1 < len(passes):
+                continue
+            for name in list(seen):
+                x, d = (torch.cat(parts) for parts in zip(*seen.pop(name), strict=True))
+                errors = _errors(model, task, model.layers[name])
+                losses[name] += _array([((x @ e.T) * d).sum(-1).square().sum() for _, e in errors])
+    for layer in unseen:
+        fisher = read(squares[layer.parameter], layer)
+        errors = _errors(model, task, layer)
+        losses[layer.name] = _array([(fisher * e.square_()).sum() for _, e in errors])
+    return task.collect(losses) / (2 * model.predictions(ids))
+
+
+@contextmanager
+def watching(
+    model: Model, names: Sequence[str], use: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """During backward passes, hand each layer's inputs [tokens, cols] and the gradients at its
+    outputs [tokens, rows] to `use`, in fp32."""
+    handles: list[Any] = []
+
+    def watch(name: str, module: nn.Module) -> None:
+        def forward(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = args[0].detach().flatten(0, -2).float()
+            output.register_hook(lambda d: use(name, x, d.flatten(0, -2).float()))
+
+        handles.append(module.register_forward_hook(forward))
+
+    try:
+        for name in names:
+            watch(name, model.net.get_submodule(model.layers[name].parameter.rpartition(".")[0]))
+        embeddings: Any = model.net.get_input_embeddings()
+        handles.append(
+            embeddings.register_forward_hook(lambda _m, _a, out: out.requires_grad_(True))
+        )
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def likelihood(

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from optimizer.errors import ConfigError
 from optimizer.model import Model, read
 from optimizer.sensitivity import Task
-from optimizer.sensitivity.fisher import _array, _errors, _windows, likelihood
+from optimizer.sensitivity.fisher import _array, _errors, _windows, likelihood, watching
 
 
 def trace(
@@ -97,8 +97,17 @@ def kronecker(model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]) ->
                 f"The Kronecker form needs the inputs of a linear layer; {layer.name} is of kind "
                 f"{layer.kind}. Leave it out of scope or take sensitivity=fisher."
             )
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    with _watching(model, task.layers, factors):
+    factors = {}
+    for layer in layers:
+        device = model.net.get_parameter(layer.parameter).device
+        factors[layer.name] = [torch.zeros(n, n, device=device) for n in (layer.cols, layer.rows)]
+
+    def add(name: str, x: Tensor, d: Tensor) -> None:
+        inputs, outputs = factors[name]
+        inputs.addmm_((x * d.square().sum(-1, keepdim=True)).T, x)
+        outputs.addmm_((d * x.square().sum(-1, keepdim=True)).T, d)
+
+    with watching(model, task.layers, add):
         for window, own_seed in _windows(model.net, ids, seed):
             likelihood(model, window, own_seed).backward()
     losses = {}
@@ -109,42 +118,3 @@ def kronecker(model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]) ->
             [((outputs @ e @ inputs) * e).sum() / tau for _, e in _errors(model, task, layer)]
         )
     return task.collect(losses) / (2 * model.predictions(ids))
-
-
-@contextmanager
-def _watching(
-    model: Model, names: Sequence[str], factors: dict[str, tuple[Tensor, Tensor]]
-) -> Iterator[None]:
-    """Fill factors[name] = (A, G) while passes run."""
-    handles: list[Any] = []
-
-    def watch(name: str, module: nn.Module) -> None:
-        layer = model.layers[name]
-        device = model.net.get_parameter(layer.parameter).device
-        outer = [torch.zeros(n, n, device=device) for n in (layer.cols, layer.rows)]
-        factors[name] = (outer[0], outer[1])
-
-        def forward(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0].detach().flatten(0, -2).float()
-
-            def backward(gradient: Tensor) -> None:
-                d = gradient.flatten(0, -2).float()
-                weighted = x * d.square().sum(-1, keepdim=True)
-                outer[0].addmm_(weighted.T, x)
-                outer[1].addmm_((d * x.square().sum(-1, keepdim=True)).T, d)
-
-            output.register_hook(backward)
-
-        handles.append(module.register_forward_hook(forward))
-
-    try:
-        for name in names:
-            watch(name, model.net.get_submodule(model.layers[name].parameter.rpartition(".")[0]))
-        embeddings: Any = model.net.get_input_embeddings()
-        handles.append(
-            embeddings.register_forward_hook(lambda _m, _a, out: out.requires_grad_(True))
-        )
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -17,7 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from optimizer.layer import Inventory, Layer, Precision
 from optimizer.model import Model
 from optimizer.sensitivity import Sensitivity, Task
-from optimizer.sensitivity.fisher import diagonal, directional, likelihood, sampled
+from optimizer.sensitivity.fisher import (
+    TOGETHER,
+    diagonal,
+    directional,
+    likelihood,
+    sampled,
+    tokenwise,
+)
 from optimizer.sensitivity.hessian import _math_attention, kronecker, trace
 
 VOCABULARY = 5
@@ -261,6 +268,45 @@ def test_the_kronecker_form_is_exact_for_a_single_token(tiny: Model) -> None:
         assert (found[:, 0] > 0).all()
 
 
+def test_single_tokens_are_exact_where_there_is_one(tiny: Model) -> None:
+    ids = window(1)
+    for seed in range(4):
+        found = tokenwise(tiny, task(), ids, [seed])
+        assert np.allclose(found, directional(tiny, task(), ids, [seed]), rtol=1e-4)
+        assert (found[:, 0] > 0).all()
+
+
+@pytest.mark.parametrize("windows", [2, 2 * TOGETHER + 1])
+def test_single_tokens_by_their_definition(tiny: Model, windows: int) -> None:
+    ids = np.random.default_rng(8).integers(VOCABULARY, size=(windows, 4))
+    found = tokenwise(tiny, task(), ids, [9])
+    for i, name in enumerate(NAMES):
+        module: Any = tiny.net.get_submodule(name.removesuffix(".weight"))
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for j, row in enumerate(ids):
+            pairs += tokens_of(tiny, module, row, [9, j])
+        for k, error in enumerate(errors(tiny, name)):
+            value = sum(float(d @ error.float() @ x) ** 2 for x, d in pairs) / (2 * ids.size)
+            assert found[i, k] == pytest.approx(value, rel=1e-4)
+
+
+def test_single_tokens_follow_an_error_that_inputs_do_not_meet(tiny: Model) -> None:
+    """An error at right angles to all inputs costs nothing; the diagonal can't see that."""
+    ids = np.random.default_rng(8).integers(VOCABULARY, size=(1, 3))
+    name = NAMES[0]
+    module: Any = tiny.net.get_submodule(name.removesuffix(".weight"))
+    inputs = torch.stack([x for x, _ in tokens_of(tiny, module, ids[0], [9, 0])])
+    away = torch.linalg.svd(inputs, full_matrices=True).Vh[-1]
+
+    class Sideways(Nudge):
+        def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:
+            return weight + 0.1 * away.expand_as(weight)
+
+    own = Task(((name,),), ("int4",), {(name, "int4"): Precision("int", 4)}, Sideways())
+    assert diagonal(tiny, own, ids, [9]).item() > 0
+    assert tokenwise(tiny, own, ids, [9]).item() < 1e-6 * diagonal(tiny, own, ids, [9]).item()
+
+
 def test_the_kronecker_form_by_its_definition(tiny: Model) -> None:
     """Token by token, from inputs and output gradients that are caught one layer at a time."""
     ids = np.random.default_rng(8).integers(VOCABULARY, size=(2, 4))
@@ -301,7 +347,7 @@ def tokens_of(
 # ---------------------------------------------------------------- hygiene
 
 
-ESTIMATORS = ("fisher", "directional", "hessian", "kronecker")
+ESTIMATORS = ("fisher", "directional", "tokenwise", "hessian", "kronecker")
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -98,7 +98,7 @@ def test_wrong_settings(settings: Sensitivity, words: str) -> None:
 
 # ---------------------------------------------------------------- every architecture
 
-ESTIMATORS = ("fisher", "directional", "hessian", "kronecker")
+ESTIMATORS = ("fisher", "directional", "tokenwise", "hessian", "kronecker")
 
 
 def task(model: Model, scope: str = "blocks", experts: str = "tensor") -> Task:
@@ -124,10 +124,11 @@ def test_every_estimator_fills_the_same_table(small: Small, estimator: str) -> N
     assert table[:, 0].sum() > 3 * table[:, 2].sum() > 0, "three bits cost more than six"
 
 
-def test_embeddings_and_heads_are_scored_too(small: Small) -> None:
+@pytest.mark.parametrize("estimator", ["fisher", "tokenwise"])
+def test_embeddings_and_heads_are_scored_too(small: Small, estimator: str) -> None:
     ids = np.random.default_rng(2).integers(96, size=(2, 12))
     work = task(small.model, "all")
-    table = Sensitivity().score(small.model, work, ids, [0])
+    table = Sensitivity(estimator=estimator).score(small.model, work, ids, [0])
     row = [i for i, g in enumerate(work.groups) if small.model.layers[g[0]].kind == "embedding"]
     assert row and (table[row, 0] > 0).any()
 
