@@ -2,6 +2,7 @@
 # Appends GPTQModel's rows to results.csv. Usage: peers.sh MODEL TEXT; SCRATCH: where its environment goes.
 set -euo pipefail
 cd "$(dirname "$0")"
+here=$PWD
 model=$1 text=$2
 : "${SCRATCH:?}"
 [ -d "$SCRATCH/gptqmodel" ] || python -m venv "$SCRATCH/gptqmodel"
@@ -11,7 +12,7 @@ python measure.py "$model" "$text" tokens - "$SCRATCH"
 group=$([ "$model" = stories ] && echo 32 || echo 64)
 for bits in 2 3 4 8; do
   file="$SCRATCH/$model-$bits.safetensors"
-  "$SCRATCH/gptqmodel/bin/python" peers.py gptqmodel "$(cat "$SCRATCH/folder")" "$SCRATCH/tokens.npy" \
-    $bits "$group" "$file"
+  (cd "$SCRATCH" && gptqmodel/bin/python "$here/peers.py" gptqmodel "$(cat folder)" tokens.npy \
+    $bits "$group" "$file") # it writes logs where it runs
   python measure.py "$model" "$text" given gptqmodel $bits "$file"
 done

@@ -8,7 +8,7 @@ best=gptq-columns
 for method in rtn rtn-clip awq gptq-none gptq-groups gptq-groups-clip $best $best-clip $best-reference $best-fisher; do
   python measure.py "$model" "$text" uniform $method 2 3 4 5 6 8
 done
-for estimator in fisher kronecker; do
+for estimator in fisher kronecker directional tokenwise; do
   for method in rtn $best $best-fisher; do
     python measure.py "$model" "$text" plan $method $estimator-$method 2.5 3 4
   done
