@@ -262,6 +262,11 @@ def fitting(out: Console, found: Answer) -> None:
 
 
 def _answers(found: Answer) -> Iterable[str]:
+    if 0 < found.made_for < found.budget.context:
+        yield (
+            f"The model was made for {found.made_for} tokens, fewer than budget.context="
+            f"{found.budget.context}."
+        )
     if found.moved is not None:
         text = f"Each new token reads {mib(found.moved)} of weights and cache."
         if found.fastest is not None:

@@ -313,6 +313,12 @@ def test_the_command_line_says_it(tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     for part in ("RTX 3060", "It fits", "Longest context", "budget=pi3_1gb", "1.00 GiB more"):
         assert part in said
+    assert "fewer than budget.context" not in said
+    long = f"budget.context={SHAPE.longest + 1}"
+    assert main(["fit", str(tmp_path), "budget=rtx3060_12gb", long]) == 0
+    assert f"made for {SHAPE.longest} tokens, fewer than budget.context" in " ".join(
+        capsys.readouterr().out.split()
+    )
     assert main(["fit", str(tmp_path), "budget=rtx306"]) == 2
     assert "Near names: rtx3060_12gb" in capsys.readouterr().err
 
