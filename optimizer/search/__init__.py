@@ -29,7 +29,8 @@ class Search:
     moves: exchanges around the best plan, guided by the slope of the measured loss there.
     multipliers: log-factors on the table per layer type, depth band and low bits, decoded by the
     exact solver. layers: the assignment itself, one categorical choice a group.
-    tokens: evaluated search tokens at most; a backward pass counts as two more forward passes.
+    tokens: no trial begins once so many search tokens are evaluated (a backward pass counts as two
+        more forward passes); confirming the best four on unused windows comes on top.
     trials, seconds: further limits, None = none.
     front: search sizes around the budget too, size and loss as two objectives of one study.
     third: one more objective of a front: read (bytes read per new token), time (seconds per new token
