@@ -265,6 +265,11 @@ class Optimize:
         self.proof.check()
         self.wandb.check()
         self.sensitivity.check(self.data.calibration.sequences)
+        if self.quantizer.calibrated and self.data.search.sequences < 2:
+            raise ConfigError(
+                f"The table of quantizer={self.quantizer.name} reads at least two search windows; "
+                f"data.search.sequences is {self.data.search.sequences}. Raise it."
+            )
         self.data.check(None)
         _ = self.scopes
 

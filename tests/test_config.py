@@ -178,6 +178,13 @@ def test_a_wrong_palette_is_explained(palette: Palette, words: str) -> None:
         ({"scope": []}, "scope is"),
         ({"scope": [3]}, "scope is"),
         ({"palette": Palette(bits=[99])}, "palette.bits"),
+        (
+            {
+                "quantizer": config.Quantizer(name="gptq"),
+                "data": Data(search=Part(sequences=1, length=8)),
+            },
+            "at least two search windows",
+        ),
         ({"seed": -1}, "^seed is"),
         ({"seed": 2**32}, "^seed is"),
         ({"data": Data(seed=-1)}, "data.seed is"),
@@ -189,6 +196,12 @@ def test_everything_is_checked_before_anything_is_loaded(
     found = Optimize(**{"model": "no-such-model", "budget": Budget(bits=4), **changes})
     with pytest.raises(ConfigError, match=words):
         found.check()
+
+
+def test_gptq_brings_its_own_sensitivity_which_may_be_replaced() -> None:
+    assert composed("optimize", "quantizer=gptq").sensitivity.estimator == "tokenwise"
+    own = composed("optimize", "quantizer=gptq", "sensitivity=fisher").sensitivity
+    assert own.estimator == composed("optimize").sensitivity.estimator == "fisher"
 
 
 def test_runtimes_fuse_what_their_engines_fuse() -> None:
