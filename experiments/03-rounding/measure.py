@@ -6,7 +6,7 @@ measure.py MODEL TEXT plan METHOD TABLE BUDGET...     TABLE = estimator-quantize
 measure.py MODEL TEXT saved METHOD PLAN.json          a searched plan; METHOD only names the row
 measure.py MODEL TEXT tokens - FOLDER                 the model and its calibration tokens for peers.py
 measure.py MODEL TEXT given TOOL BITS FILE            weights that another tool rounded (peers.py)
-METHOD: rtn, rtn-clip, awq, gptq-ORDER[-clip][-reference][-fisher][-damped]. The store has finished work.
+METHOD: rtn, rtn-clip, awq, gptq-ORDER[-clip][-reference][-fisher][-damped]. Finished work is kept.
 """
 
 from __future__ import annotations
