@@ -30,7 +30,7 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -m 'not slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not slow and not gpu'
 
 slow: $(READY)
 	tests/postgres.sh $(BIN)/pytest -m 'slow and not gpu'
