@@ -30,6 +30,16 @@ def test_jobs_are_sorted_and_named_by_what_differs(tmp_path):
     assert found.jobs[0].heldout == (0.02, 0.01, 0.03)
 
 
+def test_jobs_are_named_as_they_were_typed(tmp_path):
+    for name, bits in (("0", 5.0), ("1", 4.0)):
+        save(tmp_path / name, bits)
+        (tmp_path / name / ".hydra").mkdir()
+        typed = f"- model=tiny\n- budget=card{name}\n"
+        (tmp_path / name / ".hydra" / "overrides.yaml").write_text(typed)
+    labels = [job.label for job in compare.gather(tmp_path).jobs]
+    assert labels == ["budget=card1", "budget=card0"]
+
+
 def test_lost_jobs_are_named(tmp_path):
     save(tmp_path / "0", 5.0)
     (tmp_path / "1" / ".hydra").mkdir(parents=True)

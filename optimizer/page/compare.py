@@ -57,9 +57,9 @@ def gather(folder: Path) -> Sweep:
         try:
             plan, run = Plan.load(path), Run.load(path)
         except PlanError:
-            unfinished.append((path.name, _asked(path)))
+            unfinished.append((path.name, " ".join(_asked(path))))
             continue
-        found.append((path.name, plan, run, overrides(run.config)))
+        found.append((path.name, plan, run, _asked(path) or overrides(run.config)))
     if not found:
         raise ConfigError(
             f"A sweep's folder holds one folder per job, with {FILE} in each; {folder} has no "
@@ -73,11 +73,11 @@ def gather(folder: Path) -> Sweep:
     return Sweep(tuple(sorted(jobs, key=lambda job: job.run.chosen.bytes)), tuple(unfinished))
 
 
-def _asked(path: Path) -> str:
-    """The overrides of a job that didn't finish, as Hydra noted them."""
+def _asked(path: Path) -> list[str]:
+    """The words of a job as they were typed, which Hydra noted."""
     file = path / ".hydra" / "overrides.yaml"
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return " ".join(line.removeprefix("- ") for line in lines)
+    return [line.removeprefix("- ") for line in lines if line.startswith("- ")]
 
 
 def write(folder: Path) -> Path:
