@@ -55,22 +55,23 @@ def squared(model: Model, task: Task, passes: Iterable[Callable[[], Tensor]]) ->
     compute: to first order, and for errors that don't know of each other, the sum of their squared
     changes."""
     squares: dict[str, Tensor] = {}
-
-    def add(name: str, gradient: Tensor) -> None:
-        if name not in squares:
-            squares[name] = torch.zeros_like(gradient)
-        squares[name].addcmul_(gradient, gradient)
-
     layers = [model.layers[name] for name in task.layers]
-    with _gradients(model.net, {layer.parameter for layer in layers}, add):
+    with _gradients(model.net, {x.parameter for x in layers}, partial(_add_square, squares)):
         for scalar in passes:
             torch.autograd.backward(scalar())
-    losses = {}
-    for layer in layers:
-        fisher = read(squares[layer.parameter], layer)
-        errors = (error for _, error in _errors(model, task, layer))
-        losses[layer.name] = _array([(fisher * e.square_()).sum() for e in errors])
-    return task.collect(losses)
+    return task.collect({x.name: _diagonal(model, task, x, squares) for x in layers})
+
+
+def _add_square(squares: dict[str, Tensor], name: str, gradient: Tensor) -> None:
+    if name not in squares:
+        squares[name] = torch.zeros_like(gradient)
+    squares[name].addcmul_(gradient, gradient)
+
+
+def _diagonal(model: Model, task: Task, layer: Layer, squares: dict[str, Tensor]) -> np.ndarray:
+    """sum_ij F_ij dW_ij^2 [precisions]; squares: F of each parameter."""
+    fisher = read(squares[layer.parameter], layer)
+    return _array([(fisher * e.square_()).sum() for _, e in _errors(model, task, layer)])
 
 
 def directional(
@@ -117,16 +118,13 @@ def tokenwise(
     def keep(name: str, x: Tensor, d: Tensor) -> None:
         seen.setdefault(name, []).append((x, d))
 
-    def add(name: str, gradient: Tensor) -> None:
-        squares[name] = squares.get(name, torch.zeros(())) + gradient.square()
-
     layers = [model.layers[name] for name in task.layers]
     unseen = [layer for layer in layers if not layer.watchable]
     losses = {name: np.zeros(len(task.columns)) for name in task.layers}
     passes = list(_windows(model.net, ids, seed))
     with (
         watching(model, [layer.name for layer in layers if layer.watchable], keep),
-        _gradients(model.net, {layer.parameter for layer in unseen}, add),
+        _gradients(model.net, {x.parameter for x in unseen}, partial(_add_square, squares)),
     ):
         for i, (window, own_seed) in enumerate(passes):
             likelihood(model, window, own_seed, _row(weights, i)).backward()
@@ -136,10 +134,7 @@ def tokenwise(
                 x, d = (torch.cat(parts) for parts in zip(*seen.pop(name), strict=True))
                 errors = _errors(model, task, model.layers[name])
                 losses[name] += _array([((x @ e.T) * d).sum(-1).square().sum() for _, e in errors])
-    for layer in unseen:
-        fisher = read(squares[layer.parameter], layer)
-        errors = _errors(model, task, layer)
-        losses[layer.name] = _array([(fisher * e.square_()).sum() for _, e in errors])
+    losses |= {layer.name: _diagonal(model, task, layer, squares) for layer in unseen}
     return task.collect(losses) / (2 * model.predictions(ids))
 
 
