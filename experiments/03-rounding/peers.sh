@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Appends GPTQModel's rows to results.csv. Usage: peers.sh MODEL TEXT; SCRATCH: where its environment goes.
+# Appends GPTQModel's and AutoRound's rows to results.csv. Usage: peers.sh MODEL TEXT; SCRATCH: where their
+# environments go. ITERS: AutoRound's steps a block (50; its own default is 200).
 set -euo pipefail
 cd "$(dirname "$0")"
 here=$PWD
@@ -16,3 +17,9 @@ for bits in 2 3 4 8; do
     $bits "$group" "$file") # it writes logs where it runs
   python measure.py "$model" "$text" given gptqmodel $bits "$file"
 done
+[ -d "$SCRATCH/autoround" ] || python -m venv "$SCRATCH/autoround"
+"$SCRATCH/autoround/bin/pip" install -q torch==2.13.0 transformers==5.23.0 auto-round==0.16.1
+export ITERS=${ITERS:-50}
+file="$SCRATCH/$model-autoround.safetensors"
+(cd "$SCRATCH" && autoround/bin/python "$here/peers.py" autoround "$(cat folder)" tokens.npy 4 "$group" "$file")
+python measure.py "$model" "$text" given "autoround-$ITERS" 4 "$file"
