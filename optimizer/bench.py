@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optimizer import policy, sensitivity
+from optimizer.backends import engines
 from optimizer.config import Optimize, Quantizer
 from optimizer.data import Data, Tokens, Windows
 from optimizer.errors import ConfigError, ModelError
 from optimizer.layer import Inventory, Layer, Precision, fuse, glob
 from optimizer.plan import digest
+from optimizer.policy import Policy
 from optimizer.sensitivity import Table, Task
 from optimizer.source import Source, context_length, is_encoder, locate
 from optimizer.store import Store, root
@@ -272,13 +274,16 @@ class LazyModel:
 
 @dataclass(frozen=True)
 class Choices:
-    """The table's rows and columns: what may be chosen for what."""
+    """The table's rows and columns: what may be chosen for what. held: by the engine, allowed: by the
+    policy, too; bool [G, P], None: everything. notes: what the engine doesn't hold."""
 
     scope: tuple[Layer, ...]
     groups: tuple[tuple[str, ...], ...]
     columns: tuple[str, ...]
     fitted: dict[tuple[str, str], Precision]
-    allowed: np.ndarray | None = None  # bool [G, P]; None: everything
+    allowed: np.ndarray | None = None
+    held: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
     def choice(self, assignment: np.ndarray) -> dict[str, Precision]:
         """Column index per group -> precision per layer."""
@@ -293,12 +298,17 @@ def choices(config: Optimize, inventory: Inventory) -> Choices:
     scope = inventory.scoped(config.scopes)
     palette = config.palette.precisions()
     fitted = sensitivity.palette_columns(scope, palette, config.palette.fit == "nearest")
-    if config.runtime.experts not in ("tensor", "block"):
-        raise ConfigError(f"runtime.experts is tensor or block, not {config.runtime.experts!r}.")
+    if config.runtime.experts not in ("tensor", "block", "model"):
+        raise ConfigError(
+            f"runtime.experts is tensor, block or model, not {config.runtime.experts!r}."
+        )
     groups = fuse(scope, config.runtime.fused, config.runtime.experts)
     columns = tuple(p.name for p in palette)
-    left = policy.allowed(config.policy, scope, groups, columns, fitted)
-    return Choices(scope, groups, columns, fitted, left)
+    rules = engines.offered(config.runtime, scope, columns, fitted)
+    left, held = (
+        policy.allowed(p, scope, groups, columns, fitted, rules) for p in (config.policy, Policy())
+    )
+    return Choices(scope, groups, columns, fitted, left, held, engines.told(config.runtime, rules))
 
 
 @dataclass(frozen=True)

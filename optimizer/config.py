@@ -66,8 +66,8 @@ class Palette:
 
 @dataclass(kw_only=True)
 class Runtime:
-    """An engine's rules. fused: roles that it loads as one matrix; experts: `tensor` or `block`,
-    how far one precision reaches; executes: globs of the precisions that it runs, empty = all."""
+    """An engine's rules. fused: roles that it loads as one matrix; experts: `tensor`, `block` or
+    `model`, how far one precision reaches; executes: globs of precisions, empty = all."""
 
     name: str = "torch"
     fused: list[list[str]] = field(default_factory=list)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimizer.backends import autoround, checkpoint, compressed_tensors, gguf, gptq, recipes
+from optimizer.backends import checkpoint, compressed_tensors, gguf, recipes
 from optimizer.backends.card import card
+from optimizer.backends.engines import CHECKPOINTS
 from optimizer.backends.rules import Verdict
 from optimizer.backends.rules import packed as packed_rules
 from optimizer.bench import View
@@ -37,13 +38,6 @@ TARGETS = {
     "gguf": "llamacpp",
     "autoround": "autoround",
     "gptq": "gptq",
-}
-# the engines that load safetensors -> the module that writes their format
-CHECKPOINTS: dict[str, Any] = {
-    "vllm": compressed_tensors,
-    "transformers": compressed_tensors,
-    "autoround": autoround,
-    "gptq": gptq,
 }
 RECIPES = {"llm-compressor": "vllm", "llama-quantize": "llamacpp"}
 ALLOWED = 2.0**-11  # of a weight: an fp16 minimum instead of an integer zero point

@@ -262,15 +262,16 @@ def fuse(
     """Groups of layer names that one runtime must load with the same precision.
 
     rules: lists of roles that are fused within one parent module, such as [q_proj, k_proj,
-    v_proj]. experts: `tensor` (one fused parameter, one precision) or `block` (all experts of
-    a block).
+    v_proj]. experts: `tensor` (one fused parameter, one precision), `block` (all experts of
+    a block) or `model` (all experts).
     """
     fused = {role: index for index, roles in enumerate(rules) for role in roles}
     groups: dict[tuple[Any, ...], list[str]] = {}
     for layer in layers:
         key: tuple[Any, ...] = (layer.parameter,)
         if layer.kind == "experts":
-            key = ("experts", layer.block) if experts == "block" else key
+            shared = {"block": ("experts", layer.block), "model": ("experts",)}
+            key = shared.get(experts, key)
         elif layer.role in fused:
             parent = layer.parameter.rsplit(".", 2)[0]
             key = ("fused", parent, fused[layer.role])

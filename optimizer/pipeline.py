@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimizer import aims, page, proof, rivals, room, search
+from optimizer import aims, page, proof, remarks, rivals, room, search
+from optimizer.backends import engines
 from optimizer.bench import Bench, Choices, View, choices, make_quantizer, measure_table
 from optimizer.config import Optimize
 from optimizer.errors import ModelError
@@ -35,6 +36,7 @@ from optimizer.run import (
 )
 from optimizer.search import Problem, exact
 from optimizer.sensitivity import Table
+from optimizer.source import gguf_of
 from optimizer.store import root, unwritable, write_atomically
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     write_atomically(out / ".writable", b"").unlink()  # an unwritable folder ends here
     table = measure_table(bench, config, chosen)  # KL, for promises
     aimed = aims.losses(bench, config, chosen, table)
-    notes = _unwatched(config, chosen)
+    notes = [*chosen.notes, *remarks.unwatched(config, chosen)]
 
     def solve(budget: Budget) -> tuple[Problem, np.ndarray]:
         posed = _pose(replace(config, budget=budget), bench.inventory, chosen, aimed)
@@ -80,7 +82,7 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     scale = _scale(bench, config, chosen)
     third, rate = config.search.third, config.search.hourly_rate
     problem = replace(problem, third=None if third is None else scale.third(third, rate))
-    notes += _ample(config, problem)
+    notes += remarks.ample(config, problem)
     if bench.cache.tried:
         notes.append(room.told(bench.cache.tried, bench.cache.bits))
     plan = _plan(bench, config, chosen, table, assignment)
@@ -89,13 +91,14 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     refined = _refine(bench, config, chosen, problem, assignment)
     searched: dict[str, np.ndarray] = {}
     if refined is not None:
-        notes.append(_gain(refined, config.meaning.name))
+        notes.append(remarks.gain(refined, config.meaning.name))
         assignment = refined.assignment
         searched = {f"searched {i}": x for i, x in enumerate(refined.front)}
         notes += _save_front(bench, config, chosen, table, searched, out / "front")
     problem = replace(problem, loss=table.loss)  # from here on for showing: KL
-    notes += _policy_note(config, problem, assignment)
+    notes += remarks.price_of_policy(config, chosen, problem, assignment)
     plan = _plan(bench, config, chosen, table, assignment)
+    notes += remarks.outside(config, bench.inventory, chosen, plan.choice)
     files = {"plan": plan.save(out / "plan.json"), "front": save_front(problem, out / "front.csv")}
     if refined is not None:
         files["search"] = save_history(refined.history, out / "search.csv")
@@ -107,12 +110,13 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
 
 
 def _checked(config: Optimize, view: View) -> tuple[Bench, Choices]:
-    """The model and what may be chosen for it. Most that can be wrong ends here."""
+    """The model and its choices. Most that can be wrong ends here."""
     config.check()
     _reach_storage(config, root(config.store))
     bench = Bench(config.model, config.revision, config.data, config.store, config.device, view)
     if bench.encoder:
         config.check_encoder()
+    engines.check_model(config.runtime.name, bench.source.folder, gguf_of(bench.source.name))
     chosen = choices(config, bench.inventory)
     if config.proof.certify:
         proof.check(bench, _asked(config))
@@ -203,17 +207,6 @@ def _palette(chosen: Choices) -> dict[str, Precision]:
     return {column: chosen.fitted[chosen.groups[0][0], column] for column in chosen.columns}
 
 
-def _unwatched(config: Optimize, chosen: Choices) -> list[str]:
-    names = [layer.name for layer in chosen.scope if not layer.watchable]
-    if not config.quantizer.calibrated or not names:
-        return []
-    return [
-        f"{config.quantizer.name} needs a layer's inputs. {len(names)} of {len(chosen.scope)} layers "
-        f"in scope have none that can be watched (embeddings, the head, fused experts: "
-        f"{names[0]}); they are rounded to nearest."
-    ]
-
-
 def _pose(config: Optimize, inventory: Inventory, chosen: Choices, loss: np.ndarray) -> Problem:
     return search.pose(
         inventory,
@@ -229,21 +222,6 @@ def _pose(config: Optimize, inventory: Inventory, chosen: Choices, loss: np.ndar
 
 def _allocate(problem: Problem) -> np.ndarray:
     return problem.largest if problem.fits(problem.largest) else exact.solve(problem)
-
-
-def _ample(config: Optimize, problem: Problem) -> list[str]:
-    """What there is to say where the budget exceeds every plan."""
-    largest = problem.largest
-    if not problem.fits(largest):
-        return []
-    name = problem.columns[int(largest[0])]
-    what = "the reference itself" if name == "none" else f"{name} everywhere"
-    if len(set(largest)) > 1:
-        what = "the largest that the policy allows"
-    return [
-        f"The budget of {config.budget.text} is above the largest plan of this palette, so the plan "
-        f"is {what}."
-    ]
 
 
 def _refine(
@@ -264,37 +242,6 @@ def _refine(
             return refine(bench, config, chosen, problem, start, journal)
     except OSError as error:  # Optuna's, writing the journal
         raise unwritable(Path(error.filename or journal), error) from None
-
-
-def _gain(refined: Refined, objective: str) -> str:
-    start, choice = refined.confirmed["start"], refined.confirmed["choice"]
-    front = ""
-    if refined.front:
-        first, last = (refined.history[i]["hypervolume"] for i in (0, -1))
-        front = (
-            f" Its front has {len(refined.front)} plans (searched 0 is the smallest); the "
-            f"hypervolume grew from {first:.4f} to {last:.4f}."
-        )
-    return (
-        f"The search measured {len(refined.history)} plans with {refined.spent} evaluated tokens; on "
-        f"search text that it hadn't used, {objective} went from {start:.4f} (the table's optimum) to "
-        f"{choice:.4f}.{front}"
-    )
-
-
-def _policy_note(config: Optimize, problem: Problem, assignment: np.ndarray) -> list[str]:
-    """What the policy cost against a free plan of the same bytes, by the table."""
-    if problem.free.all():
-        return []
-    limit = problem.sizes(assignment)
-    rival = exact.solve(replace(problem, allowed=None, limit=limit))
-    own, free = problem.losses(assignment), problem.losses(rival)
-    pins = f" with {len(config.policy.pins)} pins" if config.policy.pins else ""
-    return [
-        f"policy={config.policy.name}{pins}: predicted KL {own:.4f}; the free plan of the same "
-        f"bytes has {free:.4f}, so the policy costs {own - free:.4f} ({own / max(free, 1e-12):.3g} "
-        "times), by the table."
-    ]
 
 
 def _plan(

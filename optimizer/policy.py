@@ -51,13 +51,13 @@ def allowed(
     groups: Sequence[Sequence[str]],
     columns: Sequence[str],
     fitted: Mapping[tuple[str, str], Precision],
+    engine: Sequence[Rule] = (),
 ) -> np.ndarray:
-    """bool [G, P]. Raises ConfigError for pins that match nothing or leave nothing, naming those
-    that contradict each other."""
+    """bool [G, P]. engine: rules that hold anyway. Raises ConfigError for pins that match nothing or
+    leave nothing, naming those that contradict each other."""
     precisions = [fitted[scope[0].name, column] for column in columns]
-    rules = _hybrid(policy, scope, precisions) + [
-        _rule(pin, scope, columns, precisions) for pin in policy.pins
-    ]
+    pins = [_rule(pin, scope, columns, precisions) for pin in policy.pins]
+    rules = [*engine, *_hybrid(policy, scope, precisions), *pins]
     found = np.ones((len(groups), len(columns)), dtype=bool)
     for i, group in enumerate(groups):
         own = [rule for rule in rules if rule.layers.intersection(group)]
@@ -147,6 +147,6 @@ def _contradiction(rules: Sequence[Rule], group: Sequence[str]) -> str:
     named = " and ".join(rule.text for rule in (pairs[0] if pairs else rules))
     together = "" if len(group) == 1 else f" (one precision for {len(group)} layers together)"
     return (
-        f"Pins must agree; {named} leave no precision for {group[0]}{together}. Change or remove "
-        "one of them."
+        f"Pins and the engine must agree; {named} leave no precision for {group[0]}{together}. "
+        "Change or remove one of them."
     )

@@ -212,7 +212,7 @@ CALLS: dict[str, tuple[list[str], list[str]]] = {
         ["int4_g64", "'int7'"],
     ),
     "measured groups": (["sensitivity.measured.groups=[zzz]"], ["zzz"]),
-    "experts": (["runtime.experts=some"], ["tensor or block", "'some'"]),
+    "experts": (["runtime.experts=some"], ["tensor, block or model", "'some'"]),
     "quantizer": (["quantizer.name=magic"], ["rtn", "'magic'"]),
     "windows too long": (["data.heldout.length=4000"], ["256 tokens", "data.heldout.length"]),
     "no such model": (["model=./nowhere"], ["./nowhere", "smollm2, minilm, stories"]),

@@ -3,9 +3,12 @@
 measure.py MODEL TEXT uniform METHOD BITS...          every layer at these bits
 measure.py MODEL TEXT time METHOD                     seconds, all precisions at once and alone
 measure.py MODEL TEXT plan METHOD TABLE BUDGET...     TABLE = estimator-quantizer, code bits
+measure.py MODEL TEXT file METHOD TABLE BITS...       a plan of all layers, embeddings too, whose file
+                                                      is no larger than with uniform BITS in the blocks
 measure.py MODEL TEXT saved METHOD PLAN.json          a searched plan; METHOD only names the row
 measure.py MODEL TEXT tokens - FOLDER                 the model and its calibration tokens for peers.py
 measure.py MODEL TEXT given TOOL BITS FILE            weights that another tool rounded (peers.py)
+MODEL: smollm2, stories, or the folder of stories260k (one scale a channel: its rows have no groups).
 METHOD: rtn, rtn-clip, awq, gptq-ORDER[-clip][-reference][-fisher][-damped]. Finished work is kept.
 """
 
@@ -17,6 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +29,23 @@ from safetensors import safe_open
 from torch import Tensor
 
 from optimizer import pipeline
-from optimizer.bench import Bench, View, choices, make_quantizer, measure_table
+from optimizer.bench import Bench, Choices, View, choices, make_quantizer, measure_table
 from optimizer.certificate import describe, resamples
 from optimizer.config import Optimize, Palette, Quantizer
 from optimizer.data import Data, Part
 from optimizer.layer import Precision
-from optimizer.plan import Budget, Plan
+from optimizer.plan import Budget, Plan, stored_bytes
 from optimizer.search import exact
 from optimizer.sensitivity import Sensitivity
 
 RESULTS = Path(__file__).parent / "results.csv"
 FIELDS = ["model", "method", "plan", "code_bits", "kl", "flips", "seconds", "kl_low", "kl_high",
           "flips_low", "flips_high"]  # fmt: skip
-GROUP = {"smollm2": 64, "stories": 32}
+GROUP = {"smollm2": 64, "stories": 32, "stories260k": 0}
+
+
+def group_of(model: str) -> int:
+    return GROUP[Path(model).name]
 
 
 def quantizer(method: str) -> Quantizer:
@@ -60,7 +68,7 @@ def configuration(model: str, text: str, method: str, estimator: str, bits: floa
     return Optimize(
         model=model,
         budget=Budget(code_bits=bits),
-        palette=Palette(group_size=GROUP[model]),
+        palette=Palette(group_size=group_of(model)),
         quantizer=quantizer(method),
         data=Data(source="text", path=text, heldout=Part(sequences=12, length=256)),
         sensitivity=Sensitivity(estimator=estimator),
@@ -85,7 +93,7 @@ def timing(model: str, text: str, method: str) -> None:
 
     config = configuration(model, text, method, "fisher", 8)
     bench = Bench(model, None, config.data, config.store, "cpu", Lines())
-    settings, size = config.quantizer, GROUP[model]
+    settings, size = config.quantizer, group_of(model)
     solver = Gptq(settings.damping, settings.order, settings.clip)
     stream = Stream(bench.model, bench.calibration())
     sets = stream.inputs(0)
@@ -97,20 +105,29 @@ def timing(model: str, text: str, method: str) -> None:
             solver.solve([(bench.model.weight(n), p) for n in names for p in chosen], hessian)
         seconds = time.process_time() - begun
         print(name, f"{seconds:.2f} s of processor time")
-        keep([model, method, f"time of the first block at {name}", "", "", "", f"{seconds:.2f}"])
+        keep(
+            [
+                Path(model).name,
+                method,
+                f"time of the first block at {name}",
+                "",
+                "",
+                "",
+                f"{seconds:.2f}",
+            ]
+        )
 
 
 def main(model: str, text: str, kind: str, method: str, *rest: str) -> None:
     if kind == "time":
         timing(model, text, method)
-    elif kind == "plan":
-        planned(model, text, method, *rest)
+    elif kind in ("plan", "file"):
+        planned(model, text, method, *rest, whole=kind == "file")
     elif kind == "uniform":
         bench = bench_of(model, text)
         chosen = choices(configuration(model, text, "rtn", "fisher", 8), bench.inventory)
         for bits in rest:
-            column = f"int{bits}_g{GROUP[model]}"
-            choice = {x.name: chosen.fitted[x.name, column] for x in chosen.scope}
+            choice = uniform(model, chosen, bits)
             score(bench, make_quantizer(quantizer(method), bench), choice, model, method, "uniform",
                   bits)  # fmt: skip
     elif kind == "saved":
@@ -126,24 +143,42 @@ def main(model: str, text: str, kind: str, method: str, *rest: str) -> None:
         given(model, text, method, *rest)
 
 
+def uniform(model: str, chosen: Choices, bits: str) -> dict[str, Precision]:
+    column = Precision("int", int(bits), group_of(model) or None).name
+    return {x.name: chosen.fitted[x.name, column] for x in chosen.scope}
+
+
 def bench_of(model: str, text: str) -> Bench:
     config = configuration(model, text, "rtn", "fisher", 8)
     return Bench(model, None, config.data, config.store, "cpu", Lines())
 
 
-def planned(model: str, text: str, method: str, table_of: str, *budgets: str) -> None:
+def planned(
+    model: str, text: str, method: str, table_of: str, *budgets: str, whole: bool = False
+) -> None:
+    """whole: all layers are planned, and a budget is the file that has these bits in its blocks."""
     estimator, _, scored_with = table_of.partition("-")
     bench = bench_of(model, text)
     config = configuration(model, text, scored_with, estimator, 8)
-    chosen = choices(config, bench.inventory)
+    blocks = choices(config, bench.inventory)
+    config = replace(config, scope=["all"]) if whole else config
+    chosen = choices(config, bench.inventory) if whole else blocks
     table = measure_table(bench, config, chosen)
     for bits in budgets:
-        own = configuration(model, text, scored_with, estimator, float(bits))
-        problem = pipeline._pose(own, bench.inventory, chosen, table.loss)
-        choice = chosen.choice(exact.solve(problem))
-        score(
-            bench, make_quantizer(quantizer(method), bench), choice, model, method, table_of, bits
+        size = stored_bytes(bench.inventory, uniform(model, blocks, bits))["total"] if whole else 0
+        budget = Budget(size=str(size)) if whole else Budget(code_bits=float(bits))
+        problem = pipeline._pose(
+            replace(config, budget=budget), bench.inventory, chosen, table.loss
         )
+        choice = chosen.choice(exact.solve(problem))
+        name = table_of + " file" * whole
+        if whole:
+            outside = {
+                n: p.name for n, p in choice.items() if n not in uniform(model, blocks, bits)
+            }
+            used = stored_bytes(bench.inventory, choice)["total"]
+            print(f"{used} of {size} bytes; {outside}", flush=True)
+        score(bench, make_quantizer(quantizer(method), bench), choice, model, method, name, bits)
 
 
 def given(model: str, text: str, tool: str, bits: str, file: str) -> None:
@@ -153,7 +188,7 @@ def given(model: str, text: str, tool: str, bits: str, file: str) -> None:
         rounder = Foreign({name: found.get_tensor(name) for name in found.keys()}, tool)  # noqa: SIM118
     scope = bench.inventory.scoped(["blocks"])
     assert {x.name for x in scope} == rounder.weights.keys()
-    named = Precision("int", int(bits), GROUP[model])
+    named = Precision("int", int(bits), group_of(model) or None)
     choice = {x.name: named for x in scope}
     score(bench, rounder, choice, model, tool, "uniform", bits, seconds)
 
@@ -171,7 +206,9 @@ class Foreign:
         return self
 
     def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:
-        own = self.weights[layer].view(weight.shape[0], -1, precision.group_size)
+        own = self.weights[layer].view(
+            weight.shape[0], -1, precision.group_size or weight.shape[1]
+        )
         distinct = own.sort(-1).values.diff(dim=-1).ne(0).sum(-1).max() + 1
         assert distinct <= 2**precision.bits, (layer, distinct)
         return self.weights[layer]
@@ -186,7 +223,7 @@ def score(
     scores = bench.score(choice, "heldout", rounder)
     found = describe(scores, resamples(scores.documents, np.random.default_rng(0)))
     kl, flips = found["kl"], found["flips"]
-    row = [model, method, plan, bits, f"{kl.value:.6f}", f"{flips.value:.6f}",
+    row = [Path(model).name, method, plan, bits, f"{kl.value:.6f}", f"{flips.value:.6f}",
            seconds or f"{time.monotonic() - begun:.1f}",
            *(f"{x:.6f}" for x in (kl.low, kl.high, flips.low, flips.high))]  # fmt: skip
     print(*row, flush=True)

@@ -34,24 +34,12 @@ def check(plan: Plan, inventory: Inventory, profile: Runtime) -> Verdict:
     engine = profile.name
     errors = rules.executed(plan, profile) + rules.agreed(plan, inventory, profile)
     errors += rules.kinds(plan, inventory, engine, rules.linear_only)
-    if engine == "transformers":
-        errors += _one_expert_scheme(plan, inventory)
     if errors:
         return Verdict(engine, tuple(errors))
     used = {plan.choice[layer.name] for layer in rules.quantized(plan, inventory)}
     stored = {p.name: f"pack-quantized, {p.bits} bits" for p in sorted(used)}
     size = checkpoint.size(plan, inventory, lambda x, p: _parts(x, p, inventory.dtype))
     return Verdict(engine, (), _notes(plan, inventory, engine), stored, size)
-
-
-def _one_expert_scheme(plan: Plan, inventory: Inventory) -> list[str]:
-    names = {plan.layers[x.name] for x in inventory.layers if x.kind == "experts"}
-    if len(names) < 2:
-        return []
-    return [
-        f"transformers gives the experts of all blocks one scheme, and the plan has "
-        f"{', '.join(sorted(names))}. vLLM takes one per block: export to=vllm."
-    ]
 
 
 def _notes(plan: Plan, inventory: Inventory, engine: str) -> tuple[str, ...]:

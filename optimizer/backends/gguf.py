@@ -58,14 +58,13 @@ def check(
     """origin: the GGUF file that the model came from, whose metadata is kept."""
     engine = profile.name
     try:
-        settings = _settings(folder)
-        if origin is None:
-            vocabulary.kind(vocabulary.read(folder))
+        check_model(folder, origin)
     except ModelError as error:
         return Verdict(engine, (str(error),))
+    settings = _settings(folder)
     errors = rules.executed(plan, profile) + rules.agreed(plan, inventory, profile)
     if not errors:
-        errors = rules.kinds(plan, inventory, engine, lambda layer: _holds(plan, layer))
+        errors = rules.kinds(plan, inventory, engine, holds)
     if errors:
         return Verdict(engine, tuple(errors))
     stored = {
@@ -78,12 +77,19 @@ def check(
     return Verdict(engine, (), notes, stored, size)
 
 
-def _holds(plan: Plan, layer: Layer) -> str | None:
+def check_model(folder: Path, origin: Path | None) -> None:
+    """Raises ModelError for an architecture or a vocabulary that the converter doesn't know."""
+    _settings(folder)
+    if origin is None:
+        vocabulary.kind(vocabulary.read(folder))
+
+
+def holds(layer: Layer, precision: Precision) -> str | None:
+    """None, or why a GGUF can't hold the layer in that precision."""
     if layer.kind == "experts" and layer.expert is None:
         return "its checkpoint holds all experts in one fused tensor"
     if layer.kind not in ("linear", "head", "embedding", "experts"):
         return f"the converter takes Linear layers and embeddings, and this is {layer.kind}"
-    precision = plan.choice[layer.name]
     if carrier(precision, layer.cols) is None:
         return f"no block type has the levels of {precision.name} on rows of {layer.cols}"
     return None

@@ -56,11 +56,11 @@ def check(plan: Plan, inventory: Inventory, profile: Runtime) -> Verdict:
     return Verdict(profile.name, (), tuple(notes), stored, checkpoint.size(plan, inventory, sizes))
 
 
-def shaped(layer: Layer) -> str | None:
+def shaped(layer: Layer, precision: Precision) -> str | None:
     """Both dimensions are packed into words, so both must fill them."""
     if layer.rows % WORD or layer.cols % WORD:
         return f"its {layer.rows} rows and {layer.cols} columns must be multiples of {WORD}"
-    return rules.linear_only(layer)
+    return rules.linear_only(layer, precision)
 
 
 def commonest(plan: Plan, inventory: Inventory) -> Precision:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from optimizer.config import Runtime
 from optimizer.errors import PlanError
-from optimizer.layer import Inventory, Layer, fuse
+from optimizer.layer import Inventory, Layer, Precision, fuse
 from optimizer.plan import Plan
 
 SHOWN = 3  # names in a message; the rest is counted
@@ -66,19 +66,22 @@ def agreed(plan: Plan, inventory: Inventory, profile: Runtime) -> list[str]:
             found = ", ".join(f"{name} {plan.layers[name]}" for name in group[:SHOWN])
             more = f" and {len(group) - SHOWN} more" * (len(group) > SHOWN)
             errors.append(
-                f"{profile.name} loads these as one matrix, so they need the same precision: {found}"
+                f"{profile.name} loads these with one precision, and they have: {found}"
                 f"{more}. Make the plan with runtime={profile.name}."
             )
     return errors
 
 
 def kinds(
-    plan: Plan, inventory: Inventory, engine: str, allowed: Callable[[Layer], str | None]
+    plan: Plan,
+    inventory: Inventory,
+    engine: str,
+    holds: Callable[[Layer, Precision], str | None],
 ) -> list[str]:
-    """`allowed`: a quantized layer -> None, or why the format can't hold it."""
+    """`holds`: a quantized layer and its precision -> None, or why the format can't hold it."""
     reasons: dict[str, list[str]] = {}
     for layer in quantized(plan, inventory):
-        reason = allowed(layer)
+        reason = holds(layer, plan.choice[layer.name])
         if reason is not None:
             reasons.setdefault(reason, []).append(layer.name)
     return [
@@ -89,7 +92,7 @@ def kinds(
     ]
 
 
-def linear_only(layer: Layer) -> str | None:
+def linear_only(layer: Layer, _precision: Precision) -> str | None:
     """The rule of all safetensors formats: 2-D matrices of Linear modules, experts one by one."""
     if layer.kind == "experts":
         if layer.expert is None:

@@ -114,7 +114,7 @@ def test_experts_have_one_rule_for_a_block(wide: Wide) -> None:
     ("precision", "other", "words"),
     [
         (Precision("int", 4, 64), {}, ["int4_g64", "runtime="]),
-        (G64, {"k_proj": Precision("int", 8, 64, True)}, ["one matrix", "k_proj"]),
+        (G64, {"k_proj": Precision("int", 8, 64, True)}, ["one precision", "k_proj"]),
         (Precision.ggml("q4_k"), {}, ["q4_k"]),
         (UNTOUCHED, {}, ["quantizes none"]),
     ],
@@ -131,9 +131,9 @@ def test_a_plan_that_would_fail_is_refused(
 
 def test_shapes_that_fill_no_word_are_refused(wide: Wide) -> None:
     layer = next(x for x in wide.inventory.layers if x.role == "down_proj")
-    assert gptq.shaped(layer) is None
-    assert "172" in str(gptq.shaped(replace(layer, cols=172)))
-    assert "172" in str(gptq.shaped(replace(layer, rows=172)))
+    assert gptq.shaped(layer, G64) is None
+    assert "172" in str(gptq.shaped(replace(layer, cols=172), G64))
+    assert "172" in str(gptq.shaped(replace(layer, rows=172), G64))
 
 
 def test_three_bits_are_for_gptqmodel_alone(wide: Wide) -> None:

@@ -142,7 +142,7 @@ def ask(address: str, path: str, body: dict) -> dict:
     ("to", "precision", "other", "words"),
     [
         ("vllm", Precision("int", 3, 64), {}, ["int3_g64", "runtime=vllm", "18 more"]),
-        ("vllm", G64, {"k_proj": Precision("int", 8, 64, True)}, ["one matrix", "k_proj"]),
+        ("vllm", G64, {"k_proj": Precision("int", 8, 64, True)}, ["one precision", "k_proj"]),
         ("vllm", Precision.ggml("q4_k"), {}, ["q4_k"]),
         ("llamacpp", Precision("int", 3, 64), {}, ["int3_g64", "runtime=llamacpp"]),
         ("transformers", Precision("ternary", 2, 64, True), {}, ["ternary_g64"]),
@@ -165,8 +165,8 @@ def test_kinds_that_a_format_cannot_hold(wide: Wide) -> None:
     assert "model.embed_tokens" in found.errors[0] and "scope" in found.errors[0]
     one = wide.inventory.layers[1]
     stacked = replace(one, kind="experts", role="w1", expert=0)
-    assert "w1" in str(rules.linear_only(stacked))
-    assert "fused" in str(rules.linear_only(replace(stacked, expert=None)))
+    assert "w1" in str(rules.linear_only(stacked, G64))
+    assert "fused" in str(rules.linear_only(replace(stacked, expert=None), G64))
 
 
 def test_unknown_architecture_is_named(wide: Wide, tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""The engines that a plan may be made for: who writes their files, and what they can't hold.
+
+`offered` says it of every layer and precision before a search, so that no plan is made that
+`mezzotint check` would refuse; `check_model` says it of a whole architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from optimizer.backends import autoround, compressed_tensors, gguf, gptq, rules
+from optimizer.config import Runtime
+from optimizer.errors import ConfigError
+from optimizer.layer import Layer, Precision
+from optimizer.policy import Rule
+
+# the engines that load safetensors -> the module that writes their format
+CHECKPOINTS: dict[str, Any] = {
+    "vllm": compressed_tensors,
+    "transformers": compressed_tensors,
+    "autoround": autoround,
+    "gptq": gptq,
+}
+# a layer and what it would become -> None, or why the engine can't hold it; torch holds everything
+HOLDS: dict[str, Callable[[Layer, Precision], str | None]] = {
+    "vllm": rules.linear_only,
+    "transformers": rules.linear_only,
+    "autoround": gptq.shaped,
+    "gptq": gptq.shaped,
+    "llamacpp": gguf.holds,
+}
+
+
+def refusal(engine: str, layer: Layer, precision: Precision) -> str | None:
+    """Why the engine can't hold the layer in that precision; None where it can."""
+    if precision.kind == "none" or engine not in HOLDS:
+        return None
+    return HOLDS[engine](layer, precision)
+
+
+def offered(
+    runtime: Runtime,
+    scope: Sequence[Layer],
+    columns: Sequence[str],
+    fitted: Mapping[tuple[str, str], Precision],
+) -> list[Rule]:
+    """What the engine leaves to layers that it can't hold in every precision: a rule for each
+    reason. Raises ConfigError where it leaves a layer nothing, or nothing to quantize at all."""
+    left = np.ones((len(scope), len(columns)), dtype=bool)
+    reasons: dict[str, list[int]] = {}
+    for i, layer in enumerate(scope):
+        for j, column in enumerate(columns):
+            reason = refusal(runtime.name, layer, fitted[layer.name, column])
+            if reason is not None:
+                left[i, j] = False
+                if i not in reasons.setdefault(reason, []):
+                    reasons[reason].append(i)
+    _some(runtime.name, scope, columns, fitted, left, reasons)
+    return [
+        Rule(
+            f"runtime={runtime.name} ({reason})",
+            frozenset(scope[i].name for i in rows if (left[i] == own).all()),
+            own,
+        )
+        for reason, rows in reasons.items()
+        for own in np.unique(left[rows], axis=0)
+    ]
+
+
+def _some(
+    engine: str,
+    scope: Sequence[Layer],
+    columns: Sequence[str],
+    fitted: Mapping[tuple[str, str], Precision],
+    left: np.ndarray,
+    reasons: Mapping[str, Sequence[int]],
+) -> None:
+    bare = [i for i in range(len(scope)) if not left[i].any()]
+    real = np.array([fitted[scope[0].name, c].kind != "none" for c in columns])
+    if left[:, real].any() and not bare:
+        return
+    rows = bare or range(len(scope))
+    why = "; ".join(reason for reason, own in reasons.items() if set(own).intersection(rows))
+    named = rules.listed([scope[i].name for i in rows])
+    remedy = "Leave them out of scope, or add 16 (untouched) to palette.bits."
+    if not bare or len(bare) == len(scope):
+        remedy = "Nothing would be quantized; take another runtime."
+    raise ConfigError(f"{engine} can't hold {named} quantized: {why}. {remedy}")
+
+
+def told(runtime: Runtime, found: Sequence[Rule]) -> tuple[str, ...]:
+    """For a person: which layers the engine restricts, and why."""
+    texts = []
+    for rule in found:
+        left = int(rule.columns.sum())
+        how = "untouched" if left == 1 else f"in {left} of {len(rule.columns)} precisions only"
+        why = rule.text.partition(" (")[2][:-1]
+        texts.append(f"{runtime.name} holds {rules.listed(sorted(rule.layers))} {how}: {why}.")
+    return tuple(texts)
+
+
+def check_model(engine: str, folder: Path, origin: Path | None) -> None:
+    """Raises ModelError where the engine's files can't hold this architecture."""
+    if engine == "llamacpp":
+        gguf.check_model(folder, origin)

@@ -1,0 +1,94 @@
+"""A search offers only what the engine holds: whatever it may choose, `mezzotint check` accepts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optimizer import export
+from optimizer.bench import Choices, choices
+from optimizer.errors import ConfigError
+from optimizer.layer import Inventory
+from optimizer.plan import Plan, assemble
+from optimizer.source import locate
+from optimizer.store import Store
+from tests.backends.conftest import Wide
+from tests.conftest import ARCHITECTURES, QUICK, Command, Small, build
+from tests.test_config import composed
+
+CHECKPOINTS = ("vllm", "transformers", "autoround", "gptq")
+
+
+def offered(runtime: str, inventory: Inventory, *overrides: str) -> Choices:
+    given = [f"runtime={runtime}", "scope=all", *overrides]
+    return choices(composed("optimize", *given), inventory)
+
+
+def drawn(found: Choices, rng: np.random.Generator, folder: Path, fingerprint: str) -> Plan:
+    """Any plan of those that a search may make."""
+    assert found.allowed is not None
+    picks = np.array([rng.choice(np.flatnonzero(row)) for row in found.allowed])
+    return assemble(
+        Inventory(found.scope, (), "F16"), found.scope, found.choice(picks),
+        model={"name": str(folder), "fingerprint": fingerprint}, runtime="torch",
+        quantizer={"name": "rtn"}, predicted={"kl": 0.1, "stderr": 0.01},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("runtime", ["torch", "llamacpp", *CHECKPOINTS])
+def test_whatever_may_be_chosen_is_accepted(wide: Wide, runtime: str) -> None:
+    found, rng = offered(runtime, wide.inventory), np.random.default_rng(0)
+    for _ in range(8):
+        plan = drawn(found, rng, wide.folder, wide.fingerprint)
+        assert not export.check(plan, runtime, str(wide.store)).errors
+    (tied,) = (i for i, group in enumerate(found.groups) if "model.embed_tokens.weight" in group)
+    assert found.allowed is not None
+    if runtime in CHECKPOINTS:
+        assert found.allowed[tied].sum() == 1
+        assert "model.embed_tokens.weight untouched" in found.notes[0]
+    else:
+        assert found.allowed.all() and not found.notes
+
+
+@pytest.mark.parametrize("runtime", CHECKPOINTS)
+def test_every_architecture_is_refused_or_accepted(
+    small: Small, runtime: str, tmp_path: Path
+) -> None:
+    """Conv1D, joined experts, matrices of 16 rows: no plan that could not be exported."""
+    try:
+        found = offered(runtime, small.inventory, "palette.group_size=0")
+    except ConfigError as refused:
+        assert small.name == "gpt2", refused
+        assert "conv1d" in str(refused) and "another runtime" in str(refused)
+        return
+    fingerprint = locate(str(small.folder), Store(tmp_path)).fingerprint
+    for seed in range(4):
+        plan = drawn(found, np.random.default_rng(seed), small.folder, fingerprint)
+        assert not export.check(plan, runtime, str(tmp_path)).errors
+
+
+def test_words_that_rows_do_not_fill(llama: Small) -> None:
+    """GPTQ packs 32 rows into words: 16 keys and values stay untouched, and so do their partners."""
+    found = offered("gptq", llama.inventory, "palette.group_size=0")
+    assert found.allowed is not None
+    for group, left in zip(found.groups, found.allowed, strict=True):
+        rows = [x.rows for x in found.scope if x.name in group]
+        assert any(r % 32 for r in rows) <= (left.sum() == 1)
+
+
+def test_a_layer_that_nothing_is_left_for(wide: Wide) -> None:
+    with pytest.raises(ConfigError, match=r"embed_tokens.*add 16"):
+        offered("vllm", wide.inventory, "palette.bits=[4,8]")
+    with pytest.raises(ConfigError, match=r"runtime=vllm.*embed_tokens\* = 8"):
+        offered("vllm", wide.inventory, "policy.pins=['*embed_tokens* = 8']")
+
+
+def test_an_architecture_the_converter_does_not_know(mezzotint: Command, tmp_path: Path) -> None:
+    """Said before anything is measured."""
+    folder = build(tmp_path / "neox", "gpt_neox", *ARCHITECTURES["gpt_neox"])
+    ended = mezzotint("optimize", f"model={folder}", "budget.bits=8", "runtime=llamacpp", *QUICK,
+                      f"hydra.run.dir={tmp_path}")  # fmt: skip
+    assert ended.code == 2 and "The GGUF converter knows" in ended.err
+    assert "loading" not in ended.out
