@@ -29,7 +29,7 @@ from optimizer.layer import Layer, Precision
 from optimizer.model import skeleton
 from optimizer.plan import digest
 
-VERSION = 1
+VERSION = 2
 ROUNDS = 5  # turns of everything that is measured; the fastest counts
 AROUND = 32 * 2**20  # bytes of copies of a layer, so that each is read from memory
 COPIES = 32  # of a layer at most

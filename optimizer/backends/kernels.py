@@ -17,6 +17,8 @@ PyTorch 2.13's own 8-bit product (_weight_int8pack_mm) has one scale a row and c
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ from optimizer.quantizer import Codes
 GROUPS = (256, 128, 64, 32)  # that the operator knows
 ROWS = 16  # a multiple of which it wants
 HALF, NIBBLE = 8, 16
+TILE = 64  # rows whose codes the operator's layout mixes
 
 
 def group(precision: Precision, cols: int) -> int | None:
@@ -45,6 +48,40 @@ def fits(precision: Precision, rows: int, cols: int, dtype: torch.dtype, device:
         and rows % ROWS == 0
         and group(precision, cols) is not None
     )
+
+
+def looks_up(rows: int, cols: int) -> bool:
+    """Whether single rows of a packed matrix can be read."""
+    return rows % TILE == 0 and places(cols) is not None
+
+
+@cache
+def places(cols: int) -> Tensor | None:
+    """Where the operator keeps the codes of TILE rows: numbers of nibbles [TILE, cols], which are the
+    same in every tile. Found by packing the numbers of the codes, digit by digit, since PyTorch
+    doesn't promise a layout. None if this machine's has no such tiles."""
+    count = 2 * TILE * cols
+    numbers = torch.arange(count).view(2 * TILE, cols)
+    found = torch.zeros(count, dtype=torch.long)
+    for shift in range(0, count.bit_length(), 4):
+        digits = _packed(numbers >> shift & (NIBBLE - 1)).flatten()
+        found |= _nibbles(digits, torch.arange(count)).long() << shift
+    place = torch.empty_like(found)
+    place[found] = torch.arange(count)
+    first, second = place.view(2, TILE, cols)
+    return first if torch.equal(second, first + TILE * cols) else None
+
+
+def _packed(nibbles: Tensor) -> Tensor:
+    """Codes [rows, cols] of 4 bits in the operator's layout."""
+    found: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)
+    return found
+
+
+def _nibbles(packed: Tensor, at: Tensor) -> Tensor:
+    """The nibbles with these numbers, of the shape of `at`."""
+    both = packed.flatten()[at >> 1]
+    return torch.where((at & 1).bool(), both >> 4, both & (NIBBLE - 1))
 
 
 class Product(nn.Module):
@@ -70,8 +107,7 @@ class Product(nn.Module):
         """a, b [rows, groups of the precision], spread over the operator's groups."""
         each = self.cols // self.size // a.shape[1]
         pairs = torch.stack([a, b], -1).repeat_interleave(each, 1).transpose(0, 1)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)
-        self.register_buffer(name, packed)
+        self.register_buffer(name, _packed(nibbles))
         self.register_buffer(f"{name}_scales", pairs.bfloat16().contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,6 +122,19 @@ class Product(nn.Module):
         if self.wide:
             found = found + multiply(x, self.high, self.size, self.high_scales)
         return found
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Rows of W' [..., cols] bf16 for ids [...]: what an embedding asks of a matrix that is the
+        head's, too. Needs `places`, and rows that fill tiles."""
+        rows, place = ids.flatten(), places(self.cols)
+        assert place is not None and looks_up(self.rows, self.cols)
+        at = (rows // TILE * (TILE * self.cols)).unsqueeze(1) + place[rows % TILE]
+        found = torch.zeros(at.shape)
+        for name in ("low", "high") if self.wide else ("low",):
+            pairs = self.get_buffer(f"{name}_scales")[:, rows].float().transpose(0, 1)
+            a, b = pairs.repeat_interleave(self.size, 1).unbind(-1)
+            found += (_nibbles(self.get_buffer(name), at).float() - HALF) * a + b
+        return found.bfloat16().view(*ids.shape, self.cols)
 
     def weight(self) -> Tensor:
         """W' [rows, cols] bf16: what the product makes of unit vectors."""

@@ -193,12 +193,17 @@ def _fill(
             _assign(net, parameter, stored.get(layers[0].name, dtype))
             continue
         pieces = [Piece(layer, choice[layer.name], stored.get) for layer in layers]
-        if fast is not None and _multiplies(module, pieces[0], dtype, fast):
-            _install_product(module, leaf, kernels.Product(pieces[0].stored()))
+        tied = layers[0].tied
+        multiplied = net.get_output_embeddings() if tied else module
+        if fast is not None and _multiplies(multiplied, pieces[0], dtype, fast):
+            product = kernels.Product(pieces[0].stored())
+            _install_product(multiplied, leaf, product)
+            if tied:
+                _install(module, leaf, Lookup(product))
             continue
         store = PackedParameter(pieces, shape, dtype)
         _install(module, leaf, store)
-        if layers[0].tied:
+        if tied:
             _install(net.get_output_embeddings(), leaf, store)
     net.tie_weights() if not any(layer.tied for layer in inventory.layers) else _tie(net)
 
@@ -222,7 +227,7 @@ def _assign(net: nn.Module, name: str, value: Tensor) -> None:
 
 def linear(weight: Tensor, precision: Precision, tied: bool, device: str) -> Callable[[], Any]:
     """Makes copies of one layer, as `load(fast=True)` would hold it. weight [rows, cols]; tied: it is
-    an embedding, too, and never multiplied packed."""
+    an embedding, too."""
     rows, cols = weight.shape
     layer = Layer("own", rows, cols, "linear", "own", None, "weight", (rows, cols), tied=tied)
     untouched = precision.kind == "none"
@@ -316,7 +321,21 @@ class PackedParameter(nn.Module):
         return piece(ids.flatten()).to(self.dtype).view(*ids.shape, -1)
 
 
-def _install(module: nn.Module, leaf: str, store: PackedParameter) -> None:
+class Lookup(nn.Module):
+    """Stands for an embedding whose matrix the head multiplies packed."""
+
+    def __init__(self, product: kernels.Product) -> None:
+        super().__init__()
+        self.product = product
+
+    def forward(self) -> Tensor:
+        return self.product.weight()
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return self.product.lookup(ids)
+
+
+def _install(module: nn.Module, leaf: str, store: PackedParameter | Lookup) -> None:
     """Replace module.leaf by a property that unpacks it. A property, not a new module type, so
     that every architecture's own forward (Linear, Conv1D, fused experts) runs unchanged."""
     attribute = f"{leaf}_packed"
@@ -333,7 +352,7 @@ def _multiplies(module: nn.Module, piece: Piece, dtype: torch.dtype, device: str
     layer = piece.layer
     return (
         type(module) is nn.Linear
-        and not layer.tied
+        and (not layer.tied or kernels.looks_up(layer.rows, layer.cols))
         and kernels.fits(piece.precision, layer.rows, layer.cols, dtype, device)
     )
 

@@ -13,7 +13,7 @@ from optimizer.backends import kernels, packed
 from optimizer.layer import Inventory, Precision
 from optimizer.model import Model
 from optimizer.quantizer import Rtn
-from tests.conftest import planned
+from tests.conftest import ARCHITECTURES, build, opened, planned
 
 KINDS = [
     *(Precision("int", b, g) for b, g in ((4, 32), (4, 64), (4, 256), (8, 64), (8, 128))),
@@ -91,3 +91,46 @@ def test_a_loaded_model_multiplies_packed_and_agrees(
     )
     text = fast_net.generate(ids[:1, :4], max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert text.shape == (1, 8)
+
+
+@pytest.mark.parametrize("precision", KINDS, ids=lambda p: p.name)
+def test_rows_of_a_packed_matrix(precision: Precision) -> None:
+    """What an embedding looks up is what the head multiplies by; 8 bits round their sum elsewhere."""
+    torch.manual_seed(2)
+    cols = 192 if precision.group_size == 96 else 256
+    codes = Rtn().codes(torch.randn(256, cols) * 0.1 + 0.03, precision)
+    product, ids = kernels.Product(codes), torch.tensor([[0, 63, 64], [200, 255, 7]])
+    found, whole = product.lookup(ids), product.weight()[ids]
+    assert found.shape == (2, 3, cols)
+    allowed = 0.0 if precision.bits == 4 else 2.0**-7 * float(whole.abs().max())
+    assert float((found.float() - whole.float()).abs().max()) <= allowed
+
+
+def test_only_whole_tiles_are_looked_up() -> None:
+    assert kernels.looks_up(128, 64) and not kernels.looks_up(96, 64)
+    place = kernels.places(64)
+    assert place is not None
+    assert place.flatten().sort().values.equal(torch.arange(kernels.TILE * 64))
+
+
+@pytest.mark.parametrize("words", [192, 96])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_tied_head_is_multiplied_packed(tmp_path: Path, words: int, bits: int) -> None:
+    """Where its rows fill tiles; its embedding then looks up rows of the same codes."""
+    kind, dtype = ARCHITECTURES["llama"]
+    small = opened("tied", build(tmp_path / "m", "llama", kind | {"vocab_size": words}, dtype))
+    plan = planned(
+        small.inventory, {x.name: Precision("int", bits, 32) for x in small.inventory.layers}
+    )
+    out = packed.save(plan, small.model, small.folder, tmp_path / "out", lambda items, _: items)
+    net, plain = optimizer.load(out, fast=True), packed.load(out, torch.bfloat16)
+    head, embedding = net.get_output_embeddings(), net.get_input_embeddings()
+    packed_head = hasattr(head, "weight_packed") and isinstance(
+        head.weight_packed, kernels.Product
+    )
+    assert packed_head == (words % kernels.TILE == 0)
+    assert embedding.weight.shape == head.weight.shape == (words, 64)
+    ids = torch.arange(3, 67).view(2, 32)
+    with torch.inference_mode():
+        exact = optimizer.load(out)(ids).logits
+        assert mean_kl(exact, net(ids).logits) < 2 * mean_kl(exact, plain(ids).logits)
