@@ -1,7 +1,7 @@
 """Bytes and KL promised by a plan against bytes on disk and KL inside the engine.
 
-run.py MODEL ENGINE PLAN OUT.csv [windows] [length]    PLAN: a plan.json, or `dealt`: types dealt to
-the layers without a search, for a model whose table is too expensive here. Appends one row; for
+run.py MODEL ENGINE PLAN OUT.csv [windows] [length]    PLAN: a plan.json, or a type of llama.cpp
+for every layer that takes it, such as q8_0. Appends one row; for
 `torch` three: multiplied packed, unpacked exactly, and the reference in bf16, measured in turn.
 AUTOROUND_PYTHON: an interpreter that has auto-round (run.sh makes one), for autoround and gptq.
 
@@ -24,9 +24,8 @@ import torch
 from optimizer import deploy, export
 from optimizer.backends import checkpoint, gguf
 from optimizer.bench import Bench, View
-from optimizer.compose import profile
 from optimizer.data import Data, Part
-from optimizer.layer import Precision
+from optimizer.layer import GGML, Precision
 from optimizer.model import Model, take_inventory
 from optimizer.plan import Plan, assemble
 from optimizer.source import PACKED_FILE, locate
@@ -37,23 +36,17 @@ EVERY = 6  # positions that are compared
 ENGINES = {"vllm": "transformers", "gptq": "autoround"}  # who loads the format here
 
 
-def dealt(model: str, runtime: str, store: Path) -> Plan:
+def everywhere(kind: str, model: str, store: Path) -> Plan:
+    """One type of llama.cpp in all blocks; no promise."""
     source = locate(model, Store(store))
     inventory = take_inventory(source.folder)
-    kinds = {
-        "llamacpp": [Precision.ggml(k) for k in ("q4_k", "iq4_nl", "q5_k", "q4_0", "q6_k")],
-        "torch": [Precision("int", b, 64) for b in (4, 8)],
-        "gptq": [Precision("int", b, 64, True) for b in (4, 8)],
-    }.get(runtime, [Precision("int", b, 64, True) for b in (4, 5, 3, 6, 8)])
-    fused = {role: 10 * i for i, roles in enumerate(profile(runtime).fused) for role in roles}
-    choice = {}
-    for i, layer in enumerate(inventory.scoped(["blocks"])):
-        step = fused.get(layer.role, i % 7) + (layer.block or 0)
-        choice[layer.name] = kinds[step % len(kinds)].nearest(layer.cols)
-    model_of = {"name": source.name, "fingerprint": source.fingerprint}
+    scope = inventory.scoped(["blocks"])
+    precision = Precision.ggml(kind)
+    choice = {x.name: precision if precision.fits(x.cols) else Precision() for x in scope}
     return assemble(
-        inventory, inventory.scoped(["blocks"]), choice, model=model_of, runtime=runtime,
-        quantizer={"name": "rtn"}, predicted={"kl": float("nan"), "stderr": float("nan")},
+        inventory, scope, choice, runtime="llamacpp", quantizer={"name": "rtn"},
+        model={"name": source.name, "fingerprint": source.fingerprint},
+        predicted={"kl": float("nan"), "stderr": float("nan")},
     )  # fmt: skip
 
 
@@ -65,7 +58,8 @@ def mean_and_error(p: np.ndarray, q: np.ndarray) -> tuple[float, float]:
 
 def main(model: str, to: str, given: str, out: str, windows: int = 6, length: int = 48) -> None:
     store = Path(os.environ.get("MEZZOTINT_STORE", STORE))
-    plan = dealt(model, profile(to).name, store) if given == "dealt" else Plan.load(given)
+    kind = given if given in GGML else None
+    plan = everywhere(kind, model, store) if kind else Plan.load(given)
     part = Part(sequences=windows, length=length)
     text = os.environ.get("TEXT")
     data = Data(source="text" if text else "self", path=text, calibration=part, search=part,
@@ -111,7 +105,7 @@ def main(model: str, to: str, given: str, out: str, windows: int = 6, length: in
         noise, _ = mean_and_error(ours, run.log_q)
         keep(Path(out), {
             "model": Path(model).name, "format": to, "engine": name,
-            "plan": given if given == "dealt" else plan.id,
+            "plan": kind or plan.id,
             "bits_per_weight": f"{plan.effective_bits:.3f}", "bytes_predicted": predicted,
             "bytes_on_disk": size, "positions": p.shape[0] * p.shape[1],
             "kl_promised": f"{promised:.5f}", "kl_promised_stderr": f"{error:.5f}",

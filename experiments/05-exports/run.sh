@@ -1,43 +1,42 @@
 #!/usr/bin/env bash
-# From this folder, with the package installed together with its `dev` extra. SCRATCH: where plans go.
-# STORIES260K: a folder with that model. TEXT: a text for SmolLM2.
+# From this folder, with the package installed together with its `dev` extra, on a machine that does nothing
+# else. SCRATCH: where plans go. STORIES260K: a folder with that model. TEXT: a text for SmolLM2.
 set -euo pipefail
 : "${SCRATCH:?}" "${STORIES260K:?}" "${TEXT:?}"
-export OMP_NUM_THREADS=1
-python -m venv "$SCRATCH/autoround"
+[ -d "$SCRATCH/autoround" ] || python -m venv "$SCRATCH/autoround"
 "$SCRATCH/autoround/bin/pip" install -q torch==2.13.0 transformers==5.23.0 auto-round==0.16.1
 export AUTOROUND_PYTHON="$SCRATCH/autoround/bin/python"
-quick="data.calibration.sequences=16 data.calibration.length=128 data.search.sequences=4
-       data.heldout.sequences=8 data.heldout.length=128 proof.random=0 sensitivity.chunks=4"
+export MEZZOTINT_STORE=${MEZZOTINT_STORE:-$HOME/.cache/mezzotint}
 plan() { # name, arguments
-    out="$SCRATCH/$1"
-    shift
-    # shellcheck disable=SC2086
-    mezzotint optimize "$@" $quick hydra.run.dir="$out"
+  mezzotint optimize "${@:2}" search=exact proof.certify=false store="$MEZZOTINT_STORE" hydra.run.dir="$SCRATCH/$1"
 }
-plan sl model=stories budget.bits=5 runtime=llamacpp
-plan sv model=stories budget.bits=5 runtime=vllm
-plan tl model="$STORIES260K" budget.bits=8 runtime=llamacpp
-plan tv model="$STORIES260K" budget.bits=5.5 runtime=vllm palette.group_size=0
+row() { # model, format, plan
+  python run.py "$1" "$2" "$3" results.csv 12 64
+}
 rm -f results.csv
-python run.py stories llamacpp "$SCRATCH/sl/plan.json" results.csv 12 64
-python run.py stories vllm "$SCRATCH/sv/plan.json" results.csv 12 64
-python run.py "$STORIES260K" llamacpp "$SCRATCH/tl/plan.json" results.csv 12 64
-python run.py "$STORIES260K" vllm "$SCRATCH/tv/plan.json" results.csv 12 64
-for format in torch vllm autoround gptq; do
-  python run.py stories $format dealt results.csv 12 64
-done
+# stories260k has rows of 172, which the words of GPTQ and the blocks of ggml don't divide: those stay 16 bits
+plan t-torch model="$STORIES260K" budget.bits=5.5 palette.group_size=0
+plan t-vllm model="$STORIES260K" budget.bits=5.5 runtime=vllm palette.group_size=0
+plan t-autoround model="$STORIES260K" budget.bits=14 runtime=autoround palette.group_size=0
+plan t-gptq model="$STORIES260K" budget.bits=14 runtime=gptq palette.group_size=0
+plan t-llamacpp model="$STORIES260K" budget.bits=8 runtime=llamacpp
+for format in torch vllm autoround gptq llamacpp; do row "$STORIES260K" $format "$SCRATCH/t-$format/plan.json"; done
+row "$STORIES260K" llamacpp q8_0
+smol() { plan "$1" model=smollm2 data=text data.path="$TEXT" "${@:2}"; }
+smol s-torch budget.bits=6.5 palette.bits='[4,8]'
+smol s-vllm budget.bits=4.75 runtime=vllm
+smol s-autoround budget.bits=4.75 runtime=autoround
+smol s-gptq budget.bits=6 runtime=gptq
+smol s-llamacpp budget.bits=5 runtime=llamacpp
 export TEXT
-smol() { plan "$1" model=smollm2 data=text data.path="$TEXT" search=exact proof.certify=false "${@:2}"; }
-quick=""
-smol st budget.bits=6.5 palette.bits='[4,8]'
-smol sm budget.bits=4.75 runtime=vllm
-python run.py smollm2 torch "$SCRATCH/st/plan.json" results.csv 12 64
-for format in vllm autoround; do
-  python run.py smollm2 $format "$SCRATCH/sm/plan.json" results.csv 12 64
+for format in torch vllm autoround gptq llamacpp; do row smollm2 $format "$SCRATCH/s-$format/plan.json"; done
+row smollm2 llamacpp q8_0
+# a plan of 4 and 8 bits, with and without the embeddings, against the bf16 reference, in turns
+smol s-whole budget.bits=6.5 palette.bits='[4,8]' scope=all
+rm -f turns.csv
+for name in s-torch s-whole; do
+  mezzotint apply "$SCRATCH/$name/plan.json" out="$SCRATCH/$name/packed" overwrite=true store="$MEZZOTINT_STORE"
+  for threads in 1 2; do
+    THREADS=$threads OMP_NUM_THREADS=$threads python turns.py smollm2 "$SCRATCH/$name/packed" turns.csv 48
+  done
 done
-for format in llamacpp gptq; do
-  python run.py smollm2 $format dealt results.csv 12 64
-done
-mezzotint apply "$SCRATCH/st/plan.json" out="$SCRATCH/packed"
-python turns.py smollm2 "$SCRATCH/packed" turns.csv

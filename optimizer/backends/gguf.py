@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimizer.backends import rules, vocabulary
+from optimizer.backends import rope, rules, vocabulary
 from optimizer.backends.rules import Verdict
 from optimizer.config import Runtime
 from optimizer.errors import ModelError, PlanError
@@ -124,6 +124,11 @@ class Settings:
         heads = int(self.config["num_attention_heads"])
         return heads, int(self.config.get("num_key_value_heads") or heads)
 
+    @property
+    def width(self) -> int:
+        """Of a head."""
+        return int(self.config.get("head_dim") or self.config["hidden_size"] // self.heads[0])
+
 
 def _settings(folder: Path) -> Settings:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -134,12 +139,7 @@ def _settings(folder: Path) -> Settings:
             "to another engine, or convert it with llama.cpp's own script and take the recipe "
             "to=llama-quantize."
         )
-    scaling = (config.get("rope_parameters") or {}).get("rope_type", "default")
-    if scaling != "default":
-        raise ModelError(
-            f"The GGUF converter knows plain rotary embeddings; this model scales them "
-            f"({scaling}). Convert it with llama.cpp's own script and take to=llama-quantize."
-        )
+    rope.check(config, ARCHITECTURES[name][0])
     odd = _odd_experts(config)
     if odd:
         raise ModelError(
@@ -206,6 +206,9 @@ def _tensors(plan: Plan, inventory: Inventory, settings: Settings) -> list[Entry
             sources = experts.pop(name)
             shape = (len(sources), *shape)
         entries.append(Entry(named(name), sources, kind, shape))
+    if rope.has_frequencies(settings.config):
+        name = rope.FREQUENCIES
+        entries.append(Entry(name, (name,), "f32", (settings.width // 2,)))
     return entries + [Entry(named(x.name), (x.name,), "f32", x.shape) for x in inventory.others]
 
 
@@ -274,8 +277,6 @@ def _copy_fields(writer: Any, origin: Path) -> None:
 def _add_fields(writer: Any, settings: Settings, folder: Path) -> None:
     config = settings.config
     heads, kv_heads = settings.heads
-    width = int(config.get("head_dim") or config["hidden_size"] // heads)
-    theta = (config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta")
     writer.add_name(folder.name)
     writer.add_block_count(int(config["num_hidden_layers"]))
     writer.add_context_length(int(config["max_position_embeddings"]))
@@ -289,10 +290,10 @@ def _add_fields(writer: Any, settings: Settings, folder: Path) -> None:
             writer.add_expert_feed_forward_length(int(config["moe_intermediate_size"]))
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
-    writer.add_key_length(width)
-    writer.add_value_length(width)
-    writer.add_rope_dimension_count(width)
-    writer.add_rope_freq_base(float(theta or 10000.0))
+    writer.add_key_length(settings.width)
+    writer.add_value_length(settings.width)
+    writer.add_rope_dimension_count(settings.width)
+    rope.add_fields(writer, config)
     writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
     vocabulary.add(writer, folder, int(config["vocab_size"]))
 
@@ -333,6 +334,8 @@ def write(
     entries = _tensors(plan, inventory, settings)
     writer = _writer(entries, settings, folder, origin)
     layers = {layer.name: layer for layer in inventory.layers}
+    if rope.has_frequencies(settings.config):
+        packed = {**packed, rope.FREQUENCIES: rope.frequencies(folder)}
     _write_head(writer, out / FILE)
     for e in entries:
         pieces = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +76,34 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Wide:
     inventory = take_inventory(path)
     fingerprint = locate(str(path), Store(store)).fingerprint
     return Wide(path, store, Model.load(path, inventory), inventory, fingerprint)
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp: a server inside this process, on the loopback address."""
+
+    def __init__(self, file: Path) -> None:
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel = str(file), 128, 1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        params.warmup, params.verbosity = False, 0
+        self.server = xllamacpp.Server(params)
+
+    def ask(self, path: str, body: Mapping[str, object]) -> dict:
+        request = urllib.request.Request(
+            f"{self.server.listening_address}/{path}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            return json.loads(answer.read())
+
+    def log_p(self, prompt: list[int]) -> torch.Tensor:
+        """Of the next word [WORDS]."""
+        body = {"prompt": prompt, "n_predict": 1, "n_probs": WORDS}
+        top = self.ask("completion", body)["completion_probabilities"][0]["top_logprobs"]
+        return torch.tensor([t["logprob"] for t in sorted(top, key=lambda t: t["id"])])
 
 
 IDS = torch.arange(5, 85).view(4, 20)

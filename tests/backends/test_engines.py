@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 import statistics
-import urllib.request
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from optimizer.model import Model, take_inventory
 from optimizer.quantizer import Rtn
 from optimizer.source import PACKED_FILE, locate, quiet
 from optimizer.store import Store
-from tests.backends.conftest import G64, IDS, WORDS, Wide, dealt, uniform
+from tests.backends.conftest import G64, IDS, WORDS, LlamaCpp, Wide, dealt, uniform
 
 SYMMETRIC = [Precision("int", b, g, True) for b, g in ((3, 64), (5, 32), (2, 128), (6, 64))]
 VLLM = [*SYMMETRIC, UNTOUCHED, Precision("int", 4, 64, True), Precision("int", 7, None, True)]
@@ -96,43 +95,25 @@ def test_every_module_is_a_target_or_ignored(wide: Wide) -> None:
 def test_llama_cpp_computes_what_we_compute(
     wide: Wide, tmp_path: Path, kinds: list[Precision]
 ) -> None:
-    import xllamacpp
-
     blocks = [x for x in wide.inventory.layers if x.block is not None]
     choice = {x.name: kinds[i % len(kinds)] for i, x in enumerate(blocks)}
     plan = wide.plan(choice, "llamacpp")
     verdict = export.export(plan, "gguf", tmp_path / "out", str(wide.store))
     file = tmp_path / "out" / gguf.FILE
     assert file.stat().st_size == verdict.bytes
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel = str(file), 128, 1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.warmup, params.verbosity = False, 0
-    server = xllamacpp.Server(params)
+    engine = LlamaCpp(file)
     ids = IDS[:2]
     ours, reference = wide.log_p(plan, ids)[:, -1], wide.log_p(None, ids)[:, -1]
     for row, prompt in enumerate(ids.tolist()):
-        answer = ask(server.listening_address, "completion",
-                     {"prompt": prompt, "n_predict": 1, "n_probs": WORDS})  # fmt: skip
-        top = answer["completion_probabilities"][0]["top_logprobs"]
-        theirs = torch.tensor([t["logprob"] for t in sorted(top, key=lambda t: t["id"])])
+        theirs = engine.log_p(prompt)
         p = ours[row].exp()
         noise = float((p * (ours[row] - theirs)).sum())
         moved = float((reference[row].exp() * (reference[row] - theirs)).sum())
         assert noise < 0.002 < moved  # activations in 8 bits; the plan itself moves far more
-    words = ask(server.listening_address, "tokenize", {"content": "word3 word40"})
+    words = engine.ask("tokenize", {"content": "word3 word40"})
     assert words["tokens"] == [6, 43]
     types = (tmp_path / "out" / gguf.TYPES_FILE).read_text().splitlines()
     assert r"^blk\.0\.attn_q\.weight$=" + gguf.carrier(kinds[0], 256) in types
-    del server
-
-
-def ask(address: str, path: str, body: dict) -> dict:
-    request = urllib.request.Request(
-        f"{address}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request) as answer:
-        return json.loads(answer.read())
 
 
 # ---------------------------------------------------------------- bad input
@@ -348,8 +329,6 @@ def mixture(kind: str, path: Path, wide: Wide, **settings: object) -> Wide:
 
 @pytest.mark.parametrize("kind", MOE)
 def test_llama_cpp_computes_our_experts(wide: Wide, tmp_path: Path, kind: str) -> None:
-    import xllamacpp
-
     model = mixture(kind, tmp_path / kind, wide)
     roles = {"down_proj": "q8_0", "w2": "q8_0"}
     choice = {
@@ -361,26 +340,18 @@ def test_llama_cpp_computes_our_experts(wide: Wide, tmp_path: Path, kind: str) -
     verdict = export.export(plan, "gguf", tmp_path / "out", str(wide.store))
     file = tmp_path / "out" / gguf.FILE
     assert file.stat().st_size == verdict.bytes
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel = str(file), 128, 1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.warmup, params.verbosity = False, 0
-    server = xllamacpp.Server(params)
+    engine = LlamaCpp(file)
     ours, reference = model.log_p(plan, IDS), model.log_p(None, IDS)
     noise, moved = [], []
     for row, prompt in enumerate(IDS.tolist()):
         for last in (6, 12, 19):
-            answer = ask(server.listening_address, "completion",
-                         {"prompt": prompt[: last + 1], "n_predict": 1, "n_probs": WORDS})  # fmt: skip
-            top = answer["completion_probabilities"][0]["top_logprobs"]
-            theirs = torch.tensor([t["logprob"] for t in sorted(top, key=lambda t: t["id"])])
+            theirs = engine.log_p(prompt[: last + 1])
             for found, p in ((noise, ours[row, last]), (moved, reference[row, last])):
                 found.append(float((p.exp() * (p - theirs)).sum()))
     # the median: 8-bit activations may send a token to another expert where two are nearly tied
     assert statistics.median(noise) < min(0.002, 0.2 * statistics.median(moved))
     types = (tmp_path / "out" / gguf.TYPES_FILE).read_text()
     assert r"^blk\.0\.ffn_gate_exps\.weight$=q4_0" in types and "ffn_gate_inp" not in types
-    del server
 
 
 def test_experts_that_llama_cpp_would_weigh_otherwise(wide: Wide, tmp_path: Path) -> None:
