@@ -14,5 +14,8 @@ for estimator in fisher kronecker directional tokenwise; do
   done
 done
 python measure.py "$model" "$text" plan $best fisher-rtn 2.5 3 4
+python measure.py "$model" "$text" plan awq fisher-awq 2.5 3 4 5 6
+python measure.py "$model" "$text" file rtn fisher-rtn 3 4
+python measure.py "$model" "$text" file $best-fisher tokenwise-$best-fisher 3 4
 python measure.py "$model" "$text" time $best
 python plot.py
