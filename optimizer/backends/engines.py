@@ -51,15 +51,15 @@ def offered(
     """What the engine leaves to layers that it can't hold in every precision: a rule for each
     reason. Raises ConfigError where it leaves a layer nothing, or nothing to quantize at all."""
     left = np.ones((len(scope), len(columns)), dtype=bool)
-    reasons: dict[str, list[int]] = {}
+    reasons: dict[str, dict[int, None]] = {}  # rows in order
     for i, layer in enumerate(scope):
         for j, column in enumerate(columns):
             reason = refusal(runtime.name, layer, fitted[layer.name, column])
             if reason is not None:
                 left[i, j] = False
-                if i not in reasons.setdefault(reason, []):
-                    reasons[reason].append(i)
-    _some(runtime.name, scope, columns, fitted, left, reasons)
+                reasons.setdefault(reason, {})[i] = None
+    if reasons:
+        _some(runtime.name, scope, columns, fitted, left, reasons)
     return [
         Rule(
             f"runtime={runtime.name} ({reason})",
@@ -67,7 +67,7 @@ def offered(
             own,
         )
         for reason, rows in reasons.items()
-        for own in np.unique(left[rows], axis=0)
+        for own in np.unique(left[list(rows)], axis=0)
     ]
 
 
@@ -77,14 +77,15 @@ def _some(
     columns: Sequence[str],
     fitted: Mapping[tuple[str, str], Precision],
     left: np.ndarray,
-    reasons: Mapping[str, Sequence[int]],
+    reasons: Mapping[str, Mapping[int, None]],
 ) -> None:
+    """Raises ConfigError where a layer has no column left, or all have only `none`."""
     bare = [i for i in range(len(scope)) if not left[i].any()]
     real = np.array([fitted[scope[0].name, c].kind != "none" for c in columns])
     if left[:, real].any() and not bare:
         return
     rows = bare or range(len(scope))
-    why = "; ".join(reason for reason, own in reasons.items() if set(own).intersection(rows))
+    why = "; ".join(reason for reason, own in reasons.items() if own.keys() & set(rows))
     named = rules.listed([scope[i].name for i in rows])
     remedy = "Leave them out of scope, or add 16 (untouched) to palette.bits."
     if not bare or len(bare) == len(scope):

@@ -92,3 +92,11 @@ def test_an_architecture_the_converter_does_not_know(mezzotint: Command, tmp_pat
                       f"hydra.run.dir={tmp_path}")  # fmt: skip
     assert ended.code == 2 and "The GGUF converter knows" in ended.err
     assert "loading" not in ended.out
+
+
+@pytest.mark.parametrize("runtime", ["torch", "vllm"])
+def test_a_palette_of_nothing_but_untouched_is_the_engines_business_no_more(
+    llama: Small, runtime: str
+) -> None:
+    found = offered(runtime, llama.inventory, "palette.bits=[16]")
+    assert found.allowed is not None and found.allowed.all() and not found.notes
