@@ -275,7 +275,8 @@ class LazyModel:
 @dataclass(frozen=True)
 class Choices:
     """The table's rows and columns: what may be chosen for what. held: by the engine, allowed: by the
-    policy, too; bool [G, P], None: everything. notes: what the engine doesn't hold."""
+    policy, too; bool [G, P], None: everything. notes: what the engine doesn't hold. overhead: bytes of
+    its file beyond our own, counted where the budget is a file's."""
 
     scope: tuple[Layer, ...]
     groups: tuple[tuple[str, ...], ...]
@@ -284,6 +285,7 @@ class Choices:
     allowed: np.ndarray | None = None
     held: np.ndarray | None = None
     notes: tuple[str, ...] = ()
+    overhead: int = 0
 
     def choice(self, assignment: np.ndarray) -> dict[str, Precision]:
         """Column index per group -> precision per layer."""

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimizer.backends import checkpoint, compressed_tensors, gguf, recipes
+from optimizer.backends import checkpoint, compressed_tensors, engines, gguf, recipes
 from optimizer.backends.card import card
 from optimizer.backends.engines import CHECKPOINTS
 from optimizer.backends.rules import Verdict
-from optimizer.backends.rules import packed as packed_rules
 from optimizer.bench import View
 from optimizer.compose import profile
 from optimizer.deploy import check_language_model, check_names, codes_of, reference_of
@@ -58,13 +57,9 @@ class Job:
         return gguf_of(self.source.name)
 
     def check(self) -> Verdict:
-        rules = profile(self.engine)
-        if self.engine == "torch":
-            return packed_rules(self.plan, rules)
-        if self.engine == "llamacpp":
-            return gguf.check(self.plan, self.inventory, rules, self.source.folder, self.origin)
-        found: Verdict = CHECKPOINTS[self.engine].check(self.plan, self.inventory, rules)
-        return found
+        return engines.check(
+            self.plan, self.inventory, profile(self.engine), self.source.folder, self.origin
+        )
 
 
 def check(plan: Plan, to: str, store: str, model: str | None = None) -> Verdict:

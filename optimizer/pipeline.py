@@ -99,6 +99,7 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     notes += remarks.price_of_policy(config, chosen, problem, assignment)
     plan = _plan(bench, config, chosen, table, assignment)
     notes += remarks.outside(config, bench.inventory, chosen, plan.choice)
+    notes += remarks.file(config, bench, plan)
     files = {"plan": plan.save(out / "plan.json"), "front": save_front(problem, out / "front.csv")}
     if refined is not None:
         files["search"] = save_history(refined.history, out / "search.csv")
@@ -116,8 +117,13 @@ def _checked(config: Optimize, view: View) -> tuple[Bench, Choices]:
     bench = Bench(config.model, config.revision, config.data, config.store, config.device, view)
     if bench.encoder:
         config.check_encoder()
-    engines.check_model(config.runtime.name, bench.source.folder, gguf_of(bench.source.name))
+    folder, origin = bench.source.folder, gguf_of(bench.source.name)
+    engines.check_model(config.runtime.name, folder, origin)
     chosen = choices(config, bench.inventory)
+    if config.budget.size is not None:
+        every = _uniform(chosen)
+        over = engines.overhead(bench.inventory, config.runtime, every, folder, origin)
+        chosen = replace(chosen, overhead=over)
     if config.proof.certify:
         proof.check(bench, _asked(config))
     if config.search.third in ("time", "price"):
@@ -125,6 +131,15 @@ def _checked(config: Optimize, view: View) -> tuple[Bench, Choices]:
 
         pace.check(chosen, config.runtime.name)
     return bench, chosen
+
+
+def _uniform(chosen: Choices) -> Iterator[dict[str, Precision]]:
+    """For each column the choice that has it wherever it is allowed; other layers are left out."""
+    assert chosen.allowed is not None
+    for column in np.flatnonzero(chosen.allowed.any(0)):
+        rows = np.flatnonzero(chosen.allowed[:, column])
+        names = [name for row in rows for name in chosen.groups[row]]
+        yield {name: chosen.fitted[name, chosen.columns[column]] for name in names}
 
 
 def _reach_storage(config: Optimize, store: Path) -> None:
@@ -217,6 +232,7 @@ def _pose(config: Optimize, inventory: Inventory, chosen: Choices, loss: np.ndar
         loss,
         config.budget,
         chosen.allowed,
+        chosen.overhead,
     )
 
 

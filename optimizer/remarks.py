@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from optimizer.backends import engines
-from optimizer.bench import Choices
+from optimizer.bench import Bench, Choices
 from optimizer.config import Optimize
 from optimizer.layer import UNTOUCHED, Inventory, Precision
-from optimizer.plan import stored_bytes
+from optimizer.plan import Plan, stored_bytes
 from optimizer.search import Problem, exact
+from optimizer.source import gguf_of
 
 if TYPE_CHECKING:
     from optimizer.refine import Refined
@@ -104,4 +105,19 @@ def outside(
         f"{size / 1e6:.4g} of {total / 1e6:.4g} MB are layers out of scope and untouched "
         f"({left[0].name}{more}). scope=all budget.size={total} lets the search round them, too, in "
         "the same bytes."
+    ]
+
+
+def file(config: Optimize, bench: Bench, plan: Plan) -> list[str]:
+    """What the plan weighs in its engine's own format."""
+    runtime = config.runtime
+    if runtime.name not in engines.HOLDS:
+        return []
+    origin = gguf_of(bench.source.name)
+    verdict = engines.check(plan, bench.inventory, runtime, bench.source.folder, origin)
+    if verdict.errors:
+        return [f"{runtime.name} would not run this plan: {verdict.errors[0]}"]
+    return [
+        f"As a file for {runtime.name}: {verdict.bytes} bytes (mezzotint export plan.json "
+        f"to={runtime.name} out=DIR)."
     ]

@@ -27,7 +27,7 @@ smol s-torch budget.bits=6.5 palette.bits='[4,8]'
 smol s-vllm budget.bits=4.75 runtime=vllm
 smol s-autoround budget.bits=4.75 runtime=autoround
 smol s-gptq budget.bits=6 runtime=gptq
-smol s-llamacpp budget.bits=5 runtime=llamacpp
+smol s-llamacpp budget.bits=4.7 runtime=llamacpp # below 5, or all is q4_1, this model's own grid
 export TEXT
 for format in torch vllm autoround gptq llamacpp; do row smollm2 $format "$SCRATCH/s-$format/plan.json"; done
 row smollm2 llamacpp q8_0

@@ -6,16 +6,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from optimizer.backends import autoround, compressed_tensors, gguf, gptq, rules
+from optimizer.backends.rules import Verdict
 from optimizer.config import Runtime
 from optimizer.errors import ConfigError
-from optimizer.layer import Layer, Precision
+from optimizer.layer import Inventory, Layer, Precision
+from optimizer.plan import Plan, assemble
 from optimizer.policy import Rule
 
 # the engines that load safetensors -> the module that writes their format
@@ -108,3 +110,39 @@ def check_model(engine: str, folder: Path, origin: Path | None) -> None:
     """Raises ModelError where the engine's files can't hold this architecture."""
     if engine == "llamacpp":
         gguf.check_model(folder, origin)
+
+
+def check(
+    plan: Plan, inventory: Inventory, runtime: Runtime, folder: Path, origin: Path | None
+) -> Verdict:
+    """Whether the engine would load and run the plan, and its file's exact bytes. folder: the
+    reference's; origin: the GGUF that it came from, if any."""
+    if runtime.name == "llamacpp":
+        return gguf.check(plan, inventory, runtime, folder, origin)
+    if runtime.name not in CHECKPOINTS:
+        return rules.packed(plan, runtime)
+    found: Verdict = CHECKPOINTS[runtime.name].check(plan, inventory, runtime)
+    return found
+
+
+def overhead(
+    inventory: Inventory,
+    runtime: Runtime,
+    choices: Iterable[Mapping[str, Precision]],
+    folder: Path,
+    origin: Path | None,
+) -> int:
+    """The most bytes by which the engine's file exceeds our packed one in any of these choices: its
+    vocabulary, indices, wider scales."""
+    if runtime.name not in HOLDS:
+        return 0
+    most = 0
+    for choice in choices:
+        plan = assemble(
+            inventory, [x for x in inventory.layers if x.name in choice], choice,
+            model={"name": str(folder), "fingerprint": ""}, runtime=runtime.name,
+            quantizer={"name": "rtn"}, predicted={"kl": 0.0, "stderr": 0.0},
+        )  # fmt: skip
+        size = check(plan, inventory, runtime, folder, origin).bytes
+        most = max(most, 0 if size is None else size - plan.bytes["total"])
+    return most

@@ -202,8 +202,10 @@ def pose(
     loss: np.ndarray,
     budget: Budget,
     allowed: np.ndarray | None = None,
+    overhead: int = 0,
 ) -> Problem:
-    """Turn names into arrays. Raises BudgetError if even the smallest plan is over the budget."""
+    """Turn names into arrays. overhead: bytes of an engine's file beyond our own, for budget.size.
+    Raises BudgetError if even the smallest plan is over the budget."""
     layers = {layer.name: layer for layer in scope}
 
     def total(group: Sequence[str], column: str, coded: bool) -> float:
@@ -221,7 +223,7 @@ def pose(
         tuple(columns),
         loss,
         size,
-        _limit(budget, inventory, layers, columns, fitted, float(weights.sum())),
+        _limit(budget, inventory, layers, columns, fitted, float(weights.sum())) - overhead,
         bits,
         weights,
         tuple(layers[group[0]].block for group in groups),

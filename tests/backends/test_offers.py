@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from optimizer import export
+from optimizer import export, pipeline, search
+from optimizer.backends import engines
 from optimizer.bench import Choices, choices
 from optimizer.errors import ConfigError
 from optimizer.layer import Inventory
-from optimizer.plan import Plan, assemble
+from optimizer.plan import Budget, Plan, assemble
 from optimizer.source import locate
 from optimizer.store import Store
 from tests.backends.conftest import Wide
@@ -76,6 +77,31 @@ def test_words_that_rows_do_not_fill(llama: Small) -> None:
     for group, left in zip(found.groups, found.allowed, strict=True):
         rows = [x.rows for x in found.scope if x.name in group]
         assert any(r % 32 for r in rows) <= (left.sum() == 1)
+
+
+@pytest.mark.parametrize("runtime", ["torch", "llamacpp", *CHECKPOINTS])
+def test_a_size_is_that_of_the_engines_file(wide: Wide, runtime: str) -> None:
+    """Whatever the table says: plans fill the budget, and no file is larger."""
+    config = composed("optimize", f"runtime={runtime}", "scope=all")
+    found = choices(config, wide.inventory)
+    over = engines.overhead(
+        wide.inventory, config.runtime, pipeline._uniform(found), wide.folder, None
+    )
+    assert (over == 0) == (runtime == "torch")
+    rng, size = np.random.default_rng(0), 1_250_000
+    for seed in range(6):
+        loss = -np.sort(-(rng.exponential(1.0, found.allowed.shape) ** 3), axis=1)
+        problem = search.pose(
+            wide.inventory, found.scope, found.groups, found.columns, found.fitted, loss,
+            Budget(size=str(size)), found.allowed, over,
+        )  # fmt: skip
+        plan = assemble(
+            wide.inventory, found.scope, found.choice(search.exact.solve(problem)),
+            model={"name": str(wide.folder), "fingerprint": wide.fingerprint}, runtime=runtime,
+            quantizer={"name": "rtn"}, predicted={"kl": 0.1, "stderr": 0.01},
+        )  # fmt: skip
+        verdict = export.check(plan, runtime, str(wide.store))
+        assert verdict.bytes is not None and 0.93 * size < verdict.bytes <= size, seed
 
 
 def test_a_layer_that_nothing_is_left_for(wide: Wide) -> None:
