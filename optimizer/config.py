@@ -97,7 +97,7 @@ class Quantizer:
 
     name: str = "rtn"
     clip: bool = False
-    damping: float = 0.01
+    damping: float = 0.05
     order: str = "columns"
     inputs: str = "rounded"
     weighting: str = "alike"
@@ -125,7 +125,7 @@ class Quantizer:
             )
         if not 0 < self.damping < 1:
             raise ConfigError(
-                f"quantizer.damping is a share of the mean diagonal between 0 and 1, such as 0.01, "
+                f"quantizer.damping is a share of the mean diagonal between 0 and 1, such as 0.05, "
                 f"not {self.damping}."
             )
 

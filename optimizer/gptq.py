@@ -48,7 +48,7 @@ class Gptq:
     Never worse than rounding to nearest in the damped loss, row by row.
     """
 
-    damping: float = 0.01
+    damping: float = 0.05
     order: str = "groups"
     clip: bool = False
 

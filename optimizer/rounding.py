@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from optimizer.model import Model, Rounder, Rounding
     from optimizer.store import Store
 
-VERSION = 2  # raised when codes change
+VERSION = 3  # raised when codes change
 SEED = 0  # of the labels that weigh tokens
 Parts = dict[str, Tensor]  # a layer's packed tensors by suffix
 

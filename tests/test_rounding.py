@@ -151,7 +151,7 @@ def test_hessians_are_sums_over_a_layers_own_inputs(kind: str, made: Maker) -> N
 
 
 def test_weighted_hessians_count_tokens_by_their_gradients(made: Maker) -> None:
-    """Against autograd: s_t is the squared gradient of the sampled labels' likelihood."""
+    """Against autograd: s_t is the length of the gradient of the sampled labels' likelihood."""
     from optimizer.sensitivity.fisher import likelihood
     from optimizer.sensitivity.outputs import token_weights
 
@@ -172,8 +172,8 @@ def test_weighted_hessians_count_tokens_by_their_gradients(made: Maker) -> None:
     handle = module.register_forward_hook(leaf)
     likelihood(model, torch.from_numpy(ids[3])[None], [7, 3]).backward()
     handle.remove()
-    squares = seen[-1].grad.square().sum(-1).flatten().numpy()
-    assert np.allclose(found[3] / found[3].sum(), squares / squares.sum(), rtol=1e-3, atol=1e-7)
+    lengths = seen[-1].grad.norm(dim=-1).flatten().numpy()
+    assert np.allclose(found[3] / found[3].sum(), lengths / lengths.sum(), rtol=1e-3, atol=1e-7)
     stream = Stream(model, ids)
     inputs: list[torch.Tensor] = []
     handle = module.register_forward_pre_hook(
@@ -307,7 +307,7 @@ def test_codes_depend_on_tokens_settings_and_earlier_choices_only(made: Maker) -
     assert entries() == 3
     gptq(material).rounder(choice | {"model.layers.2.mlp.up_proj.weight": Precision("int", 8)})
     assert entries() == 4, "only the last block is new"
-    gptq(material, damping=0.05).rounder(choice)
+    gptq(material, damping=0.1).rounder(choice)
     assert entries() == 7
     material.calibration_key = "others"
     gptq(material).rounder(choice)

@@ -1,6 +1,6 @@
 """Another tool's rounding of a model, for measure.py. Runs in an environment of its own (peers.sh).
 
-peers.py TOOL FOLDER IDS.npy BITS GROUP OUT.safetensors
+peers.py TOOL FOLDER IDS.npy BITS GROUP OUT.safetensors      GROUP: -1 = one scale a row
 TOOL: gptqmodel, gptqmodel-static (desc_act with static groups: our order of columns), autoround
 (ITERS steps a block). IDS: calibration tokens [windows, length]. Asymmetric, one scale and one zero
 point for GROUP weights, as ours. OUT: every rounded weight [rows, cols] as the tool decodes it, fp32;
@@ -25,6 +25,8 @@ def gptqmodel(folder: str, ids: np.ndarray, bits: int, group: int, static: bool)
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     order = {"desc_act": True, "static_groups": True} if static else {}
+    if group < 0:  # one scale a row: there its act_group_aware, which needs groups, means the same
+        order = {"desc_act": True, "act_group_aware": False}
     config = QuantizeConfig(bits=bits, group_size=group, sym=False, device="cpu", **order)
     model = GPTQModel.load(folder, config)
     windows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]

@@ -10,9 +10,10 @@ model=$1 text=$2
 "$SCRATCH/gptqmodel/bin/pip" install -q gptqmodel==7.7.0 transformers==5.23.0
 export GPTQMODEL_CPU_WORKERS=2 # 7.7.0 doesn't start with one, its own default on two cores
 python measure.py "$model" "$text" tokens - "$SCRATCH"
-group=$([ "$model" = stories ] && echo 32 || echo 64)
+case "$model" in stories) group=32 ;; smollm2) group=64 ;; *) group=-1 ;; esac # stories260k: no groups
+name=$(basename "$model")
 for bits in 2 3 4 8; do
-  file="$SCRATCH/$model-$bits.safetensors"
+  file="$SCRATCH/$name-$bits.safetensors"
   (cd "$SCRATCH" && gptqmodel/bin/python "$here/peers.py" gptqmodel "$(cat folder)" tokens.npy \
     $bits "$group" "$file") # it writes logs where it runs
   python measure.py "$model" "$text" given gptqmodel $bits "$file"
@@ -20,6 +21,6 @@ done
 [ -d "$SCRATCH/autoround" ] || python -m venv "$SCRATCH/autoround"
 "$SCRATCH/autoround/bin/pip" install -q torch==2.13.0 transformers==5.23.0 auto-round==0.16.1
 export ITERS=${ITERS:-50}
-file="$SCRATCH/$model-autoround.safetensors"
+file="$SCRATCH/$name-autoround.safetensors"
 (cd "$SCRATCH" && autoround/bin/python "$here/peers.py" autoround "$(cat folder)" tokens.npy 4 "$group" "$file")
 python measure.py "$model" "$text" given "autoround-$ITERS" 4 "$file"
