@@ -429,9 +429,9 @@ class LazyQuantizer:
     def _made(self) -> Any:
         settings = self._settings
         if not settings.calibrated:
-            from optimizer.quantizer import Rtn
+            from optimizer.rounding import Keeping
 
-            return Rtn(clip=settings.clip)
+            return Keeping(clip=settings.clip, store=self._material.store)
         if settings.name == "awq":
             from optimizer.folding import ActivationAware
 
@@ -440,8 +440,8 @@ class LazyQuantizer:
         from optimizer.rounding import Calibrated
 
         method = Gptq(settings.damping, settings.order, settings.clip)
-        guided = settings.weighting == "fisher"
-        return Calibrated(method, settings.inputs == "rounded", self._material, guided)
+        chained = settings.inputs == "rounded"
+        return Calibrated(method, chained, self._material, settings.weighting)
 
 
 def make_quantizer(settings: Quantizer, material: Any) -> Any:

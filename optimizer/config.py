@@ -92,8 +92,8 @@ class Quantizer:
     """How numbers are rounded. name: rtn (to nearest), gptq or awq. clip: also try smaller ranges
     of a group (not with awq). The rest is gptq's: damping, order (none, columns, groups: see
     `optimizer.gptq`), inputs (rounded: from the model as rounded so far;
-    reference: from the reference), weighting (of tokens: alike, or fisher: as much as the loss
-    depends on the layer's output at each)."""
+    reference: from the reference), weighting (of tokens: alike; gradient: as the length of
+    the loss's gradient at the layer's output; fisher: as its square)."""
 
     name: str = "rtn"
     clip: bool = False
@@ -112,7 +112,7 @@ class Quantizer:
             "name": ("rtn", "gptq", "awq"),
             "order": ("none", "columns", "groups"),
             "inputs": ("rounded", "reference"),
-            "weighting": ("alike", "fisher"),
+            "weighting": ("alike", "gradient", "fisher"),
         }
         for key, values in allowed.items():
             if getattr(self, key) not in values:

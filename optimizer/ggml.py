@@ -15,7 +15,7 @@ error of one column to the next (GPTQ) takes the grid and chooses other codes in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +102,16 @@ class Grid:
         level = table(self.kind)[q]
         return (self.step[..., None] * level - self.minimum[..., None]).view(self.shape)
 
+    def parts(self) -> dict[str, Tensor]:
+        """All of it but the shape, as small as it is exact."""
+        small = {"a": self.a.to(torch.int8), "b": self.b.to(torch.int8)}
+        return small | {"d": self.d.half(), "dmin": self.dmin.half()}
+
+    @classmethod
+    def of(cls, kind: str, shape: tuple[int, int], parts: Mapping[str, Tensor]) -> Grid:
+        d, dmin = parts["d"].float(), parts["dmin"].float()
+        return cls(kind, shape, d, dmin, parts["a"].long(), parts["b"].long())
+
     def pack(self, codes: Tensor) -> Blocks:
         q = codes.reshape(len(self.a), -1)
         data = _PACK[self.kind](self, q)
@@ -133,19 +143,22 @@ class Blocks:
         return {"blocks": self.data}
 
 
-def encode(weight: Tensor, precision: Precision) -> Blocks:
-    """W [rows, cols] -> blocks, round to nearest on a searched grid."""
-    parts = [
-        (grid := fit(rows, precision.kind)).pack(grid.round(rows)) for rows in _slices(weight)
-    ]
+def fitted(weight: Tensor, kind: str) -> list[Grid]:
+    """The searched grids of W [rows, cols], a few rows each."""
+    return [fit(rows, kind) for rows in slices(weight)]
+
+
+def encode(weight: Tensor, precision: Precision, grids: Sequence[Grid] = ()) -> Blocks:
+    """W [rows, cols] -> blocks, round to nearest. grids: what `fitted` gave."""
+    grids = grids or fitted(weight, precision.kind)
+    parts = [g.pack(g.round(rows)) for g, rows in zip(grids, slices(weight), strict=True)]
     return Blocks(precision, torch.cat([part.data for part in parts]), weight.shape[1])
 
 
-def round_to(weight: Tensor, precision: Precision) -> Tensor:
+def round_to(weight: Tensor, precision: Precision, grids: Sequence[Grid] = ()) -> Tensor:
     """W' [rows, cols] fp32, exactly what `encode` decodes to."""
     parts = []
-    for rows in _slices(weight):
-        grid = fit(rows, precision.kind)
+    for grid, rows in zip(grids or fitted(weight, precision.kind), slices(weight), strict=True):
         w, step, lower = (
             rows.reshape(*grid.a.shape, -1),
             grid.step[..., None],
@@ -162,7 +175,7 @@ def _codes(level: Tensor, kind: str) -> Tensor:
     return (level + LAYOUTS[kind].zero).to(torch.uint8)
 
 
-def _slices(weight: Tensor) -> Iterator[Tensor]:
+def slices(weight: Tensor) -> Iterator[Tensor]:
     yield from weight.float().split(max(1, CHUNK // weight.shape[1]))
 
 

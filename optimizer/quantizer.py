@@ -40,12 +40,16 @@ class Rtn:
     name: ClassVar[str] = "rtn"
     clip: bool = False
 
-    def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:  # noqa: ARG002
+    def grids(self, weight: Tensor, kind: str, layer: str) -> list[ggml.Grid]:  # noqa: ARG002
+        """Of llama.cpp's blocks, whose scales are searched for."""
+        return ggml.fitted(weight, kind)
+
+    def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:
         """W' [rows, cols] fp32, exactly what the packed layer unpacks to."""
         if precision.kind == "none":
             return weight.float()
         if precision.kind in GGML:
-            return ggml.round_to(weight, precision)
+            return ggml.round_to(weight, precision, self.grids(weight, precision.kind, layer))
         rows, cols = weight.shape
         some = max(1, CACHED // cols) if weight.device.type == "cpu" else rows
         return torch.cat([self._values(part, precision) for part in weight.split(some)])
@@ -59,10 +63,10 @@ class Rtn:
         self,
         weight: Tensor,
         precision: Precision,
-        layer: str = "",  # noqa: ARG002
+        layer: str = "",
     ) -> Codes | ggml.Blocks:
         if precision.kind in GGML:
-            return ggml.encode(weight, precision)
+            return ggml.encode(weight, precision, self.grids(weight, precision.kind, layer))
         return self.codes(weight, precision)
 
     def codes(self, weight: Tensor, precision: Precision) -> Codes:

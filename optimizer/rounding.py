@@ -10,13 +10,16 @@ process, gets the same bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from optimizer import ggml
 from optimizer.ggml import Blocks
 from optimizer.gptq import Gptq
 from optimizer.layer import Inventory, Precision
@@ -29,7 +32,8 @@ if TYPE_CHECKING:
     from optimizer.model import Model, Rounder, Rounding
     from optimizer.store import Store
 
-VERSION = 3  # raised when codes change
+VERSION = 2  # raised when codes change
+GRIDS = 1  # the same for grids
 SEED = 0  # of the labels that weigh tokens
 Parts = dict[str, Tensor]  # a layer's packed tensors by suffix
 
@@ -49,17 +53,51 @@ class Material(Protocol):
     def track(self, items: Iterable[Any], text: str) -> Iterable[Any]: ...
 
 
+@dataclass
+class Keeping(Rtn):
+    """`quantizer=rtn`. Grids of llama.cpp's blocks are kept by the weights' content: a table asks for
+    each of them once a chunk, a search once a plan, and the search for scales is most of the work."""
+
+    store: Store | None = None
+
+    def grids(self, weight: Tensor, kind: str, layer: str) -> list[ggml.Grid]:
+        if self.store is None or not layer:
+            return super().grids(weight, kind, layer)
+        content = sha256(weight.float().cpu().contiguous().numpy().data).hexdigest()
+
+        def make() -> dict[str, np.ndarray]:
+            return {
+                f"{i}.{name}": part.cpu().numpy()
+                for i, grid in enumerate(ggml.fitted(weight, kind))
+                for name, part in grid.parts().items()
+            }
+
+        key = digest(["grids", GRIDS, ggml.CHUNK, kind, list(weight.shape), content])
+        found = self.store.arrays("grids", key, make)
+        assert found is not None
+        kept: list[Parts] = []
+        for name, array in found.items():
+            number, _, part = name.partition(".")
+            kept += [{} for _ in range(int(number) + 1 - len(kept))]
+            kept[int(number)][part] = torch.from_numpy(array).to(weight.device)
+        shapes = (rows.shape for rows in ggml.slices(weight))
+        return [
+            ggml.Grid.of(kind, (rows, cols), parts)
+            for (rows, cols), parts in zip(shapes, kept, strict=True)
+        ]
+
+
 class Calibrated:
-    """`quantizer=gptq`. chained: inputs come from the model as rounded so far. guided: a token
-    counts as much as the loss depends on the layer's output there."""
+    """`quantizer=gptq`. chained: inputs come from the model as rounded so far. weighting: how much
+    a token counts, see `config.Quantizer`."""
 
     name = "gptq"
 
     def __init__(
-        self, method: Gptq, chained: bool, material: Material, guided: bool = False
+        self, method: Gptq, chained: bool, material: Material, weighting: str = "alike"
     ) -> None:
         self._method, self._chained, self._material = method, chained, material
-        self._guided, self._nearest = guided, Rtn()
+        self._weighting, self._nearest = weighting, Rtn()
 
     def _unpacked(self, parts: Parts, precision: Precision, cols: int) -> Codes | Blocks:
         return Codes.unpack(parts, precision, cols)
@@ -75,7 +113,7 @@ class Calibrated:
     @cached_property
     def key(self) -> list[Any]:
         """What determines the codes, besides weights and precisions."""
-        guided = ["guided"] if self._guided else []
+        guided = {"alike": [], "fisher": ["guided"]}.get(self._weighting, [self._weighting])
         return [
             "gptq", VERSION, self._material.calibration_key, vars(self._method), *guided,
             self._chained,
@@ -85,16 +123,17 @@ class Calibrated:
     def _weights(self) -> dict[str, np.ndarray] | None:
         """Of every watchable layer's tokens, at the reference; None: all count alike. The model
         must hold its own weights when they are made."""
-        if not self._guided:
+        if self._weighting == "alike":
             return None
-        material = self._material
+        material, squared = self._material, self._weighting == "fisher"
 
         def make() -> dict[str, np.ndarray]:
             layers = [x for x in material.inventory.layers if x.watchable]
             ids = material.calibration()
-            return token_weights(material.model, layers, ids, SEED, material.track)
+            return token_weights(material.model, layers, ids, SEED, material.track, squared)
 
-        key = digest(["token weights", VERSION, material.calibration_key, SEED])
+        own = ["token weights"] if squared else ["token weights", self._weighting]
+        key = digest([*own, VERSION, material.calibration_key, SEED])
         return material.store.arrays("weights", key, make)
 
     def rounder(self, choice: Mapping[str, Precision], joint: bool = True) -> Rounder:

@@ -12,17 +12,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optimizer import deploy, export, pipeline
+from optimizer import deploy, export, ggml, pipeline
 from optimizer.backends import gguf, packed
 from optimizer.bench import Bench, View, choices, make_quantizer, measure_table
 from optimizer.compose import profile
 from optimizer.config import Optimize, Palette, Proof, Quantizer
 from optimizer.data import Data, Part
 from optimizer.errors import ConfigError, PlanError, TextError
-from optimizer.layer import Inventory, Precision
+from optimizer.layer import GGML, Inventory, Precision
 from optimizer.model import Model, take_inventory
 from optimizer.plan import Budget, Plan
 from optimizer.quantizer import Rtn
+from optimizer.rounding import Keeping
 from optimizer.search import Search
 from optimizer.sensitivity import Sensitivity, Task
 from optimizer.source import quiet
@@ -150,8 +151,9 @@ def test_hessians_are_sums_over_a_layers_own_inputs(kind: str, made: Maker) -> N
             assert torch.allclose(hessian, x.T @ x, rtol=1e-2, atol=1e-2 * float(hessian.max()))
 
 
-def test_weighted_hessians_count_tokens_by_their_gradients(made: Maker) -> None:
-    """Against autograd: s_t is the length of the gradient of the sampled labels' likelihood."""
+@pytest.mark.parametrize("squared", [False, True])
+def test_weighted_hessians_count_tokens_by_their_gradients(made: Maker, squared: bool) -> None:
+    """Against autograd: s_t is the length, or its square, of the sampled labels' gradient."""
     from optimizer.sensitivity.fisher import likelihood
     from optimizer.sensitivity.outputs import token_weights
 
@@ -159,7 +161,7 @@ def test_weighted_hessians_count_tokens_by_their_gradients(made: Maker) -> None:
     model, ids = material.model, material.calibration()[:5]
     name = "model.layers.1.mlp.down_proj.weight"
     layer = model.layers[name]
-    found = token_weights(model, [layer], ids, 7, lambda items, _text: items)[name]
+    found = token_weights(model, [layer], ids, 7, lambda items, _text: items, squared)[name]
     assert found.shape == ids.shape
     assert np.isclose(found.mean(), 1, atol=1e-5)
     module = model.net.get_submodule(layer.parameter.rpartition(".")[0])
@@ -172,8 +174,8 @@ def test_weighted_hessians_count_tokens_by_their_gradients(made: Maker) -> None:
     handle = module.register_forward_hook(leaf)
     likelihood(model, torch.from_numpy(ids[3])[None], [7, 3]).backward()
     handle.remove()
-    lengths = seen[-1].grad.norm(dim=-1).flatten().numpy()
-    assert np.allclose(found[3] / found[3].sum(), lengths / lengths.sum(), rtol=1e-3, atol=1e-7)
+    s = seen[-1].grad.norm(dim=-1).flatten().numpy() ** (2 if squared else 1)
+    assert np.allclose(found[3] / found[3].sum(), s / s.sum(), rtol=1e-3, atol=1e-7)
     stream = Stream(model, ids)
     inputs: list[torch.Tensor] = []
     handle = module.register_forward_pre_hook(
@@ -189,13 +191,16 @@ def test_weighted_hessians_count_tokens_by_their_gradients(made: Maker) -> None:
     assert torch.allclose(hessian, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
-def test_guided_codes_are_others_and_still_better_than_nearest(made: Maker) -> None:
+@pytest.mark.parametrize("weighting", ["gradient", "fisher"])
+def test_guided_codes_are_others_and_still_better_than_nearest(
+    made: Maker, weighting: str
+) -> None:
     material = made("llama")
     model, choice = material.model, everything(material.model)
     reference = logits(model.net)
     with model.rounded(Rtn(), choice):
         nearest = kl(reference, logits(model.net))
-    guided = make_quantizer(Quantizer(name="gptq", weighting="fisher"), material)
+    guided = make_quantizer(Quantizer(name="gptq", weighting=weighting), material)
     rounder, plain = guided.rounder(choice), gptq(material).rounder(choice)
     with model.rounded(rounder, choice):
         assert kl(reference, logits(model.net)) < 0.85 * nearest
@@ -468,3 +473,23 @@ def test_awq_refuses_blocks_of_llama_cpp(settings: Optimize) -> None:
     palette, awq = Palette(bits=["q4_0"]), Quantizer(name="awq")
     with pytest.raises(ConfigError, match="rtn or gptq"):
         replace(settings, palette=palette, quantizer=awq).check()
+
+
+@pytest.mark.parametrize("kind", GGML)
+def test_grids_of_blocks_are_searched_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The second quantizer reads them and gives the same bits; other weights get others."""
+    torch.manual_seed(4)
+    weight, precision = torch.randn(300, 512) * 0.1, Precision.ggml(kind)
+    monkeypatch.setattr(ggml, "CHUNK", 2**16)  # several slices
+    store = Store(tmp_path)
+    plain, first = Rtn().round(weight, precision), Keeping(store=store)
+    assert torch.equal(first.round(weight, precision, "layer"), plain)
+    monkeypatch.setattr(ggml, "fit", lambda *_: pytest.fail("searched again"))
+    again = Keeping(store=Store(tmp_path))
+    assert torch.equal(again.round(weight, precision, "layer"), plain)
+    blocks = again.encode(weight, precision, "other name")
+    assert torch.equal(blocks.decode(), plain)
+    with pytest.raises(pytest.fail.Exception):
+        again.round(weight * 1.5, precision, "layer")

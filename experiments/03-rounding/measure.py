@@ -9,7 +9,7 @@ measure.py MODEL TEXT saved METHOD PLAN.json          a searched plan; METHOD on
 measure.py MODEL TEXT tokens - FOLDER                 the model and its calibration tokens for peers.py
 measure.py MODEL TEXT given TOOL BITS FILE            weights that another tool rounded (peers.py)
 MODEL: smollm2, stories, or the folder of stories260k (one scale a channel: its rows have no groups).
-METHOD: rtn, rtn-clip, awq, gptq-ORDER[-clip][-reference][-fisher][-loose]. Finished work is kept.
+METHOD: rtn, rtn-clip, awq, gptq-ORDER[-clip][-reference][-gradient | -fisher][-loose]. Work is kept.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def quantizer(method: str) -> Quantizer:
         order=rest[0],
         clip="clip" in rest,
         inputs="reference" if "reference" in rest else "rounded",
-        weighting="fisher" if "fisher" in rest else "alike",
+        weighting=next((w for w in ("gradient", "fisher") if w in rest), "alike"),
         damping=0.01 if "loose" in rest else 0.05,
     )
 

@@ -16,7 +16,7 @@ for _ in 1 2; do
   rm -rf "$SCRATCH/store"
   mkdir -p "$SCRATCH/store"
   cp -r "$models" "$SCRATCH/store/"
-  for method in gptq-columns gptq-columns-fisher; do
+  for method in gptq-columns gptq-columns-gradient; do
     MEZZOTINT_STORE="$SCRATCH/store" python measure.py "$model" "$text" uniform $method 4
   done
 done

@@ -91,7 +91,7 @@ def _some(
     named = rules.listed([scope[i].name for i in rows])
     remedy = "Leave them out of scope, or add 16 (untouched) to palette.bits."
     if not bare or len(bare) == len(scope):
-        remedy = "Nothing would be quantized; take another runtime."
+        remedy = "Nothing would be quantized; take another runtime or scope."
     raise ConfigError(f"{engine} can't hold {named} quantized: {why}. {remedy}")
 
 

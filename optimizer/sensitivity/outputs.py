@@ -4,9 +4,9 @@ A layer's outputs y_t = W x_t at tokens t; g_t the gradient of log p(labels) at 
 from the model. The second-order loss of an error dW, with one weight for all outputs of a token
 (GuidedQuant, arXiv:2505.07004, with a single group of outputs):
     KL ~ 1/(2T) sum_t |g_t|^2 / rows sum_j (dW_j x_t)^2
-so Hessians of inputs become sum_t s_t x_t x_t'. One label a token makes |g_t|^2 noisy, and few
-tokens would decide: s_t = |g_t| over its mean, between that and tokens alike, rounds better at 2 and
-3 bits and no worse at 4 (experiments/03-rounding).
+so Hessians of inputs become sum_t s_t x_t x_t', s_t = |g_t|^2 over its mean. One label a token makes
+that noisy, and few tokens decide: s_t = |g_t| over its mean, between that and tokens alike, rounds
+better (experiments/03-rounding).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def token_weights(
     ids: np.ndarray,
     seed: int,
     track: Callable[[Iterable[Any], str], Iterable[Any]],
+    squared: bool,
 ) -> dict[str, np.ndarray]:
     """Layer -> s [windows, length] fp32 with mean 1; ones for a layer that no gradient reaches.
     Cost: a forward and a backward pass a window; no gradient of a weight is made."""
@@ -56,11 +57,11 @@ def token_weights(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: _normal(lengths) for name, lengths in found.items()}
+    return {name: _normal(s**2 if squared else s) for name, s in found.items()}
 
 
-def _normal(lengths: np.ndarray) -> np.ndarray:
-    mean = float(lengths.mean())
+def _normal(s: np.ndarray) -> np.ndarray:
+    mean = float(s.mean())
     if not (np.isfinite(mean) and mean > 0):
-        return np.ones_like(lengths)
-    return lengths / mean
+        return np.ones_like(s)
+    return s / mean
