@@ -98,8 +98,7 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     problem = replace(problem, loss=table.loss)  # from here on for showing: KL
     notes += remarks.price_of_policy(config, chosen, problem, assignment)
     plan = _plan(bench, config, chosen, table, assignment)
-    notes += remarks.outside(config, bench.inventory, chosen, plan.choice)
-    notes += remarks.file(config, bench, plan)
+    notes += remarks.file(config, bench, chosen, plan)
     files = {"plan": plan.save(out / "plan.json"), "front": save_front(problem, out / "front.csv")}
     if refined is not None:
         files["search"] = save_history(refined.history, out / "search.csv")

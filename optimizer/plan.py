@@ -41,7 +41,8 @@ class Budget:
 
     bits: average bits per weight in scope, scales and zero points counted.
     code_bits: average bits per weight in scope, codes alone.
-    size: the whole weight file, untouched tensors and header counted, e.g. `80MiB`.
+    size: the whole weight file in the runtime's own format, untouched tensors, header and a GGUF's
+        vocabulary counted, e.g. `80MiB`.
     memory: a machine's memory, of which the share `usable` is for a program; what the cache (of
         `batch` sequences of `context` tokens at `kv` bits), activations and the runtime take is
         subtracted (optimizer.memory). overhead: replaces the runtime's own estimate.

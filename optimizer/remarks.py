@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,8 +10,8 @@ import numpy as np
 from optimizer.backends import engines
 from optimizer.bench import Bench, Choices
 from optimizer.config import Optimize
-from optimizer.layer import UNTOUCHED, Inventory, Precision
-from optimizer.plan import Plan, stored_bytes
+from optimizer.layer import UNTOUCHED, Inventory
+from optimizer.plan import Plan
 from optimizer.search import Problem, exact
 from optimizer.source import gguf_of
 
@@ -84,20 +83,19 @@ def price_of_policy(
 
 
 def outside(
-    config: Optimize, inventory: Inventory, chosen: Choices, choice: Mapping[str, Precision]
+    config: Optimize, inventory: Inventory, chosen: Choices, plan: Plan, total: int
 ) -> list[str]:
-    """Much of the file out of scope, though the engine could hold it rounded."""
-    scope = {layer.name for layer in chosen.scope}
-    column = max(
-        (p for p in chosen.fitted.values() if p.kind != "none"), key=lambda p: p.code_bits
-    )
+    """Much of the file, of `total` bytes, out of scope, though the engine could hold it rounded."""
+    real = [p for p in plan.choice.values() if p.kind != "none"]
+    if not real:
+        return []
+    scope, widest = {layer.name for layer in chosen.scope}, max(real, key=lambda p: p.code_bits)
     left = [
         layer
         for layer in inventory.layers
-        if layer.name not in scope and engines.refusal(config.runtime.name, layer, column) is None
+        if layer.name not in scope and engines.refusal(config.runtime.name, layer, widest) is None
     ]
     size = sum(UNTOUCHED.bytes(layer.rows, layer.cols) for layer in left)
-    total = stored_bytes(inventory, choice)["total"]
     if size < LARGE * total:
         return []
     more = f" and {len(left) - 1} more" if len(left) > 1 else ""
@@ -108,16 +106,17 @@ def outside(
     ]
 
 
-def file(config: Optimize, bench: Bench, plan: Plan) -> list[str]:
-    """What the plan weighs in its engine's own format."""
-    runtime = config.runtime
-    if runtime.name not in engines.HOLDS:
-        return []
-    origin = gguf_of(bench.source.name)
+def file(config: Optimize, bench: Bench, chosen: Choices, plan: Plan) -> list[str]:
+    """What the plan weighs in its engine's own format, and what of that is out of scope."""
+    runtime, origin = config.runtime, gguf_of(bench.source.name)
     verdict = engines.check(plan, bench.inventory, runtime, bench.source.folder, origin)
-    if verdict.errors:
-        return [f"{runtime.name} would not run this plan: {verdict.errors[0]}"]
+    if verdict.errors or verdict.bytes is None:
+        return [f"{runtime.name} would not run this plan: {' '.join(verdict.errors)}"]
+    left = outside(config, bench.inventory, chosen, plan, verdict.bytes)
+    if runtime.name not in engines.HOLDS:
+        return left
     return [
+        *left,
         f"As a file for {runtime.name}: {verdict.bytes} bytes (mezzotint export plan.json "
-        f"to={runtime.name} out=DIR)."
+        f"to={runtime.name} out=DIR).",
     ]

@@ -193,3 +193,4 @@ def test_experts_go_together_by_tensor_or_by_block() -> None:
     ]
     assert [len(g) for g in fuse(experts, [], "tensor")] == [3, 3, 3, 3]
     assert [len(g) for g in fuse(experts, [], "block")] == [6, 6]
+    assert [len(g) for g in fuse(experts, [], "model")] == [12]

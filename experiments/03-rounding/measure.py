@@ -105,17 +105,7 @@ def timing(model: str, text: str, method: str) -> None:
             solver.solve([(bench.model.weight(n), p) for n in names for p in chosen], hessian)
         seconds = time.process_time() - begun
         print(name, f"{seconds:.2f} s of processor time")
-        keep(
-            [
-                Path(model).name,
-                method,
-                f"time of the first block at {name}",
-                "",
-                "",
-                "",
-                f"{seconds:.2f}",
-            ]
-        )
+        keep([model, method, f"time of the first block at {name}", "", "", "", f"{seconds:.2f}"])
 
 
 def main(model: str, text: str, kind: str, method: str, *rest: str) -> None:
@@ -223,7 +213,7 @@ def score(
     scores = bench.score(choice, "heldout", rounder)
     found = describe(scores, resamples(scores.documents, np.random.default_rng(0)))
     kl, flips = found["kl"], found["flips"]
-    row = [Path(model).name, method, plan, bits, f"{kl.value:.6f}", f"{flips.value:.6f}",
+    row = [model, method, plan, bits, f"{kl.value:.6f}", f"{flips.value:.6f}",
            seconds or f"{time.monotonic() - begun:.1f}",
            *(f"{x:.6f}" for x in (kl.low, kl.high, flips.low, flips.high))]  # fmt: skip
     print(*row, flush=True)
@@ -231,7 +221,9 @@ def score(
 
 
 def keep(row: list[str]) -> None:
-    """Replace the row of the same measurement; a repeated run leaves its first seconds."""
+    """Replace the row of the same measurement; a repeated run leaves its first seconds. Of a model's
+    folder the name is kept."""
+    row = [Path(row[0]).name, *row[1:]]
     rows = list(csv.reader(RESULTS.open())) if RESULTS.exists() else [FIELDS]
     rows = [FIELDS, *(old + [""] * (len(FIELDS) - len(old)) for old in rows[1:])]
     before = next((old for old in rows if old[:4] == row[:4]), None)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -299,16 +300,29 @@ def _add_fields(writer: Any, settings: Settings, folder: Path) -> None:
 
 
 def _size(entries: list[Entry], settings: Settings, folder: Path, origin: Path | None) -> int:
-    """Exact bytes of the file: its header is written, to a scratch place, and counted."""
+    """Exact bytes of the file."""
+    layout = tuple((e.name, len(e.shape)) for e in entries)
+    head = _head_bytes(layout, json.dumps(settings.config), folder, origin)
+    return _aligned(head) + sum(_aligned(e.bytes) for e in entries)
+
+
+@cache
+def _head_bytes(
+    layout: tuple[tuple[str, int], ...], config: str, folder: Path, origin: Path | None
+) -> int:
+    """The header is written, to a scratch place, and counted. Types and widths of tensors take the
+    same bytes whatever they are, and a vocabulary takes seconds: once for all plans of a model."""
     import tempfile
 
+    settings = json.loads(config)
+    known = Settings(*ARCHITECTURES[settings["architectures"][0]], settings)
+    entries = [Entry(name, (), "f32", (1,) * dimensions) for name, dimensions in layout]
     with tempfile.TemporaryDirectory() as scratch:
         head = Path(scratch) / "head"
-        writer = _writer(entries, settings, folder, origin)
+        writer = _writer(entries, known, folder, origin)
         _write_head(writer, head)
         writer.close()
-        size = _aligned(head.stat().st_size)
-    return size + sum(_aligned(e.bytes) for e in entries)
+        return head.stat().st_size
 
 
 def _aligned(size: int) -> int:

@@ -352,8 +352,8 @@ def _multiplies(module: nn.Module, piece: Piece, dtype: torch.dtype, device: str
     layer = piece.layer
     return (
         type(module) is nn.Linear
-        and (not layer.tied or kernels.looks_up(layer.rows, layer.cols))
         and kernels.fits(piece.precision, layer.rows, layer.cols, dtype, device)
+        and (not layer.tied or kernels.looks_up(layer.rows, layer.cols))
     )
 
 

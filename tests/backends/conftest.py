@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from optimizer.layer import Inventory, Layer, Precision
 from optimizer.model import Model, take_inventory
@@ -76,6 +83,27 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Wide:
     inventory = take_inventory(path)
     fingerprint = locate(str(path), Store(store)).fingerprint
     return Wide(path, store, Model.load(path, inventory), inventory, fingerprint)
+
+
+def random_model(kind: str, body: dict, std: float, path: Path, wide: Wide) -> Wide:
+    """A seeded model of another architecture, with `wide`'s tokenizer."""
+    torch.manual_seed(5)
+    with quiet():
+        net = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **body))
+        for value in net.parameters():
+            if value.ndim > 1:
+                torch.nn.init.normal_(value, std=std)
+        net.half().save_pretrained(path)
+    for file in wide.folder.glob("tokenizer*"):
+        shutil.copy(file, path)
+    return opened_with(wide, path)
+
+
+def opened_with(wide: Wide, path: Path) -> Wide:
+    """The folder `path`, in `wide`'s store."""
+    inventory = take_inventory(path)
+    fingerprint = locate(str(path), Store(wide.store)).fingerprint
+    return Wide(path, wide.store, Model.load(path, inventory), inventory, fingerprint)
 
 
 class LlamaCpp:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import statistics
 import warnings
 from dataclasses import replace
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from optimizer import deploy, export
 from optimizer.__main__ import main
@@ -21,11 +20,9 @@ from optimizer.backends import compressed_tensors, folder, gguf, packed, rules
 from optimizer.compose import profile
 from optimizer.errors import ConfigError, MezzotintError, PlanError
 from optimizer.layer import UNTOUCHED, Precision
-from optimizer.model import Model, take_inventory
 from optimizer.quantizer import Rtn
-from optimizer.source import PACKED_FILE, locate, quiet
-from optimizer.store import Store
-from tests.backends.conftest import G64, IDS, WORDS, LlamaCpp, Wide, dealt, uniform
+from optimizer.source import PACKED_FILE
+from tests.backends.conftest import G64, IDS, WORDS, LlamaCpp, Wide, dealt, random_model, uniform
 
 SYMMETRIC = [Precision("int", b, g, True) for b, g in ((3, 64), (5, 32), (2, 128), (6, 64))]
 VLLM = [*SYMMETRIC, UNTOUCHED, Precision("int", 4, 64, True), Precision("int", 7, None, True)]
@@ -39,7 +36,6 @@ OWN = [
 
 @pytest.mark.parametrize("source", ["the plan", "a packed folder"])
 def test_transformers_computes_what_we_compute(wide: Wide, tmp_path: Path, source: str) -> None:
-    from transformers import AutoModelForCausalLM
 
     plan = wide.plan(dealt(wide.inventory.layers, VLLM), "vllm")
     given = None
@@ -309,22 +305,11 @@ MOE = {
 
 def mixture(kind: str, path: Path, wide: Wide, **settings: object) -> Wide:
     """A random model with experts and `wide`'s tokenizer."""
-    torch.manual_seed(5)
     body = {"vocab_size": WORDS, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16,
             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
             "max_position_embeddings": 128, "num_experts_per_tok": 2, "bos_token_id": 1,
             "eos_token_id": 2, "sliding_window": None} | MOE[kind] | settings  # fmt: skip
-    with quiet():
-        net = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **body))
-        for value in net.parameters():
-            if value.ndim > 1:
-                torch.nn.init.normal_(value, std=0.15)
-        net.half().save_pretrained(path)
-    for file in wide.folder.glob("tokenizer*"):
-        shutil.copy(file, path)
-    inventory = take_inventory(path)
-    fingerprint = locate(str(path), Store(wide.store)).fingerprint
-    return Wide(path, wide.store, Model.load(path, inventory), inventory, fingerprint)
+    return random_model(kind, body, 0.15, path, wide)
 
 
 @pytest.mark.parametrize("kind", MOE)

@@ -108,6 +108,10 @@ def test_rows_of_a_packed_matrix(precision: Precision) -> None:
 
 def test_only_whole_tiles_are_looked_up() -> None:
     assert kernels.looks_up(128, 64) and not kernels.looks_up(96, 64)
+    odd = packed.linear(
+        torch.ones(128, 33), Precision("int", 4), True, "cpu"
+    )()  # no product takes 33
+    assert torch.equal(odd(torch.ones(1, 33).bfloat16()), torch.full((1, 128), 33.0).bfloat16())
     place = kernels.places(64)
     assert place is not None
     assert place.flatten().sort().values.equal(torch.arange(kernels.TILE * 64))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from optimizer import export, pipeline, search
+from optimizer import export, pipeline, remarks, search
 from optimizer.backends import engines
 from optimizer.bench import Choices, choices
 from optimizer.errors import ConfigError
@@ -71,12 +73,23 @@ def test_every_architecture_is_refused_or_accepted(
 
 
 def test_words_that_rows_do_not_fill(llama: Small) -> None:
-    """GPTQ packs 32 rows into words: 16 keys and values stay untouched, and so do their partners."""
-    found = offered("gptq", llama.inventory, "palette.group_size=0")
+    """GPTQ packs 32 rows into words: 16 keys stay untouched, and so do queries and values, which vLLM
+    joins with them; the embeddings do anyway."""
+    layers = tuple(
+        replace(x, rows=16, shape=(16, x.cols)) if x.role == "k_proj" else x
+        for x in llama.inventory.layers
+    )
+    found = offered("gptq", replace(llama.inventory, layers=layers), "palette.group_size=0")
     assert found.allowed is not None
-    for group, left in zip(found.groups, found.allowed, strict=True):
-        rows = [x.rows for x in found.scope if x.name in group]
-        assert any(r % 32 for r in rows) <= (left.sum() == 1)
+    roles = {x.name: x.role for x in layers}
+    kept = {
+        roles[group[0]]
+        for group, a in zip(found.groups, found.allowed, strict=True)
+        if a.sum() == 1
+    }
+    assert kept == {"q_proj", "embed_tokens"}
+    joined = next(group for group in found.groups if roles[group[0]] == "q_proj")
+    assert {roles[name] for name in joined} == {"q_proj", "k_proj", "v_proj"}
 
 
 @pytest.mark.parametrize("runtime", ["torch", "llamacpp", *CHECKPOINTS])
@@ -121,8 +134,53 @@ def test_an_architecture_the_converter_does_not_know(mezzotint: Command, tmp_pat
 
 
 @pytest.mark.parametrize("runtime", ["torch", "vllm"])
-def test_a_palette_of_nothing_but_untouched_is_the_engines_business_no_more(
-    llama: Small, runtime: str
-) -> None:
+def test_an_engine_holds_a_palette_of_nothing_but_untouched(llama: Small, runtime: str) -> None:
     found = offered(runtime, llama.inventory, "palette.bits=[16]")
     assert found.allowed is not None and found.allowed.all() and not found.notes
+
+
+def remarked(mezzotint: Command, folder: Path, *arguments: str) -> str:
+    ended = mezzotint(
+        "optimize", *arguments, *QUICK, "proof.certify=false", f"hydra.run.dir={folder}"
+    )
+    assert ended.code == 0, ended.err
+    return " ".join(ended.out.split())
+
+
+def test_much_of_the_file_out_of_scope_is_said(mezzotint: Command, tmp_path: Path) -> None:
+    """With the bytes of the runtime's own file, which the same budget then keeps."""
+    kind, dtype = ARCHITECTURES["llama"]
+    folder = build(tmp_path / "m", "llama", kind | {"vocab_size": 4096}, dtype)
+    given = [f"model={folder}", "palette.group_size=32", "wandb=off", f"store={tmp_path / 's'}"]
+    out = remarked(mezzotint, tmp_path / "own", *given, "budget.bits=5")
+    total = re.search(r"scope=all budget.size=(\d+) lets the search", out)
+    assert total and "model.embed_tokens.weight" in out and "As a file" not in out
+    whole = remarked(mezzotint, tmp_path / "all", *given, "scope=all", f"budget.size={total[1]}")
+    assert "out of scope" not in whole
+    plan = Plan.load(tmp_path / "all" / "plan.json")
+    assert plan.bytes["total"] <= int(total[1])
+    assert plan.choice["model.embed_tokens.weight"].kind == "int"
+    vllm = remarked(mezzotint, tmp_path / "v", *given, "runtime=vllm", "budget.bits=5")
+    size = re.search(r"As a file for vllm: (\d+) bytes", vllm)
+    assert size and "out of scope" not in vllm  # vLLM couldn't hold it rounded
+    exported = mezzotint("export", tmp_path / "v" / "plan.json", "to=vllm", f"out={tmp_path / 'x'}",
+                         f"store={tmp_path / 's'}")  # fmt: skip
+    assert exported.code == 0, exported.err
+    assert (tmp_path / "x" / "model.safetensors").stat().st_size == int(size[1])
+
+
+def test_nothing_to_quantize_is_no_fault(mezzotint: Command, llama: Small, tmp_path: Path) -> None:
+    given = [f"model={llama.folder}", "palette.bits=[16]", "budget.bits=17", "wandb=off"]
+    out = remarked(mezzotint, tmp_path, *given, f"store={tmp_path / 's'}")
+    assert "the reference itself" in out and "out of scope" not in out
+
+
+def test_an_engines_limits_are_not_the_policys(wide: Wide) -> None:
+    config = composed("optimize", "runtime=vllm", "scope=all")
+    found = choices(config, wide.inventory)
+    assert found.allowed is not None and not found.allowed.all()
+    problem = search.pose(
+        wide.inventory, found.scope, found.groups, found.columns, found.fitted,
+        np.ones(found.allowed.shape), Budget(bits=12), found.allowed,
+    )  # fmt: skip
+    assert remarks.price_of_policy(config, found, problem, problem.largest) == []

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimizer import export
 from optimizer.backends import gguf, rope
 from optimizer.errors import ModelError
 from optimizer.layer import Precision
-from optimizer.model import Model, take_inventory
-from optimizer.source import locate, quiet
-from optimizer.store import Store
-from tests.backends.conftest import IDS, WORDS, LlamaCpp, Wide, uniform
+from tests.backends.conftest import IDS, WORDS, LlamaCpp, Wide, opened_with, random_model, uniform
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}  # fmt: skip
@@ -27,27 +21,18 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
 
 def stretched(kind: str, scaling: dict, path: Path, wide: Wide, old: bool = False) -> Wide:
     """A random model whose positions matter, and `wide`'s tokenizer. old: as transformers 4 wrote."""
-    torch.manual_seed(3)
     body = {"vocab_size": WORDS, "hidden_size": 64, "intermediate_size": 64, "head_dim": 32,
             "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
             "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
             "rope_parameters": {"rope_theta": 500.0, **scaling}}  # fmt: skip
-    with quiet():
-        net = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **body))
-        for value in net.parameters():
-            if value.ndim > 1:
-                torch.nn.init.normal_(value, std=0.2)
-        net.half().save_pretrained(path)
-    for file in wide.folder.glob("tokenizer*"):
-        shutil.copy(file, path)
+    model = random_model(kind, body, 0.2, path, wide)
     if old:
         config = json.loads((path / "config.json").read_text())
         own = config.pop("rope_parameters")
         config |= {"rope_theta": own.pop("rope_theta"), "rope_scaling": own}
         (path / "config.json").write_text(json.dumps(config))
-    inventory = take_inventory(path)
-    fingerprint = locate(str(path), Store(wide.store)).fingerprint
-    return Wide(path, wide.store, Model.load(path, inventory), inventory, fingerprint)
+        return opened_with(wide, path)
+    return model
 
 
 @pytest.mark.parametrize(
