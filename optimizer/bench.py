@@ -24,7 +24,7 @@ from optimizer.plan import digest
 from optimizer.policy import Policy
 from optimizer.sensitivity import Table, Task
 from optimizer.source import Source, context_length, is_encoder, locate
-from optimizer.store import Store, root
+from optimizer.store import Store
 
 if TYPE_CHECKING:
     from optimizer.meaning import AnyScores, AnyTeacher
@@ -85,7 +85,7 @@ class Bench:
     def __init__(
         self, name: str, revision: str | None, data: Data, store: str, device: str, view: View
     ) -> None:
-        self.store = Store(root(store), view.note)
+        self.store = Store.open(store, view.note)
         self.view, self.data, self.device = view, data, device
         self.cache = Kept()
         check_device(device)

@@ -21,7 +21,7 @@ from optimizer.memory import floating
 from optimizer.plan import Plan
 from optimizer.source import PACKED_FILE, Source, context_length, is_encoder, locate
 from optimizer.speed import Speed
-from optimizer.store import Store, root
+from optimizer.store import Store
 
 if TYPE_CHECKING:
     from optimizer.backends import packed
@@ -45,7 +45,7 @@ def apply(
 
     view = view or View()
     packed.check_target(out, overwrite)
-    kept = Store(root(store), view.note)
+    kept = Store.open(store, view.note)
     source, inventory = reference_of(plan, model, kept)
     check_names(plan, inventory)
     encoder = codes_of(plan, source, inventory, kept, view)

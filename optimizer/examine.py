@@ -24,7 +24,7 @@ from optimizer.layer import UNTOUCHED, Inventory, Precision
 from optimizer.memory import floating
 from optimizer.plan import Plan, digest, stored_bytes
 from optimizer.source import context_length
-from optimizer.store import Store, root, write_atomically
+from optimizer.store import Store, write_atomically
 
 if TYPE_CHECKING:
     from optimizer.blur import Map
@@ -45,7 +45,7 @@ class Subject:
     ) -> None:
         check_device(device)
         self.plan, self.view, self.device = Plan.load(plan), view, device
-        self.store = Store(root(store), view.note)
+        self.store = Store.open(store, view.note)
         view.stage(f"finding {model or self.plan.model['name']}")
         self.source, self.inventory = reference_of(self.plan, model, self.store)
         check_language_model(self.source, command)

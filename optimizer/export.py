@@ -22,7 +22,7 @@ from optimizer.errors import ConfigError, PlanError
 from optimizer.layer import Inventory
 from optimizer.plan import Plan
 from optimizer.source import PACKED_FILE, Source, gguf_of
-from optimizer.store import Store, root
+from optimizer.store import Store
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,7 @@ def _job(command: str, plan: Plan, to: str, store: str, model: str | None) -> Jo
     known = TARGETS | RECIPES
     if to not in known:
         raise ConfigError(f"to= is one of {', '.join(known)}, not {to!r}.")
-    source, inventory = reference_of(plan, model, Store(root(store)))
+    source, inventory = reference_of(plan, model, Store.open(store))
     if to != "torch":
         check_language_model(source, command)
     check_names(plan, inventory)
@@ -103,7 +103,7 @@ def export(
     if to in RECIPES:
         folders.publish(out, lambda draft: _recipe(job, to, draft))
         return verdict
-    tensors = _stored(job, packed, Store(root(store), view.note), view)
+    tensors = _stored(job, packed, Store.open(store, view.note), view)
 
     def fill(draft: Path) -> None:
         view.stage(f"writing for {job.engine}")

@@ -8,9 +8,8 @@ import hashlib
 import importlib.util
 import json
 import re
-import shutil
 import struct
-import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optimizer import drafts
 from optimizer.errors import ModelError
 from optimizer.plan import digest
-from optimizer.store import Store, alone, unwritable
+from optimizer.store import Store, alone, unwritable, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +31,9 @@ POOLING = "pooling.json"  # ours, in packed folders: {"pooling": "mean"}
 NEEDED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CONVERSION = 2  # counts changes of what a conversion writes
+REMEMBERED = 32 * 2**20  # bytes from which a file's hash is remembered: above .1 s of hashing
+SETTLED = 2.0  # seconds
+SAMPLES, SAMPLE = 64, 4096  # pieces, bytes of each
 
 # llama.cpp names its pre-tokenizers; these split every digit off, and transformers' GGUF loader
 # forgets it ("a  12" would be cut otherwise than in training).
@@ -138,28 +141,44 @@ def _downloaded(name: str, revision: str | None) -> Path:
 
 
 def _made(store: Store, key: str, make: Callable[[Path], None]) -> Path:
-    """A model folder that the program writes itself: whole, or not there."""
+    """A model folder that the program writes itself: whole and as it was written, or made again."""
     target = store.root / "models" / key[:40]
-    if target.exists():
+    if _as_made(store, target):
         return target
     from safetensors import SafetensorError
 
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            alone(target),
-            tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as draft,
-        ):
-            inner = Path(draft) / "model"
-            if not target.exists():  # made while this process waited
+        with alone(target):
+            if not _as_made(store, target):  # not made while this process waited
+                if target.exists():
+                    store.tell(f"{target} is damaged, or of an earlier version; it is made again")
                 with quiet():
-                    make(inner)
-                shutil.move(inner, target)
+                    drafts.publish(target.resolve(), make)
+                _keep_hashes(target)
     except OSError as error:
         raise unwritable(target, error) from None
     except SafetensorError as error:  # its own name for a full disk
         raise unwritable(target, OSError(str(error))) from None
     return target
+
+
+def _as_made(store: Store, folder: Path) -> bool:
+    """Whether every file has the SHA-256 that it was written with."""
+    try:
+        expected = json.loads(_hashes_of(folder).read_text(encoding="utf-8"))
+        return bool({file.name: _file_hash(file, store) for file in folder.iterdir()} == expected)
+    except (OSError, ValueError):
+        return False
+
+
+def _keep_hashes(folder: Path) -> None:
+    """Beside the folder: nothing is added to what transformers wrote."""
+    hashes = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    write_atomically(_hashes_of(folder), json.dumps(hashes, indent=1).encode())
+
+
+def _hashes_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.sha256.json")
 
 
 def _converted(gguf: Path, store: Store) -> Path:
@@ -293,15 +312,30 @@ def fingerprint(folder: Path, store: Store) -> str:
 
 
 def _file_hash(path: Path, store: Store) -> str:
-    """sha256 of a file, remembered for as long as its size and time stay."""
+    """sha256 of a file. That of a big one is remembered for as long as all of this stays: its place,
+    size, times (that of its last change, too, which no program can set) and SAMPLES pieces of it.
+    What changed within the last SETTLED seconds could change again in the same tick of its clock."""
     stat = path.stat()
-    memo = digest([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    if stat.st_size < REMEMBERED or time.time() - stat.st_ctime < SETTLED:
+        return _sha256(path)
+    seen = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    memo = digest([str(path.resolve()), seen, _sampled(path, stat.st_size)])
+    return str(store.json("hashes", memo, lambda: _sha256(path)))
 
-    def compute() -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
 
-    return str(store.json("hashes", memo, compute))
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sampled(path: Path, size: int) -> str:
+    """sha256 of SAMPLES pieces of a file, evenly spaced."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        for piece in range(SAMPLES):
+            file.seek(size * piece // SAMPLES)
+            found.update(file.read(SAMPLE))
+    return found.hexdigest()
 
 
 @contextmanager

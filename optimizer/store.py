@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optimizer import drafts
 from optimizer.errors import StorageError
 
 if TYPE_CHECKING:
@@ -39,23 +39,19 @@ def root(text: str) -> Path:
 
 
 def write_atomically(path: Path, data: bytes) -> Path:
-    """Write beside the target, flush to disk, then rename over it."""
-    temporary = None
+    """Write a draft beside the target, flush to disk, then rename over it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)  # mkstemp's 0600 would hide results from a team
-        Path(temporary).replace(path)
+        with drafts.file(path) as (handle, draft):
+            with os.fdopen(handle, "wb", closefd=False) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(handle)
+            umask = os.umask(0)
+            os.umask(umask)
+            draft.chmod(0o666 & ~umask)  # a draft's 0600 would hide results from a team
+            draft.replace(path)
     except OSError as error:
-        if temporary is not None:
-            with suppress(OSError):
-                Path(temporary).unlink()
         raise unwritable(path, error) from None
     return path
 
@@ -84,8 +80,22 @@ class Store:
     tell: Callable[[str], None] = field(default=_silent, compare=False)
     _damaged: set[Path] = field(default_factory=set, compare=False)
 
+    @classmethod
+    def open(cls, text: str, tell: Callable[[str], None] = _silent) -> Store:
+        """The store that `store=` names, without what killed processes left there."""
+        found = cls(root(text), tell)
+        found.sweep()
+        return found
+
     def path(self, kind: str, key: str, suffix: str) -> Path:
         return self.root / kind / f"{key[:40]}{suffix}"
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half-written, and their locks."""
+        for place in self.root.iterdir() if self.root.is_dir() else ():
+            drafts.sweep(place)
+            for lock in place.glob(".*.lock"):
+                drop(lock)
 
     def json(self, kind: str, key: str, make: Callable[[], Any] | None = None) -> Any:
         """The entry; made and kept if it is missing and `make` is given, else None."""
@@ -151,6 +161,14 @@ class Store:
             return []
 
 
+def drop(lock: Path) -> None:
+    """Remove the file of a lock that nobody holds."""
+    from filelock import FileLock, Timeout
+
+    with suppress(OSError, NotImplementedError, Timeout), FileLock(lock, blocking=False):
+        lock.unlink()
+
+
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
     """The only process on this machine that makes the entry at `path`."""
@@ -165,4 +183,6 @@ def alone(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()  # still held: who waits for it sees that it is gone
         lock.release()

@@ -3,13 +3,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from optimizer import source as models
 from optimizer.errors import ModelError, StorageError
-from optimizer.source import Source, fingerprint, locate
+from optimizer.source import Source, _made, fingerprint, locate
 from optimizer.store import Store
 from tests.conftest import Small, largest_file
 
@@ -23,7 +25,62 @@ def test_a_built_in_model_is_made_once(source: Source, store: Path) -> None:
     again = locate("stories", Store(store))
     assert again == source
     assert again.folder.is_relative_to(store)
-    assert not list(store.rglob(".making-*"))
+    assert not list(store.rglob(".*.mezzotint-*"))
+
+
+def flipped(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1000] ^= 0x40
+    file.write_bytes(data)
+
+
+DAMAGE: list[Callable[[Path], None]] = [
+    lambda folder: flipped(folder / "model.safetensors"),
+    lambda folder: (folder / "model.safetensors").write_bytes(b""),
+    lambda folder: (folder / "tokenizer.json").unlink(),
+    lambda folder: (folder / "config.json").unlink(),
+    lambda folder: (folder / "config.json").write_text("{}"),
+    lambda folder: (folder / "left.safetensors").write_text("a stranger"),
+    lambda folder: folder.with_name(f"{folder.name}.sha256.json").unlink(),
+    lambda folder: folder.with_name(f"{folder.name}.sha256.json").write_text("[1"),
+]
+
+
+def test_a_damaged_model_of_the_store_is_made_again(tmp_path: Path, store: Path) -> None:
+    shutil.copytree(store / "models", tmp_path / "models")
+    told: list[str] = []
+    kept = Store(tmp_path, told.append)
+
+    def made(folder: Path) -> None:
+        shutil.copytree(source_folder, folder, dirs_exist_ok=True)
+
+    source_folder = next(p for p in (store / "models").iterdir() if p.is_dir())
+    folder = _made(kept, source_folder.name, made)
+    expected = fingerprint(folder, kept)
+    assert not told
+    for number, change in enumerate(DAMAGE, 1):
+        change(folder)
+        assert _made(kept, source_folder.name, made) == folder
+        assert len(told) == number and "is damaged" in told[-1]
+        assert fingerprint(folder, kept) == expected
+        assert not (folder / "left.safetensors").exists()
+
+
+def test_the_hash_of_a_big_file_remembers_more_than_size_and_time(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "REMEMBERED", 0)
+    monkeypatch.setattr(models, "SETTLED", 0)
+    store, file = Store(tmp_path / "store"), copy / "model.safetensors"
+    os.utime(file, (1, 1))
+    before = fingerprint(copy, store)
+    time.sleep(0.05)
+    flipped(file)
+    os.utime(file, (1, 1))
+    assert fingerprint(copy, store) != before
+    flipped(file)
+    os.utime(file, (1, 1))
+    assert fingerprint(copy, store) == before
 
 
 def test_a_disk_that_is_full_of_half_a_model_is_told(tmp_path: Path) -> None:
@@ -170,7 +227,7 @@ def test_a_damaged_gguf_leaves_nothing_behind(tmp_path: Path, content: bytes) ->
     assert [p.name for p in left if p.suffix != ".lock"] == []
 
 
-def test_a_store_that_cannot_be_written(llama: Small, tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="couldn't be written"):
-        locate(str(llama.folder), Store(tmp_path / "file"))
+        locate("stories", Store(tmp_path / "file"))

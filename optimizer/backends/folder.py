@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optimizer import drafts
 from optimizer.errors import ConfigError, PlanError, StorageError
 from optimizer.plan import Plan
 from optimizer.store import unwritable
@@ -21,46 +21,65 @@ from optimizer.store import unwritable
 if TYPE_CHECKING:
     from torch import Tensor
 
-MANIFEST = "manifest.json"
+MANIFEST = drafts.SEAL
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
 
 
 def check_target(out: Path, overwrite: bool) -> None:
-    """Raise before any work if the folder can't be written."""
-    used = out.exists() and not (out.is_dir() and not any(out.iterdir()))
-    if used and not (overwrite and out.is_dir()):
+    """Raise before any work if the folder can't be written. Finishes or removes what a killed run left
+    of the same folder."""
+    target = _resolved(out)
+    with suppress(OSError):
+        drafts.recover(target)
+    used = target.exists() and not (target.is_dir() and drafts.is_empty(target))
+    if used and not (overwrite and target.is_dir()):
         raise ConfigError(
             f"The folder for the model must be new or empty; {out} is not. Choose another "
             "out=DIR, or say overwrite=true to replace it."
         )
-    if used and not (out / MANIFEST).is_file():
+    if used and not (target / MANIFEST).is_file():
         raise ConfigError(
             f"overwrite=true replaces a folder that Mezzotint wrote a model to; {out} has no "
             f"{MANIFEST} and may hold other things. Choose another out=DIR, or remove it yourself."
         )
-    probe = out.absolute().parent
-    while not probe.exists():
-        probe = probe.parent
-    if not (probe.is_dir() and os.access(probe, os.W_OK)):
-        raise StorageError(f"{probe} can't be written to. Choose another out=DIR.")
+    place = drafts.place_of(target)
+    while not place.exists():
+        place = place.parent
+    try:
+        with drafts.folder(place, target.name):
+            pass
+    except OSError as error:
+        raise StorageError(
+            f"{place} can't be written to ({error.strerror or error}). Choose another out=DIR."
+        ) from None
+
+
+def _resolved(out: Path) -> Path:
+    """Where the folder really lies, links followed."""
+    try:
+        return out.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle, a current folder that is gone
+        raise ConfigError(
+            f"{out} leads nowhere ({error}). Choose another out=DIR, or mend the link."
+        ) from None
 
 
 def publish(out: Path, fill: Callable[[Path], None]) -> Path:
-    """`fill` writes into a draft beside `out`; then the draft takes its place. After an exception
-    or a kill `out` is as it was."""
+    """`fill` writes into a hidden draft, which then takes the place of `out`; see `drafts`. After an
+    exception `out` is as it was; after a kill too, or the next `check_target` finishes the new one."""
+    draft = out
+
+    def filled(folder: Path) -> None:
+        nonlocal draft
+        draft = folder
+        fill(folder)
+
     try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=".packing-") as draft:
-            inner = Path(draft) / "model"
-            inner.mkdir()
-            fill(inner)
-            if out.is_dir():
-                shutil.rmtree(out)
-            inner.replace(out)
+        drafts.publish(_resolved(out), filled)
     except OSError as error:
         raise unwritable(out, error) from None
     except StorageError as error:  # a person looks for the folder, not for its draft
-        raise StorageError(str(error).replace(str(inner), str(out))) from None
+        raise StorageError(str(error).replace(str(draft), str(out))) from None
     return out
 
 

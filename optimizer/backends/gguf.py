@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from optimizer import drafts
 from optimizer.backends import rope, rules, vocabulary
 from optimizer.backends.rules import Verdict
 from optimizer.config import Runtime
@@ -317,8 +318,10 @@ def _head_bytes(
     settings = json.loads(config)
     known = Settings(*ARCHITECTURES[settings["architectures"][0]], settings)
     entries = [Entry(name, (), "f32", (1,) * dimensions) for name, dimensions in layout]
-    with tempfile.TemporaryDirectory() as scratch:
-        head = Path(scratch) / "head"
+    place = Path(tempfile.gettempdir())
+    drafts.sweep(place, "gguf")
+    with drafts.folder(place, "gguf") as scratch:
+        head = scratch / "head"
         writer = _writer(entries, known, folder, origin)
         _write_head(writer, head)
         writer.close()
