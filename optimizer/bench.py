@@ -149,13 +149,17 @@ class Bench:
         def cut() -> dict[str, np.ndarray]:
             from optimizer.model import load_tokenizer
 
-            parts = texts.cut(self.data, load_tokenizer(self.source.folder))
-            return {f"{name}.{k}": v for name, w in parts.items() for k, v in vars(w).items()}
+            said: list[str] = []
+            parts = texts.cut(self.data, load_tokenizer(self.source.folder), said.append)
+            found = {f"{name}.{k}": v for name, w in parts.items() for k, v in vars(w).items()}
+            return found | {"said": np.frombuffer("\n".join(said).encode(), np.uint8)}
 
         if self.encoder:
             return self._texts(keep)
         if self.data.source != "self":
             kept = keep(self.tokens_key, cut)
+            if "said" in kept and kept["said"].size:
+                self.view.note(kept["said"].tobytes().decode())
             return {
                 name: Windows(kept[f"{name}.ids"], kept[f"{name}.documents"])
                 for name in self.data.parts

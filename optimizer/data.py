@@ -2,14 +2,12 @@
 
 A document belongs to exactly one of the three parts, so nothing that a plan is judged on was
 seen when it was made. A window is a run of `length` tokens; windows of one document share its
-number, and intervals are taken over documents. The only module that imports datasets.
+number, and intervals are taken over documents.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,6 +17,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from optimizer.documents import (
+    Documents,
+    by_template,
+    hub_rows,
+    others,
+    read_documents,
+    text_files,
+)
 from optimizer.errors import ConfigError, TextError
 
 VERSION = 1
@@ -40,8 +46,10 @@ class Part:
 class Data:
     """Where tokens come from.
 
-    source: `self` (sampled from the reference), `text` (a .txt or .jsonl file, or a folder of
-    such), `hub` (a data set id or folder for `datasets.load_dataset`).
+    source: `self` (sampled from the reference), `text` (a file or a folder of files, see
+    `optimizer.documents`), `hub` (a data set id or folder for `datasets.load_dataset`). column: of
+    rows; a list of turns in it, or in `messages`, is a chat. template: chats as the tokenizer's own
+    template writes them, else what was said alone.
     """
 
     source: str = "self"
@@ -49,6 +57,7 @@ class Data:
     name: str | None = None
     split: str = "train"
     column: str = "text"
+    template: bool = True
     seed: int = 0
     calibration: Part = field(default_factory=lambda: Part(sequences=64, length=128))
     search: Part = field(default_factory=lambda: Part(sequences=64, length=128))
@@ -80,20 +89,30 @@ class Data:
             raise ConfigError(f"data={self.source} needs data.path. For example data.path=my.txt")
         if self.source == "text" and not Path(self.path).exists():
             raise TextError(f"There is no text at {self.path}. Correct data.path.")
+        if self.source == "text":
+            text_files(Path(self.path))
 
     def key(self, fingerprint: str) -> list[Any]:
         """What determines the tokens, for the store; a text counts by content, not by name."""
         content = ""
         if self.source == "text" and self.path is not None:
-            hashes = [
-                hashlib.sha256(f.read_bytes()).hexdigest() for f in text_files(Path(self.path))
-            ]
+            hashes = [_sha256(file) for file in text_files(Path(self.path))]
             content = hashlib.sha256("".join(hashes).encode()).hexdigest()
         if self.source == "hub" and Path(str(self.path)).is_dir():
             files = sorted(f for f in Path(str(self.path)).rglob("*") if f.is_file())
             content = repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
         settings = asdict(self) | {"path": content or self.path}
+        if self.template:  # as in stores from before there was a choice
+            del settings["template"]
         return [VERSION, fingerprint, settings]
+
+
+def _sha256(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise TextError(f"{file} can't be read ({error.strerror}).") from None
 
 
 def check_seed(name: str, seed: int) -> None:
@@ -123,24 +142,28 @@ Tokens = dict[str, Windows]
 # ---------------------------------------------------------------- given text
 
 
-def cut(data: Data, tokenizer: Any) -> Tokens:
-    """Text -> disjoint windows for every part. Raises TextError if there is too little."""
+def cut(data: Data, tokenizer: Any, tell: Callable[[str], None] = lambda _: None) -> Tokens:
+    """Text -> disjoint windows for every part. tell: hears what was left out. Raises TextError if
+    there is too little."""
     seen: set[str] = set()
     wanted = sum(part.sequences * part.length for part in data.parts.values())
     documents: list[list[int]] = []
-    total = 0
-    for text in _documents(data):
+    total, prefix = 0, text_prefix(tokenizer)
+    given = documents_of(data, tokenizer)
+    for text in texts_of(data, given):
         mark = hashlib.sha256(text.strip().encode()).hexdigest()
         if not text.strip() or mark in seen:  # a repeated document would leak across the parts
             continue
         seen.add(mark)
-        documents.append(encode(tokenizer, text))
+        ids = encode(tokenizer, text)
+        documents.append(ids[1:] if prefix and ids[:1] == prefix else ids)  # a template's own BOS
         total += len(documents[-1])
         if data.source == "hub" and total > DRAWN * wanted:
             break
+    for line in left_out(data, given):
+        tell(line)
     order = np.random.default_rng(data.seed).permutation(len(documents))
     shuffled = [documents[i] for i in order]
-    prefix = text_prefix(tokenizer)
 
     def windows(shares: dict[str, float]) -> Tokens:
         parts = _shared_out(shuffled, shares)
@@ -153,6 +176,19 @@ def cut(data: Data, tokenizer: Any) -> Tokens:
         return windows(SHARES)
     except TextError:  # a small text: cut it by need
         return windows({n: float(p.sequences * p.length) for n, p in data.parts.items()})
+
+
+def left_out(data: Data, given: Documents) -> list[str]:
+    """What of data.path is not in the tokens, in sentences."""
+    lines = [given.told] if given.told else []
+    strange = others(given.path) if data.source == "text" else []
+    if strange:
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        lines.append(
+            f"not read in {given.path}, because their names don't say that they are text: "
+            f"{', '.join(strange[:3])}{more}"
+        )
+    return lines
 
 
 def _shared_out(
@@ -223,111 +259,17 @@ def text_start(tokenizer: Any) -> list[int]:
     return []
 
 
-def _documents(data: Data) -> Iterator[str]:
-    if data.source == "hub":
-        yield from read_hub(data)
-    else:
-        yield from read_documents(Path(str(data.path)), data.column)
+def documents_of(data: Data, tokenizer: Any = None) -> Documents:
+    """What data.path holds. tokenizer: whose template chats are written by."""
+    spoken = by_template(tokenizer) if data.template and tokenizer is not None else None
+    return read_documents(Path(str(data.path)), data.column, spoken)
 
 
-def read_documents(path: Path, column: str) -> Iterator[str]:
-    """The documents of a file or a folder. Raises TextError."""
-    found = False
-    for file in text_files(path):
-        for text in _read(file, column):
-            found = found or bool(text.strip())
-            yield text
-    if not found:
-        raise TextError(f"{path} holds no text. Give a .txt or .jsonl file that does.")
-
-
-def text_files(path: Path) -> list[Path]:
-    """The file itself, or the texts in a folder. Raises TextError."""
-    if path.is_file():
-        return [path]
-    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".md"))
-    if not files:
-        raise TextError(f"The folder {path} holds no .txt, .md or .jsonl file.")
-    return files
-
-
-def _read(file: Path, column: str) -> Iterable[str]:
-    text = read_text(file)
-    return _lines(file, text, column) if file.suffix == ".jsonl" else split_documents(text)
-
-
-def read_text(file: Path) -> str:
-    """The whole of a UTF-8 file. Raises TextError."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TextError(
-            f"Text must be UTF-8; {file} isn't, at byte {error.start}. Convert it, for example "
-            f"with: iconv -f CP1251 -t UTF-8 {file}"
-        ) from None
-    except OSError as error:
-        raise TextError(f"{file} can't be read ({error.strerror}).") from None
-
-
-def _lines(file: Path, text: str, column: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise TextError(f"{file}, line {number} isn't JSON ({error}). Correct it.") from None
-        if not isinstance(row, dict) or not isinstance(row.get(column), str):
-            fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise TextError(
-                f"{file}, line {number} has no text field {column!r} (it has: {fields}). Name the "
-                "right one with data.column."
-            )
-        yield row[column]
-
-
-TITLE = re.compile(r"^ = [^=\n].* = *$", re.MULTILINE)  # an article's title in WikiText
-RULE = re.compile(r"\f|^[ \t]*(?:-{3,}|\*{3,}|={3,})[ \t]*$", re.MULTILINE)
-STRETCH = 2000  # characters
-
-
-def split_documents(text: str) -> list[str]:
-    """A plain text -> its documents.
-
-    Cut at the first of these that it has: WikiText article titles; form feeds or lines of ---,
-    *** or ===; blank lines; else stretches of 2,000 characters.
-    """
-    starts = [match.start() for match in TITLE.finditer(text)]
-    if len(starts) > 1:
-        return [text[a:b] for a, b in zip([0, *starts], [*starts, len(text)], strict=True)]
-    for rule in (RULE, re.compile(r"\n[ \t]*\n")):
-        pieces = [piece for piece in rule.split(text) if piece.strip()]
-        if len(pieces) > 2:
-            return [piece + "\n" for piece in pieces]
-    return [text[i : i + STRETCH] for i in range(0, len(text), STRETCH)]
-
-
-def read_hub(data: Data) -> Iterator[str]:
-    """The documents of a data set for `datasets`. Raises TextError."""
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(str(data.path), data.name, split=data.split, streaming=True)
-        for row in rows:
-            if not isinstance(row.get(data.column), str):
-                raise TextError(
-                    f"{data.path} has no text column {data.column!r}; it has {', '.join(row)}. "
-                    "Name the right one with data.column."
-                )
-            yield row[data.column]
-    except TextError:
-        raise
-    except Exception as error:  # noqa: BLE001  (datasets raises whatever its readers raise)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TextError(
-            f"The data set {data.path} couldn't be read ({reason}). Check data.path, data.name, "
-            "data.split and the network."
-        ) from None
+def texts_of(data: Data, documents: Documents) -> Iterator[str]:
+    """Its texts, one by one. Raises TextError."""
+    if data.source != "hub":
+        return iter(documents)
+    return documents.texts(hub_rows(str(data.path), data.name, data.split))
 
 
 # ---------------------------------------------------------------- text sampled from the model

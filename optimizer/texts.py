@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,10 @@ from optimizer.data import (
     Data,
     Part,
     Windows,
-    read_documents,
-    read_hub,
-    read_text,
-    text_files,
+    documents_of,
+    texts_of,
 )
+from optimizer.documents import PROSE, Documents, kind_of, read_documents, read_text, text_files
 from optimizer.domains import HERE
 from optimizer.encoder import PADDING, TEXTS
 from optimizer.errors import TextError
@@ -140,25 +138,25 @@ def _documents(data: Data) -> Iterator[list[str]]:
     if data.source == "self":
         yield from own()
     elif data.source == "hub":
-        yield from (_lines(text) for text in read_hub(data))
+        yield from (_lines(text) for text in texts_of(data, documents_of(data)))
     else:
-        yield from given(Path(str(data.path)), data.column)
+        yield from given(documents_of(data))
 
 
-def given(path: Path, column: str) -> Iterator[list[str]]:
-    """A row of .jsonl is a document; other text is cut at blank lines, or, without any, at every
-    line. Raises TextError if nothing is there."""
+def given(source: Documents) -> Iterator[list[str]]:
+    """A row is a document; prose is cut at blank lines, or, without any, at every line. Raises
+    TextError if nothing is there."""
     found = False
-    for file in text_files(path):
-        if file.suffix == ".jsonl":
-            documents = [_lines(row) for row in read_documents(file, column)]
-        else:
+    for file in text_files(source.path):
+        if kind_of(file) in PROSE:
             documents = [_lines(part) for part in PARAGRAPH.split(read_text(file))]
+        else:
+            documents = [_lines(row) for row in source.of(file)]
         documents = [lines for lines in documents if lines]
         found = found or bool(documents)
         yield from documents if len(documents) > 1 else ([x] for lines in documents for x in lines)
     if not found:
-        raise TextError(f"{path} holds no text. Give a .txt or .jsonl file that does.")
+        raise TextError(f"{source.path} holds no text. Give a .txt or .jsonl file that does.")
 
 
 def _lines(text: str) -> list[str]:
@@ -173,7 +171,7 @@ def own() -> Iterator[list[str]]:
         for first in range(0, len(pairs), 2):
             yield [p.prefix + end for p in pairs[first : first + 2] for end in (p.good, p.bad)]
     for name in OWN:
-        for text in read_documents(HERE / f"{name}.txt", "text"):
+        for text in read_documents(HERE / f"{name}.txt"):
             yield [s for line in _lines(text) for s in SENTENCE.split(line) if _long(s.split())]
 
 

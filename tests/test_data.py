@@ -13,7 +13,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from optimizer.data import Data, Part, Tokens, cut, sample, split_documents
+from optimizer.data import Data, Part, Tokens, cut, sample
+from optimizer.documents import split_documents
 from optimizer.errors import ConfigError, TextError
 
 
@@ -192,9 +193,9 @@ def test_a_local_folder_through_datasets(dataset: Path) -> None:
 
 
 def test_datasets_columns_and_splits_are_checked(dataset: Path) -> None:
-    with pytest.raises(TextError, match=r"no text column 'body'; it has text, id"):
+    with pytest.raises(TextError, match=r"no text field 'body' \(it has: text, id\)"):
         cut(few(source="hub", path=str(dataset), column="body"), Letters())
-    with pytest.raises(TextError, match=r"no text column 'id'"):
+    with pytest.raises(TextError, match=r"'id' holds int"):
         cut(few(source="hub", path=str(dataset), column="id"), Letters())
     with pytest.raises(TextError, match=r"data\.split"):
         cut(few(source="hub", path=str(dataset), split="test"), Letters())
@@ -239,10 +240,10 @@ BAD_TEXT: list[tuple[Callable[[Path], Path], str]] = [
     (text_file("Привет".encode("cp1251")), "UTF-8.*byte 0.*iconv"),
     (text_file(b'{"text": "a"}\n{"text"', "t.jsonl"), "line 2 isn't JSON"),
     (text_file(b'{"body": "a"}\n', "t.jsonl"), r"no text field 'text' .*body.*data\.column"),
-    (text_file(b'{"text": 3}\n', "t.jsonl"), "line 1 has no text field"),
-    (text_file(b"[1]\n", "t.jsonl"), "line 1 has no text field"),
+    (text_file(b'{"text": 3}\n', "t.jsonl"), "line 1: text is wanted.*int"),
+    (text_file(b"[1]\n", "t.jsonl"), "line 1 is no object"),
     (text_file(b"", "t.jsonl"), "holds no text"),
-    (nothing_inside, r"holds no \.txt, \.md or \.jsonl"),
+    (nothing_inside, r"holds no text: \.txt, \.md, \.jsonl"),
 ]  # fmt: skip
 
 

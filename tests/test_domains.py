@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from optimizer import domains
-from optimizer.data import Data, read_documents
+from optimizer.data import Data
+from optimizer.documents import read_documents
 from optimizer.domains import BUILT_IN, HERE, Domain, cut, parse
 from optimizer.errors import ConfigError, MezzotintError, TextError
 

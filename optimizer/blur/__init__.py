@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from optimizer.data import Windows, read_text, text_start
+from optimizer.data import Windows, text_start
+from optimizer.documents import read_text
 from optimizer.errors import ModelError, TextError
 from optimizer.layer import Precision
 
@@ -130,7 +131,7 @@ def read(file: Path) -> str:
     """The user's text. Raises TextError."""
     if not file.is_file():
         raise TextError(f"There is no text at {file}. Correct text=FILE.")
-    text = read_text(file).removeprefix("\ufeff")
+    text = read_text(file)
     if not text.strip():
         raise TextError(f"{file} holds no text. Give a file that does.")
     return text

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from optimizer.data import Data, Windows, encode, read_documents, text_prefix
+from optimizer.data import Data, Windows, documents_of, encode, text_prefix
+from optimizer.documents import by_template, read_documents, text_files
 from optimizer.errors import ConfigError, TextError
 
 HERE = Path(__file__).parent
@@ -50,8 +51,7 @@ class Domain:
         own = [] if self.half is None else [f"half {self.half}"]
         if self.name == LONG and self.path is None:
             return [LONG, *own]
-        files = [self.source] if self.source.is_file() else sorted(self.source.rglob("*"))
-        hashes = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()]
+        hashes = [hashlib.sha256(f.read_bytes()).hexdigest() for f in text_files(self.source)]
         return [*hashes, *own]
 
 
@@ -68,6 +68,8 @@ def parse(entries: Iterable[str]) -> list[Domain]:
             )
         if path is not None and not Path(path).exists():
             raise TextError(f"There is no text at {path} for the domain {name}. Correct its path.")
+        if path is not None:
+            text_files(Path(path))
         if name in found or name == "held-out":
             raise ConfigError(f"Two texts of the certificate are named {name}. Rename one domain.")
         found[name] = Domain(name, Path(path) if path else None, _weight(weight, str(entry)))
@@ -100,11 +102,11 @@ def cut(domain: Domain, tokenizer: Any, longest: int, data: Data) -> Cut:
     was tuned on. So are repeated ones, which could be in both halves. Raises TextError for a user's
     own file that gives fewer than two documents, or four where they are halved.
     """
-    own, start = _marks(data), text_prefix(tokenizer)
+    own, start = _marks(data, tokenizer), text_prefix(tokenizer)
     reasons = ("also in data.path", "repeated", "not representable", "too short")
     skipped, seen = dict.fromkeys(reasons, 0), set[str]()
     documents: list[list[int]] = []
-    for text in read_documents(domain.source, "text"):
+    for text in read_documents(domain.source, spoken=by_template(tokenizer)):
         ids = encode(tokenizer, text.strip())
         if _mark(text) in own:
             skipped["also in data.path"] += 1
@@ -158,10 +160,10 @@ def _unknown(ids: list[int], tokenizer: Any) -> float:
     return sum(i == unknown for i in ids) / len(ids)
 
 
-def _marks(data: Data) -> set[str]:
+def _marks(data: Data, tokenizer: Any) -> set[str]:
     if data.source != "text" or data.path is None:
         return set()
-    return {_mark(text) for text in read_documents(Path(data.path), data.column)}
+    return {_mark(text) for text in documents_of(data, tokenizer)}
 
 
 def _mark(text: str) -> str:

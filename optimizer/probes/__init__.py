@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from optimizer.data import read_text
+from optimizer.documents import read_text
 from optimizer.errors import ConfigError, TextError
 
 HERE = Path(__file__).parent
@@ -62,7 +62,7 @@ def read(file: Path) -> list[Pair]:
         raise TextError(f"There is no probe file at {file}. Correct probes=FILE.")
     pairs: list[Pair] = []
     seen: dict[str, int] = {}
-    for number, line in enumerate(read_text(file).removeprefix("\ufeff").split("\n"), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         pair = _pair(line, f"{file}, line {number}", number)
