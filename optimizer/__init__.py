@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimizer.errors import MezzotintError
-from optimizer.layer import Precision
-from optimizer.plan import Budget, Plan
+from optimizer.plan import Budget, Plan, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +30,7 @@ def optimize(model: str, out: str | Path = "mezzotint-run", **settings: Any) -> 
     Raises MezzotintError.
     """
     config = import_module("optimizer.config")
-    pipeline = import_module("optimizer.pipeline")
+    pipeline = import_module("optimizer.commands.optimize")
     plan: Plan = pipeline.optimize(config.Optimize(model=model, **settings), Path(out)).plan
     return plan
 
@@ -47,7 +46,7 @@ def apply(
 
     model: where the reference is, if no longer where the plan says. Raises MezzotintError.
     """
-    deploy = import_module("optimizer.deploy")
+    deploy = import_module("optimizer.commands.deploy")
     written: Path = deploy.apply(plan, Path(out), store, model, overwrite)
     return written
 
@@ -64,5 +63,5 @@ def load(
     compute in bf16 and, on a CPU, multiply packed weights where PyTorch can.
     Raises MezzotintError if a file was changed since it was packed.
     """
-    packed = import_module("optimizer.backends.packed")
+    packed = import_module("optimizer.formats.torch.packed")
     return packed.load(folder, dtype, device, fast)

@@ -6,14 +6,12 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from optimizer import domains as texts
-from optimizer.data import Data, check_seed
-from optimizer.domains import BUILT_IN
+from optimizer.data import domains as texts
+from optimizer.data.domains import BUILT_IN
+from optimizer.data.text import Data, check_seed
 from optimizer.errors import ConfigError
-from optimizer.layer import GGML, Precision
-from optimizer.objective import Meaning
-from optimizer.plan import Budget, parse_size
-from optimizer.policy import Policy
+from optimizer.metrics.objective import Meaning
+from optimizer.plan import GGML, Budget, Policy, Precision, parse_size
 from optimizer.search import Search
 from optimizer.sensitivity import Sensitivity
 
@@ -91,7 +89,7 @@ class Runtime:
 class Quantizer:
     """How numbers are rounded. name: rtn (to nearest), gptq or awq. clip: also try smaller ranges
     of a group (not with awq). The rest is gptq's: damping, order (none, columns, groups: see
-    `optimizer.gptq`), inputs (rounded: from the model as rounded so far;
+    `optimizer.quantization.gptq`), inputs (rounded: from the model as rounded so far;
     reference: from the reference), weighting (of tokens: alike; gradient: as the length of
     the loss's gradient at the layer's output; fisher: as its square)."""
 
@@ -171,8 +169,8 @@ class Tolerance:
 class Proof:
     """What is measured after the plan is made. certify: on held-out documents. random: random
     plans measured on search documents, for the baseline and to check the prediction. tolerance:
-    what may be called lossless. domains: see `optimizer.domains.parse`. generate: tokens of greedy
-    text that are compared, 0 = none."""
+    what may be called lossless. domains: see `optimizer.data.domains.parse`. generate: tokens of
+    greedy text that are compared, 0 = none."""
 
     certify: bool = True
     random: int = 32

@@ -28,11 +28,10 @@ import torch
 from hypothesis import settings
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optimizer.__main__ import main
-from optimizer.layer import Inventory, Layer, Precision
-from optimizer.model import Model, take_inventory
-from optimizer.plan import Plan, assemble
-from optimizer.source import Source, locate, quiet
+from optimizer.cli.main import main
+from optimizer.models.model import Model, take_inventory
+from optimizer.models.source import Source, locate, quiet
+from optimizer.plan import Inventory, Layer, Plan, Precision, assemble
 from optimizer.store import Store
 
 torch.set_num_threads(1)

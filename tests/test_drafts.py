@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from optimizer import drafts
-from optimizer.backends import folder as folders
 from optimizer.errors import ConfigError, StorageError
+from optimizer.formats import folder as folders
 
 OLD = {"manifest.json": "old", "packed.safetensors": "old", "stale.txt": "old"}
 NEW = {"config.json": "new", "manifest.json": "new", "packed.safetensors": "new"}

@@ -53,8 +53,8 @@ HEAVY = {"torch", "transformers", "datasets", "optuna", "wandb", "scipy"}
     "code",
     [
         "import optimizer",
-        "import optimizer.config, optimizer.plan, optimizer.bench",
-        "from optimizer.__main__ import main; main(['--help'])",
+        "import optimizer.config, optimizer.plan.plan, optimizer.stages.session",
+        "from optimizer.cli.main import main; main(['--help'])",
     ],
 )
 def test_light_paths_load_nothing_heavy(code: str) -> None:
@@ -62,5 +62,5 @@ def test_light_paths_load_nothing_heavy(code: str) -> None:
 
 
 def test_help_does_not_even_load_numpy_or_hydra() -> None:
-    modules = loaded_by("from optimizer.__main__ import main; main(['--help'])")
+    modules = loaded_by("from optimizer.cli.main import main; main(['--help'])")
     assert not modules & {"hydra", "numpy", "rich", "omegaconf"}

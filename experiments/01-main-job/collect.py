@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from optimizer import certificate
-from optimizer.bench import Bench, View, make_quantizer
+from optimizer.certificate import comparison
 from optimizer.config import Quantizer
-from optimizer.data import Data
+from optimizer.data.text import Data
 from optimizer.plan import Plan
+from optimizer.stages.session import Bench, View, make_quantizer
 
 
 def main(runs: Path, text: str, out: Path) -> None:
@@ -31,8 +31,8 @@ def main(runs: Path, text: str, out: Path) -> None:
     rows = []
     for name, choice in choices.items():
         scores = bench.score(choice, "heldout", make_quantizer(Quantizer(), bench))
-        counts = certificate.resamples(scores.documents, np.random.default_rng(0))
-        found = {k: asdict(v) for k, v in certificate.describe(scores, counts).items()}
+        counts = comparison.resamples(scores.documents, np.random.default_rng(0))
+        found = {k: asdict(v) for k, v in comparison.describe(scores, counts).items()}
         bits = [
             float(choice[n].code_bits) * first.shapes[n][0] * first.shapes[n][1]
             for n in first.scope

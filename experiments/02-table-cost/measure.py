@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from optimizer.bench import Bench, View, choices, make_quantizer
 from optimizer.config import Optimize, Palette
-from optimizer.data import Data
+from optimizer.data.text import Data
 from optimizer.plan import Budget
 from optimizer.sensitivity import Task, fisher
+from optimizer.stages.session import Bench, View, choices, make_quantizer
 
 
 def peak() -> int:

@@ -28,15 +28,14 @@ import numpy as np
 from safetensors import safe_open
 from torch import Tensor
 
-from optimizer import pipeline
-from optimizer.bench import Bench, Choices, View, choices, make_quantizer, measure_table
-from optimizer.certificate import describe, resamples
+from optimizer.certificate.comparison import describe, resamples
+from optimizer.commands import optimize
 from optimizer.config import Optimize, Palette, Quantizer
-from optimizer.data import Data, Part
-from optimizer.layer import Precision
-from optimizer.plan import Budget, Plan, stored_bytes
+from optimizer.data.text import Data, Part
+from optimizer.plan import Budget, Plan, Precision, stored_bytes
 from optimizer.search import exact
 from optimizer.sensitivity import Sensitivity
+from optimizer.stages.session import Bench, Choices, View, choices, make_quantizer, measure_table
 
 RESULTS = Path(__file__).parent / "results.csv"
 FIELDS = ["model", "method", "plan", "code_bits", "kl", "flips", "seconds", "kl_low", "kl_high",
@@ -88,8 +87,8 @@ class Lines(View):
 
 def timing(model: str, text: str, method: str) -> None:
     """Seconds of rounding the first block, all six precisions from one Hessian and each alone."""
-    from optimizer.gptq import Gptq
-    from optimizer.stream import Stream
+    from optimizer.models.blockwise import Stream
+    from optimizer.quantization.gptq import Gptq
 
     config = configuration(model, text, method, "fisher", 8)
     bench = Bench(model, None, config.data, config.store, "cpu", Lines())
@@ -157,7 +156,7 @@ def planned(
     for bits in budgets:
         size = stored_bytes(bench.inventory, uniform(model, blocks, bits))["total"] if whole else 0
         budget = Budget(size=str(size)) if whole else Budget(code_bits=float(bits))
-        problem = pipeline._pose(
+        problem = optimize._pose(
             replace(config, budget=budget), bench.inventory, chosen, table.loss
         )
         choice = chosen.choice(exact.solve(problem))

@@ -1,4 +1,5 @@
-"""Resident memory of a packed model with a filled cache, against what optimizer.memory predicts.
+"""Resident memory of a packed model with a filled cache, against what
+optimizer.hardware.memory predicts.
 
     python measure.py PACKED_FOLDER CONTEXT [BATCH] [DTYPE] [DEVICE] [CACHE_BITS]
 
@@ -69,10 +70,10 @@ def main() -> None:
     import torch
     import transformers
 
-    from optimizer import memory
-    from optimizer.backends import packed
-    from optimizer.cache import Cache
-    from optimizer.geometry import geometry
+    from optimizer.formats.torch import packed
+    from optimizer.hardware import memory
+    from optimizer.hardware.geometry import geometry
+    from optimizer.models.kv_cache import Cache
     from optimizer.plan import Budget, Plan
 
     bits = torch.finfo(getattr(torch, dtype)).bits

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import torch
 
-from optimizer.backends.kernels import Product
-from optimizer.layer import Precision
-from optimizer.quantizer import Codes, Rtn
+from optimizer.formats.torch.kernels import Product
+from optimizer.plan import Precision
+from optimizer.quantization.uniform import Codes, Rtn
 
 ROUNDS = 9
 

@@ -21,14 +21,14 @@ import engine
 import numpy as np
 import torch
 
-from optimizer import deploy, export
-from optimizer.backends import checkpoint, gguf
-from optimizer.bench import Bench, View
-from optimizer.data import Data, Part
-from optimizer.layer import GGML, Precision
-from optimizer.model import Model, take_inventory
-from optimizer.plan import Plan, assemble
-from optimizer.source import PACKED_FILE, locate
+from optimizer.commands import deploy, export
+from optimizer.data.text import Data, Part
+from optimizer.formats.gguf import writer as gguf
+from optimizer.formats.safetensors import checkpoint
+from optimizer.models.model import Model, take_inventory
+from optimizer.models.source import PACKED_FILE, locate
+from optimizer.plan import GGML, Plan, Precision, assemble
+from optimizer.stages.session import Bench, View
 from optimizer.store import Store
 
 STORE = Path("~/.cache/mezzotint").expanduser()

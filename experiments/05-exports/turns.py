@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import optimizer
-from optimizer import speed
+from optimizer.hardware import throughput
+from optimizer.models.source import locate
 from optimizer.plan import Plan
-from optimizer.source import locate
 from optimizer.store import Store
 
 THREADS = int(os.environ.get("THREADS", "2"))
@@ -36,7 +36,7 @@ def main(model: str, folder: str, out: str, tokens: int = 64) -> None:
         return DynamicCache(config=one.config)
 
     ids = np.arange(64) % 90
-    found = speed.measure(net, reference, ids, tokens, cache)
+    found = throughput.measure(net, reference, ids, tokens, cache)
     row = {
         "model": model, "plan": plan.id, "bits_per_weight": f"{plan.effective_bits:.2f}",
         "precisions": " ".join(sorted(set(plan.layers.values()))), "tokens": tokens,

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from optimizer import tolerance
-from optimizer.bench import Bench, View, make_quantizer
-from optimizer.certificate import per_document
+from optimizer.certificate import equivalence
+from optimizer.certificate.comparison import per_document
+from optimizer.certificate.wording import FEW, MAIN
 from optimizer.config import Quantizer, Tolerance
-from optimizer.data import Data, Part
-from optimizer.layer import Precision
-from optimizer.meaning import COLUMNS, Scores, Teacher, TopTeacher
-from optimizer.verdict import FEW, MAIN
+from optimizer.data.text import Data, Part
+from optimizer.metrics.divergence import COLUMNS, Scores, Teacher, TopTeacher
+from optimizer.plan import Precision
+from optimizer.stages.session import Bench, View, make_quantizer
 
 HERE = Path(__file__).parent
 WORK = HERE / "work"
@@ -108,17 +108,17 @@ def arm(name: str, pool: Scores, count: int, tolerated: Tolerance) -> list[Any]:
     states, promises = [], []
     sums, sizes, _ = per_document(pool.kl, pool.documents)
     true = float(sums.sum() / sizes.sum())
-    error = tolerance.ERROR / 3 if true > tolerated.kl else tolerance.INSIDE
+    error = equivalence.ERROR / 3 if true > tolerated.kl else equivalence.INSIDE
     for run in range(RUNS):
         rng = np.random.default_rng([run, count])
-        found = tolerance.judge_text(MAIN, drawn(pool, count, rng), tolerated, 3, run)
+        found = equivalence.judge_text(MAIN, drawn(pool, count, rng), tolerated, 3, run)
         kl = next(f for f in found if f.measure == "kl")
-        whole = tolerance.state(found, count)
+        whole = equivalence.state(found, count)
         states.append((whole == "lossy", whole == "lossless", kl.state))
         pilot = drawn(pool, 24, rng)
         few = per_document(pilot.kl, pilot.documents)[:2]
-        promises.append(tolerance.power(*few, tolerated.kl, count, error))
-    promised = tolerance.power(sums, sizes, tolerated.kl, count, error)
+        promises.append(equivalence.power(*few, tolerated.kl, count, error))
+    promised = equivalence.power(sums, sizes, tolerated.kl, count, error)
     kl_is = "over" if true > tolerated.kl else "within"
     rate = np.mean([s[2] == kl_is for s in states])
     lossy, lossless = (np.mean([s[i] for s in states]) for i in (0, 1))

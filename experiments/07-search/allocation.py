@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from optimizer import certificate
-from optimizer.bench import Bench, View, make_quantizer
+from optimizer.certificate import comparison
 from optimizer.config import Quantizer
-from optimizer.data import Data
-from optimizer.layer import Precision
-from optimizer.model import load_tokenizer
+from optimizer.data.text import Data
+from optimizer.models.model import load_tokenizer
+from optimizer.plan import Precision
+from optimizer.stages.session import Bench, View, make_quantizer
 
 
 def bench_of(text: str) -> Bench:
@@ -48,8 +48,8 @@ def take(text: str, plans: Path, out: Path) -> None:
         choice = {name: Precision("int", b, 64, False) for name, b in plan.items()}
         average = sum(plan[n] * weights[n] for n in plan) / sum(weights[n] for n in plan)
         scores = bench.score(choice, "heldout", quantizer)
-        counts = certificate.resamples(scores.documents, np.random.default_rng(0))
-        row = {k: asdict(v) for k, v in certificate.describe(scores, counts).items()}
+        counts = comparison.resamples(scores.documents, np.random.default_rng(0))
+        row = {k: asdict(v) for k, v in comparison.describe(scores, counts).items()}
         record = {"bits": float(bits), "seed": 0, "method": "autoscheme", "tokens": 0,
                   "seconds": found["seconds"], "heldout": row, "curve": [],
                   "average": average}  # fmt: skip

@@ -18,14 +18,16 @@ from pathlib import Path
 
 import numpy as np
 
-from optimizer import certificate, pipeline, refine
-from optimizer.bench import Bench, View, choices, make_quantizer, measure_table
+from optimizer.certificate import comparison
+from optimizer.commands import optimize
 from optimizer.config import Optimize, Palette
-from optimizer.data import Data
-from optimizer.meaning import Teacher
+from optimizer.data.text import Data
+from optimizer.metrics.divergence import Teacher
 from optimizer.plan import Budget
-from optimizer.prefix import Prefix, Shortcut
 from optimizer.search import Problem, Search, exact, starts
+from optimizer.stages import refine
+from optimizer.stages.prefix import Prefix, Shortcut
+from optimizer.stages.session import Bench, View, choices, make_quantizer, measure_table
 
 SEEDS = (0, 1, 2)
 OURS = ("moves", "multipliers", "layers")
@@ -142,7 +144,7 @@ def main(text: str, tokens: int, out: Path, budgets: list[float]) -> None:
         config = replace(
             base, budget=Budget(code_bits=bits), search=Search(space="moves", tokens=tokens)
         )
-        problem = pipeline._pose(config, bench.inventory, chosen, table.loss)
+        problem = optimize._pose(config, bench.inventory, chosen, table.loss)
         start = exact.solve(problem)
         for seed in SEEDS:
             for method in (*OURS, *OTHERS, "exact"):
@@ -170,8 +172,8 @@ def main(text: str, tokens: int, out: Path, budgets: list[float]) -> None:
                     spent, curve = meter.spent, meter.curve
                 seconds = time.perf_counter() - began
                 scores = bench.score(chosen.choice(plan), "heldout", quantizer)
-                counts = certificate.resamples(scores.documents, np.random.default_rng(0))
-                row = {k: asdict(v) for k, v in certificate.describe(scores, counts).items()}
+                counts = comparison.resamples(scores.documents, np.random.default_rng(0))
+                row = {k: asdict(v) for k, v in comparison.describe(scores, counts).items()}
                 record = {"bits": bits, "seed": seed, "method": method, "tokens": spent,
                           "seconds": seconds, "heldout": row, "curve": curve}  # fmt: skip
                 file.write_text(json.dumps(record))

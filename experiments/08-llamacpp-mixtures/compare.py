@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from optimizer import export
-from optimizer.bench import Bench, View
-from optimizer.data import Data, Part
-from optimizer.model import Model
+from optimizer.commands import export
+from optimizer.data.text import Data, Part
+from optimizer.models.model import Model
 from optimizer.plan import Plan, assemble
+from optimizer.stages.session import Bench, View
 
 HERE = Path(__file__).parent
 RESULTS, MODEL = HERE / "results.csv", "smollm2"

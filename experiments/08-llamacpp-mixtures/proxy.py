@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from optimizer.bench import Bench, View, choices, measure_table
 from optimizer.config import Optimize, Palette, Quantizer
-from optimizer.data import Data, Part
-from optimizer.layer import Layer, Precision
-from optimizer.plan import Budget, assemble
+from optimizer.data.text import Data, Part
+from optimizer.plan import Budget, Layer, Precision, assemble
+from optimizer.stages.session import Bench, View, choices, measure_table
 
 BESIDES = 1_910_000  # bytes of a GGUF file that aren't layers
 STORE = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")

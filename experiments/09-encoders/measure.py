@@ -21,16 +21,15 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from optimizer.bench import Bench, Choices, View, choices, make_quantizer, measure_table
-from optimizer.certificate import Candidate, describe, line, ratio, resamples
+from optimizer.certificate.comparison import Candidate, describe, line, ratio, resamples
+from optimizer.commands.optimize import optimize
 from optimizer.config import Optimize, Proof
-from optimizer.data import Data, Part
-from optimizer.encoder import PADDING, embed
-from optimizer.layer import Precision
-from optimizer.model import load_tokenizer
-from optimizer.pipeline import optimize
-from optimizer.plan import Budget, Plan
+from optimizer.data.text import Data, Part
+from optimizer.metrics.embeddings import PADDING, embed
+from optimizer.models.model import load_tokenizer
+from optimizer.plan import Budget, Plan, Precision
 from optimizer.search import Search
+from optimizer.stages.session import Bench, Choices, View, choices, make_quantizer, measure_table
 
 HERE = Path(__file__).parent
 FILE = HERE / "results.csv"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from optimizer import certificate
-from optimizer.bench import Bench, View, make_quantizer
+from optimizer.certificate import comparison
 from optimizer.config import Quantizer
-from optimizer.data import Data
+from optimizer.data.text import Data
 from optimizer.plan import Plan
+from optimizer.stages.session import Bench, View, make_quantizer
 
 
 def tail(kl: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -43,7 +43,7 @@ def main(runs: Path, here: Path) -> None:
         quantizer = make_quantizer(Quantizer(), bench)
         scores = bench.score(plan.choice, "heldout", quantizer)
         base = bench.score(plans[f"{bits}-0"].choice, "heldout", quantizer)
-        counts = certificate.resamples(scores.documents, np.random.default_rng(0))[:500]
+        counts = comparison.resamples(scores.documents, np.random.default_rng(0))[:500]
         once = np.ones((1, len(scores.kl)), dtype=int)
         row = {"code_bits": bits, "cvar_weight": cvar}
         measures = {

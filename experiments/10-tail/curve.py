@@ -15,18 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from optimizer import aims, certificate, domains, probes
-from optimizer.bench import Bench, View, choices, make_quantizer, measure_table
+from optimizer.certificate import comparison
+from optimizer.commands.optimize import _pose
 from optimizer.config import Optimize, Palette
-from optimizer.data import Data
-from optimizer.meaning import Teacher
-from optimizer.model import load_tokenizer
-from optimizer.objective import Meaning
-from optimizer.pipeline import _pose
+from optimizer.data import domains
+from optimizer.data import pairs as probes
+from optimizer.data.text import Data
+from optimizer.metrics import margins
+from optimizer.metrics.divergence import Teacher
+from optimizer.metrics.objective import Meaning
+from optimizer.models.model import load_tokenizer
+from optimizer.models.source import context_length
 from optimizer.plan import Budget, digest
-from optimizer.probes import margins
 from optimizer.search import exact
-from optimizer.source import context_length
+from optimizer.stages import objective
+from optimizer.stages.session import Bench, View, choices, make_quantizer, measure_table
 
 HERE = Path(__file__).parent
 WEIGHTS = {
@@ -46,7 +49,7 @@ class Judge:
         cuts = {d.name: domains.cut(d, tokenizer, 128, bench.data).windows for d in parsed}
         self.texts = {"held-out": bench.windows("heldout")}
         self.texts |= {name: cut for name, cut in cuts.items() if cut is not None}
-        pairs = aims._in_turn(probes.halves(probes.built_in())[1])
+        pairs = objective._in_turn(probes.halves(probes.built_in())[1])
         encoded = margins.encode(pairs, tokenizer, context_length(bench.source.folder))
         self.jobs: list[Any] = [job for job in encoded if not isinstance(job, str)]
         self.teachers: dict[str, Teacher] = {}
@@ -71,12 +74,12 @@ class Judge:
 
 def tails(kl: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """CVaR 0.99 in each resample."""
-    return np.array([certificate.cvar(kl, count[None], 0.99).low for count in counts])
+    return np.array([comparison.cvar(kl, count[None], 0.99).low for count in counts])
 
 
 def row(found: Any, base: Any, reference: np.ndarray, documents: np.ndarray) -> dict[str, str]:
     """The measures, and mean and tail over those of weight 0, paired over held-out documents."""
-    counts = certificate.resamples(documents, np.random.default_rng(0))[:300]
+    counts = comparison.resamples(documents, np.random.default_rng(0))[:300]
     once = np.ones((1, len(documents)), dtype=int)
     kl, old = found["held-out"], base["held-out"]
     out = {}
@@ -113,7 +116,7 @@ def main(model: str, text: str, bits: list[float]) -> None:
             for weight in weights:
                 config.budget = Budget(code_bits=size)
                 config.meaning = Meaning(**{part: weight}, domains=entries)
-                loss = aims.losses(bench, config, chosen, plain)
+                loss = objective.losses(bench, config, chosen, plain)
                 problem = _pose(config, bench.inventory, chosen, loss)
                 choice = chosen.choice(exact.solve(problem))
                 found = judge.measure(choice, quantizer)

@@ -20,12 +20,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from optimizer import pipeline
-from optimizer.bench import Bench, View, choices, make_quantizer, measure_table
+from optimizer.commands import optimize
 from optimizer.config import Optimize, Palette
-from optimizer.data import Data, Part
+from optimizer.data.text import Data, Part
 from optimizer.plan import Budget
 from optimizer.search import Problem, exact
+from optimizer.stages.session import Bench, View, choices, make_quantizer, measure_table
 
 TOGETHER = 8  # windows of a backward pass
 BUDGETS = (3.0, 3.5, 4.0, 5.0)
@@ -163,7 +163,7 @@ def report(text: str, file: str) -> None:
     )  # so that the cross terms have the signal's size
     quantizer = make_quantizer(config.quantizer, bench)
     for bits in BUDGETS:
-        posed = pipeline._pose(
+        posed = optimize._pose(
             replace(config, budget=Budget(code_bits=bits)), bench.inventory, chosen, table
         )
         start = exact.solve(posed)

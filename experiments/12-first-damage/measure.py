@@ -21,18 +21,19 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
-from optimizer import domains, probes
-from optimizer.bench import Bench, View, make_quantizer
-from optimizer.certificate import cvar, resamples
+from optimizer.certificate import pairs as damage
+from optimizer.certificate.comparison import cvar, resamples
 from optimizer.config import Quantizer
-from optimizer.data import Data, Windows
-from optimizer.domains import Domain
-from optimizer.layer import Precision
-from optimizer.meaning import Scores, Teacher
-from optimizer.model import load_tokenizer
-from optimizer.plan import digest
-from optimizer.probes import damage, margins
-from optimizer.source import context_length
+from optimizer.data import domains
+from optimizer.data import pairs as probes
+from optimizer.data.domains import Domain
+from optimizer.data.text import Data, Windows
+from optimizer.metrics import margins
+from optimizer.metrics.divergence import Scores, Teacher
+from optimizer.models.model import load_tokenizer
+from optimizer.models.source import context_length
+from optimizer.plan import Precision, digest
+from optimizer.stages.session import Bench, View, make_quantizer
 
 HERE = Path(__file__).parent
 BITS = (8, 6, 5, 4, 3)

@@ -21,18 +21,19 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from optimizer import probes
-from optimizer.bench import Bench, View, choices, make_quantizer, measure_table
+from optimizer.certificate import pairs as damage
+from optimizer.commands.optimize import _pose
 from optimizer.config import Optimize, Palette
-from optimizer.data import Data
-from optimizer.layer import Precision
-from optimizer.meaning import Scores, Teacher
-from optimizer.model import load_tokenizer
-from optimizer.pipeline import _pose
-from optimizer.plan import Budget, digest
-from optimizer.probes import Pair, damage, margins
+from optimizer.data import pairs as probes
+from optimizer.data.pairs import Pair
+from optimizer.data.text import Data
+from optimizer.metrics import margins
+from optimizer.metrics.divergence import Scores, Teacher
+from optimizer.models.model import load_tokenizer
+from optimizer.models.source import context_length
+from optimizer.plan import Budget, Precision, digest
 from optimizer.search import exact
-from optimizer.source import context_length
+from optimizer.stages.session import Bench, View, choices, make_quantizer, measure_table
 
 HERE = Path(__file__).parent
 PROBES = {"en": 8, "ru": 4}  # pairs of each phenomenon

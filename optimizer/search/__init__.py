@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from optimizer.errors import BudgetError, ConfigError
-from optimizer.layer import Inventory, Layer, Precision
-from optimizer.plan import Budget, parse_size, stored_bytes
+from optimizer.plan import Budget, Inventory, Layer, Precision, parse_size, stored_bytes
 
 SPACES = ("moves", "multipliers", "layers")
 SAMPLERS = ("tpe", "nsgaii", "cmaes", "gp", "random")

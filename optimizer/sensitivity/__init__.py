@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optimizer.errors import ConfigError
-from optimizer.layer import GGML, Precision
-from optimizer.objective import BY_TOKEN
+from optimizer.metrics.objective import BY_TOKEN
+from optimizer.plan import GGML, Precision
 
 if TYPE_CHECKING:
-    from optimizer.model import Model, Rounder
+    from optimizer.models.model import Model, Rounder
 
 ESTIMATORS = ("fisher", "directional", "tokenwise", "hessian", "kronecker")
 

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from optimizer.layer import Layer
-from optimizer.model import Model, read
+from optimizer.models.model import Model, read
+from optimizer.plan import Layer
 from optimizer.sensitivity import Task
 
 TOGETHER = 4  # windows whose inputs and output gradients are kept at a time

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from optimizer.errors import ConfigError
-from optimizer.model import Model, read
+from optimizer.models.model import Model, read
 from optimizer.sensitivity import Task
 from optimizer.sensitivity.fisher import _array, _errors, _windows, likelihood, watching
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from optimizer.data import Windows
-from optimizer.layer import Precision
-from optimizer.meaning import teacher
-from optimizer.model import Model
+from optimizer.data.text import Windows
+from optimizer.metrics.divergence import teacher
+from optimizer.models.model import Model
+from optimizer.plan import Precision
 from optimizer.sensitivity import Task
 
 WINDOWS = 16

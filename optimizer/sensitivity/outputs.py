@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from optimizer.layer import Layer
-from optimizer.model import Model
+from optimizer.models.model import Model
+from optimizer.plan import Layer
 from optimizer.sensitivity.fisher import likelihood
 
 

@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optimizer.meaning import AnyTeacher
-from optimizer.model import Model, read
+from optimizer.metrics.divergence import AnyTeacher
+from optimizer.models.model import Model, read
 from optimizer.sensitivity import Task
 from optimizer.sensitivity.fisher import _gradients
 
-Beside = Callable[[int], Tensor]  # what else a window's loss is made of; see `optimizer.aims`
+Beside = Callable[
+    [int], Tensor
+]  # what else a window's loss is made of; see `optimizer.stages.objective`
 
 
 def slopes(

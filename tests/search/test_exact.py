@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from optimizer.errors import BudgetError
-from optimizer.layer import Inventory, Layer, Precision
-from optimizer.plan import Budget, stored_bytes
+from optimizer.plan import Budget, Inventory, Layer, Precision, stored_bytes
 from optimizer.search import Problem, pose
 from optimizer.search.exact import _shrunk, first_last_high, front, random_plan, solve
 from tests.search.test_contract import SHAPES, brute, problem

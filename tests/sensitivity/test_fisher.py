@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from optimizer.layer import Inventory, Layer, Precision
-from optimizer.model import Model
+from optimizer.models.model import Model
+from optimizer.plan import Inventory, Layer, Precision
 from optimizer.sensitivity import Sensitivity, Task
 from optimizer.sensitivity.fisher import (
     TOGETHER,

@@ -8,12 +8,12 @@ import torch
 from scipy.stats import spearmanr
 
 from optimizer.config import Palette
-from optimizer.data import Windows
+from optimizer.data.text import Windows
 from optimizer.errors import ConfigError
-from optimizer.layer import Precision, fuse
-from optimizer.meaning import Teacher
-from optimizer.model import Model
-from optimizer.quantizer import Rtn
+from optimizer.metrics.divergence import Teacher
+from optimizer.models.model import Model
+from optimizer.plan import Precision, fuse
+from optimizer.quantization.uniform import Rtn
 from optimizer.sensitivity import Sensitivity, Table, Task, chunks, palette_columns
 from optimizer.sensitivity.measured import WINDOWS, measure
 from tests.conftest import Small

@@ -1,0 +1,1 @@
+"""What may be said of a plan after measuring it on held-out text."""

@@ -1,0 +1,356 @@
+"""The command line. Composes the configuration with Hydra and calls the pipeline.
+
+Exit codes: 0 done, 2 a mistake that the user can correct, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+USAGE = """\
+Mezzotint: make a language model fit a memory budget and keep what it means.
+
+  mezzotint optimize model=smollm2 budget.bits=4.5      measure, allocate, prove; writes plan.json
+  mezzotint show plan.json                              heat map, bytes, promise, certificate
+  mezzotint apply plan.json out=DIR                     write the packed model
+  mezzotint check plan.json to=ENGINE                   would the engine load it, and in what size
+  mezzotint export plan.json to=ENGINE out=DIR          write it for vllm, llamacpp, ...
+  mezzotint evaluate model=DIR                          packed model against its reference
+  mezzotint fit DIR budget=rtx3060_12gb                 memory, longest context, smallest machine
+  mezzotint report DIR                                  make a run's report.html again
+  mezzotint compare multirun/DAY/TIME                   the runs of a sweep in one table and page
+  mezzotint probe plan.json                             which distinctions of meaning it lost
+  mezzotint blur plan.json text.txt out=blur.html       where in a text it changed what is said
+
+model=   smollm2, minilm, stories, a folder, a .gguf file, or a hub id
+budget.  bits=4.5 (per weight, scales counted), code_bits=4 (codes alone), size=80MiB (whole file)
+budget=  a machine (rtx3060_12gb, m2_16gb, pi_zero2w ...) with budget.context, .batch and .kv
+data=    self (default: text sampled from the model), text data.path=FILE, hub data.path=ID
+
+`mezzotint optimize --cfg job` prints every setting, `-m` sweeps over comma-separated values,
+`--config-dir DIR` adds a folder of your own settings. Results: hydra.run.dir=DIR chooses where.
+"""
+COMMANDS = (
+    "optimize", "show", "apply", "check", "export", "evaluate", "probe", "blur", "fit", "report",
+    "compare",
+)  # fmt: skip
+POSITIONAL = {
+    "apply": ["plan"],
+    "check": ["plan"],
+    "export": ["plan"],
+    "fit": ["plan"],
+    "probe": ["plan"],
+    "blur": ["plan", "text"],
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if arguments is None else arguments
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"mezzotint {version('mezzotint')}")
+        return 0
+    from optimizer.errors import MezzotintError
+
+    try:
+        return _dispatch(argv[0], argv[1:])
+    except MezzotintError as error:
+        print(_paragraph(error), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "\nmezzotint: stopped. What is finished is kept; the same command goes on.",
+            file=sys.stderr,
+        )
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _paragraph(error: Exception) -> str:
+    """Reasons quoted from a library may have many lines."""
+    return f"mezzotint: {' '.join(str(error).split())}"
+
+
+def _dispatch(command: str, rest: list[str]) -> int:
+    from optimizer.errors import ConfigError
+
+    if command not in COMMANDS:
+        raise ConfigError(f"There is no command {command!r}; there are {', '.join(COMMANDS)}.")
+    plain = {"show": _show, "report": _report, "compare": _compare}
+    if command in plain:
+        plain[command](rest)
+        return 0
+    for i, key in enumerate(POSITIONAL.get(command, [])[: len(rest)]):
+        if "=" in rest[i] or rest[i].startswith("-"):
+            break
+        rest = [*rest[:i], f"{key}={_quoted(rest[i])}", *rest[i + 1 :]]
+    jobs: dict[str, Callable[[Any], None]] = {
+        "optimize": _optimize,
+        "apply": _apply,
+        "check": _check,
+        "export": _export,
+        "evaluate": _evaluate,
+        "fit": _fit,
+        "probe": _probe,
+        "blur": _blur,
+    }
+    return _hydra(command, rest, jobs[command])
+
+
+def _quoted(path: str) -> str:
+    escaped = path.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _hydra(command: str, rest: list[str], job: Callable[[Any], None]) -> int:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print a traceback and exit with 1
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from pathlib import Path
+
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from optimizer.cli import compose
+    from optimizer.errors import ConfigError, MezzotintError
+    from optimizer.store import unwritable
+
+    compose.register()
+    failures: list[MezzotintError] = []
+    busy, here = False, os.getpid()
+
+    def task(cfg: Any) -> None:
+        nonlocal busy
+        busy = True
+        try:
+            job(compose.build(command, cfg))
+        except MezzotintError as error:
+            if os.getpid() != here:  # a launcher's process, whose list nobody reads
+                raise
+            failures.append(error)  # passing through Hydra it would print more lines
+        busy = False
+
+    before = sys.argv
+    sys.argv = [f"mezzotint {command}", *rest]
+    try:
+        hydra.main(str(compose.conf_folder()), command, version_base="1.3")(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explained(command, error)) from None
+    except OSError as error:
+        if busy:
+            raise
+        raise unwritable(Path(error.filename or "The run's folder"), error) from None
+    finally:
+        sys.argv = before
+    for failure in failures[:-1]:  # of a sweep, which goes on after one
+        print(_paragraph(failure), file=sys.stderr)
+    if failures:
+        raise failures[-1]
+    return 0
+
+
+def _explained(command: str, error: Exception) -> str:
+    preset = re.search(r"Could not find '(\w+)/([^']*)'", str(error))
+    if preset:
+        return _no_preset(*preset.groups())
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if error.__cause__ is not None:
+        lines += [line.strip() for line in str(error.__cause__).splitlines()[:1]]
+    seen = " ".join(
+        dict.fromkeys(line for line in lines if "+" not in line and "_type" not in line)
+    )
+    return f"{seen} `mezzotint {command} --cfg job` prints every key with its value."
+
+
+def _no_preset(group: str, name: str) -> str:
+    from difflib import get_close_matches
+
+    from optimizer.cli.compose import conf_folder
+
+    names = sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+    near = get_close_matches(name, names, n=4, cutoff=0.5)
+    near += [other for other in names if name[:3] and other.startswith(name[:3])]
+    text = f"There is no preset {group}={name}."
+    if near:
+        text += f" Near names: {', '.join(list(dict.fromkeys(near))[:6])}."
+    return f"{text} All of them: {', '.join(names)}."
+
+
+def _optimize(settings: Any) -> None:
+    from pathlib import Path
+
+    from hydra.core.hydra_config import HydraConfig
+
+    from optimizer.cli import terminal
+    from optimizer.commands import optimize
+
+    out = terminal.console()
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    here = Path.cwd()
+    folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
+    outcome = optimize.optimize(settings, folder, terminal.Terminal(out))
+    terminal.outcome(out, outcome)
+    if outcome.run is not None and settings.wandb.mode != "off":
+        from optimizer.reports import wandb
+
+        for line in wandb.record(outcome.plan, folder, settings.wandb, _sweep()):
+            terminal.Terminal(out).note(line)
+
+
+def _sweep() -> str | None:
+    """The name of the sweep that this job belongs to."""
+    from pathlib import Path
+
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        return None
+    return "/".join(Path(hydra.sweep.dir).parts[-2:])
+
+
+def _apply(settings: Any) -> None:
+    from pathlib import Path
+
+    from optimizer.cli import terminal
+    from optimizer.commands import deploy
+    from optimizer.plan import Plan
+
+    out = terminal.console()
+    plan = Plan.load(settings.plan)
+    folder = deploy.apply(
+        plan,
+        Path(settings.out),
+        settings.store,
+        settings.model,
+        settings.overwrite,
+        terminal.Terminal(out),
+    )
+    out.print(
+        f"Wrote {folder}: {plan.bytes['total']} bytes of weights, as promised. Measure it with: "
+        f"mezzotint evaluate model={folder}",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def _check(settings: Any) -> None:
+    from optimizer.cli import terminal
+    from optimizer.commands import export
+    from optimizer.errors import PlanError
+    from optimizer.plan import Plan
+
+    verdict = export.check(Plan.load(settings.plan), settings.to, settings.store, settings.model)
+    terminal.verdict(terminal.console(), verdict)
+    if verdict.errors:
+        raise PlanError(f"{verdict.engine} would not run this plan; the reasons are above.")
+
+
+def _export(settings: Any) -> None:
+    from pathlib import Path
+
+    from optimizer.cli import terminal
+    from optimizer.commands import export
+    from optimizer.models.source import PACKED_FILE
+    from optimizer.plan import Plan
+
+    out = terminal.console()
+    given, folder = Path(settings.plan), Path(settings.out)
+    verdict = export.export(
+        Plan.load(given),
+        settings.to,
+        folder,
+        settings.store,
+        settings.model,
+        settings.overwrite,
+        given if (given / PACKED_FILE).is_file() else None,
+        terminal.Terminal(out),
+    )
+    terminal.verdict(out, verdict)
+    out.print(f"Wrote {folder}. Its README.md says how it was made.", soft_wrap=True, markup=False)
+
+
+def _evaluate(settings: Any) -> None:
+    from optimizer.cli import terminal
+    from optimizer.commands import deploy
+
+    out = terminal.console()
+    terminal.evaluation(out, deploy.evaluate(settings, terminal.Terminal(out)))
+
+
+def _fit(settings: Any) -> None:
+    from optimizer.cli import terminal
+    from optimizer.commands import capacity
+
+    terminal.fitting(terminal.console(), capacity.answer(settings))
+
+
+def _probe(settings: Any) -> None:
+    from optimizer.cli import tables, terminal
+    from optimizer.commands import inspect
+
+    out = terminal.console()
+    tables.probes(out, inspect.probe(settings, terminal.Terminal(out)))
+    if settings.out is not None:
+        out.print(f"Wrote {settings.out}.", soft_wrap=True, markup=False)
+
+
+def _blur(settings: Any) -> None:
+    from optimizer.cli import tables, terminal
+    from optimizer.commands import inspect
+
+    out = terminal.console()
+    found = inspect.blur(settings, terminal.Terminal(out))
+    tables.blur(out, found, settings.passages, whole=settings.to == "terminal")
+    if settings.to == "html":
+        out.print(f"Wrote {settings.out}. Open it in a browser.", soft_wrap=True, markup=False)
+
+
+def _show(rest: list[str]) -> None:
+    from optimizer.cli import terminal
+    from optimizer.errors import ConfigError
+    from optimizer.plan import Plan
+
+    if len(rest) != 1:
+        raise ConfigError("Give one plan: mezzotint show plan.json")
+    terminal.show(terminal.console(), Plan.load(rest[0]))
+
+
+def _report(rest: list[str]) -> None:
+    from pathlib import Path
+
+    from optimizer.errors import ConfigError
+    from optimizer.reports import html
+
+    if len(rest) != 1:
+        raise ConfigError("Give one run's folder: mezzotint report outputs/DAY/TIME")
+    print(f"Wrote {html.write(Path(rest[0]))}.")
+
+
+def _compare(rest: list[str]) -> None:
+    from pathlib import Path
+
+    from optimizer.cli import terminal
+    from optimizer.errors import ConfigError
+    from optimizer.reports.html import compare
+
+    if len(rest) != 1:
+        raise ConfigError("Give one sweep's folder: mezzotint compare multirun/DAY/TIME")
+    folder = Path(rest[0])
+    terminal.sweep(terminal.console(), compare.gather(folder), compare.write(folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""What a person looks at in the terminal: progress, the final table, the heat map of a plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from optimizer.certificate.wording import unit_of
+from optimizer.cli import certificate
+from optimizer.cli.certificate import human
+from optimizer.commands.capacity import Answer
+from optimizer.commands.optimize import Outcome
+from optimizer.formats.rules import Verdict
+from optimizer.hardware.memory import mib, usable
+from optimizer.hardware.throughput import price
+from optimizer.plan import Plan, Precision
+from optimizer.reports import heat_map as grid
+from optimizer.reports.html.compare import Sweep, speeds_of
+from optimizer.stages import kv_budget as room
+from optimizer.stages.session import View
+
+BLOCKS_PER_LINE = 32
+
+
+def console() -> Console:
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=120)
+
+
+class Terminal(View):
+    """Progress with a remaining time; notes and stages as lines."""
+
+    def __init__(self, out: Console) -> None:
+        self.out = out
+        self._tracking = False
+
+    def stage(self, text: str) -> None:
+        self.out.print(f"{text} ...", style="dim", markup=False)
+
+    def note(self, text: str) -> None:
+        self.out.print(text, soft_wrap=True, markup=False)
+
+    def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:
+        items = list(items)
+        if self._tracking:  # a bar inside a bar would break both
+            yield from items
+            return
+        columns = (
+            TextColumn(f"{text:<32}", markup=False),
+            BarColumn(30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left[/dim]"),
+            TimeRemainingColumn(),
+        )
+        self._tracking = True
+        try:
+            with Progress(*columns, console=self.out) as progress:
+                yield from progress.track(items)
+        finally:
+            self._tracking = False
+
+    @contextmanager
+    def meter(self, text: str, total: int) -> Iterator[Callable[[int, str], None]]:
+        columns = (
+            TextColumn(f"{text:<32}", markup=False),
+            BarColumn(30),
+            TextColumn("{task.fields[news]}"),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left[/dim]"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.out, speed_estimate_period=300) as progress:
+            task = progress.add_task(text, total=total, news="")
+            yield lambda done, news: progress.update(task, completed=min(done, total), news=news)
+
+
+def outcome(out: Console, result: Outcome) -> None:
+    """The end of a run: what was gained, what it cost, how sure that is, where the files are."""
+    plan = result.plan
+    out.print()
+    if plan.certificate:
+        out.print(certificate.certificate(plan))
+        out.print()
+        certificate.answer(out, plan)
+    line = (
+        f"Plan {plan.id}: {human(plan.bytes['total'])}, {plan.effective_bits:.3f} bits per "
+        f"weight in scope ({plan.code_bits:.3f} of codes), predicted KL "
+        f"{plan.predicted['kl']:.4f} +- {plan.predicted['stderr']:.4f}."
+    )
+    out.print(line, soft_wrap=True)
+    quality = result.prediction
+    if "spearman" in quality:
+        calibration = quality.get("calibration_plan", math.nan)  # none where no loss was foretold
+        own = "" if math.isnan(calibration) else f", {calibration:.2f} for the plan"
+        out.print(
+            f"The table foretold {quality['plans']:.0f} measured plans with rank correlation "
+            f"{quality['spearman']:.3f}; measured / predicted is {quality['calibration']:.2f} "
+            f"(median){own}.",
+            soft_wrap=True,
+        )
+    for note in result.notes:
+        out.print(f"[yellow]Note:[/yellow] {escape(note)}", soft_wrap=True)
+    files = ", ".join(str(path) for path in result.files.values())
+    out.print(f"Wrote {files} in {result.seconds:.0f} s.", soft_wrap=True, markup=False)
+
+
+def evaluation(out: Console, found: Mapping[str, Any]) -> None:
+    """Reference against packed."""
+    plan = found["plan"]
+    out.print(certificate.packed(found))
+    certificate.meaning(out, found["meaning"])
+    whole = 2 * sum(r * c for r, c in plan.shapes.values())
+    out.print(
+        f"{human(found['bytes'])} packed; the reference's layers take {human(whole)} at 16 bits.",
+        soft_wrap=True,
+    )
+    speed(out, found)
+
+
+def speed(out: Console, found: Mapping[str, Any]) -> None:
+    """Tokens per second of both models, and the price of a million."""
+    if found["speed"] is None:
+        return
+    both, rate = found["speed"], found["hourly_rate"]
+    out.print(
+        f"Writing {both.tokens} tokens, one sequence: {both.packed:.3g} tokens per second packed, "
+        f"{both.reference:.3g} as the reference: {both.ratio:.2f} times.",
+        soft_wrap=True,
+    )
+    if rate is not None:
+        costs = [price(rate, tokens) for tokens in (both.packed, both.reference)]
+        out.print(
+            f"At {rate:g} an hour, a million tokens cost {costs[0]:.3g} packed, {costs[1]:.3g} as the "
+            "reference.",
+            soft_wrap=True,
+        )
+
+
+def verdict(out: Console, found: Verdict) -> None:
+    """Whether an engine would load a plan: each reason against it, or size and notes."""
+    for error in found.errors:
+        out.print(f"[red]would fail:[/red] {escape(error)}", soft_wrap=True)
+    if found.errors:
+        return
+    out.print(f"{found.engine} loads and executes this plan: {found.bytes} bytes of weights.")
+    for key, stored in sorted(found.stored.items()):
+        if key != stored:
+            out.print(f"  {key} is stored as {stored}")
+    for note in found.notes:
+        out.print(f"[yellow]Note:[/yellow] {escape(note)}", soft_wrap=True)
+
+
+def show(out: Console, plan: Plan) -> None:
+    """Heat map of bits, bytes, promise, certificate."""
+    out.print(
+        f"Plan {plan.id} for {plan.model['name']} ({plan.runtime}, {plan.quantizer['name']})",
+        style="bold",
+        markup=False,
+    )
+    out.print(heat_map(plan))
+    size = plan.bytes
+    out.print(
+        f"{size['total']} bytes: {size['quantized']} quantized, {size.get('untouched', 0)} untouched, "
+        f"{size.get('container', 0)} header. {plan.effective_bits:.3f} bits per weight in scope.",
+        soft_wrap=True,
+    )
+    for line in caches(plan):
+        out.print(line, soft_wrap=True)
+    promise = plan.predicted
+    out.print(
+        f"Promise: KL {promise['kl']:.4f} +- {promise['stderr']:.4f} nats per {unit_of(promise)}."
+    )
+    if plan.certificate:
+        out.print(certificate.certificate(plan))
+        certificate.answer(out, plan)
+    else:
+        out.print("No certificate: not measured on held-out text yet, or changed since.")
+
+
+def caches(plan: Plan) -> list[str]:
+    """Which cache the plan is for, and why."""
+    tried = plan.provenance.get("caches")
+    if tried:
+        return [room.told(tried, plan.kv)]
+    return [f"Measured with a cache of {plan.kv} bits."] if plan.kv < 16 else []
+
+
+def heat_map(plan: Plan) -> Text:
+    """Rows: kinds of layers; columns: blocks; each cell the bits, on a colour. Layers outside the
+    blocks follow by name. Several layers in a cell (experts): their average."""
+    cells, rest = grid.arrange(plan.choice)
+    text = Text()
+    blocks = sorted({block for row in cells.values() for block in row})
+    width = max([len(role) for role in cells] + [5])
+    for first in range(0, len(blocks), BLOCKS_PER_LINE):
+        part = blocks[first : first + BLOCKS_PER_LINE]
+        text.append(f"{'block':<{width}} " + "".join(f"{b:>2}" for b in part) + "\n", "dim")
+        for role, row in cells.items():
+            text.append(f"{role:<{width}} ")
+            for block in part:
+                text.append(*_cell([plan.choice[name] for name in row.get(block, [])]))
+            text.append("\n")
+    for name in rest:
+        text.append(f"{name.removesuffix('.weight'):<{width}} ")
+        text.append(*_cell([plan.choice[name]]))
+        text.append(f" {plan.choice[name].name}\n", "dim")
+    text.append("bits: ")
+    for bits in grid.STEPS:
+        text.append(f"{bits:>2}", _style(grid.shade(bits)))
+    text.append("  (t: ternary, 16: untouched)\n", "dim")
+    return text
+
+
+def _cell(precisions: list[Precision]) -> tuple[str, str]:
+    if not precisions:
+        return "  ", ""
+    text, shade = grid.label(precisions)
+    return f"{text:>2}", _style(shade)
+
+
+def _style(shade: int) -> str:
+    return f"{'white' if shade < grid.DARK else 'black'} on {grid.COLOURS[shade]}"
+
+
+def fitting(out: Console, found: Answer) -> None:
+    """Memory line by line, and the questions that people ask."""
+    budget, need = found.budget, found.need
+    where = f" on {budget.device or budget.memory}" if budget.memory else ""
+    out.print(f"Plan {found.plan.id} with {found.plan.runtime}{where}", style="bold")
+    table = Table()
+    table.add_column("")
+    table.add_column("memory", justify="right")
+    tokens = f"{budget.context} tokens, batch {budget.batch}, {budget.kv} bits"
+    table.add_row("weights", mib(need.weights))
+    table.add_row(f"cache: {tokens}", mib(need.cache))
+    table.add_row("activations", mib(need.activations))
+    table.add_row("runtime", mib(need.runtime), end_section=True)
+    table.add_row("together", mib(need.total), style="bold")
+    if budget.memory:
+        table.add_row(
+            f"usable: {100 * budget.usable:.0f} % of {budget.memory}", mib(usable(budget))
+        )
+    out.print(table)
+    for line in _answers(found):
+        out.print(line, soft_wrap=True)
+
+
+def _answers(found: Answer) -> Iterable[str]:
+    if 0 < found.made_for < found.budget.context:
+        yield (
+            f"The model was made for {found.made_for} tokens, fewer than budget.context="
+            f"{found.budget.context}."
+        )
+    if found.moved is not None:
+        text = f"Each new token reads {mib(found.moved)} of weights and cache."
+        if found.fastest is not None:
+            text += f" Memory bandwidth allows at most {found.fastest:.3g} tokens per second"
+            text += "." if found.price is None else f": a million cost at least {found.price:.3g}."
+        yield text
+    if found.wanted is not None:
+        yield (
+            f"Smallest plan of the front with this loss: {mib(found.wanted.bytes)}, "
+            f"{found.wanted.bits:.3f} bits per weight, predicted KL {found.wanted.predicted:.4g}. "
+            f"To make it: budget.bits={found.wanted.bits + 5e-7:.6f}"
+        )
+    if found.room is not None:
+        room = f"{mib(found.room)} to spare" if found.room >= 0 else f"{mib(-found.room)} too much"
+        yield f"It {'fits' if found.room >= 0 else 'does not fit'}: {room}."
+        yield (
+            f"Longest context that fits: {found.longest} tokens per sequence"
+            f"{', all that the model was made for' if found.longest == found.made_for else ''}."
+            if found.longest
+            else "No context fits beside these weights."
+        )
+    if found.smallest:
+        names = ", ".join(f"{m.budget.device} (budget={m.name})" for m in found.smallest)
+        yield f"Smallest machine of each kind: {names}."
+    else:
+        yield "No preset is large enough."
+    if found.step is not None:
+        now, then = found.step.now, found.step.then
+        share = then.predicted / now.predicted if now.predicted else 1.0
+        gain = f"{share:.2g} times the loss" if share < 1 else "nothing more: the front ends there"
+        yield (
+            f"{mib(found.step.more)} more would buy: predicted KL {now.predicted:.3g} at "
+            f"{now.bits:.2f} bits -> {then.predicted:.3g} at {then.bits:.2f} bits, {gain}."
+        )
+
+
+def sweep(out: Console, found: Sweep, written: Path) -> None:
+    """The runs of a sweep, smallest plan first, and the jobs that didn't finish."""
+    table = Table()
+    table.add_column("job", overflow="fold")
+    speeds = speeds_of(found.jobs)
+    for name in ("MB", "bits", *speeds, "predicted KL", "held-out KL", "s"):
+        table.add_column(name, justify="right")
+    for i, job in enumerate(found.jobs):
+        kl = job.heldout
+        table.add_row(
+            Text(job.label),
+            f"{job.plan.bytes['total'] / 1e6:.2f}",
+            f"{job.plan.effective_bits:.3f}",
+            *(column[i] for column in speeds.values()),
+            f"{job.run.chosen.predicted:.4f}",
+            f"{kl[0]:.4f} [dim]\\[{kl[1]:.4f}, {kl[2]:.4f}][/dim]" if kl else "not measured",
+            f"{job.run.seconds:.0f}",
+        )
+    out.print(table)
+    for name, asked in found.unfinished:
+        out.print(f"Not finished: job {name} ({asked}).", style="yellow", markup=False)
+    out.print(f"Wrote {written}.", soft_wrap=True, markup=False)

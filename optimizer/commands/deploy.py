@@ -1,0 +1,249 @@
+"""What happens with a finished plan: packing the model that it describes, measuring the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optimizer.config import Evaluate, Quantizer
+from optimizer.data.text import Data, Part
+from optimizer.errors import ConfigError, PlanError
+from optimizer.hardware import throughput
+from optimizer.hardware.memory import floating
+from optimizer.hardware.throughput import Speed
+from optimizer.models.source import PACKED_FILE, Source, context_length, is_encoder, locate
+from optimizer.plan import Inventory, Plan
+from optimizer.stages import certify
+from optimizer.stages.session import Bench, View, make_quantizer
+from optimizer.store import Store
+
+if TYPE_CHECKING:
+    from optimizer.formats.torch import packed
+    from optimizer.models.model import Model
+
+
+def apply(
+    plan: Plan,
+    out: Path,
+    store: str,
+    model: str | None = None,
+    overwrite: bool = False,
+    view: View | None = None,
+) -> Path:
+    """Pack the plan's model into the folder `out`. Raises before any work if it can't be done.
+
+    model: where the reference is, if no longer where the plan says.
+    """
+    from optimizer.formats.torch import packed
+    from optimizer.models.model import Model
+
+    view = view or View()
+    packed.check_target(out, overwrite)
+    kept = Store.open(store, view.note)
+    source, inventory = reference_of(plan, model, kept)
+    check_names(plan, inventory)
+    encoder = codes_of(plan, source, inventory, kept, view)
+    view.stage("loading the reference")
+    reference = Model.load(source.folder, inventory, full=False)
+    packed.save(plan, reference, source.folder, out, view.track, encoder)
+    return out
+
+
+def codes_of(
+    plan: Plan, source: Source, inventory: Inventory, store: Store, view: View
+) -> packed.Encoder:
+    """What gives every layer of the plan its codes: the very ones that were certified. They are
+    in the store, or made again from the same tokens. Raises PlanError if those are gone."""
+    encoder: packed.Encoder = quantizer_of(plan, source, inventory, store, view).rounder(
+        plan.choice
+    )
+    return encoder
+
+
+def quantizer_of(
+    plan: Plan, source: Source, inventory: Inventory, store: Store, view: View
+) -> Any:
+    """The plan's quantizer, bound to its own model and calibration tokens."""
+    known = {f.name for f in fields(Quantizer)}
+    settings = {key: value for key, value in plan.quantizer.items() if key in known}
+    return make_quantizer(Quantizer(**settings), Recipe(plan, source, inventory, store, view))
+
+
+class Recipe:
+    """A plan's model and calibration tokens; see `rounding.Material`."""
+
+    def __init__(
+        self, plan: Plan, source: Source, inventory: Inventory, store: Store, view: View
+    ) -> None:
+        self._plan, self._source, self._view = plan, source, view
+        self.inventory, self.store = inventory, store
+
+    @property
+    def calibration_key(self) -> str:
+        key = self._plan.quantizer.get("tokens")
+        if not key:
+            raise PlanError(
+                f"A plan for {self._plan.quantizer['name']} names its calibration tokens "
+                "(quantizer.tokens), and this one doesn't. Make it again, or change its quantizer "
+                "to rtn."
+            )
+        return str(key)
+
+    @cached_property
+    def model(self) -> Model:
+        from optimizer.models.model import Model
+
+        self._view.stage("loading the reference")
+        return Model.load(self._source.folder, self.inventory)
+
+    def calibration(self) -> np.ndarray:
+        settings = dict(self._plan.provenance.get("data", {}))
+        parts = {k: Part(**v) for k, v in settings.items() if isinstance(v, dict)}
+        data = Data(**(settings | parts))
+        revision = self._plan.model.get("revision")
+        bench = Bench(self._source.name, revision, data, str(self.store.root), "cpu", self._view)
+        if bench.calibration_key != self.calibration_key:
+            raise PlanError(
+                f"A plan's codes come from its own calibration tokens. The text at {data.path} "
+                "isn't the one that this plan was made with. Put that text back, or make a plan "
+                "with this one."
+            )
+        bench.model = self.model
+        return bench.calibration()
+
+    def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:
+        return self._view.track(items, text)
+
+
+def reference_of(plan: Plan, name: str | None, store: Store) -> tuple[Source, Inventory]:
+    """The model that the plan was made for. Raises PlanError if another one is given."""
+    from optimizer.models.model import take_inventory
+
+    wanted = plan.model.get("fingerprint")
+    source = locate(name or str(plan.model["name"]), store, plan.model.get("revision"))
+    if wanted and source.fingerprint != wanted:
+        raise PlanError(
+            f"A plan fits one model only. This one was made for {plan.model['name']} "
+            f"({str(wanted)[:19]}), and {source.name} is another ({source.fingerprint[:19]}). Give "
+            "the model that it was made for, or make a plan for this one."
+        )
+    return source, take_inventory(source.folder)
+
+
+def check_language_model(source: Source, command: str) -> None:
+    """Raise ConfigError for an encoder, where only a model that predicts tokens will do."""
+    if is_encoder(source.folder):
+        raise ConfigError(
+            f"`mezzotint {command}` needs a language model, and {source.name} is an encoder. For an "
+            "encoder there are optimize, show, apply, evaluate, report and compare."
+        )
+
+
+def check_names(plan: Plan, inventory: Inventory) -> None:
+    """Raise PlanError unless plan and model name the same layers in the same shapes."""
+    have = {layer.name: (layer.rows, layer.cols) for layer in inventory.layers}
+    for name in plan.layers:
+        if name not in have:
+            raise PlanError(
+                f"The plan names the layer {name}, which the model doesn't have. Correct the name "
+                "or make the plan again."
+            )
+    for name, shape in have.items():
+        if name not in plan.layers:
+            raise PlanError(f"The plan says nothing about the layer {name}. Make it again.")
+        if plan.shapes and plan.shapes.get(name) != shape:
+            raise PlanError(f"The plan has another shape for {name} than the model's {shape}.")
+        if not plan.choice[name].fits(shape[1]):
+            raise PlanError(
+                f"{plan.layers[name]} doesn't divide the {shape[1]} columns of {name}. Choose "
+                "another precision for it."
+            )
+
+
+def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
+    """Reference against packed, on held-out windows of the given text. Returns the certificate's
+    row for the packed model."""
+    from optimizer.certificate import comparison
+    from optimizer.formats.torch import packed
+    from optimizer.metrics import divergence
+    from optimizer.models.kv_cache import rounded
+
+    config.check()
+    view = view or View()
+    folder = Path(config.model)
+    plan = packed.verify(folder)
+    bench = Bench(
+        config.reference or str(plan.model["name"]),
+        plan.model.get("revision"),
+        config.data,
+        config.store,
+        config.device,
+        view,
+    )
+    if bench.source.fingerprint != plan.model.get("fingerprint", bench.source.fingerprint):
+        reference_of(plan, config.reference, bench.store)
+    tuned = plan.provenance.get("tuned", {}).get("domains", [])
+    if config.speed:
+        _check_speed(config, bench)
+    asked = certify.Asked(config.tolerance, config.domains, config.generate, 0, tuned)
+    certify.check(bench, asked)
+    windows = bench.windows("heldout")
+    view.stage("the reference reads")
+    teacher = bench.teachers["heldout"] = divergence.teacher(bench.model, windows)
+    view.stage("the packed model reads")
+    net = packed.load(folder, device=config.device)
+    with rounded(net, plan.kv, floating(plan.runtime)):
+        scores = teacher.score(net)
+    weights = certify.Weights(None, lambda: nullcontext(net), plan.kv, floating(plan.runtime))
+    counts = comparison.resamples(scores.documents, np.random.default_rng(0))
+    found = comparison.describe(scores, counts)
+    return {
+        "plan": plan,
+        "bytes": (folder / PACKED_FILE).stat().st_size,
+        "documents": len(np.unique(scores.documents)),
+        "tokens": int(scores.kl.size),
+        "row": {key: asdict(value) for key, value in found.items()},
+        "meaning": certify.judge(bench, weights, scores, asked),
+        "speed": _speed(config, plan, bench, view) if config.speed else None,
+        "hourly_rate": config.hourly_rate,
+    }
+
+
+def _check_speed(config: Evaluate, bench: Bench) -> None:
+    if bench.encoder:
+        raise ConfigError(
+            f"speed={config.speed} times how fast text is written, and an encoder writes none. Leave "
+            "it out."
+        )
+    context = context_length(bench.source.folder)
+    prompt = min(throughput.PROMPT, config.data.heldout.length)
+    if context is not None and prompt + config.speed > context:
+        raise ConfigError(
+            f"A prompt of {prompt} tokens and speed={config.speed} more must fit the model's context "
+            f"of {context} tokens. Lower speed."
+        )
+
+
+def _speed(config: Evaluate, plan: Plan, bench: Bench, view: View) -> Speed:
+    """Of the model as `optimizer.load` gives it, which multiplies packed where it can."""
+    from transformers import DynamicCache
+
+    from optimizer.formats.torch import packed
+    from optimizer.models.kv_cache import BITS, Cache
+
+    net = packed.load(Path(config.model), device=config.device, fast=True)
+
+    def cache(model: Any) -> Any:
+        if model is net and plan.kv in BITS:
+            return Cache(net.config, plan.kv, floating(plan.runtime))
+        return DynamicCache(config=model.config)
+
+    ids = bench.windows("heldout").ids[0]
+    track = partial(view.track, text=f"both write {config.speed} tokens")
+    return throughput.measure(net, bench.model.net, ids, config.speed, cache, track)

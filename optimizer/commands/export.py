@@ -1,0 +1,187 @@
+"""`mezzotint export` and `mezzotint check`: a plan as the files of another engine.
+
+Check first, write into a draft, read the draft back with the format's own rules, compare every
+weight with the plan's, and only then show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimizer.cli.compose import profile
+from optimizer.commands.deploy import check_language_model, check_names, codes_of, reference_of
+from optimizer.errors import ConfigError, PlanError
+from optimizer.formats import recipes, registry
+from optimizer.formats.gguf import writer
+from optimizer.formats.model_card import card
+from optimizer.formats.registry import CHECKPOINTS
+from optimizer.formats.rules import Verdict
+from optimizer.formats.safetensors import checkpoint, compressed_tensors
+from optimizer.models.source import PACKED_FILE, Source, gguf_of
+from optimizer.plan import Inventory, Plan
+from optimizer.stages.session import View
+from optimizer.store import Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# what `to=` may say -> the runtime profile whose rules it must meet
+TARGETS = {
+    "torch": "torch",
+    "vllm": "vllm",
+    "compressed-tensors": "vllm",
+    "transformers": "transformers",
+    "llamacpp": "llamacpp",
+    "gguf": "llamacpp",
+    "autoround": "autoround",
+    "gptq": "gptq",
+}
+RECIPES = {"llm-compressor": "vllm", "llama-quantize": "llamacpp"}
+ALLOWED = 2.0**-11  # of a weight: an fp16 minimum instead of an integer zero point
+ALLOWED_BF16 = 2.0**-8  # compressed-tensors keeps scales in the model's dtype
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plan, the model that it is for, and where it goes."""
+
+    plan: Plan
+    source: Source
+    inventory: Inventory
+    engine: str
+
+    @property
+    def origin(self) -> Path | None:
+        return gguf_of(self.source.name)
+
+    def check(self) -> Verdict:
+        return registry.check(
+            self.plan, self.inventory, profile(self.engine), self.source.folder, self.origin
+        )
+
+
+def check(plan: Plan, to: str, store: str, model: str | None = None) -> Verdict:
+    """Would the engine load and run it? Raises only if the question itself is wrong."""
+    return _job("check", plan, to, store, model).check()
+
+
+def _job(command: str, plan: Plan, to: str, store: str, model: str | None) -> Job:
+    known = TARGETS | RECIPES
+    if to not in known:
+        raise ConfigError(f"to= is one of {', '.join(known)}, not {to!r}.")
+    source, inventory = reference_of(plan, model, Store.open(store))
+    if to != "torch":
+        check_language_model(source, command)
+    check_names(plan, inventory)
+    return Job(plan, source, inventory, known[to])
+
+
+def export(
+    plan: Plan,
+    to: str,
+    out: Path,
+    store: str,
+    model: str | None = None,
+    overwrite: bool = False,
+    packed: Path | None = None,
+    view: View | None = None,
+) -> Verdict:
+    """Write the plan's model for the engine `to` into the folder `out`.
+
+    packed: a folder that `apply` wrote; its rounded weights are taken as they are, so that nothing
+    is rounded again. Raises before any work if the engine wouldn't load or execute the plan.
+    """
+    from optimizer.formats import folder as folders
+
+    view = view or View()
+    folders.check_target(out, overwrite)
+    job = _job("export", plan, to, store, model)
+    verdict = job.check()
+    verdict.require()
+    if to in RECIPES:
+        folders.publish(out, lambda draft: _recipe(job, to, draft))
+        return verdict
+    tensors = _stored(job, packed, Store.open(store, view.note), view)
+
+    def fill(draft: Path) -> None:
+        view.stage(f"writing for {job.engine}")
+        if job.engine == "torch":
+            from optimizer.formats.torch import packed as torch_backend
+
+            torch_backend.put(tensors, plan, job.source.folder, draft)
+            return
+        _write(job, tensors, draft)
+        view.stage("reading it back")
+        _compare(job, tensors, draft, verdict)
+        (draft / "README.md").write_text(card(plan, verdict), encoding="utf-8")
+        folders.seal(plan, draft, {"engine": job.engine})
+
+    folders.publish(out, fill)
+    return verdict
+
+
+def _recipe(job: Job, to: str, draft: Path) -> None:
+    from optimizer.formats import folder as folders
+
+    if to == "llama-quantize":
+        recipes.llama_quantize(job.plan, job.inventory, job.source.folder, draft)
+    else:
+        recipes.llm_compressor(job.plan, job.inventory, draft)
+    folders.seal(job.plan, draft, {"recipe": to})
+
+
+def _stored(job: Job, packed: Path | None, store: Store, view: View) -> dict[str, Tensor]:
+    from optimizer.formats.torch import packed as torch_backend
+    from optimizer.models.model import Model
+
+    if packed is not None:
+        from safetensors.torch import load_file
+
+        torch_backend.verify(packed)
+        return dict(load_file(packed / PACKED_FILE))
+    encoder = codes_of(job.plan, job.source, job.inventory, store, view)
+    view.stage("loading the reference")
+    reference = Model.load(job.source.folder, job.inventory, full=False)
+    return torch_backend.pack(job.plan, reference, view.track, encoder)
+
+
+def _write(job: Job, tensors: Mapping[str, Tensor], draft: Path) -> None:
+    plan, inventory, folder = job.plan, job.inventory, job.source.folder
+    if job.engine == "llamacpp":
+        writer.write(plan, inventory, tensors, folder, draft, job.origin)
+        config = (folder / "config.json").read_bytes()
+        (draft / "config.json").write_bytes(config)  # says which rows were reordered
+    else:
+        CHECKPOINTS[job.engine].write(plan, inventory, tensors, folder, draft)
+
+
+def _compare(job: Job, tensors: Mapping[str, Tensor], draft: Path, verdict: Verdict) -> None:
+    """Every quantized weight in the file against the plan's own. Raises PlanError."""
+    from optimizer.quantization.uniform import Codes
+
+    backend: Any = CHECKPOINTS.get(job.engine, writer)
+    file = draft / (writer.FILE if backend is writer else checkpoint.FILE)
+    size = file.stat().st_size
+    if size != verdict.bytes:
+        raise PlanError(
+            f"The {job.engine} file must have {verdict.bytes} bytes and has {size}. This is a "
+            "fault of the exporter; please report it with plan.json."
+        )
+    found = backend.decode(draft, job.plan, job.inventory)
+    rounded = backend is compressed_tensors and job.inventory.dtype == "BF16"
+    allowed = ALLOWED if backend is writer else ALLOWED_BF16 if rounded else 0.0
+    for layer in job.inventory.layers:
+        precision = job.plan.choice[layer.name]
+        if precision.kind == "none":
+            continue
+        parts = {s: tensors[f"{layer.name}.{s}"] for s in precision.parts(layer.rows, layer.cols)}
+        own = Codes.unpack(parts, precision, layer.cols).decode()
+        off = float((found[layer.name] - own).abs().max())
+        if not off <= allowed * float(own.abs().max()):
+            raise PlanError(
+                f"Read back, {layer.name} differs from the plan's weights by up to {off:g}. This "
+                "is a fault of the exporter; please report it with plan.json."
+            )

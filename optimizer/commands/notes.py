@@ -1,0 +1,121 @@
+"""What a run says to a person beside its tables, a sentence or two each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optimizer.config import Optimize
+from optimizer.formats import registry
+from optimizer.models.source import gguf_of
+from optimizer.plan import UNTOUCHED, Inventory, Plan
+from optimizer.search import Problem, exact
+from optimizer.stages.session import Bench, Choices
+
+if TYPE_CHECKING:
+    from optimizer.stages.refine import Refined
+
+LARGE = 0.2  # a share of the file that is worth a word
+
+
+def unwatched(config: Optimize, chosen: Choices) -> list[str]:
+    """Layers that a calibrated quantizer rounds to nearest."""
+    names = [layer.name for layer in chosen.scope if not layer.watchable]
+    if not config.quantizer.calibrated or not names:
+        return []
+    return [
+        f"{config.quantizer.name} needs a layer's inputs. {len(names)} of {len(chosen.scope)} layers "
+        f"in scope have none that can be watched (embeddings, the head, fused experts: "
+        f"{names[0]}); they are rounded to nearest."
+    ]
+
+
+def ample(config: Optimize, problem: Problem) -> list[str]:
+    """What there is to say where the budget exceeds every plan."""
+    largest = problem.largest
+    if not problem.fits(largest):
+        return []
+    name = problem.columns[int(largest[0])]
+    what = "the reference itself" if name == "none" else f"{name} everywhere"
+    if len(set(largest)) > 1:
+        what = "the largest that the policy allows"
+    return [
+        f"The budget of {config.budget.text} is above the largest plan of this palette, so the plan "
+        f"is {what}."
+    ]
+
+
+def gain(refined: Refined, objective: str) -> str:
+    """What a search found and spent."""
+    start, choice = refined.confirmed["start"], refined.confirmed["choice"]
+    front = ""
+    if refined.front:
+        first, last = (refined.history[i]["hypervolume"] for i in (0, -1))
+        front = (
+            f" Its front has {len(refined.front)} plans (searched 0 is the smallest); the "
+            f"hypervolume grew from {first:.4f} to {last:.4f}."
+        )
+    return (
+        f"The search measured {len(refined.history)} plans with {refined.spent} evaluated tokens; on "
+        f"search text that it hadn't used, {objective} went from {start:.4f} (the table's optimum) to "
+        f"{choice:.4f}.{front}"
+    )
+
+
+def price_of_policy(
+    config: Optimize, chosen: Choices, problem: Problem, assignment: np.ndarray
+) -> list[str]:
+    """What the policy cost against the engine's best plan of the same bytes, by the table."""
+    if (problem.free == chosen.held).all():
+        return []
+    limit = problem.sizes(assignment)
+    rival = exact.solve(replace(problem, allowed=chosen.held, limit=limit))
+    own, free = problem.losses(assignment), problem.losses(rival)
+    pins = f" with {len(config.policy.pins)} pins" if config.policy.pins else ""
+    return [
+        f"policy={config.policy.name}{pins}: predicted KL {own:.4f}; the free plan of the same "
+        f"bytes has {free:.4f}, so the policy costs {own - free:.4f} ({own / max(free, 1e-12):.3g} "
+        "times), by the table."
+    ]
+
+
+def outside(
+    config: Optimize, inventory: Inventory, chosen: Choices, plan: Plan, total: int
+) -> list[str]:
+    """Much of the file, of `total` bytes, out of scope, though the engine could hold it rounded."""
+    real = [p for p in plan.choice.values() if p.kind != "none"]
+    if not real:
+        return []
+    scope, widest = {layer.name for layer in chosen.scope}, max(real, key=lambda p: p.code_bits)
+    left = [
+        layer
+        for layer in inventory.layers
+        if layer.name not in scope and registry.refusal(config.runtime.name, layer, widest) is None
+    ]
+    size = sum(UNTOUCHED.bytes(layer.rows, layer.cols) for layer in left)
+    if size < LARGE * total:
+        return []
+    more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+    return [
+        f"{size / 1e6:.4g} of {total / 1e6:.4g} MB are layers out of scope and untouched "
+        f"({left[0].name}{more}). scope=all budget.size={total} lets the search round them, too, in "
+        "the same bytes."
+    ]
+
+
+def file(config: Optimize, bench: Bench, chosen: Choices, plan: Plan) -> list[str]:
+    """What the plan weighs in its engine's own format, and what of that is out of scope."""
+    runtime, origin = config.runtime, gguf_of(bench.source.name)
+    verdict = registry.check(plan, bench.inventory, runtime, bench.source.folder, origin)
+    if verdict.errors or verdict.bytes is None:
+        return [f"{runtime.name} would not run this plan: {' '.join(verdict.errors)}"]
+    left = outside(config, bench.inventory, chosen, plan, verdict.bytes)
+    if runtime.name not in registry.HOLDS:
+        return left
+    return [
+        *left,
+        f"As a file for {runtime.name}: {verdict.bytes} bytes (mezzotint export plan.json "
+        f"to={runtime.name} out=DIR).",
+    ]

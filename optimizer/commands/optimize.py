@@ -1,0 +1,412 @@
+"""The main job in stages, each resumable: a killed run goes on where it was, and a new budget on
+a measured model costs seconds. No Hydra, no printing.
+
+    source -> inventory -> tokens -> table -> assignment -> plan -> measured -> certificate
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optimizer import search
+from optimizer.commands import notes as remarks
+from optimizer.config import Optimize
+from optimizer.errors import ModelError
+from optimizer.formats import registry
+from optimizer.models.source import gguf_of
+from optimizer.plan import Budget, Inventory, Plan, Precision, assemble
+from optimizer.reports import html as page
+from optimizer.reports.run import (
+    FRONT_ROWS,
+    Run,
+    Scale,
+    chosen_point,
+    overrides,
+    run_key,
+    save_front,
+    save_history,
+)
+from optimizer.search import Problem, exact
+from optimizer.sensitivity import Table
+from optimizer.stages import baselines, certify, kv_budget, objective
+from optimizer.stages.session import Bench, Choices, View, choices, make_quantizer, measure_table
+from optimizer.store import root, unwritable, write_atomically
+
+if TYPE_CHECKING:
+    from optimizer.stages.refine import Refined
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run made. prediction: how well the table foretold the measured plans."""
+
+    plan: Plan
+    files: dict[str, Path]
+    measured: list[baselines.Row] = field(default_factory=list)
+    prediction: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    run: Run | None = None
+
+
+def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
+    """The main job: measure, allocate, plan, prove. Writes plan.json, front.csv, measured.csv,
+    run.json and report.html to `out`."""
+    begun = time.monotonic()
+    view = view or View()
+    bench, chosen = _checked(config, view)
+    blank = np.zeros((len(chosen.groups), len(chosen.columns)))
+    rooms = kv_budget.rooms(config, bench, chosen)
+    for one in rooms:
+        view.note(one.text) if one.text else None
+        _pose(replace(config, budget=one.budget), bench.inventory, chosen, blank)
+    # an impossible budget ended here
+    write_atomically(out / ".writable", b"").unlink()  # an unwritable folder ends here
+    table = measure_table(bench, config, chosen)  # KL, for promises
+    aimed = objective.losses(bench, config, chosen, table)
+    notes = [*chosen.notes, *remarks.unwatched(config, chosen)]
+
+    def solve(budget: Budget) -> tuple[Problem, np.ndarray]:
+        posed = _pose(replace(config, budget=budget), bench.inventory, chosen, aimed)
+        return posed, _allocate(posed)
+
+    settled = kv_budget.settle(config, bench, chosen, rooms, solve)
+    problem, assignment = settled.problem, settled.assignment
+    scale = _scale(bench, config, chosen)
+    third, rate = config.search.third, config.search.hourly_rate
+    problem = replace(problem, third=None if third is None else scale.third(third, rate))
+    notes += remarks.ample(config, problem)
+    if bench.cache.tried:
+        notes.append(kv_budget.told(bench.cache.tried, bench.cache.bits))
+    plan = _plan(bench, config, chosen, table, assignment)
+    plan.save(out / "plan.json")  # within seconds on a measured model; what follows improves it
+    view.note(f"wrote {out / 'plan.json'}: the table's optimum")
+    refined = _refine(bench, config, chosen, problem, assignment)
+    searched: dict[str, np.ndarray] = {}
+    if refined is not None:
+        notes.append(remarks.gain(refined, config.meaning.name))
+        assignment = refined.assignment
+        searched = {f"searched {i}": x for i, x in enumerate(refined.front)}
+        notes += _save_front(bench, config, chosen, table, searched, out / "front")
+    problem = replace(problem, loss=table.loss)  # from here on for showing: KL
+    notes += remarks.price_of_policy(config, chosen, problem, assignment)
+    plan = _plan(bench, config, chosen, table, assignment)
+    notes += remarks.file(config, bench, chosen, plan)
+    files = {"plan": plan.save(out / "plan.json"), "front": save_front(problem, out / "front.csv")}
+    if refined is not None:
+        files["search"] = save_history(refined.history, out / "search.csv")
+    outcome = Outcome(plan, files, notes=notes)
+    if config.proof.certify:
+        outcome = prove(bench, config, chosen, table, problem, assignment, searched, outcome, out)
+    outcome = replace(outcome, seconds=time.monotonic() - begun)
+    return _publish(bench, config, chosen, problem, scale, outcome, out)
+
+
+def _checked(config: Optimize, view: View) -> tuple[Bench, Choices]:
+    """The model and its choices. Most that can be wrong ends here."""
+    config.check()
+    _reach_storage(config, root(config.store))
+    bench = Bench(config.model, config.revision, config.data, config.store, config.device, view)
+    if bench.encoder:
+        config.check_encoder()
+    folder, origin = bench.source.folder, gguf_of(bench.source.name)
+    registry.check_model(config.runtime.name, folder, origin)
+    chosen = choices(config, bench.inventory)
+    if config.budget.size is not None:
+        every = _uniform(chosen)
+        over = registry.overhead(bench.inventory, config.runtime, every, folder, origin)
+        chosen = replace(chosen, overhead=over)
+    if config.proof.certify:
+        certify.check(bench, _asked(config))
+    if config.search.third in ("time", "price"):
+        from optimizer.stages import latency
+
+        latency.check(chosen, config.runtime.name)
+    return bench, chosen
+
+
+def _uniform(chosen: Choices) -> Iterator[dict[str, Precision]]:
+    """For each column the choice that has it wherever it is allowed; other layers are left out."""
+    assert chosen.allowed is not None
+    for column in np.flatnonzero(chosen.allowed.any(0)):
+        rows = np.flatnonzero(chosen.allowed[:, column])
+        names = [name for row in rows for name in chosen.groups[row]]
+        yield {name: chosen.fitted[name, chosen.columns[column]] for name in names}
+
+
+def _reach_storage(config: Optimize, store: Path) -> None:
+    """A database that can't be used ends here, before a model is loaded."""
+    if config.search.space != "exact" and config.search.storage is not None:
+        from optimizer.search.study import open_storage
+
+        open_storage(config.search.storage, store, config.search.heartbeat)
+
+
+def _scale(bench: Bench, config: Optimize, chosen: Choices) -> Scale:
+    """With times, measured now or kept, if they are an objective."""
+    scale = Scale.of(
+        bench.inventory,
+        chosen,
+        bench.source.fingerprint,
+        config.quantizer.described(bench.calibration_key),
+        kv_budget.traffic(config, bench),
+    )
+    if config.search.third not in ("time", "price"):
+        return scale
+    from optimizer.stages import latency
+
+    found = latency.times(bench, chosen, scale.traffic.batch)
+    return replace(scale, times=search.Third("time", found.each, found.outside))
+
+
+def _save_front(
+    bench: Bench,
+    config: Optimize,
+    chosen: Choices,
+    table: Table,
+    searched: Mapping[str, np.ndarray],
+    folder: Path,
+) -> list[str]:
+    """Each plan of a searched front as a file of its own, so that any of them can be applied."""
+    for name, assignment in searched.items():
+        path = folder / f"{name.replace(' ', '-')}.json"
+        _plan(bench, config, chosen, table, assignment).save(path)
+    return [f"The plans of the front are in {folder}, without certificates."] if searched else []
+
+
+def _publish(
+    bench: Bench,
+    config: Optimize,
+    chosen: Choices,
+    problem: Problem,
+    scale: Scale,
+    outcome: Outcome,
+    out: Path,
+) -> Outcome:
+    """What a person looks at afterwards: run.json, and the page that is made from it."""
+    fingerprint, settings = bench.source.fingerprint, asdict(config)
+    measured = tuple(
+        scale.point(
+            row.name, row.assignment, row.predicted, measured=row.measured, measures=row.measures
+        )
+        for row in outcome.measured
+    )
+    run = Run(
+        model=bench.source.name,
+        key=run_key(settings, fingerprint),
+        columns=_palette(chosen),
+        groups=chosen.groups,
+        chosen=chosen_point(scale, outcome.plan, measured),
+        front=scale.front(problem, FRONT_ROWS),
+        measured=measured,
+        prediction=outcome.prediction,
+        notes=tuple(outcome.notes),
+        config=settings,
+        seconds=outcome.seconds,
+        unit="text" if bench.encoder else "token",
+    )
+    files = outcome.files | {"run": run.save(out), "report": page.write(out)}
+    return replace(outcome, files=files, run=run)
+
+
+def _palette(chosen: Choices) -> dict[str, Precision]:
+    """Column name -> the precision as most layers have it (`fit=nearest` adapts some)."""
+    return {column: chosen.fitted[chosen.groups[0][0], column] for column in chosen.columns}
+
+
+def _pose(config: Optimize, inventory: Inventory, chosen: Choices, loss: np.ndarray) -> Problem:
+    return search.pose(
+        inventory,
+        chosen.scope,
+        chosen.groups,
+        chosen.columns,
+        chosen.fitted,
+        loss,
+        config.budget,
+        chosen.allowed,
+        chosen.overhead,
+    )
+
+
+def _allocate(problem: Problem) -> np.ndarray:
+    return problem.largest if problem.fits(problem.largest) else exact.solve(problem)
+
+
+def _refine(
+    bench: Bench,
+    config: Optimize,
+    chosen: Choices,
+    problem: Problem,
+    start: np.ndarray,
+) -> Refined | None:
+    """The searched plan, or None where there is nothing to search."""
+    if config.search.space == "exact" or problem.fits(problem.largest):
+        return None
+    from optimizer.stages.refine import refine
+
+    journal = bench.store.root / "studies" / f"{bench.part_key('search')[:40]}.journal"
+    try:
+        with bench.cached():
+            return refine(bench, config, chosen, problem, start, journal)
+    except OSError as error:  # Optuna's, writing the journal
+        raise unwritable(Path(error.filename or journal), error) from None
+
+
+def _plan(
+    bench: Bench, config: Optimize, chosen: Choices, table: Table, assignment: np.ndarray
+) -> Plan:
+    kl, error = table.predict(assignment)
+    return assemble(
+        bench.inventory,
+        chosen.scope,
+        chosen.choice(assignment),
+        model={
+            "name": bench.source.name,
+            "revision": bench.source.revision,
+            "fingerprint": bench.source.fingerprint,
+        },
+        runtime=config.runtime.name,
+        quantizer=config.quantizer.described(bench.calibration_key),
+        predicted={"kl": kl, "stderr": error, "estimator": config.sensitivity.estimator}
+        | ({"unit": "text"} if bench.encoder else {}),
+        kv=bench.cache.bits,
+        budget=config.budget.asked,
+        provenance={
+            "command": shlex.join(["mezzotint", "optimize", *overrides(asdict(config))]),
+            "seed": config.seed,
+            "data": asdict(config.data),
+            "tuned": objective.tuned(config.meaning),
+            "geometry": bench.geometry(),
+            "caches": list(bench.cache.tried),
+            "read": kv_budget.traffic(config, bench).weights(
+                bench.inventory, chosen.choice(assignment)
+            ),
+            "versions": versions(),
+        },
+    )
+
+
+def versions() -> dict[str, str]:
+    names = ("mezzotint", "torch", "transformers", "numpy", "scipy")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+# ---------------------------------------------------------------- prove
+
+
+def prove(
+    bench: Bench,
+    config: Optimize,
+    chosen: Choices,
+    table: Table,
+    problem: Problem,
+    assignment: np.ndarray,
+    searched: Mapping[str, np.ndarray],
+    outcome: Outcome,
+    out: Path,
+) -> Outcome:
+    """Measure the prediction on search documents and the plan on held-out ones. If no uniform
+    plan that fits is worse, the best uniform one becomes the plan. searched: plans of other sizes,
+    measured on search documents only."""
+    from optimizer.certificate import comparison
+
+    quantizer = make_quantizer(config.quantizer, bench)
+    others = baselines.rivals(config, problem)
+    rows = baselines.measure(
+        bench, config, chosen, table, problem, {**others, **searched, "plan": assignment}
+    )
+    best_random = min(
+        (r for r in rows if r.name.startswith("random")), key=baselines.measured_loss, default=None
+    )
+    held = {k: v for k, v in others.items() if not k.startswith("random")} | {"plan": assignment}
+    if best_random is not None:
+        held[f"best of {config.proof.random} random"] = others[best_random.name]
+    held = {k: v for k, v in held.items() if baselines.worth_measuring(k, v, problem, assignment)}
+    found = {}
+    for name in bench.view.track(list(held), "held-out measurement"):
+        choice = chosen.choice(held[name])
+        stored = baselines.tensor_bytes(bench.inventory, choice)
+        scores = bench.score(choice, "heldout", quantizer)
+        found[name] = comparison.Candidate(name, stored, problem.sizes(held[name]), scores)
+    notes = list(outcome.notes)
+    uniforms = [c for n, c in found.items() if n in problem.columns]
+    fitting = [c for c in uniforms if baselines.may_be(held[c.name], problem)]
+    best = min(fitting, key=lambda c: c.scores.mean_kl, default=None)
+    winner = "plan"
+    whole = np.array_equal(
+        assignment, problem.largest
+    )  # what seems to keep more does so by chance
+    if best is not None and not whole and best.scores.mean_kl <= found["plan"].scores.mean_kl:
+        winner = best.name
+        if not np.array_equal(held[winner], assignment):
+            notes.append(
+                f"The searched plan was not better than {winner} everywhere on held-out text (KL "
+                f"{found['plan'].scores.mean_kl:.4f} against {best.scores.mean_kl:.4f}), so the "
+                f"plan is {winner} everywhere."
+            )
+            assignment = held[winner]
+            outcome = replace(outcome, plan=_plan(bench, config, chosen, table, assignment))
+    mine = replace(found[winner], name="plan")
+    mixed = [c for n, c in found.items() if n != "plan" and n not in problem.columns]
+    found_to_be = comparison.certify(mine, uniforms, mixed, config.seed)
+    weights = _weights(bench, chosen.choice(assignment), quantizer)
+    found_to_be["meaning"] = certify.judge(bench, weights, mine.scores, _asked(config))
+    plan = replace(outcome.plan, certificate=found_to_be)
+    files = outcome.files | {
+        "plan": plan.save(out / "plan.json"),
+        "measured": baselines.save(rows, out / "measured.csv"),
+    }
+    files |= _blurred(bench, mine.scores.kl, plan, out)
+    quality = baselines.quality(rows)
+    return replace(outcome, plan=plan, files=files, measured=rows, prediction=quality, notes=notes)
+
+
+def _asked(config: Optimize) -> certify.Asked:
+    wanted = config.proof
+    tuned = objective.tuned(config.meaning)["domains"]
+    entries = [*wanted.domains, *objective.missing(config.meaning, wanted.domains)]
+    return certify.Asked(wanted.tolerance, entries, wanted.generate, config.seed, tuned)
+
+
+def _weights(bench: Bench, choice: Mapping[str, Precision], quantizer: Any) -> certify.Weights:
+    """The plan's joint rounding, which is what gets packed, and its cache."""
+
+    @contextmanager
+    def hold() -> Iterator[Any]:
+        rounder = quantizer.rounder(choice, joint=True)
+        with bench.model.rounded(rounder, choice):
+            yield bench.model.net
+
+    real = {name: p.name for name, p in sorted(choice.items()) if p.kind != "none"}
+    return certify.Weights([quantizer.key, real], hold, bench.cache.bits, bench.cache.floating)
+
+
+def _blurred(bench: Bench, kl: np.ndarray, plan: Plan, out: Path) -> dict[str, Path]:
+    """Held-out text, shaded; nothing where the model has no tokenizer, or embeds whole texts."""
+    if bench.encoder:
+        return {}
+    from optimizer.models.model import load_tokenizer
+    from optimizer.reports.html import blur_example
+
+    try:
+        tokenizer = load_tokenizer(bench.source.folder)
+    except ModelError:
+        return {}
+    ids = bench.windows("heldout").ids
+    page = blur_example.render(ids, kl, tokenizer, f"Plan {plan.id} on held-out text")
+    return {"blur": write_atomically(out / blur_example.FILE, page.encode())}

@@ -1,0 +1,1 @@
+"""Text, tokens, and which document belongs to which part."""

@@ -1,0 +1,1 @@
+"""The formats of engines that load safetensors: compressed-tensors, GPTQ, AutoRound."""

@@ -1,0 +1,112 @@
+"""What the safetensors formats of other engines share: names, the file's size, and writing it.
+
+A format is two functions of a quantized layer: `sizes` says which tensors stand for it, `tensors`
+makes them. All else is written as the reference has it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimizer.plan import Inventory, Layer, Plan, Precision, container_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FILE = "model.safetensors"
+WIDTH = {"I32": 4, "I64": 8, "F32": 4}
+SLICE = 2**22  # bits read back at a time
+ROUTER = ("gate", "router", "shared_expert_gate")
+Sizes = Callable[[Layer, Precision], dict[str, tuple[str, list[int]]]]
+Tensors = Callable[[Layer, Precision], "dict[str, Tensor]"]
+
+
+def module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def untouched(plan: Plan, inventory: Inventory) -> list[str]:
+    """Every module with a matrix that stays as it is: untouched Linears, the head, routers."""
+    names = [
+        module(layer.name)
+        for layer in inventory.layers
+        if plan.choice[layer.name].kind == "none" and layer.kind in ("linear", "head", "experts")
+    ]
+    names += [
+        module(x.name)
+        for x in inventory.others
+        if len(x.shape) == 2 and module(x.name).split(".")[-1] in ROUTER
+    ]
+    if any(layer.tied for layer in inventory.layers):
+        names.append("lm_head")
+    return names
+
+
+def size(plan: Plan, inventory: Inventory, sizes: Sizes) -> int:
+    """Exact bytes of the weight file. sizes: tensor -> (safetensors' dtype, shape)."""
+    entries: list[tuple[str, str, list[int], int]] = []
+    for layer in inventory.layers:
+        precision = plan.choice[layer.name]
+        parts = {layer.name: (inventory.dtype, list(layer.shape))}
+        if precision.kind != "none":
+            parts = sizes(layer, precision)
+        entries += [(k, d, s, math.prod(s) * WIDTH.get(d, 2)) for k, (d, s) in parts.items()]
+    for x in inventory.others:
+        entries.append(
+            (x.name, x.dtype, list(x.shape), math.prod(x.shape) * WIDTH.get(x.dtype, 2))
+        )
+    return sum(entry[3] for entry in entries) + container_bytes(entries)
+
+
+def write(
+    plan: Plan,
+    inventory: Inventory,
+    packed: Mapping[str, Tensor],
+    make: Tensors,
+    quantization: Mapping[str, Any],
+    folder: Path,
+    out: Path,
+) -> None:
+    """packed: the plan's stored tensors. quantization: the `quantization_config` of config.json.
+    folder: what to copy beside the weights."""
+    from optimizer.formats.folder import copy_beside, save_tensors
+
+    tensors: dict[str, Tensor] = {}
+    for layer in inventory.layers:
+        precision = plan.choice[layer.name]
+        if precision.kind == "none":
+            tensors[layer.name] = packed[layer.name]
+        else:
+            tensors |= make(layer, precision)
+    tensors |= {x.name: packed[x.name] for x in inventory.others}
+    save_tensors(tensors, out / FILE)
+    copy_beside(folder, out)
+    settings = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    settings["dtype"] = {"F16": "float16", "BF16": "bfloat16"}[inventory.dtype]
+    settings["quantization_config"] = quantization
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    (out / "config.json").write_text(text, encoding="utf-8")
+
+
+def words(stream: Tensor) -> Tensor:
+    """A byte stream per row -> 32-bit words, padded with zeros."""
+    import torch
+
+    padded = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 4))
+    return padded.contiguous().view(torch.int32)
+
+
+def unstream(found: Tensor, bits: int, count: int) -> Tensor:
+    """int32 [n, words] -> codes int64 [n, count], bit by bit: slow, and independent of `pack`."""
+    import torch
+
+    where, rows = torch.arange(count * bits), max(1, SLICE // (count * bits))
+    parts = []
+    for some in found.split(rows):
+        single = (some.long()[:, where // 32] >> (where % 32)) & 1
+        parts.append((single.view(len(some), count, bits) << torch.arange(bits)).sum(-1))
+    return torch.cat(parts)

@@ -1,0 +1,1 @@
+"""Our own packed folders: modules that unpack as they run."""

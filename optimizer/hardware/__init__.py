@@ -1,0 +1,1 @@
+"""What a machine holds, and how fast it decodes."""

@@ -1,0 +1,1 @@
+"""How far a model moved from its reference."""

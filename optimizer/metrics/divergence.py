@@ -1,0 +1,356 @@
+"""How far a model's distribution moved from the reference's, token by token. Never changes a
+model.
+
+p = softmax(z) is the reference's next-token distribution at a position, q the other model's.
+    kl    sum_v p_v (log p_v - log q_v)                                       nats, lower is better
+    ear   sum_v min(p_v, q_v) = 1 - total variation, the acceptance rate of speculative decoding
+          (Leviathan et al., arXiv:2211.17192)                                 higher is better
+    flip  argmax p != argmax q                                                 lower is better
+    nll   -log q(true next token), and the same for the reference              nats
+    hit   argmax q = true next token, and the same for the reference
+The reference is kept as its last hidden states [tokens, width], not as logits [tokens,
+vocabulary]: a hundred times smaller, and exact, since the head turns them into logits on demand.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from optimizer.data.text import Windows
+from optimizer.errors import ModelError
+from optimizer.metrics import embeddings
+from optimizer.metrics.objective import Objective
+from optimizer.models.model import Model
+
+CHUNK = 512  # tokens whose logits exist at one time, twice
+BATCH_TOKENS = 2048  # tokens that run through the blocks together
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per-token measures, each float32 [windows, length - 1], and documents int64 [windows]."""
+
+    unit: ClassVar[Literal["token"]] = "token"
+    kl: np.ndarray
+    ear: np.ndarray
+    flip: np.ndarray
+    nll: np.ndarray
+    nll_reference: np.ndarray
+    hit: np.ndarray
+    hit_reference: np.ndarray
+    documents: np.ndarray
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return dict(vars(self))
+
+    @property
+    def mean_kl(self) -> float:
+        return float(self.kl.mean(dtype=np.float64))
+
+    def after(self, position: int) -> Scores:
+        """Only the predictions that have at least `position` tokens before them."""
+        cut = {k: v[:, position - 1 :] for k, v in vars(self).items() if k != "documents"}
+        return Scores(**cut, documents=self.documents)
+
+
+COLUMNS = ("kl", "ear", "flip", "nll", "nll_reference", "hit", "hit_reference")
+
+
+class Teacher:
+    """The reference's predictions on fixed windows, against which other weights are scored."""
+
+    def __init__(self, net: nn.Module, windows: Windows, own_head: bool = False) -> None:
+        """own_head: copy the head's weights, needed where the head itself will be quantized.
+        `objective` (public, the mean KL unless set) is what single windows are measured by."""
+        self.windows = windows
+        self._together = max(1, BATCH_TOKENS // windows.ids.shape[1])
+        self._hidden = [hidden for _, hidden in _hidden_states(net, windows.ids, self._together)]
+        self._shape = _final_transform(net, windows.ids[:1])
+        head = _head(net)
+        self.objective = Objective()
+        self._summaries: dict[int, tuple[Tensor, Tensor]] = {}
+        self._weights: dict[str, Tensor] | None = None
+        if own_head:
+            self._weights = {n: p.detach().clone() for n, p in head.named_parameters()}
+        self._head = head
+
+    def score(self, net: nn.Module) -> Scores:
+        """Compare `net` as it is now with the reference. Cost: one forward pass and two heads."""
+        columns: dict[str, list[Tensor]] = {key: [] for key in COLUMNS}
+        for log_p, log_q, target in self.pairs(net):
+            for key, value in compare(log_p, log_q, target).items():
+                columns[key].append(value)
+        shape = (len(self.windows.ids), self.windows.ids.shape[1] - 1)
+        found = {k: torch.cat(v).float().cpu().numpy().reshape(shape) for k, v in columns.items()}
+        return Scores(**found, documents=self.windows.documents)
+
+    def noise(self, net: nn.Module) -> dict[str, Scores]:
+        """The reference against itself, computed in another way: one window at a time, and with
+        products in bf16. What no plan can be expected to beat. `net` holds the reference's weights.
+        Cost: two passes."""
+        alone = copy.copy(self)
+        alone._together = 1
+        alone._hidden = [one[None] for batch in self._hidden for one in batch]
+        found = {"reference, one window at a time": alone.score(net)}
+        with torch.autocast(next(net.parameters()).device.type, dtype=torch.bfloat16):
+            found["reference in bf16"] = self.score(net)
+        return found
+
+    @torch.inference_mode()
+    def pairs(self, net: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Chunks of (log p, log q [tokens, vocabulary], true ids [tokens]), in the windows' order.
+
+        Whoever takes a chunk may change it; no more than CHUNK tokens of logits exist at a time.
+        """
+        head = _head(net)
+        for (ids, hidden), reference in zip(
+            _hidden_states(net, self.windows.ids, self._together), self._hidden, strict=True
+        ):
+            flat, target = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+            truth = reference[:, :-1].flatten(0, 1)
+            for i in range(0, len(flat), CHUNK):
+                part = slice(i, i + CHUNK)
+                log_p = torch.log_softmax(self._shape(self._reference_head(truth[part])), -1)
+                log_q = torch.log_softmax(self._shape(head(flat[part]).float()), -1)
+                yield log_p, log_q, target[part]
+
+    def divergence(self, net: Any, window: int) -> Tensor:
+        """KL [length - 1] of one window, with a gradient with respect to `net`'s weights.
+
+        Where the head keeps its weights W (own_head=False), the reference's logits are not made
+        again. With z = W h the logits of `net`, sum_v p_v z_v = (W' p) h, so
+            KL = sum_v p_v log p_v - (W' p) h + logsumexp(z),
+        and only W' p and the entropy are kept for each token.
+        """
+        ids = torch.from_numpy(self.windows.ids[window])[None].to(self._hidden[0].device)
+        hidden = head_input(net, ids)[0, :-1]
+        parts = [slice(i, i + CHUNK) for i in range(0, len(hidden), CHUNK)]
+        if self._weights is None and self._shape is _unchanged:
+            expected, constant = self._summary(window)
+            return torch.cat(
+                [
+                    constant[part]
+                    - (expected[part] * hidden[part].float()).sum(-1)
+                    + torch.logsumexp(self._head(hidden[part]).float(), -1)
+                    for part in parts
+                ]
+            )
+        truth, found = self._truth(window), []
+        for part in parts:
+            with torch.no_grad():
+                log_p = torch.log_softmax(self._shape(self._reference_head(truth[part])), -1)
+            log_q = torch.log_softmax(self._shape(self._head(hidden[part]).float()), -1)
+            found.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        return torch.cat(found)
+
+    def window(self, net: nn.Module, window: int) -> float:
+        """Mean objective of one window. Up to rounding (about 1e-6 nats) never below 0."""
+        with torch.inference_mode():
+            kl = self.divergence(net, window).double()
+            return max(float(self.objective.of(kl).mean()), 0.0)
+
+    def _truth(self, window: int) -> Tensor:
+        """The reference's inputs of the head [length - 1, width]."""
+        return self._hidden[window // self._together][window % self._together, :-1]
+
+    def _summary(self, window: int) -> tuple[Tensor, Tensor]:
+        """W' p [length - 1, width] and sum_v p_v log p_v - p b [length - 1], b the head's bias."""
+        if window not in self._summaries:
+            with torch.inference_mode(False), torch.no_grad():  # a backward pass may keep them
+                self._summaries[window] = self._summarize(window)
+        return self._summaries[window]
+
+    def _summarize(self, window: int) -> tuple[Tensor, Tensor]:
+        head: Any = self._head
+        expected, constant = [], []
+        for truth in self._truth(window).split(CHUNK):
+            log_p = torch.log_softmax(head(truth).float(), -1)
+            p = log_p.exp()
+            bias = 0 if head.bias is None else p @ head.bias.float()
+            expected.append(p @ head.weight.float())
+            constant.append((p * log_p).sum(-1) - bias)
+        return torch.cat(expected), torch.cat(constant)
+
+    def _reference_head(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):  # `noise` is about the other side
+            if self._weights is None:
+                return self._head(hidden).float()
+            return torch.func.functional_call(self._head, self._weights, (hidden,)).float()
+
+
+AnyScores = Scores | embeddings.Scores
+AnyTeacher = Teacher | embeddings.Teacher
+
+
+def teacher(model: Model, windows: Windows, own_head: bool = False) -> AnyTeacher:
+    """For the kind of model that it is: a language model's tokens or an encoder's geometry."""
+    if model.pooling is not None:
+        return embeddings.Teacher(model.net, windows, model.pooling)
+    return Teacher(model.net, windows, own_head)
+
+
+def stored(arrays: Mapping[str, np.ndarray]) -> AnyScores:
+    """What `arrays()` of either kind gave."""
+    return Scores(**arrays) if "ear" in arrays else embeddings.Scores(**arrays)
+
+
+class TopTeacher:
+    """The reference as its K most probable tokens at each position, and one bucket for the rest.
+
+    8 K + 4 bytes a position, where `Teacher` keeps 4 x width and runs the reference's head again
+    for every plan. With K = 512 it is the smaller one only for models wider than 1024, and not
+    exact: its KL is that between distributions whose other tokens are merged, which is never above
+    the whole KL (log-sum inequality). The bucket itself is exact, summed over all other tokens.
+    """
+
+    def __init__(self, net: nn.Module, windows: Windows, k: int = 512) -> None:
+        self.windows = windows
+        self._ids, self._top, self._rest = [], [], []
+        for log_p, _ in _log_probabilities(net, windows):
+            top = log_p.topk(min(k, log_p.shape[-1]))
+            self._ids.append(top.indices.to(torch.int32))
+            self._top.append(top.values)
+            self._rest.append(_merged(log_p, top.indices))
+
+    @property
+    def bytes(self) -> int:
+        kept = (*self._ids, *self._top, *self._rest)
+        return sum(part.numel() * part.element_size() for part in kept)
+
+    def kl(self, net: nn.Module) -> np.ndarray:
+        """KL of the merged distributions, float32 [windows, length - 1]."""
+        found = []
+        parts = zip(self._ids, self._top, self._rest, strict=True)
+        for (log_q, _), (ids, top, rest) in zip(
+            _log_probabilities(net, self.windows), parts, strict=True
+        ):
+            index = ids.long()
+            other = _merged(log_q, index)
+            kl = (top.exp() * (top - log_q.gather(-1, index))).sum(-1)
+            found.append(kl + torch.where(rest.isinf(), 0.0, rest.exp() * (rest - other)))
+        shape = (len(self.windows.ids), self.windows.ids.shape[1] - 1)
+        return torch.cat(found).clamp_(min=0).float().cpu().numpy().reshape(shape)
+
+
+def _merged(log_p: Tensor, ids: Tensor) -> Tensor:
+    """Log of the probability of everything but `ids`: [tokens, vocabulary] -> [tokens]."""
+    return log_p.scatter(-1, ids, -torch.inf).logsumexp(-1)
+
+
+@torch.inference_mode()
+def _log_probabilities(net: nn.Module, windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:
+    """Chunks of (log p [tokens, vocabulary], true ids [tokens]), in the windows' order."""
+    predict = Predictor(net)
+    for ids, hidden in _hidden_states(
+        net, windows.ids, max(1, BATCH_TOKENS // windows.ids.shape[1])
+    ):
+        flat, target = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        for i in range(0, len(flat), CHUNK):
+            yield predict(flat[i : i + CHUNK]), target[i : i + CHUNK]
+
+
+class Predictor:
+    """A model's head and what follows it: hidden states -> log-probabilities of the next token."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self._head, self._shape = _head(net), _final_transform(net, np.zeros((1, 2), np.int64))
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Input of the head [tokens, width] -> [tokens, vocabulary]. Give CHUNK tokens at most."""
+        return torch.log_softmax(self._shape(self._head(hidden).float()), -1)
+
+
+@torch.inference_mode()
+def compare(log_p: Tensor, log_q: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Log-probabilities [tokens, vocabulary] twice, ids [tokens] -> measures [tokens]."""
+    p = log_p.exp()
+    top_p, top_q = log_p.argmax(-1), log_q.argmax(-1)
+    nll = -log_q.gather(-1, target[:, None]).squeeze(-1)
+    nll_p = -log_p.gather(-1, target[:, None]).squeeze(-1)
+    ear = torch.minimum(p, log_q.exp()).sum(-1)
+    kl = torch.sub(log_p, log_q, out=log_p).mul_(p).sum(-1)
+    found = (kl.clamp_(min=0), ear, top_p != top_q, nll, nll_p, top_q == target, top_p == target)
+    return dict(zip(COLUMNS, found, strict=True))
+
+
+def batches(ids: np.ndarray, together: int | None = None) -> Iterator[Tensor]:
+    step = together or max(1, BATCH_TOKENS // ids.shape[1])
+    for i in range(0, len(ids), step):
+        yield torch.from_numpy(ids[i : i + step])
+
+
+def _head(net: Any) -> nn.Module:
+    head: nn.Module | None = net.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(net).__name__} has no output head, so it predicts no tokens.")
+    return head
+
+
+def _hidden_states(
+    net: nn.Module, ids: np.ndarray, together: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of (ids [b, l], input of the head [b, l, width]), `together` windows each."""
+    device = next(net.parameters()).device
+    for batch in batches(ids, together):
+        with torch.inference_mode():
+            yield batch.to(device), head_input(net, batch.to(device))
+
+
+def head_input(net: nn.Module, ids: Tensor) -> Tensor:
+    """ids [b, l] -> what the head receives [b, l, width]. The head itself runs on one position
+    of one window only, so full logits never exist."""
+    caught: list[Tensor] = []
+
+    def catch(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        caught.append(args[0])
+        return (args[0][:1, -1:].contiguous(),)
+
+    handle = _head(net).register_forward_pre_hook(catch)
+    try:
+        net(input_ids=ids, use_cache=False)
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+def _final_transform(net: Any, ids: np.ndarray) -> Callable[[Tensor], Tensor]:
+    """What the architecture does to the head's output: nothing, soft-capping (Gemma), scaling
+    (Granite, Cohere). Checked against the model's own logits; ModelError if none agrees."""
+    config = net.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    divide = getattr(config, "logits_scaling", None)
+    times = getattr(config, "logit_scale", None)
+    candidates: list[Callable[[Tensor], Tensor]] = [_unchanged]
+    if cap:
+        candidates.append(lambda z: torch.tanh(z / cap) * cap)
+    if divide:
+        candidates.append(lambda z: z / divide)
+    if times:
+        candidates.append(lambda z: z * times)
+    batch = torch.from_numpy(ids).to(next(net.parameters()).device)
+    with torch.inference_mode():
+        wanted = net(input_ids=batch, use_cache=False).logits.float()
+        raw = _head(net)(head_input(net, batch)).float()
+        for transform in candidates:
+            if torch.allclose(transform(raw), wanted, rtol=1e-3, atol=1e-3):
+                return transform
+    raise ModelError(
+        f"{type(net).__name__} changes its head's output in a way that this version doesn't know. "
+        "Please report the architecture."
+    )
+
+
+def _unchanged(logits: Tensor) -> Tensor:
+    return logits
+
+
+def is_head(net: Any, parameter: str) -> bool:
+    """Whether the named parameter is the output head's, perhaps shared with the embeddings."""
+    return net.get_parameter(parameter) is getattr(net.get_output_embeddings(), "weight", None)

@@ -1,0 +1,225 @@
+"""A model's blocks run one by one on fixed windows, so that each sees the inputs that the blocks
+before it, already rounded, really send.
+
+One whole pass records what every block is called with besides the hidden states (positions,
+masks) and which layers of a block share an input; after that only hidden states are carried.
+Memory: hidden states [windows, length, width], and the inputs of one batch in one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from optimizer.errors import ModelError
+from optimizer.metrics.divergence import batches, head_input
+from optimizer.models.model import Model
+from optimizer.plan import Layer
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class Batch:
+    """hidden: the next block's input [b, l, width]. calls: what each block gets besides it."""
+
+    hidden: Tensor
+    calls: list[Call]
+
+
+class Stream:
+    """The blocks of `model` on `ids` [windows, length]; weights are read when a block runs, so
+    they may change between calls."""
+
+    def __init__(self, model: Model, ids: np.ndarray) -> None:
+        self._model = model
+        self._watched = [layer for layer in model.inventory.layers if layer.watchable]
+        self.blocks = blocks_of(model)
+        self._shared: dict[int, list[list[str]]] = {}
+        self._batches = self._begin(ids)
+
+    def inputs(self, block: int) -> list[list[str]]:
+        """Layers of the block that have a Hessian, in the order of execution; those that read the
+        same tensor stand together."""
+        return self._shared.get(block, [])
+
+    def hessians(
+        self,
+        block: int,
+        sharing: Sequence[Sequence[str]],
+        weights: Mapping[str, np.ndarray] | None = None,
+    ) -> list[Tensor]:
+        """sum x x' [cols, cols] of each set of layers, from one pass that stops after the last.
+        weights: layer -> of its tokens [windows, length], taken from the first of each set."""
+        modules = [self._module(self._model.layers[names[0]]) for names in sharing]
+        columns = [self._model.layers[names[0]].cols for names in sharing]
+        device = self._batches[0].hidden.device
+        found = [torch.zeros(n, n, device=device) for n in columns]
+
+        def add(index: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                x = args[0].flatten(0, -2).float()
+                if weights is not None:
+                    own = torch.from_numpy(weights[sharing[index][0]][now[0] : now[1]])
+                    x = x * own.to(x).reshape(-1, 1).sqrt()
+                found[index].addmm_(x.T, x)
+                if index == len(modules) - 1:
+                    raise _EnoughError
+
+            return hook
+
+        now = [0, 0]  # the windows of the batch that runs
+        handles = [m.register_forward_pre_hook(add(i)) for i, m in enumerate(modules)]
+        try:
+            for batch in self._batches:
+                now[:] = [now[1], now[1] + len(batch.hidden)]
+                with suppress(_EnoughError):
+                    self._run(block, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def advance(self, block: int) -> None:
+        """Replace the hidden states by the block's outputs, with the weights as they are now."""
+        for batch in self._batches:
+            batch.hidden = self._run(block, batch)
+
+    def moved(self, block: int, parameters: Mapping[str, Tensor]) -> float:
+        """How far the block's output on the first batch moves, as a share of its own size, when it
+        runs with other values for some of the model's parameters. Changes nothing."""
+        batch = self._batches[0]
+        module = self.blocks[block]
+        names = {id(value): name for name, value in module.named_parameters()}
+        own = {names[id(self._model.net.get_parameter(k))]: v for k, v in parameters.items()}
+        args, kwargs = batch.calls[block]
+        with torch.no_grad():
+            found = torch.func.functional_call(module, own, (batch.hidden, *args), kwargs)
+        found = found[0] if isinstance(found, tuple) else found
+        wanted = self._run(block, batch)
+        return float((found - wanted).norm() / wanted.norm())
+
+    def _run(self, block: int, batch: Batch) -> Tensor:
+        args, kwargs = batch.calls[block]
+        with torch.no_grad():
+            found = self.blocks[block](batch.hidden, *args, **kwargs)
+        return found[0] if isinstance(found, tuple) else found
+
+    def _module(self, layer: Layer) -> nn.Module:
+        return self._model.net.get_submodule(layer.parameter.rpartition(".")[0])
+
+    def _begin(self, ids: np.ndarray) -> list[Batch]:
+        """Every batch at the first block's door. The first batch runs through the whole model;
+        others only if their calls differ from its own (inputs that depend on the tokens)."""
+        found: list[Batch] = []
+        device = next(self._model.net.parameters()).device
+        for batch in batches(ids):
+            moved = batch.to(device)
+            if not found:
+                with self._learning():
+                    first, entered = self._record(moved, whole=True)
+                self._check(first, entered)
+                found.append(first)
+                continue
+            own, _ = self._record(moved, whole=False)
+            if _same(own.calls[0], found[0].calls[0]):
+                own = Batch(own.hidden, found[0].calls)
+            else:
+                own, _ = self._record(moved, whole=True)
+            found.append(own)
+        return found
+
+    def _record(self, ids: Tensor, whole: bool) -> tuple[Batch, list[Tensor]]:
+        """Run the model; stop at the first block unless `whole`. Also returns what the first two
+        blocks received."""
+        calls: list[Call] = []
+        entered: list[Tensor] = []
+
+        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kwargs = dict(kwargs)
+            hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            if len(entered) < 2:
+                entered.append(hidden)
+            calls.append((rest, kwargs))
+            if not whole:
+                raise _EnoughError
+
+        hooks = [b.register_forward_pre_hook(enter, with_kwargs=True) for b in self.blocks]
+        try:
+            with torch.no_grad(), suppress(_EnoughError):
+                head_input(self._model.net, ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Batch(entered[0], calls), entered
+
+    @contextmanager
+    def _learning(self) -> Iterator[None]:
+        """While a whole pass runs: which layers read the same tensor, in order of execution."""
+        self._shared = {}
+        last: list[Tensor] = []  # kept alive, so that a later tensor can't be taken for it
+
+        def see(layer: Layer, block: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                sets = self._shared.setdefault(block, [])
+                if any(layer.name in names for names in sets):
+                    return
+                if not sets or last[0] is not args[0]:
+                    sets.append([])
+                last[:] = [args[0]]
+                sets[-1].append(layer.name)
+
+            return hook
+
+        handles = [
+            self._module(layer).register_forward_pre_hook(see(layer, layer.block))
+            for layer in self._watched
+            if layer.block is not None
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check(self, batch: Batch, entered: Sequence[Tensor]) -> None:
+        """The second block must have been called with what the first one returns."""
+        chained = len(batch.calls) == len(self.blocks)
+        if chained and len(entered) > 1:
+            chained = torch.allclose(self._run(0, batch), entered[1], rtol=1e-3, atol=1e-3)
+        if not chained:
+            raise ModelError(
+                f"A calibrated quantizer runs a model block by block, and the blocks of "
+                f"{type(self._model.net).__name__} aren't a plain chain. Take quantizer=rtn."
+            )
+
+
+class _EnoughError(Exception):
+    """Ends a forward pass whose rest isn't needed."""
+
+
+def blocks_of(model: Model) -> list[nn.Module]:
+    """The transformer blocks, which the inventory numbered."""
+    layer = next((x for x in model.inventory.layers if x.block is not None), None)
+    if layer is None:
+        raise ModelError("A calibrated quantizer needs a model with blocks. Take quantizer=rtn.")
+    stem, _, _ = layer.parameter.partition(f".{layer.block}.")
+    blocks: Any = model.net.get_submodule(stem)
+    return list(blocks)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two calls' arguments are equal, tensors by value."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return a is b or bool(a == b)

@@ -1,0 +1,53 @@
+"""What a plan is made of: precisions, inventory, policy, budget. Nothing here knows torch."""
+
+from optimizer.plan.inventory import (
+    GGML,
+    REFERENCE_BITS,
+    SCALE_BYTES,
+    TRITS_PER_BYTE,
+    UNTOUCHED,
+    Inventory,
+    Layer,
+    Other,
+    Precision,
+    fuse,
+    glob,
+    packed_bytes,
+)
+from optimizer.plan.plan import (
+    Budget,
+    Plan,
+    assemble,
+    container_bytes,
+    digest,
+    identity,
+    parse_size,
+    stored_bytes,
+)
+from optimizer.plan.policy import Policy, Rule, allowed
+
+__all__ = [
+    "GGML",
+    "REFERENCE_BITS",
+    "SCALE_BYTES",
+    "TRITS_PER_BYTE",
+    "UNTOUCHED",
+    "Budget",
+    "Inventory",
+    "Layer",
+    "Other",
+    "Plan",
+    "Policy",
+    "Precision",
+    "Rule",
+    "allowed",
+    "assemble",
+    "container_bytes",
+    "digest",
+    "fuse",
+    "glob",
+    "identity",
+    "packed_bytes",
+    "parse_size",
+    "stored_bytes",
+]

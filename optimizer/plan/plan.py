@@ -1,0 +1,406 @@
+"""Budgets and plans, their exact bytes and their JSON. Standard library only, so that plans can be
+read anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from optimizer.errors import ConfigError, PlanError
+from optimizer.plan.inventory import SCALE_BYTES, UNTOUCHED, Inventory, Layer, Precision
+from optimizer.store import write_atomically
+
+FORMAT, VERSION = "mezzotint-plan", 1
+
+SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of `80MiB` (2**20), `80MB` (10**6), `1.5g`, or a plain number of bytes."""
+    match = SIZE.fullmatch(str(text))
+    if match is None:
+        raise ConfigError(
+            f"A size is a number with B, kB, MB, GB, KiB, MiB or GiB, not {text!r}. "
+            "Write, for example, budget.size=80MiB."
+        )
+    number, prefix, binary = match.groups()
+    power = "kmgt".index(prefix.lower()) + 1 if prefix else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+@dataclass(kw_only=True)
+class Budget:
+    """What the plan must fit in; exactly one of the first four is given.
+
+    bits: average bits per weight in scope, scales and zero points counted.
+    code_bits: average bits per weight in scope, codes alone.
+    size: the whole weight file in the runtime's own format, untouched tensors, header and a GGUF's
+        vocabulary counted, e.g. `80MiB`.
+    memory: a machine's memory, of which the share `usable` is for a program; what the cache (of
+        `batch` sequences of `context` tokens at `kv` bits), activations and the runtime take is
+        subtracted (optimizer.hardware.memory). overhead: replaces the runtime's own estimate.
+    kv: 32, 16, 8 or 4; several as a list, or `auto` for all that the runtime has: then weights and
+        cache are searched together (optimizer.stages.kv_budget).
+    machine: gpu, apple or cpu. device, source: what it is called and where that is known from.
+    """
+
+    bits: float | None = None
+    code_bits: float | None = None
+    size: str | None = None
+    memory: str | None = None
+    usable: float = 1.0
+    context: int = 4096
+    batch: int = 1
+    kv: Any = 16
+    overhead: str | None = None
+    machine: str = "gpu"
+    device: str | None = None
+    source: str | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Which of the four are given."""
+        four = {k: getattr(self, k) for k in ("bits", "code_bits", "size", "memory")}
+        return {k: v for k, v in four.items() if v is not None}
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What determines the bytes, for a plan's own record."""
+        if self.memory is None:
+            return self.given
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+    @property
+    def caches(self) -> list[int]:
+        """Bits of the caches to try; none: all that the runtime has."""
+        if self.kv == "auto":
+            return []
+        found = self.kv if isinstance(self.kv, list) else [self.kv]
+        if not found or not all(isinstance(b, int) and 2 <= b <= 32 for b in found):
+            raise ConfigError(
+                f"budget.kv is bits of a cache such as 16, 8 or 4, a list of them, or auto, not "
+                f"{self.kv!r}."
+            )
+        return sorted(set(found), reverse=True)
+
+    def with_cache(self, bits: int) -> Budget:
+        return replace(self, kv=bits)
+
+    def check(self) -> None:
+        if self.memory is None and len(self.caches) != 1:
+            raise ConfigError(
+                "A smaller cache saves bytes for the weights only where both share a machine's "
+                f"memory. Add budget=NAME (a machine), or choose one cache instead of {self.kv}."
+            )
+        given = self.given
+        if len(given) != 1:
+            found = ", ".join(f"budget.{k}={v}" for k, v in given.items()) or "none"
+            raise ConfigError(
+                f"Exactly one of budget.bits, budget.code_bits, budget.size and a machine's "
+                f"memory (budget=NAME) is needed; found {found}. For example: budget.bits=4.5"
+            )
+        key, value = next(iter(given.items()))
+        number = parse_size(value) if key in ("size", "memory") else float(value)
+        if not (math.isfinite(number) and number > 0):
+            raise ConfigError(f"A budget is a positive number, not {value}.")
+        self._check_machine()
+
+    def _check_machine(self) -> None:
+        if self.machine not in ("gpu", "apple", "cpu"):
+            raise ConfigError(f"budget.machine is gpu, apple or cpu, not {self.machine!r}.")
+        if not 0 < self.usable <= 1:
+            raise ConfigError(f"budget.usable is a share above 0, at most 1, not {self.usable}.")
+        _ = self.caches
+        for key in ("context", "batch"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"budget.{key} is at least 1, not {getattr(self, key)}.")
+        if self.overhead is not None:
+            parse_size(self.overhead)
+
+    @property
+    def text(self) -> str:
+        for key, unit in (("bits", "bits per weight"), ("code_bits", "code bits per weight")):
+            if getattr(self, key) is not None:
+                return f"{getattr(self, key):g} {unit}"
+        if self.memory is not None:
+            return str(self.device or self.memory)
+        text = str(self.size)
+        return text if text.strip(" .0123456789") else f"{parse_size(text)} bytes"
+
+
+def container_bytes(entries: Iterable[tuple[str, str, Sequence[int], int]]) -> int:
+    """Header bytes of a safetensors file with these (name, dtype, shape, bytes) entries.
+
+    The format: an 8-byte length, then JSON padded with spaces to a multiple of 8; tensors lie
+    in the order of the library's own list of dtypes, then name.
+    """
+    rank = {dtype: i for i, dtype in enumerate(("I64", "F32", "I32", "BF16", "F16", "U8"))}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape, size in sorted(entries, key=lambda e: (rank[e[1]], e[0])):
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(text) // 8) * 8
+
+
+def stored_bytes(inventory: Inventory, choice: Mapping[str, Precision]) -> dict[str, int]:
+    """Exact bytes of the packed file: {quantized, untouched, container, total}.
+
+    `choice`: layer name -> precision; layers that it doesn't name stay untouched.
+    """
+    entries: list[tuple[str, str, Sequence[int], int]] = []
+    quantized = untouched = 0
+    for layer in inventory.layers:
+        precision = choice.get(layer.name, UNTOUCHED)
+        size = precision.bytes(layer.rows, layer.cols)
+        if precision.kind == "none":
+            untouched += size
+            entries.append((layer.name, inventory.dtype, layer.shape, size))
+            continue
+        quantized += size
+        for suffix, (dtype, shape) in precision.parts(layer.rows, layer.cols).items():
+            part = math.prod(shape) * (SCALE_BYTES if dtype == "F16" else 1)
+            entries.append((f"{layer.name}.{suffix}", dtype, shape, part))
+    for tensor in inventory.others:
+        width = {"F32": 4, "I64": 8}.get(tensor.dtype, 2)
+        size = math.prod(tensor.shape) * width
+        untouched += size
+        entries.append((tensor.name, tensor.dtype, tensor.shape, size))
+    container = container_bytes(entries)
+    return {
+        "quantized": quantized,
+        "untouched": untouched,
+        "container": container,
+        "total": quantized + untouched + container,
+    }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Layer -> precision, with provenance; the product.
+
+    `layers` names every quantizable tensor of the checkpoint; `palette` holds the precisions
+    that it uses; `scope` the layers over which `effective_bits` averages; `kv` the bits of the
+    cache that it is meant for and was measured with.
+    """
+
+    model: dict[str, Any]
+    runtime: str
+    quantizer: dict[str, Any]
+    palette: dict[str, Precision]
+    layers: dict[str, str]
+    shapes: dict[str, tuple[int, int]]
+    scope: tuple[str, ...]
+    bytes: dict[str, int]
+    effective_bits: float
+    code_bits: float
+    predicted: dict[str, Any]
+    kv: int = 16
+    budget: dict[str, Any] = field(default_factory=dict)
+    certificate: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def choice(self) -> dict[str, Precision]:
+        """Layer name -> precision."""
+        return {name: self.palette[key] for name, key in self.layers.items()}
+
+    @property
+    def id(self) -> str:
+        """Twelve hex digits that depend on the model, the quantizer and the assignment only."""
+        return identity(self.model.get("fingerprint"), self.quantizer, self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        data = {"format": FORMAT, "version": VERSION, **{k: getattr(self, k) for k in _KEYS}}
+        data["palette"] = {key: asdict(p) for key, p in self.palette.items()}
+        data["shapes"] = {key: list(shape) for key, shape in self.shapes.items()}
+        data["scope"] = list(self.scope)
+        return {**data, "checksum": digest(data)}
+
+    def save(self, path: str | Path) -> Path:
+        """Write atomically; a killed or failed save leaves the old file as it was."""
+        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
+        return write_atomically(Path(path), text.encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read and verify. Raises PlanError for anything that isn't a whole, consistent plan.
+
+        A plan without `checksum` (written or changed by hand) is accepted if its arithmetic is
+        right, without certificate: what was measured may be another plan.
+        """
+        path = Path(path)
+        path = path / "plan.json" if path.is_dir() else path
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        except FileNotFoundError:
+            raise PlanError(
+                f"No plan at {path}. `mezzotint optimize` writes one; give the path to it."
+            ) from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise PlanError(
+                f"A plan is one whole JSON file; {path} can't be read ({error}). It was cut off "
+                "or changed: run the command that made it again."
+            ) from None
+        return cls.from_json(data, where=str(path))
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = "plan") -> Plan:
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise PlanError(f'{where} is not a plan: its "format" must be "{FORMAT}".')
+        if data.get("version") != VERSION:
+            raise PlanError(
+                f"{where} has plan version {data.get('version')!r}, this program reads version "
+                f"{VERSION}. Make the plan again, or use the program that made it."
+            )
+        body = {key: value for key, value in data.items() if key != "checksum"}
+        if "checksum" in data and data["checksum"] != digest(body):
+            raise PlanError(
+                f"{where} was changed after it was written: its checksum is {digest(body)[:12]}, "
+                f"not {str(data['checksum'])[:12]}. Make it again; or, if the change is meant, "
+                'delete the "checksum" line and the rest is checked instead.'
+            )
+        try:
+            plan = cls._build(data)
+        except (
+            KeyError, TypeError, ValueError, AttributeError, OverflowError, ConfigError
+        ) as error:  # fmt: skip
+            raise PlanError(
+                f"{where} doesn't have a plan's structure ({type(error).__name__}: {error}). "
+                "Make it again with `mezzotint optimize`."
+            ) from None
+        plan._check(where)
+        return plan
+
+    @classmethod
+    def _build(cls, data: Mapping[str, Any]) -> Plan:
+        palette = {
+            str(key): Precision(**{k: row[k] for k in ("kind", "bits")} | _grouping(row))
+            for key, row in data["palette"].items()
+        }
+        for key, name, kind in _INSIDE:
+            if not isinstance(data[key][name], kind):
+                raise TypeError(f"{key}.{name} is {data[key][name]!r}")
+        layers = {str(k): str(v) for k, v in data["layers"].items()}
+        return cls(
+            model=dict(data["model"]),
+            runtime=str(data["runtime"]),
+            quantizer=dict(data["quantizer"]),
+            palette=palette | {"none": UNTOUCHED},
+            layers=layers,
+            shapes={k: (int(r), int(c)) for k, (r, c) in data.get("shapes", {}).items()},
+            scope=tuple(data.get("scope") or (k for k, v in layers.items() if v != "none")),
+            bytes={k: int(v) for k, v in data["bytes"].items()},
+            effective_bits=float(data["effective_bits"]),
+            code_bits=float(data.get("code_bits", 0.0)),
+            predicted=dict(data["predicted"]),
+            kv=int(data.get("kv", 16)),
+            budget=dict(data.get("budget", {})),
+            certificate=dict(data.get("certificate", {})) if "checksum" in data else {},
+            provenance=dict(data.get("provenance", {})),
+        )
+
+    def _check(self, where: str) -> None:
+        unknown = {key for key in self.layers.values() if key not in self.palette}
+        if unknown:
+            raise PlanError(
+                f"{where} gives layers the precision {sorted(unknown)[0]!r}, which its palette "
+                f"doesn't have ({', '.join(sorted(self.palette))}). Add it there or change it."
+            )
+        strangers = set(self.scope) - self.layers.keys()
+        if strangers:
+            raise PlanError(
+                f"{where} has {sorted(strangers)[0]} in its scope, but not among its layers. Correct "
+                "the name."
+            )
+        for name, (_, cols) in self.shapes.items():
+            precision = self.palette[self.layers[name]] if name in self.layers else UNTOUCHED
+            if not precision.fits(cols):
+                raise PlanError(
+                    f"{where}: a group must divide a row; {precision.name} doesn't divide the "
+                    f"{cols} columns of {name}. Choose another precision for it."
+                )
+        if self.shapes.keys() == self.layers.keys():
+            self._check_bytes(where)
+
+    def _check_bytes(self, where: str) -> None:
+        found = sum(
+            precision.bytes(*self.shapes[name])
+            for name, precision in self.choice.items()
+            if precision.kind != "none"
+        )
+        if found != self.bytes.get("quantized"):
+            raise PlanError(
+                f"{where} says that its quantized layers take {self.bytes.get('quantized')} "
+                f"bytes, but they take {found}. It was changed by hand: correct bytes, or make "
+                "it again."
+            )
+
+
+_KEYS = (
+    "model", "runtime", "quantizer", "palette", "layers", "shapes", "scope", "bytes",
+    "effective_bits", "code_bits", "predicted", "kv", "budget", "certificate", "provenance",
+)  # fmt: skip
+_INSIDE: tuple[tuple[str, str, type | tuple[type, ...]], ...] = (
+    ("model", "name", str), ("quantizer", "name", str), ("bytes", "quantized", int),
+    ("bytes", "total", int), ("predicted", "kl", (int, float)), ("predicted", "stderr", (int, float)),
+)  # fmt: skip
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which every name is given once: of two, readers take different ones."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"it gives {key!r} twice")
+        found[key] = value
+    return found
+
+
+def _grouping(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"group_size": row.get("group_size"), "symmetric": bool(row.get("symmetric", False))}
+
+
+def digest(content: Any) -> str:
+    """sha256 of canonical JSON."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def identity(
+    fingerprint: str | None, quantizer: Mapping[str, Any], layers: Mapping[str, str]
+) -> str:
+    """A plan's id from what determines it; `layers` names every layer, untouched ones too."""
+    return digest([fingerprint, quantizer, layers])[:12]
+
+
+def assemble(
+    inventory: Inventory, scope: Sequence[Layer], choice: Mapping[str, Precision], **rest: Any
+) -> Plan:
+    """A plan from an assignment: fills in names, shapes, bytes and averages."""
+    full = {layer.name: choice.get(layer.name, UNTOUCHED) for layer in inventory.layers}
+    size = sum(full[layer.name].bytes(layer.rows, layer.cols) for layer in scope)
+    codes = sum(full[layer.name].code_bits * layer.weights for layer in scope)
+    weights = sum(layer.weights for layer in scope)
+    return Plan(
+        palette={p.name: p for p in sorted(set(full.values()))} | {"none": UNTOUCHED},
+        layers={name: precision.name for name, precision in full.items()},
+        shapes={layer.name: (layer.rows, layer.cols) for layer in inventory.layers},
+        scope=tuple(layer.name for layer in scope),
+        bytes=stored_bytes(inventory, full),
+        effective_bits=8 * size / weights,
+        code_bits=float(codes / weights),
+        **rest,
+    )

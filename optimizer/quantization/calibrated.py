@@ -1,0 +1,331 @@
+"""Which codes a plan's layers get: GPTQ bound to a model, its calibration tokens and the store.
+
+A layer by itself is rounded with the Hessian of the reference's inputs; all plans share those
+codes, so the sensitivity table and the search are cheap. A whole choice is rounded jointly, block
+by block, each layer with the inputs that the layers before it, already rounded, send: that is what
+is certified and packed. All codes are kept by content, so whoever asks again, also in another
+process, gets the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optimizer.models.blockwise import Stream
+from optimizer.plan import Inventory, Precision, digest
+from optimizer.quantization import ggml
+from optimizer.quantization.ggml import Blocks
+from optimizer.quantization.gptq import Gptq
+from optimizer.quantization.uniform import Codes, Given, Rtn
+from optimizer.sensitivity.outputs import token_weights
+
+if TYPE_CHECKING:
+    from optimizer.models.model import Model, Rounder, Rounding
+    from optimizer.store import Store
+
+VERSION = 2  # raised when codes change
+GRIDS = 1  # the same for grids
+SEED = 0  # of the labels that weigh tokens
+Parts = dict[str, Tensor]  # a layer's packed tensors by suffix
+
+
+class Material(Protocol):
+    """What GPTQ works with; nothing is loaded before it is used."""
+
+    store: Store
+
+    @property
+    def inventory(self) -> Inventory: ...
+    @property
+    def model(self) -> Model: ...
+    @property
+    def calibration_key(self) -> str: ...
+    def calibration(self) -> np.ndarray: ...
+    def track(self, items: Iterable[Any], text: str) -> Iterable[Any]: ...
+
+
+@dataclass
+class Keeping(Rtn):
+    """`quantizer=rtn`. Grids of llama.cpp's blocks are kept by the weights' content: a table asks for
+    each of them once a chunk, a search once a plan, and the search for scales is most of the work."""
+
+    store: Store | None = None
+
+    def grids(self, weight: Tensor, kind: str, layer: str) -> list[ggml.Grid]:
+        if self.store is None or not layer:
+            return super().grids(weight, kind, layer)
+        content = sha256(weight.float().cpu().contiguous().numpy().data).hexdigest()
+
+        def make() -> dict[str, np.ndarray]:
+            return {
+                f"{i}.{name}": part.cpu().numpy()
+                for i, grid in enumerate(ggml.fitted(weight, kind))
+                for name, part in grid.parts().items()
+            }
+
+        key = digest(["grids", GRIDS, ggml.CHUNK, kind, list(weight.shape), content])
+        found = self.store.arrays("grids", key, make)
+        assert found is not None
+        kept: list[Parts] = []
+        for name, array in found.items():
+            number, _, part = name.partition(".")
+            kept += [{} for _ in range(int(number) + 1 - len(kept))]
+            kept[int(number)][part] = torch.from_numpy(array).to(weight.device)
+        shapes = (rows.shape for rows in ggml.slices(weight))
+        return [
+            ggml.Grid.of(kind, (rows, cols), parts)
+            for (rows, cols), parts in zip(shapes, kept, strict=True)
+        ]
+
+
+class Calibrated:
+    """`quantizer=gptq`. chained: inputs come from the model as rounded so far. weighting: how much
+    a token counts, see `config.Quantizer`."""
+
+    name = "gptq"
+
+    def __init__(
+        self, method: Gptq, chained: bool, material: Material, weighting: str = "alike"
+    ) -> None:
+        self._method, self._chained, self._material = method, chained, material
+        self._weighting, self._nearest = weighting, Rtn()
+
+    def _unpacked(self, parts: Parts, precision: Precision, cols: int) -> Codes | Blocks:
+        return Codes.unpack(parts, precision, cols)
+
+    def _plain(self, weight: Tensor, precision: Precision) -> Any:
+        """What a layer gets whose inputs were never seen."""
+        return self._nearest.encode(weight, precision)
+
+    def _given(self, find: Callable[[str, Precision], Any], parts: Mapping[str, Parts]) -> Rounder:  # noqa: ARG002
+        """What rounds a whole choice. find: a layer's codes, or None; parts: filled meanwhile."""
+        return Given(find)
+
+    @cached_property
+    def key(self) -> list[Any]:
+        """What determines the codes, besides weights and precisions."""
+        guided = {"alike": [], "fisher": ["guided"]}.get(self._weighting, [self._weighting])
+        return [
+            "gptq", VERSION, self._material.calibration_key, vars(self._method), *guided,
+            self._chained,
+        ]  # fmt: skip
+
+    @cached_property
+    def _weights(self) -> dict[str, np.ndarray] | None:
+        """Of every watchable layer's tokens, at the reference; None: all count alike. The model
+        must hold its own weights when they are made."""
+        if self._weighting == "alike":
+            return None
+        material, squared = self._material, self._weighting == "fisher"
+
+        def make() -> dict[str, np.ndarray]:
+            layers = [x for x in material.inventory.layers if x.watchable]
+            ids = material.calibration()
+            return token_weights(material.model, layers, ids, SEED, material.track, squared)
+
+        own = ["token weights"] if squared else ["token weights", self._weighting]
+        key = digest([*own, VERSION, material.calibration_key, SEED])
+        return material.store.arrays("weights", key, make)
+
+    def rounder(self, choice: Mapping[str, Precision], joint: bool = True) -> Rounder:
+        """What rounds the layers of `choice`. Costs about three passes over the calibration
+        tokens if joint and new; nothing if the store has the codes."""
+        if joint and self._chained:
+            return self._jointly(choice)
+        self.prepare({name: [precision] for name, precision in choice.items()})
+        return self
+
+    # ------------------------------------------------------------ each layer by itself
+
+    def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:
+        if precision.kind == "none":
+            return weight.float()
+        return self.encode(weight, precision, layer).decode().to(weight.device)
+
+    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes | Blocks:
+        """Raises KeyError for a layer that has inputs and wasn't prepared."""
+        if layer not in self._cols:
+            return self._nearest.encode(weight, precision)
+        found = self._material.store.arrays("codes", self._alone(layer, precision))
+        if found is None:
+            raise KeyError(f"{layer} at {precision.name} was not prepared")
+        return self._unpacked(_tensors(found), precision, self._cols[layer])
+
+    def changed(self, name: str, value: Tensor) -> Tensor:  # noqa: ARG002
+        return value
+
+    def prepare(self, wanted: Mapping[str, Sequence[Precision]]) -> None:
+        """Make the codes of layers by themselves, at all given precisions, that the store hasn't.
+        The model must hold its own weights. All precisions of a layer share one Hessian."""
+        store = self._material.store
+        missing = {
+            name: [
+                p
+                for p in dict.fromkeys(precisions)
+                if p.kind != "none" and store.arrays("codes", self._alone(name, p)) is None
+            ]
+            for name, precisions in wanted.items()
+            if name in self._cols
+        }
+        missing = {name: precisions for name, precisions in missing.items() if precisions}
+        if not missing:
+            return
+        ids, model = self._material.calibration(), self._material.model
+        stream = Stream(model, ids)
+        last = max(model.layers[name].block or 0 for name in missing)
+        for block in self._material.track(range(last + 1), f"{self.name}, layers by themselves"):
+            own = [n for n in missing if model.layers[n].block == block]
+            sets = [[n for n in names if n in own] for names in stream.inputs(block)]
+            for name, precision, codes in self._solved(model, stream, block, sets, missing):
+                self._keep(name, precision, codes)
+            for name in set(own) - {n for names in sets for n in names}:  # never ran
+                for p in missing[name]:
+                    self._keep(name, p, self._plain(model.weight(name), p))
+            if block < last:
+                stream.advance(block)
+
+    def _keep(self, layer: str, precision: Precision, codes: Any) -> None:
+        key = self._alone(layer, precision)
+        self._material.store.arrays("codes", key, lambda: _arrays(codes.pack()))
+
+    def _solved(
+        self,
+        model: Model,
+        stream: Stream,
+        block: int,
+        sets: Sequence[Sequence[str]],
+        wanted: Mapping[str, Sequence[Precision]],
+    ) -> Iterable[tuple[str, Precision, Codes | Blocks]]:
+        sets = [names for names in sets if names]
+        if not sets:
+            return
+        if self._weights is not None:  # layers that share an input weigh its tokens differently
+            sets = [[name] for names in sets for name in names]
+        hessians = stream.hessians(block, sets, self._weights)
+        for names, hessian in zip(sets, hessians, strict=True):
+            what = [(name, precision) for name in names for precision in wanted[name]]
+            jobs = [(model.weight(name), precision) for name, precision in what]
+            for (name, precision), codes in zip(
+                what, self._method.solve(jobs, hessian), strict=True
+            ):
+                yield name, precision, codes
+
+    @cached_property
+    def _cols(self) -> dict[str, int]:
+        """Columns of the layers whose inputs can be watched; all others are rounded to nearest."""
+        layers = self._material.inventory.layers
+        return {layer.name: layer.cols for layer in layers if layer.watchable}
+
+    def _alone(self, layer: str, precision: Precision) -> str:
+        return digest([*self.key[:-1], "alone", layer, precision.name])
+
+    # ------------------------------------------------------------ a whole choice
+
+    def _jointly(self, choice: Mapping[str, Precision]) -> Rounder:
+        parts: dict[str, Parts] = {}
+
+        def find(layer: str, precision: Precision) -> Codes | Blocks | None:
+            if layer not in parts:
+                return None
+            return self._unpacked(parts[layer], precision, self._cols[layer])
+
+        rounder = self._given(find, parts)
+        real = {name: p for name, p in choice.items() if p.kind != "none"}
+        keys = self._block_keys(real)
+        stored = {block: self._material.store.arrays("codes", key) for block, key in keys.items()}
+        if any(found is None for found in stored.values()):
+            self._walk(real, keys, parts, rounder)
+        else:
+            for found in stored.values():
+                parts |= _by_layer(found or {})
+        return rounder
+
+    def _block_keys(self, real: Mapping[str, Precision]) -> dict[int, str]:
+        """A block's codes depend on the precisions of all layers up to it, and of no later one."""
+        places = {layer.name: layer.block for layer in self._material.inventory.layers}
+        named = sorted((name, p.name) for name, p in real.items())
+        blocks = {places[name] for name in real if name in self._cols}
+        before = {
+            block: [pair for pair in named if (places[pair[0]] or 0) <= block]
+            for block in sorted(b for b in blocks if b is not None)
+        }
+        return {block: digest([*self.key, "joint", pairs]) for block, pairs in before.items()}
+
+    def _walk(
+        self,
+        real: Mapping[str, Precision],
+        keys: Mapping[int, str],
+        parts: dict[str, Parts],
+        rounder: Rounder,
+    ) -> None:
+        """Round block after block; a killed run finds the blocks that it finished in the store."""
+        ids, model = self._material.calibration(), self._material.model
+        _ = self._weights  # of the reference, so before anything is rounded
+        places = {name: model.layers[name].block for name in real}
+        done = {name: p for name, p in real.items() if places[name] is None}
+        with model.rounded(rounder, done) as rounding:
+            stream = Stream(model, ids)
+            for block in self._material.track(
+                range(max(keys) + 1), f"{self.name}, block by block"
+            ):
+                own = {name: p for name, p in real.items() if places[name] == block}
+                stored = self._material.store.arrays("codes", keys[block]) if own else {}
+                if stored is None:
+                    self._round_block(stream, block, own, parts, rounding, done)
+                    made = _flat({name: parts[name] for name in own if name in parts})
+                    self._material.store.arrays("codes", keys[block], lambda made=made: made)  # type: ignore[misc]
+                parts |= _by_layer(stored or {})
+                done |= own
+                rounding.set(done)
+                if block < max(keys):
+                    stream.advance(block)
+
+    def _round_block(
+        self,
+        stream: Stream,
+        block: int,
+        own: Mapping[str, Precision],
+        parts: dict[str, Parts],
+        rounding: Rounding,
+        before: Mapping[str, Precision],
+    ) -> None:
+        """Fill `parts` for the block's layers in the order of execution: what comes later in the
+        block sees its earlier layers rounded. Layers that never ran get no parts."""
+        done = dict(before)
+        wanted = {name: [precision] for name, precision in own.items()}
+        for names in stream.inputs(block):
+            sets = [[name for name in names if name in own]]
+            for name, precision, codes in self._solved(
+                self._material.model, stream, block, sets, wanted
+            ):
+                parts[name] = codes.pack()
+                done[name] = precision
+            rounding.set(done)
+
+
+def _arrays(parts: Parts) -> dict[str, np.ndarray]:
+    return {suffix: part.contiguous().cpu().numpy() for suffix, part in parts.items()}
+
+
+def _tensors(arrays: Mapping[str, np.ndarray]) -> Parts:
+    return {suffix: torch.from_numpy(array) for suffix, array in arrays.items()}
+
+
+def _flat(parts: Mapping[str, Parts]) -> dict[str, np.ndarray]:
+    return {f"{n}.{suffix}": a for n, own in parts.items() for suffix, a in _arrays(own).items()}
+
+
+def _by_layer(arrays: Mapping[str, np.ndarray]) -> dict[str, Parts]:
+    found: dict[str, Parts] = {}
+    for key, part in _tensors(arrays).items():
+        name, _, suffix = key.rpartition(".")
+        found.setdefault(name, {})[suffix] = part
+    return found

@@ -1,0 +1,437 @@
+"""Blocks of ggml, llama.cpp's tensor library: a weight matrix -> the bytes of a GGUF tensor, and
+back. Packed from the format's definition (ggml-common.h, block_q4_0 ... block_q6_K).
+
+A row is cut into super-blocks of `Block.weights` columns, those into sub-blocks of `length`
+columns. With integer code q, table t, sub-scale a, sub-minimum b and fp16 d, dmin per super-block
+    (1) w' = d a t[q] - dmin b
+where the types without sub-blocks have a = 1, and those without a minimum b = 0. Scales are not
+taken from the extremes but searched: for some stretches of the range the codes are rounded and
+    (2) min over (s, m) of sum_i v_i (w_i - s t[q_i] + m)^2
+is solved in closed form; the stretch with the least error wins. v: importance of the columns.
+
+`fit` finds the grid, `Grid.round` the codes, `Grid.pack` the bytes: a quantizer that moves the
+error of one column to the next (GPTQ) takes the grid and chooses other codes inside of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optimizer.plan import GGML, Precision
+
+STRETCHES = 7  # tried ranges per sub-block
+CHUNK = 2**20  # weights at a time: the search stays in the cache
+NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # iq4_nl
+
+
+@dataclass(frozen=True)
+class Layout:
+    """length: columns of a sub-block. zero: the code of weight 0 (without minimum).
+    top: largest sub-scale, 0 = no sub-scales. signed: sub-scales may be negative."""
+
+    length: int
+    zero: int = 0
+    minimum: bool = False
+    top: int = 0
+    signed: bool = False
+
+
+LAYOUTS = {
+    "q4_0": Layout(32, 8),
+    "q4_1": Layout(32, minimum=True),
+    "q5_0": Layout(32, 16),
+    "q5_1": Layout(32, minimum=True),
+    "q8_0": Layout(32, 128),
+    "iq4_nl": Layout(32),
+    "q2_k": Layout(16, minimum=True, top=15),
+    "q3_k": Layout(16, 4, top=31, signed=True),
+    "q4_k": Layout(32, minimum=True, top=63),
+    "q5_k": Layout(32, minimum=True, top=63),
+    "q6_k": Layout(16, 32, top=127, signed=True),
+}
+
+
+def table(kind: str) -> Tensor:
+    """Code -> level, fp32, ascending."""
+    if kind == "iq4_nl":
+        return torch.tensor(NONLINEAR, dtype=torch.float32)
+    return torch.arange(2.0 ** GGML[kind].bits) - LAYOUTS[kind].zero
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The levels that each weight may take. Super-blocks are flattened: n = rows * super-blocks.
+
+    d, dmin: fp32 [n, 1] that hold fp16 values; a, b: int64 [n, sub-blocks], see (1).
+    """
+
+    kind: str
+    shape: tuple[int, int]
+    d: Tensor
+    dmin: Tensor
+    a: Tensor
+    b: Tensor
+
+    @property
+    def step(self) -> Tensor:
+        """[n, sub-blocks]"""
+        return self.d * self.a
+
+    @property
+    def minimum(self) -> Tensor:
+        """[n, sub-blocks], subtracted"""
+        return self.dmin * self.b
+
+    def round(self, weight: Tensor) -> Tensor:
+        """W [rows, cols] -> nearest codes uint8 [rows, cols]."""
+        w = weight.float().reshape(*self.a.shape, -1)
+        level = _nearest(w, self.step[..., None], self.minimum[..., None], self.kind)
+        return _codes(level, self.kind).view(self.shape)
+
+    def codes(self, level: Tensor) -> Tensor:
+        """Levels t[q] [rows, cols] -> codes uint8 [rows, cols]."""
+        return _codes(level, self.kind)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Codes [rows, cols] -> W' fp32 [rows, cols], equation (1)."""
+        q = codes.view(*self.a.shape, -1).long()
+        level = table(self.kind)[q]
+        return (self.step[..., None] * level - self.minimum[..., None]).view(self.shape)
+
+    def parts(self) -> dict[str, Tensor]:
+        """All of it but the shape, as small as it is exact."""
+        small = {"a": self.a.to(torch.int8), "b": self.b.to(torch.int8)}
+        return small | {"d": self.d.half(), "dmin": self.dmin.half()}
+
+    @classmethod
+    def of(cls, kind: str, shape: tuple[int, int], parts: Mapping[str, Tensor]) -> Grid:
+        d, dmin = parts["d"].float(), parts["dmin"].float()
+        return cls(kind, shape, d, dmin, parts["a"].long(), parts["b"].long())
+
+    def pack(self, codes: Tensor) -> Blocks:
+        q = codes.reshape(len(self.a), -1)
+        data = _PACK[self.kind](self, q)
+        return Blocks(Precision.ggml(self.kind), data.view(self.shape[0], -1), self.shape[1])
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A rounded layer as it lies in the file. data: uint8 [rows, bytes of a row]."""
+
+    precision: Precision
+    data: Tensor
+    cols: int
+
+    def decode(self) -> Tensor:
+        """W' [rows, cols] fp32."""
+        grid, codes = self.open()
+        return grid.values(codes)
+
+    def open(self) -> tuple[Grid, Tensor]:
+        """The grid and the codes uint8 [rows, cols] inside of it."""
+        kind = self.precision.kind
+        shape = (self.data.shape[0], self.cols)
+        raw = self.data.reshape(-1, GGML[kind].size)
+        d, dmin, a, b, codes = _UNPACK[kind](raw, kind)
+        return Grid(kind, shape, d, dmin, a, b), codes.to(torch.uint8).view(shape)
+
+    def pack(self) -> dict[str, Tensor]:
+        return {"blocks": self.data}
+
+
+def fitted(weight: Tensor, kind: str) -> list[Grid]:
+    """The searched grids of W [rows, cols], a few rows each."""
+    return [fit(rows, kind) for rows in slices(weight)]
+
+
+def encode(weight: Tensor, precision: Precision, grids: Sequence[Grid] = ()) -> Blocks:
+    """W [rows, cols] -> blocks, round to nearest. grids: what `fitted` gave."""
+    grids = grids or fitted(weight, precision.kind)
+    parts = [g.pack(g.round(rows)) for g, rows in zip(grids, slices(weight), strict=True)]
+    return Blocks(precision, torch.cat([part.data for part in parts]), weight.shape[1])
+
+
+def round_to(weight: Tensor, precision: Precision, grids: Sequence[Grid] = ()) -> Tensor:
+    """W' [rows, cols] fp32, exactly what `encode` decodes to."""
+    parts = []
+    for grid, rows in zip(grids or fitted(weight, precision.kind), slices(weight), strict=True):
+        w, step, lower = (
+            rows.reshape(*grid.a.shape, -1),
+            grid.step[..., None],
+            grid.minimum[..., None],
+        )
+        parts.append(_nearest(w, step, lower, grid.kind).mul_(step).sub_(lower).view(rows.shape))
+    return torch.cat(parts)
+
+
+def _codes(level: Tensor, kind: str) -> Tensor:
+    """Levels that are in the table -> codes uint8."""
+    if kind == "iq4_nl":
+        return torch.searchsorted(table(kind), level.contiguous()).to(torch.uint8)
+    return (level + LAYOUTS[kind].zero).to(torch.uint8)
+
+
+def slices(weight: Tensor) -> Iterator[Tensor]:
+    yield from weight.float().split(max(1, CHUNK // weight.shape[1]))
+
+
+# ---------------------------------------------------------------- the grid
+
+
+def fit(weight: Tensor, kind: str, importance: Tensor | None = None) -> Grid:
+    """The grid for W [rows, cols]. importance: of the columns, [cols]."""
+    layout, block = LAYOUTS[kind], GGML[kind]
+    shape = (weight.shape[0], weight.shape[1])
+    subs = block.weights // layout.length
+    w = weight.float().reshape(-1, subs, layout.length)
+    v = None if importance is None else importance.expand(shape).reshape(w.shape)
+    s, m = _search(w, v, kind)
+    if layout.top == 0:
+        one = torch.ones(s.shape, dtype=torch.long)
+        return Grid(kind, shape, _half(s), _half(m), one, one * layout.minimum)
+    d, a = _share(s, layout.top, layout.signed)
+    dmin, b = _share(m, layout.top, False)
+    d, dmin = _refine(w, v, kind, d, dmin, a, b)
+    return Grid(kind, shape, d, dmin, a, b)
+
+
+def _search(w: Tensor, v: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    """Equation (2) for every sub-block [n, k, l] -> (s, m) [n, k]."""
+    levels, layout = table(kind), LAYOUTS[kind]
+    low, high = float(levels[0]), float(levels[-1])
+    if layout.minimum:
+        bottom = w.amin(-1, keepdim=True).clamp_(max=0)
+        starts = [(w.amax(-1, keepdim=True) - bottom) / high]
+    else:  # the extreme takes the table's longer end: q4_0 has -8, but only 7
+        bottom = torch.zeros_like(w[..., :1])
+        extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True))
+        starts = [extreme / low, extreme / high]
+    stretches = torch.linspace(0.75, 1.05, STRETCHES).tolist()
+    if kind == "q8_0":  # 256 levels leave nothing to search for
+        starts, stretches = [extreme / -high], [1.0]
+    most = torch.full_like(bottom, -torch.inf)
+    s, m = torch.zeros_like(bottom), torch.zeros_like(bottom)
+    for start in starts:
+        for stretch in stretches:
+            q = _nearest(w, start * stretch, -bottom, kind)
+            step, offset, gain = _least_squares(w, v, q, layout.minimum, layout.top > 0)
+            better = gain > most
+            most = torch.where(better, gain, most)
+            s, m = torch.where(better, step, s), torch.where(better, offset, m)
+    return s.squeeze(-1), m.squeeze(-1)
+
+
+def _nearest(w: Tensor, step: Tensor, minimum: Tensor, kind: str) -> Tensor:
+    """The nearest levels t[q], fp32; a step of 0 gives level 0."""
+    x = (w + minimum).mul_(torch.where(step == 0, 0.0, 1 / step))
+    levels = table(kind)
+    if kind == "iq4_nl":
+        return levels[torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)]
+    return x.round_().clamp_(float(levels[0]), float(levels[-1]))
+
+
+def _least_squares(
+    w: Tensor, v: Tensor | None, q: Tensor, minimum: bool, unsigned: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(s, m) that minimise sum v (w - s q + m)^2, and by how much they lower it from s = m = 0.
+
+    unsigned: m >= 0, as K-quants store it.
+    """
+    vq = q if v is None else v * q
+    wq, qq = (w * vq).sum(-1, keepdim=True), (q * vq).sum(-1, keepdim=True)
+    alone = wq / qq.clamp(min=1e-30)
+    if not minimum:
+        return alone, torch.zeros_like(alone), alone * wq
+    sq = vq.sum(-1, keepdim=True)
+    sw = (w if v is None else v * w).sum(-1, keepdim=True)
+    one = torch.full_like(sw, w.shape[-1]) if v is None else v.sum(-1, keepdim=True)
+    bottom = one * qq - sq * sq
+    usable = bottom > 1e-6 * one * qq
+    s = torch.where(usable, (one * wq - sw * sq) / bottom.clamp(min=1e-30), alone)
+    m = torch.where(usable, (s * sq - sw) / one, 0.0)
+    if unsigned:
+        s, m = torch.where(m < 0, alone, s), m.clamp_(min=0)
+    gain = 2 * (s * wq - m * sw) - s * s * qq + 2 * s * m * sq - m * m * one
+    return s, m, gain
+
+
+def _share(s: Tensor, top: int, signed: bool) -> tuple[Tensor, Tensor]:
+    """Sub-block scales [n, k] -> one fp16 d [n, 1] and integers a [n, k] with s ~ d a."""
+    if signed:  # the largest takes the longer, negative end
+        extreme = s.gather(-1, s.abs().argmax(-1, keepdim=True))
+        d = _half(extreme / -(top + 1))
+    else:
+        d = _half(s.amax(-1, keepdim=True) / top)
+    a = torch.where(d == 0, 0.0, s / d).round().clamp(-(top + 1) if signed else 0, top)
+    return d, a.long()
+
+
+def _refine(
+    w: Tensor, v: Tensor | None, kind: str, d: Tensor, dmin: Tensor, a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Round with the shared scales, then solve (2) once more for (d, dmin) of the super-block."""
+    lower = (dmin * b)[..., None]
+    q = (_nearest(w, (d * a)[..., None], lower, kind) * a[..., None]).flatten(1)
+    weights = None if v is None else v.flatten(1)
+    better, _, _ = _least_squares((w + lower).flatten(1), weights, q, False, True)
+    better = torch.where(better == 0, d, better)
+    if not LAYOUTS[kind].minimum:
+        return _half(better), dmin
+    ones = b[..., None].expand(w.shape).float().flatten(1)
+    below, _, _ = _least_squares(better * q - w.flatten(1), weights, ones, False, True)
+    return _half(better), _half(below.clamp_(min=0))
+
+
+def _half(x: Tensor) -> Tensor:
+    return x.clamp(-65504, 65504).half().float()
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def _bytes_of(x: Tensor) -> Tensor:
+    """fp32 [n, 1] that holds fp16 values -> uint8 [n, 2]."""
+    return x.half().contiguous().view(torch.uint8)
+
+
+def _number(raw: Tensor) -> Tensor:
+    """uint8 [n, 2] -> fp32 [n, 1]."""
+    return raw.contiguous().view(torch.float16).float()
+
+
+def _nibbles(q: Tensor) -> Tensor:
+    """Codes [n, 32] -> [n, 16]: column i in the low half, i + 16 in the high one."""
+    return (q[:, :16] & 15) | ((q[:, 16:] & 15) << 4)
+
+
+def _bits(q: Tensor, bit: int) -> Tensor:
+    """One bit of codes [n, 32] -> uint8 [n, 4], little-endian."""
+    ones = ((q.long() >> bit) & 1).view(-1, 4, 8)
+    return (ones << torch.arange(8)).sum(-1).to(torch.uint8)
+
+
+def _pack_plain(grid: Grid, q: Tensor) -> Tensor:
+    head = [_bytes_of(grid.d)]
+    if LAYOUTS[grid.kind].minimum:
+        head.append(_bytes_of(-grid.dmin))  # q4_1 and q5_1 add their m
+    if grid.kind == "q8_0":
+        return torch.cat([*head, q ^ 128], 1)  # two's complement
+    if GGML[grid.kind].bits == 5:
+        head.append(_bits(q, 4))
+    return torch.cat([*head, _nibbles(q)], 1)
+
+
+Opened = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _unpack_plain(raw: Tensor, kind: str) -> Opened:
+    d, rest = _number(raw[:, :2]), raw[:, 2:]
+    dmin, has_minimum = torch.zeros_like(d), LAYOUTS[kind].minimum
+    if has_minimum:
+        dmin, rest = -_number(rest[:, :2]), rest[:, 2:]
+    one = torch.ones(d.shape, dtype=torch.long)
+    if kind == "q8_0":
+        return d, dmin, one, one * 0, rest ^ 128
+    high = torch.zeros(1, dtype=torch.long)
+    if GGML[kind].bits == 5:
+        high = ((rest[:, :4].long().unsqueeze(-1) >> torch.arange(8)) & 1).flatten(1)
+        rest = rest[:, 4:]
+    low = torch.cat([rest & 15, rest >> 4], 1).long()
+    return d, dmin, one, one * has_minimum, low | (high << 4)
+
+
+def _planes(x: Tensor, width: int, run: int) -> Tensor:
+    """Small numbers [n, 256] -> bytes: runs of `run` columns share bytes, `width` bits each; the
+    first run in the lowest bits."""
+    per = 8 // width
+    x = x.long().view(len(x), -1, per, run)
+    return (x << (width * torch.arange(per))[:, None]).sum(2).flatten(1).to(torch.uint8)
+
+
+def _unplanes(raw: Tensor, width: int, run: int) -> Tensor:
+    """The inverse of `_planes`: bytes -> int64 [n, 256]."""
+    shifts = (width * torch.arange(8 // width))[:, None]
+    x = raw.long().view(len(raw), -1, 1, run)
+    return ((x >> shifts) & (2**width - 1)).flatten(1)
+
+
+def _pack_q2_k(grid: Grid, q: Tensor) -> Tensor:
+    scales = (grid.a | (grid.b << 4)).to(torch.uint8)
+    return torch.cat([scales, _planes(q, 2, 32), _bytes_of(grid.d), _bytes_of(grid.dmin)], 1)
+
+
+def _unpack_q2_k(raw: Tensor, kind: str) -> Opened:  # noqa: ARG001
+    scales = raw[:, :16].long()
+    d, dmin = _number(raw[:, 80:82]), _number(raw[:, 82:84])
+    return d, dmin, scales & 15, scales >> 4, _unplanes(raw[:, 16:80], 2, 32)
+
+
+def _pack_q3_k(grid: Grid, q: Tensor) -> Tensor:
+    a = grid.a + 32
+    low = (a[:, :8] & 15) | ((a[:, 8:] & 15) << 4)
+    high = ((a >> 4).view(-1, 4, 4) << (2 * torch.arange(4))[:, None]).sum(1)
+    scales = torch.cat([low, high], 1).to(torch.uint8)
+    return torch.cat([_planes(q >> 2, 1, 32), _planes(q & 3, 2, 32), scales, _bytes_of(grid.d)], 1)
+
+
+def _unpack_q3_k(raw: Tensor, kind: str) -> Opened:  # noqa: ARG001
+    scales, d = raw[:, 96:108].long(), _number(raw[:, 108:110])
+    low = torch.cat([scales[:, :8] & 15, scales[:, :8] >> 4], 1)
+    high = ((scales[:, None, 8:] >> (2 * torch.arange(4))[:, None]) & 3).flatten(1)
+    q = _unplanes(raw[:, 32:96], 2, 32) | (_unplanes(raw[:, :32], 1, 32) << 2)
+    a = (low | (high << 4)) - 32
+    return d, torch.zeros_like(d), a, a * 0, q
+
+
+def _six_bits(a: Tensor, b: Tensor) -> Tensor:
+    """Eight sub-scales and eight sub-minima of 6 bits -> 12 bytes."""
+    first = (a[:, :4] & 63) | ((a[:, 4:] >> 4) << 6)
+    second = (b[:, :4] & 63) | ((b[:, 4:] >> 4) << 6)
+    third = (a[:, 4:] & 15) | ((b[:, 4:] & 15) << 4)
+    return torch.cat([first, second, third], 1).to(torch.uint8)
+
+
+def _pack_q45_k(grid: Grid, q: Tensor) -> Tensor:
+    parts = [_bytes_of(grid.d), _bytes_of(grid.dmin), _six_bits(grid.a, grid.b)]
+    if grid.kind == "q5_k":
+        parts.append(_planes(q >> 4, 1, 32))
+    return torch.cat([*parts, _planes(q & 15, 4, 32)], 1)
+
+
+def _unpack_q45_k(raw: Tensor, kind: str) -> Opened:
+    first, second, third = raw[:, 4:16].long().split(4, 1)
+    a = torch.cat([first & 63, (third & 15) | ((first >> 6) << 4)], 1)
+    b = torch.cat([second & 63, (third >> 4) | ((second >> 6) << 4)], 1)
+    rest = raw[:, 16:]
+    high = torch.zeros(1, dtype=torch.long)
+    if kind == "q5_k":
+        high, rest = _unplanes(rest[:, :32], 1, 32), rest[:, 32:]
+    return _number(raw[:, :2]), _number(raw[:, 2:4]), a, b, _unplanes(rest, 4, 32) | (high << 4)
+
+
+def _pack_q6_k(grid: Grid, q: Tensor) -> Tensor:
+    scales = (grid.a & 255).to(torch.uint8)
+    low, high = _planes(q & 15, 4, 64), _planes(q >> 4, 2, 32)
+    return torch.cat([low, high, scales, _bytes_of(grid.d)], 1)
+
+
+def _unpack_q6_k(raw: Tensor, kind: str) -> Opened:  # noqa: ARG001
+    q = _unplanes(raw[:, :128], 4, 64) | (_unplanes(raw[:, 128:192], 2, 32) << 4)
+    a = raw[:, 192:208].contiguous().view(torch.int8).long()
+    d = _number(raw[:, 208:210])
+    return d, torch.zeros_like(d), a, a * 0, q
+
+
+_K = {"q2_k", "q3_k", "q4_k", "q5_k", "q6_k"}
+_PACK = dict.fromkeys(GGML.keys() - _K, _pack_plain) | {
+    "q2_k": _pack_q2_k, "q3_k": _pack_q3_k, "q4_k": _pack_q45_k, "q5_k": _pack_q45_k,
+    "q6_k": _pack_q6_k,
+}  # fmt: skip
+_UNPACK = dict.fromkeys(GGML.keys() - _K, _unpack_plain) | {
+    "q2_k": _unpack_q2_k, "q3_k": _unpack_q3_k, "q4_k": _unpack_q45_k, "q5_k": _unpack_q45_k,
+    "q6_k": _unpack_q6_k,
+}  # fmt: skip

@@ -1,0 +1,306 @@
+"""Rounding: a weight matrix and a precision -> codes, scales and zero points, and back.
+
+W [rows, cols] is cut into groups of g columns. For a group with values w (equation numbers are
+used below):
+    (1) asymmetric  s = (max(w,0) - min(w,0)) / (2^b - 1),  z = round(-min(w,0)/s),
+                    q = clamp(round(w/s) + z, 0, 2^b - 1),  w' = (q - z) s
+    (2) symmetric   s = 2 max|w| / (2^b - 1),  q = clamp(round(w/s), -2^(b-1), 2^(b-1) - 1)
+    (3) 1 bit       s = mean|w|,  w' = s sign(w)                  (XNOR-Net, arXiv:1603.05279)
+    (4) ternary     s = mean of |w| above 0.7 mean|w|, zero below (TWN, arXiv:1605.04711)
+Scales are fp16 before they are used, so that what is scored is what is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from optimizer.plan import GGML, TRITS_PER_BYTE, Precision, packed_bytes
+from optimizer.quantization import ggml
+
+SMALLEST, LARGEST = 2.0**-24, 65504.0  # fp16's subnormal step and maximum
+TINY = 1e-30  # as a step: every weight is far from zero, so only its sign counts
+CACHED = 2**17  # weights that are rounded at a time: what stays in a CPU's cache, twice as fast
+SHRINKS = [1 - i / 20 for i in range(1, 11)]
+
+
+@dataclass(kw_only=True)
+class Rtn:
+    """Round to nearest; no data needed. `quantizer=rtn`.
+
+    clip: try group ranges shrunk to half in steps of 1/20 and keep the one with the least squared
+    error. Every method takes the layer's name and does nothing with it: a quantizer that knows
+    layers apart has the same methods.
+    """
+
+    name: ClassVar[str] = "rtn"
+    clip: bool = False
+
+    def grids(self, weight: Tensor, kind: str, layer: str) -> list[ggml.Grid]:  # noqa: ARG002
+        """Of llama.cpp's blocks, whose scales are searched for."""
+        return ggml.fitted(weight, kind)
+
+    def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:
+        """W' [rows, cols] fp32, exactly what the packed layer unpacks to."""
+        if precision.kind == "none":
+            return weight.float()
+        if precision.kind in GGML:
+            return ggml.round_to(weight, precision, self.grids(weight, precision.kind, layer))
+        rows, cols = weight.shape
+        some = max(1, CACHED // cols) if weight.device.type == "cpu" else rows
+        return torch.cat([self._values(part, precision) for part in weight.split(some)])
+
+    def _values(self, weight: Tensor, precision: Precision) -> Tensor:
+        w = grouped(weight, precision)
+        levels = self._levels(w, precision)
+        return levels.values(levels.nearest(w)).view(weight.shape)
+
+    def encode(
+        self,
+        weight: Tensor,
+        precision: Precision,
+        layer: str = "",
+    ) -> Codes | ggml.Blocks:
+        if precision.kind in GGML:
+            return ggml.encode(weight, precision, self.grids(weight, precision.kind, layer))
+        return self.codes(weight, precision)
+
+    def codes(self, weight: Tensor, precision: Precision) -> Codes:
+        """As `encode`, for the kinds that have groups with scales (not ggml's blocks)."""
+        w = grouped(weight, precision)
+        levels = self._levels(w, precision)
+        return levels.codes(levels.nearest(w).view(weight.shape), precision)
+
+    def changed(self, name: str, value: Tensor) -> Tensor:  # noqa: ARG002
+        """What a tensor that isn't quantized, such as a norm, becomes beside these codes."""
+        return value
+
+    def rounder(self, choice: Mapping[str, Precision], joint: bool = True) -> Rtn:  # noqa: ARG002
+        """What rounds the layers of `choice`; here always each by itself."""
+        return self
+
+    def prepare(self, wanted: Mapping[str, Sequence[Precision]]) -> None:
+        """Nothing has to be made before `round`."""
+
+    def _levels(self, w: Tensor, precision: Precision) -> Levels:
+        return (
+            clipped(w, precision, torch.ones_like(w[:1])) if self.clip else levels_of(w, precision)
+        )
+
+
+class Given:
+    """Codes that were made beforehand, by layer. Layers without any are rounded to nearest."""
+
+    def __init__(self, find: Callable[[str, Precision], Codes | ggml.Blocks | None]) -> None:
+        self._find, self._other = find, Rtn()
+
+    def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:
+        codes = self._find(layer, precision)
+        if codes is None:
+            return self._other.round(weight, precision)
+        return codes.decode().to(weight.device)
+
+    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes | ggml.Blocks:
+        return self._find(layer, precision) or self._other.encode(weight, precision)
+
+    def changed(self, name: str, value: Tensor) -> Tensor:  # noqa: ARG002
+        """What a tensor that isn't quantized, such as a norm, becomes beside these codes."""
+        return value
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A rounded layer. codes: uint8 [rows, cols]; scales: fp16 [rows, groups]; zeros: uint8
+    [rows, groups], or None where the precision is symmetric."""
+
+    precision: Precision
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+    def decode(self) -> Tensor:
+        """W' [rows, cols] fp32."""
+        rows, cols = self.codes.shape
+        codes = self.codes.view(rows, self.scales.shape[1], -1).float()
+        if self.zeros is None:
+            codes = _signed(codes, self.precision)
+        zeros = None if self.zeros is None else self.zeros.float().unsqueeze(-1)
+        return _values(codes, self.scales.float().unsqueeze(-1), zeros).view(rows, cols)
+
+    def pack(self) -> dict[str, Tensor]:
+        """Stored tensors by suffix, shaped as `Precision.parts` says."""
+        parts = {"codes": pack(self.codes, self.precision), "scales": self.scales}
+        if self.zeros is not None:
+            parts["zeros"] = pack(self.zeros, self.precision)
+        return parts
+
+    @classmethod
+    def unpack(
+        cls, parts: dict[str, Tensor], precision: Precision, cols: int
+    ) -> Codes | ggml.Blocks:
+        if precision.kind in GGML:
+            return ggml.Blocks(precision, parts["blocks"], cols)
+        zeros = parts.get("zeros")
+        return cls(
+            precision,
+            unpack(parts["codes"], precision, cols),
+            parts["scales"],
+            None if zeros is None else unpack(zeros, precision, precision.groups(cols)),
+        )
+
+
+def grouped(weight: Tensor, precision: Precision) -> Tensor:
+    """[rows, cols] -> [rows, groups, group size], fp32."""
+    rows, cols = weight.shape
+    return weight.float().reshape(rows, precision.groups(cols), -1)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What the weights of a group may become: one form for all kinds of precision,
+
+        q = clamp(round(w / step - shift), low, high),   w' = (q + shift) value
+
+    with step = value = s and shift = 0 for integers, from low = -z to high = 2^b - 1 - z; 1 bit
+    has step -> 0, shift = 1/2 and value = 2s; ternary has low, high = -1, 1 and twice the
+    threshold as its step. The stored code is q - low. Shapes: all [..., 1] or a number.
+    """
+
+    step: Tensor
+    shift: Tensor
+    low: Tensor
+    high: Tensor
+    value: Tensor
+
+    def nearest(self, w: Tensor) -> Tensor:
+        return (w / self.step).sub_(self.shift).round_().clamp_(self.low, self.high)
+
+    def values(self, q: Tensor) -> Tensor:
+        return (q + self.shift) * self.value
+
+    def codes(self, q: Tensor, precision: Precision) -> Codes:
+        """q [rows, cols] and levels [rows, groups, 1] -> what is stored."""
+        stored = q.view(*self.value.shape[:2], -1) - self.low
+        scales = self.value * (0.5 if _is_sign(precision) else 1.0)
+        return Codes(
+            precision,
+            stored.to(torch.uint8).view(q.shape),
+            scales.squeeze(-1).half(),
+            None if precision.symmetric else self.low.neg().squeeze(-1).to(torch.uint8),
+        )
+
+
+def _is_sign(precision: Precision) -> bool:
+    return precision.kind == "int" and precision.bits == 1
+
+
+def levels_of(w: Tensor, precision: Precision, shrink: float = 1.0) -> Levels:
+    """Grouped weights [..., g] -> their levels [..., 1]. shrink: of the range of integers."""
+    zero = torch.zeros_like(w[..., :1])
+    if precision.kind == "ternary":  # (4)
+        size = w.abs()
+        cut = 0.7 * size.mean(-1, keepdim=True)
+        keep = size > cut
+        total = (size * keep).sum(-1, keepdim=True)
+        scales = _half(total / keep.sum(-1, keepdim=True).clamp_(1))
+        return Levels((2 * cut).clamp_(min=TINY), zero, zero - 1, zero + 1, scales)
+    if _is_sign(precision):  # (3)
+        scales = _half(w.abs().mean(-1, keepdim=True))
+        return Levels(zero + TINY, zero + 0.5, zero - 1, zero, 2 * scales)
+    top = 2**precision.bits - 1
+    if precision.symmetric:  # (2)
+        scales = _half(w.abs().amax(-1, keepdim=True) * (2 * shrink / top))
+        half = 2 ** (precision.bits - 1)
+        return Levels(scales, zero, zero - half, zero + (half - 1), scales)
+    least = w.amin(-1, keepdim=True).clamp_(max=0) * shrink  # (1)
+    scales = _half((w.amax(-1, keepdim=True).clamp_(min=0) * shrink - least) / top)
+    zeros = (-least / scales).round_().clamp_(0, top)
+    return Levels(scales, zero, -zeros, top - zeros, scales)
+
+
+def clipped(w: Tensor, precision: Precision, importance: Tensor) -> Levels:
+    """The levels of the shrunk range with the least sum of importance (w - w')^2 in each group.
+    importance: of the inputs, broadcast over w."""
+    best = levels_of(w, precision)
+    if precision.kind == "ternary" or _is_sign(precision):  # their scale is a mean, not a range
+        return best
+    least = _loss(best, w, importance)
+    for shrink in SHRINKS:
+        found = levels_of(w, precision, shrink)
+        loss = _loss(found, w, importance)
+        better = loss < least
+        least = torch.where(better, loss, least)
+        pairs = [(getattr(found, f.name), getattr(best, f.name)) for f in fields(Levels)]
+        best = Levels(*(torch.where(better, new, old) for new, old in pairs))
+    return best
+
+
+def _loss(levels: Levels, w: Tensor, importance: Tensor) -> Tensor:
+    error = levels.values(levels.nearest(w)).sub_(w)
+    return error.square_().mul_(importance).sum(-1, keepdim=True)
+
+
+def _half(scales: Tensor) -> Tensor:
+    return scales.clamp_(SMALLEST, LARGEST).half().float()
+
+
+def _values(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    return (codes if zeros is None else codes - zeros) * scales
+
+
+def _signed(codes: Tensor, precision: Precision) -> Tensor:
+    """Stored codes of a symmetric precision -> multiples of the scale."""
+    if precision.kind == "ternary":
+        return codes - 1
+    return codes * 2 - 1 if precision.bits == 1 else codes - 2 ** (precision.bits - 1)
+
+
+def pack(codes: Tensor, precision: Precision) -> Tensor:
+    """uint8 codes [rows, n] -> dense little-endian bit stream, uint8 [rows, bytes].
+
+    Eight b-bit codes fill b bytes; five trits one byte, the first the least significant.
+    """
+    rows, count = codes.shape
+    length = packed_bytes(count, precision.code_bits)
+    if precision.kind == "ternary":
+        trits = _padded(codes, TRITS_PER_BYTE).view(rows, -1, TRITS_PER_BYTE).int()
+        return (trits * _powers(3)).sum(-1).to(torch.uint8)
+    bits = precision.bits
+    if bits == 8:
+        return codes.clone()
+    words = _padded(codes, 8).view(rows, -1, 8).long()
+    word = (words << (bits * torch.arange(8))).sum(-1, keepdim=True)
+    packed = (word >> (8 * torch.arange(bits))) & 255
+    return packed.to(torch.uint8).view(rows, -1)[:, :length].contiguous()
+
+
+def unpack(packed: Tensor, precision: Precision, count: int) -> Tensor:
+    """The inverse of `pack`: uint8 [rows, bytes] -> uint8 codes [rows, count]."""
+    rows, device = packed.shape[0], packed.device
+    if precision.kind == "ternary":
+        trits = (packed.int().unsqueeze(-1) // _powers(3).to(device)) % 3
+        return trits.to(torch.uint8).view(rows, -1)[:, :count]
+    bits = precision.bits
+    if bits == 8:
+        return packed[:, :count]
+    steps = torch.arange(8, device=device)
+    if 8 % bits == 0:  # a byte holds whole codes: one cheap pass instead of 64-bit words
+        steps = steps[: 8 // bits].to(torch.uint8)
+        codes = (packed.unsqueeze(-1) >> (bits * steps)) & (2**bits - 1)
+        return codes.view(rows, -1)[:, :count]
+    octets = _padded(packed, bits).view(rows, -1, bits).long()
+    word = (octets << (8 * steps[:bits])).sum(-1, keepdim=True)
+    codes = (word >> (bits * steps)) & (2**bits - 1)
+    return codes.to(torch.uint8).view(rows, -1)[:, :count]
+
+
+def _padded(codes: Tensor, multiple: int) -> Tensor:
+    return torch.nn.functional.pad(codes, (0, -codes.shape[1] % multiple))
+
+
+def _powers(base: int) -> Tensor:
+    return base ** torch.arange(TRITS_PER_BYTE)

@@ -1,0 +1,295 @@
+"""What a certificate measures beside the held-out scores: the noise floor, domains, long greedy
+text. Each is kept by content, so that a second proof of the same plan measures nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optimizer.config import Tolerance
+from optimizer.data import domains
+from optimizer.data import text as data
+from optimizer.data.domains import BUILT_IN, LONG, Domain
+from optimizer.data.text import Windows
+from optimizer.errors import ConfigError
+from optimizer.metrics import generation
+from optimizer.models.source import context_length
+from optimizer.plan import digest
+from optimizer.stages.session import Bench
+
+if TYPE_CHECKING:
+    from optimizer.metrics.divergence import AnyScores, Scores, Teacher
+
+VERSION = 1  # raised when a measurement changes
+LONG_DOCUMENTS, LONG_TOKENS = 8, 1024  # sampled once per model
+BEGINNING = 40  # characters by which a document is named
+
+Hold = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `optimize` (proof.*) and `evaluate` ask alike. tuned: keys of domains that the plan was
+    tuned on; of them, only the other documents are read."""
+
+    tolerance: Tolerance
+    domains: Sequence[str]
+    generate: int
+    seed: int
+    tuned: Sequence[list[str]] = ()
+
+    @property
+    def texts(self) -> list[Domain]:
+        chosen = domains.parse(self.domains)
+        return [replace(d, half=1) if d.key() in self.tuned else d for d in chosen]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A plan's weights. key: what determines them, None = keep nothing. hold: inside, the yielded
+    network has them. kv, floating: how keys and values are kept; see `optimizer.models.kv_cache`."""
+
+    key: Any
+    hold: Hold
+    kv: int = 16
+    floating: bool = False
+
+    @property
+    def identity(self) -> Any:
+        return [self.key, self.kv, self.floating]
+
+
+def check(bench: Bench, asked: Asked) -> None:
+    """Everything that can be wrong, before anything expensive. Cuts the domains' texts."""
+    if bench.encoder:
+        _check_encoder(bench, asked)
+        return
+    context = context_length(bench.source.folder)
+    if context is not None and asked.generate >= context:
+        raise ConfigError(
+            f"Prompt and greedy text must fit the model's context of {context} tokens; generate is "
+            f"{asked.generate}. Lower it."
+        )
+    skipped: dict[str, int] = {}
+    left_out = []
+    for domain in asked.texts:
+        if domain.name == LONG and domain.path is None:
+            continue
+        windows, reasons = _cut(bench, domain)
+        for reason, count in reasons.items():
+            skipped[reason] = skipped.get(reason, 0) + count
+        if windows is None:
+            left_out.append(domain.name)
+    if skipped:
+        counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+        whole = f"; left out whole: {', '.join(left_out)}" if left_out else ""
+        bench.view.note(f"Documents of domains that were skipped: {counts}{whole}.")
+
+
+def _check_encoder(bench: Bench, asked: Asked) -> None:
+    """An encoder's certificate has nothing of this. The default domains can't be told from asking
+    for them, so they are left out with a word."""
+    if asked.generate or tuple(asked.domains) not in ((), tuple(BUILT_IN)):
+        raise ConfigError(
+            f"{bench.source.name} is an encoder: it writes no text, and its certificate has no "
+            "domains, only batches of held-out texts. Leave out generate and domains; "
+            "data=text data.path=FILE gives texts of your own."
+        )
+    bench.view.note(
+        "An encoder's certificate is about cosines and neighbours of held-out texts; domains and "
+        "greedy text belong to language models and are left out."
+    )
+
+
+def judge(bench: Bench, weights: Weights, heldout: AnyScores, asked: Asked) -> dict[str, Any]:
+    """`tolerance.judge` on everything that was asked for, and the comparison of greedy texts."""
+    from optimizer.certificate import equivalence as tolerance
+    from optimizer.certificate.wording import MAIN
+
+    chosen = [] if bench.encoder else asked.texts
+    texts: dict[str, AnyScores] = {MAIN: heldout, **_domain_scores(bench, weights, chosen)}
+    cuts = {domain.name: domain.weight for domain in chosen}
+    found = tolerance.judge(texts, cuts, _noise(bench), asked.tolerance, asked.seed)
+    for one in found["documents"]:
+        one["begins"] = _beginning(bench, chosen, one)
+    if asked.generate:
+        found["greedy"] = _greedy(bench, weights, asked)
+    return found
+
+
+def _noise(bench: Bench) -> dict[str, AnyScores]:
+    from optimizer.metrics.divergence import stored
+
+    def make() -> dict[str, np.ndarray]:
+        teacher = bench.teacher("heldout")
+        bench.view.stage("the reference against itself")
+        found = teacher.noise(bench.model.net)
+        return {f"{n}/{k}": v for n, scores in found.items() for k, v in scores.arrays().items()}
+
+    key = digest(["noise", VERSION, bench.part_key("heldout"), bench.device])
+    kept = bench.store.arrays("scores", key, make)
+    assert kept is not None
+    names = dict.fromkeys(name.rpartition("/")[0] for name in sorted(kept, reverse=True))
+    return {
+        name: stored(
+            {k.rpartition("/")[2]: v for k, v in kept.items() if k.startswith(f"{name}/")}
+        )
+        for name in names
+    }
+
+
+# ---------------------------------------------------------------- domains
+
+
+def _cut(bench: Bench, domain: Domain) -> tuple[Windows | None, dict[str, int]]:
+    """From the store or cut now; the tokenizer is needed only then."""
+    longest = bench.data.heldout.length
+    key = digest(
+        ["domain", domains.VERSION, bench.source.fingerprint, domain.key(), longest,
+         bench.data.key("") if bench.data.source == "text" else ""]
+    )  # fmt: skip
+
+    def make() -> dict[str, Any]:
+        from optimizer.models.model import load_tokenizer
+
+        cut = domains.cut(domain, load_tokenizer(bench.source.folder), longest, bench.data)
+        made = cut.windows
+        ids = None if made is None else made.ids.tolist()
+        owners = [] if made is None else made.documents.tolist()
+        return {"ids": ids, "documents": owners, "skipped": cut.skipped}
+
+    kept = bench.store.json("domains", key, make)
+    if kept["ids"] is None:
+        return None, kept["skipped"]
+    windows = Windows(np.array(kept["ids"]), np.array(kept["documents"]))
+    return windows, kept["skipped"]
+
+
+def _sampled(bench: Bench) -> Windows:
+    """`long`: what the reference itself says, as long as its context, LONG_TOKENS at most."""
+    from optimizer.stages.session import LazyModel
+
+    length = min(context_length(bench.source.folder) or LONG_TOKENS, LONG_TOKENS)
+    key = digest(["long", data.VERSION, bench.source.fingerprint, length, bench.data.seed])
+
+    def make() -> dict[str, np.ndarray]:
+        bench.view.stage("sampling long text from the reference")
+        seed = [bench.data.seed, 83]
+        return data.generate(LazyModel(bench), LONG_DOCUMENTS, length, seed)
+
+    kept = bench.store.arrays("tokens", key, make)
+    assert kept is not None
+    return Windows(kept["ids"], np.arange(LONG_DOCUMENTS))
+
+
+def _windows(bench: Bench, domain: Domain) -> Windows | None:
+    if domain.name == LONG and domain.path is None:
+        return _sampled(bench)
+    return _cut(bench, domain)[0]
+
+
+def _domain_scores(bench: Bench, weights: Weights, chosen: Sequence[Domain]) -> dict[str, Scores]:
+    from optimizer.metrics.divergence import Scores
+
+    windows = {domain.name: _windows(bench, domain) for domain in chosen}
+    present = {name: cut for name, cut in windows.items() if cut is not None}
+    keys = {name: _key(bench, weights, cut, "domain") for name, cut in present.items()}
+    kept = {name: _kept(bench, key) for name, key in keys.items()}
+    missing = {name: cut for name, cut in present.items() if kept[name] is None}
+    for name, scores in _measured(bench, weights, missing).items():
+        key = keys[name]
+        kept[name] = scores.arrays()
+        if key is not None:
+            bench.store.arrays("scores", key, scores.arrays)
+    found = {name: Scores(**arrays) for name, arrays in kept.items() if arrays is not None}
+    return {
+        name: scores.after((scores.kl.shape[1] + 1) // 2) if _is_long(chosen, name) else scores
+        for name, scores in found.items()
+    }
+
+
+def _is_long(chosen: Sequence[Domain], name: str) -> bool:
+    """Of long text, the second half is what needs a long context."""
+    return any(domain.name == name == LONG and domain.path is None for domain in chosen)
+
+
+def _measured(bench: Bench, weights: Weights, missing: Mapping[str, Windows]) -> dict[str, Scores]:
+    from optimizer.metrics.divergence import Teacher
+    from optimizer.models.kv_cache import rounded
+
+    if not missing:
+        return {}
+    teachers: dict[str, Teacher] = {
+        name: Teacher(bench.model.net, cut, own_head=True)
+        for name, cut in bench.view.track(list(missing.items()), "the reference reads domains")
+    }
+    with weights.hold() as net, rounded(net, weights.kv, weights.floating):
+        return {
+            name: teacher.score(net)
+            for name, teacher in bench.view.track(list(teachers.items()), "the plan reads domains")
+        }
+
+
+def _key(bench: Bench, weights: Weights, windows: Windows, kind: str) -> str | None:
+    if weights.key is None:
+        return None
+    ids = [list(windows.ids.shape), digest(windows.ids.tolist())]
+    return digest([kind, VERSION, bench.source.fingerprint, ids, weights.identity])
+
+
+def _kept(bench: Bench, key: str | None) -> dict[str, np.ndarray] | None:
+    return None if key is None else bench.store.arrays("scores", key)
+
+
+def _beginning(bench: Bench, chosen: Sequence[Domain], one: Mapping[str, Any]) -> str:
+    """The first words of a document, to find it again."""
+    domain = next((d for d in chosen if d.name == one["text"]), None)
+    windows = bench.windows("heldout") if domain is None else _windows(bench, domain)
+    assert windows is not None
+    ids = [i for i in windows.ids[one["window"]][:40].tolist() if i >= 0]  # an encoder's padding
+
+    def make() -> str:
+        from optimizer.models.model import load_tokenizer
+
+        text = load_tokenizer(bench.source.folder).decode(ids, skip_special_tokens=True)
+        return " ".join(str(text).replace('"', "'").split())[:BEGINNING]
+
+    key = digest(["beginning", VERSION, bench.source.fingerprint, ids])
+    return str(bench.store.json("beginnings", key, make))
+
+
+# ---------------------------------------------------------------- long greedy text
+
+
+def _greedy(bench: Bench, weights: Weights, asked: Asked) -> dict[str, Any]:
+    context = context_length(bench.source.folder)
+    begun = generation.prompts(bench.windows("heldout"), context, asked.generate)
+    asked_for = [begun.tolist(), asked.generate, bench.source.fingerprint]
+
+    def said(who: str, own: Weights) -> dict[str, np.ndarray]:
+        from optimizer.models.kv_cache import BITS, Cache
+
+        bench.view.stage(f"{who} writes {len(begun)} texts of {asked.generate} tokens")
+        with own.hold() as net:
+            cache = Cache(net.config, own.kv, own.floating) if own.kv in BITS else None
+            return {"ids": generation.continuations(net, begun, asked.generate, cache)}
+
+    base = digest(["greedy", VERSION, asked_for])
+    reference = bench.store.arrays("tokens", base, lambda: said("the reference", _own(bench)))
+    assert reference is not None
+    if weights.key is None:
+        other: dict[str, np.ndarray] | None = said("the plan", weights)
+    else:
+        key = digest(["greedy", VERSION, asked_for, weights.identity])
+        other = bench.store.arrays("tokens", key, lambda: said("the plan", weights))
+    assert other is not None
+    return generation.compare(reference["ids"], other["ids"], asked.seed)
+
+
+def _own(bench: Bench) -> Weights:
+    return Weights(None, lambda: nullcontext(bench.model.net))

@@ -1,0 +1,150 @@
+"""What a machine leaves for weights, and which cache goes with them.
+
+A cache of fewer bits leaves more bytes to the weights. With budget.kv=auto, or a list, every cache
+precision that fits gets the best plan for what it leaves, and weights and cache are measured
+together on the search documents; the lowest loss wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from optimizer.config import Optimize
+from optimizer.errors import BudgetError
+from optimizer.hardware import memory
+from optimizer.hardware.geometry import geometry
+from optimizer.hardware.throughput import Traffic, active_share
+from optimizer.plan import Budget, stored_bytes
+from optimizer.search import Problem
+from optimizer.stages.session import Bench, Choices, Kept, make_quantizer
+
+
+@dataclass(frozen=True)
+class Room:
+    """kv: bits of the cache. budget: of the weights alone. text: how that came about."""
+
+    kv: int
+    budget: Budget
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The chosen room, its problem and the assignment to go on from."""
+
+    room: Room
+    problem: Problem
+    assignment: np.ndarray
+
+
+def told(tried: Sequence[Mapping[str, Any]], kv: int) -> str:
+    """Why this cache, in a sentence. tried: {kv, bytes, bits, kl} each."""
+    own = next(t for t in tried if t["kv"] == kv)
+    others = ", ".join(
+        f"{t['kl']:.3g} with weights at {t['bits']:.2f} and cache at {t['kv']}"
+        for t in tried
+        if t is not own
+    )
+    return (
+        f"Weights at {own['bits']:.2f} bits, cache at {kv}: measured together on search text, KL was "
+        f"{own['kl']:.3g}, before the search; it was {others}."
+    )
+
+
+def rooms(config: Optimize, bench: Bench, chosen: Choices) -> list[Room]:
+    """One per cache precision that leaves enough for the smallest plan, widest cache first.
+    Raises BudgetError if none does, with what the smallest cache would need."""
+    budget = config.budget
+    if budget.memory is None:
+        return [Room(budget.caches[0], budget)]
+    shape = geometry(bench.config)
+    least, unpacked = _smallest(bench, chosen), _unpacked(chosen)
+    found: list[Room] = []
+    refusal: BudgetError | None = None
+    for kv in budget.caches or memory.caches(config.runtime.name):
+        try:
+            left, text = memory.resolve(
+                budget.with_cache(kv), shape, config.runtime.name, least, unpacked
+            )
+            found.append(Room(kv, left, text))
+        except BudgetError as error:
+            refusal = error
+    if refusal is not None and not found:
+        raise refusal
+    return found
+
+
+def traffic(config: Optimize, bench: Bench) -> Traffic:
+    """What decoding reads per token on the budget's machine; the cache only where one is asked."""
+    share = active_share(bench.config)
+    if config.budget.memory is None:
+        return Traffic(experts=share)
+    shape = geometry(bench.config)
+    bits = memory.stored_bits(shape, config.runtime.name, bench.cache.bits)
+    cache = memory.cache_bytes(shape, config.budget.context, 1, bits)
+    return Traffic(config.budget.batch, cache, share)
+
+
+def _smallest(bench: Bench, chosen: Choices) -> int:
+    """Bytes of the smallest plan that the policy allows."""
+    free = np.ones((len(chosen.groups), len(chosen.columns)), dtype=bool)
+    free = free if chosen.allowed is None else chosen.allowed
+    left = {
+        name: np.flatnonzero(row)
+        for group, row in zip(chosen.groups, free, strict=True)
+        for name in group
+    }
+    smallest = {
+        layer.name: min(
+            (chosen.fitted[layer.name, chosen.columns[c]] for c in left[layer.name]),
+            key=lambda precision: precision.bytes(layer.rows, layer.cols),
+        )
+        for layer in chosen.scope
+    }
+    return stored_bytes(bench.inventory, smallest)["total"] + 8 * len(chosen.scope)
+
+
+def _unpacked(chosen: Choices) -> int:
+    """Bytes while the largest layer is unpacked from the dearest precision."""
+    return max(
+        max(memory.unpacking(layer.weights, chosen.fitted[layer.name, c]) for c in chosen.columns)
+        for layer in chosen.scope
+    )
+
+
+def settle(
+    config: Optimize,
+    bench: Bench,
+    chosen: Choices,
+    found: list[Room],
+    solve: Callable[[Budget], tuple[Problem, np.ndarray]],
+) -> Settled:
+    """The room whose best plan measures best together with its cache. Sets the bench's cache.
+    solve: a budget of weights -> its problem and the table's optimum. Cost: the search windows
+    once per room, where there are several."""
+    floating = memory.floating(config.runtime.name)
+    if len(found) == 1:
+        bench.cache = Kept(found[0].kv, floating)
+        return Settled(found[0], *solve(found[0].budget))
+    quantizer = make_quantizer(config.quantizer, bench)
+    tried, solved = [], []
+    for room in bench.view.track(found, "caches with their plans"):
+        problem, assignment = solve(room.budget)
+        bench.cache = Kept(room.kv, floating)
+        choice = chosen.choice(assignment)
+        inside = sum(choice[x.name].bytes(x.rows, x.cols) for x in chosen.scope)
+        row = {
+            "kv": room.kv,
+            "bytes": stored_bytes(bench.inventory, choice)["total"],
+            "bits": 8 * inside / sum(x.weights for x in chosen.scope),
+            "kl": bench.score(choice, "search", quantizer).mean_kl,
+        }
+        tried.append(row)
+        solved.append(Settled(room, problem, assignment))
+    best = min(range(len(found)), key=lambda i: float(tried[i]["kl"]))
+    bench.cache = Kept(found[best].kv, floating, tuple(tried))
+    return solved[best]

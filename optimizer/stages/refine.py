@@ -1,0 +1,442 @@
+"""From the table's optimum to the plan whose *measured* loss is lowest.
+
+Each trial is a plan that fits the budget, measured on the search windows, one after the other, so
+that a hopeless one stops early. `moves` proposes exchanges around the best plan from slopes of the
+loss there and at earlier best plans; see `_slope_is_due` for when one is taken. The final choice is
+confirmed on windows that pruned nothing, and it is never worse there than the table's optimum.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optimizer.config import Optimize
+from optimizer.errors import ConfigError
+from optimizer.metrics.objective import Objective
+from optimizer.plan import Precision, digest
+from optimizer.search import Problem, Search, starts
+from optimizer.search.pareto import hypervolume
+from optimizer.search.surrogate import Seen, Slope, believe
+from optimizer.sensitivity import Task
+from optimizer.stages.objective import Beside, own_head
+from optimizer.stages.session import Bench, Choices, make_quantizer
+
+if TYPE_CHECKING:
+    from optimizer.models.model import Rounding
+    from optimizer.search.study import Study, Tried
+    from optimizer.stages.prefix import Prefix
+
+STUDY_VERSION = 4  # raised when trials can't be compared with older ones
+SLOPE_VERSION = 3  # raised when slopes change
+SLOPE_WINDOWS = 16
+KEPT = 8  # slopes that proposals are drawn from
+SHOWN = 16  # plans of a front that are measured beside the others
+POLL = 1.0  # seconds
+EXHAUSTED = 60  # trials in a row that repeat plans: there is nothing left to measure
+FEWEST = 2  # windows on which trials are measured
+WHOLE_TRIALS = 0.5  # whole trials that the tokens allow, over the windows of each
+FRESH, STALE = 2, 6  # trials until the slope is taken again: with a new best plan, without one
+
+
+@dataclass(frozen=True)
+class Refined:
+    """assignment: the chosen plan [G]. history: one row per trial. confirmed: mean loss on the
+    confirmation windows of the start and of the choice. front: of search.front, plans of other
+    sizes that none beats in all objectives on the search windows."""
+
+    assignment: np.ndarray
+    history: list[dict[str, float]]
+    confirmed: dict[str, float]
+    spent: int
+    front: tuple[np.ndarray, ...] = ()
+
+
+def refine(
+    bench: Bench,
+    config: Optimize,
+    chosen: Choices,
+    problem: Problem,
+    start: np.ndarray,
+    journal: Path,
+) -> Refined:
+    """Search until `search.tokens` evaluated tokens are spent. Resumes from its storage."""
+    from optimizer.search.study import Study, mend
+
+    settings = config.search
+    windows = bench.windows("search")
+    used = tried_on(settings, *windows.ids.shape)
+    if used < FEWEST:
+        raise ConfigError(
+            f"A search needs at least {2 * FEWEST} search windows, of which some confirm the choice; "
+            f"data.search.sequences is {len(windows.ids)}. Raise it, or take search=exact."
+        )
+    if used < _affordable(settings, windows.ids.shape[1]):
+        bench.view.note(
+            f"{settings.tokens} tokens would allow trials on more than {used} windows, which overfit "
+            f"less: data.search.sequences={2 * len(windows.ids)} gives the search more text"
+        )
+    settings = replace(settings, first=min(settings.first, used))
+    beside = Beside(bench, config, chosen, used)
+    name = _name(bench, config, problem, beside)
+    where = settings.storage or str(journal)
+    bench.view.note(f"trials are kept in {_public(where)}; optuna-dashboard shows them live")
+    if settings.storage is None and mend(journal):
+        bench.view.note(f"{journal} is damaged; its trials from there on are made again")
+    study = Study.open(settings, problem, name, journal, config.seed)
+    quantizer = make_quantizer(config.quantizer, bench)
+    quantizer.prepare(_offered(chosen))  # all codes, while the model holds its own weights
+    with bench.model.rounded(quantizer) as rounding:
+        scout = Scout(bench, config, chosen, problem, study, used, rounding, beside)
+        scout.aim(start)
+        scout.seed(start)
+        begun, before = time.monotonic(), study.spent
+        with bench.view.meter("search", settings.tokens) as show:
+            while not _over(settings, study, begun):
+                scout.step()
+                spent = study.spent
+                rate = (spent - before) / (time.monotonic() - begun)
+                show(spent, f"{scout.news}  {spent} tokens, {rate:.0f}/s")
+        scout.settle()
+        return scout.confirm(start)
+
+
+def tried_on(settings: Search, windows: int, length: int) -> int:
+    """How many search windows a trial is measured on: with more tokens both the windows and the
+    trials grow, and a quarter of the windows at least is left to confirm the choice."""
+    most = windows // 2 if windows < 4 * FEWEST else 3 * windows // 4
+    return min(max(FEWEST, _affordable(settings, length)), most)
+
+
+def _affordable(settings: Search, length: int) -> int:
+    return int((settings.tokens / length / WHOLE_TRIALS) ** 0.5)
+
+
+def _public(address: str) -> str:
+    """Without a database's password."""
+    return re.sub(r"(://[^:/@]+):[^@]*@", r"\1@", address)
+
+
+def _over(settings: Search, study: Study, begun: float) -> bool:
+    """Whether tokens, trials or time are spent, or nothing new is proposed any more."""
+    if settings.trials is not None and len(study.tried()) >= settings.trials:
+        return True
+    last = study.tried()[-EXHAUSTED:]
+    if len(last) == EXHAUSTED and not any(tried.tokens for tried in last):
+        return True
+    late = settings.seconds is not None and time.monotonic() - begun >= settings.seconds
+    return late or study.spent >= settings.tokens
+
+
+def _offered(chosen: Choices) -> dict[str, list[Precision]]:
+    return {
+        layer.name: [chosen.fitted[layer.name, column] for column in chosen.columns]
+        for layer in chosen.scope
+    }
+
+
+def _name(bench: Bench, config: Optimize, problem: Problem, beside: Beside) -> str:
+    """The study's name: everything that two workers must agree on to share their trials."""
+    content = [
+        STUDY_VERSION, bench.part_key("calibration"), bench.part_key("search"),
+        make_quantizer(config.quantizer, bench).key,
+        problem.groups, problem.columns, problem.limit, problem.unit, problem.free.tolist(),
+        config.search.space, config.search.front, config.seed,
+        tried_on(config.search, *bench.windows("search").ids.shape),
+        config.meaning.name, beside.key,
+        *([problem.third.name, problem.third.each.tolist()] if problem.third else []),
+    ]  # fmt: skip
+    return f"mezzotint-{config.search.space}-{digest(content)[:24]}"
+
+
+class Scout:
+    """One worker's side of a study. Everything that decides the next proposal is derived from the
+    study and the store, so that a killed search goes on as if nothing had happened."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        config: Optimize,
+        chosen: Choices,
+        problem: Problem,
+        study: Study,
+        used: int,
+        rounding: Rounding,
+        beside: Beside,
+    ) -> None:
+        from optimizer.metrics.divergence import teacher
+        from optimizer.stages.prefix import Shortcut
+
+        self.bench, self.config, self.chosen = bench, config, chosen
+        self.problem, self.study, self.used = problem, study, used
+        self.quantizer, self.rounding = make_quantizer(config.quantizer, bench), rounding
+        self.task = Task(chosen.groups, chosen.columns, chosen.fitted, self.quantizer)
+        self.teacher = teacher(bench.model, bench.windows("search"), own_head(bench, chosen))
+        self.shortcut = Shortcut(bench.model, self.teacher)
+        self.prefix: Prefix | None = None
+        self.beside = beside
+        self.length = bench.windows("search").ids.shape[1] + beside.tokens
+        self.slopes: list[Slope] = []
+        self.taken: list[int] = []  # finished trials when each slope was taken
+        self.unpaid: dict[str, int] = {}  # tokens of slopes that no trial has used yet
+        self.seen = 0  # finished trials after which slopes were looked for
+        self.fallback = problem.largest
+        self.roles = [bench.model.layers[group[0]].role for group in chosen.groups]
+
+    def aim(self, start: np.ndarray) -> None:
+        """Fix what J depends on at the start: the quantile of its token losses, and its worst
+        domain."""
+        meaning = self.config.meaning
+        if not (meaning.cvar or meaning.domain):
+            return
+        key = digest(["threshold", self.study.inner.study_name])
+
+        def make() -> dict[str, np.ndarray]:
+            import torch
+
+            self._set(start)
+            with torch.inference_mode():
+                found = [self.teacher.divergence(self.bench.model.net, w).cpu().numpy()
+                         for w in range(self.used)]  # fmt: skip
+                domain = self.beside.choose()
+            return {"threshold": np.quantile(np.concatenate(found), meaning.level),
+                    "domain": np.array(domain)}  # fmt: skip
+
+        found = self.bench.store.arrays("thresholds", key, make)
+        assert found is not None
+        self.study.spend(self.used * self.length, key)
+        self.teacher.objective = Objective(
+            meaning.cvar, meaning.level, float(found["threshold"].item())
+        )
+        self.beside.aim(int(found["domain"].item()))
+
+    def losses(self, windows: range) -> Callable[[np.ndarray], Iterator[tuple[int, float]]]:
+        from optimizer.stages.prefix import Prefix
+
+        def measure(assignment: np.ndarray) -> Iterator[tuple[int, float]]:
+            self._set(assignment)
+            own = Prefix(self.chosen.choice(assignment))
+            total = 0.0
+            for window in windows:
+                loss = self.shortcut.window(window, self.prefix, own) + self.beside.loss(window)
+                total += loss
+                if window == windows[-1] and self._leads(total / len(windows), windows):
+                    self.prefix = own
+                yield window, loss
+
+        return measure
+
+    def _set(self, assignment: np.ndarray) -> None:
+        """Change the layers in which the model differs from this plan, and no others."""
+        self.rounding.set(self.chosen.choice(assignment))
+
+    def _leads(self, loss: float, windows: range) -> bool:
+        best = self.study.best
+        return windows.start == 0 and (best is None or loss < best.loss)
+
+    def run(self, suggest: Callable[[Any], np.ndarray]) -> Tried:
+        """One trial on the first `used` search windows."""
+        return self.study.run(suggest, self.losses(range(self.used)), self.length)
+
+    def seed(self, start: np.ndarray) -> None:
+        """Measure the plans that the study starts from."""
+        begin = starts.of_a_front if self.config.search.front else starts.of_a_budget
+        first = list({plan.tobytes(): plan for plan in begin(self.problem, start)}.values())
+        self.fallback, self.seen = start, len(first)
+        if self.study.shared:
+            self.study.begin(first)
+            for _ in self.bench.view.track(range(self.study.waiting), "search: first plans"):
+                if self.study.waiting:
+                    self.run(self._nothing)
+            while self.study.best is None:  # another worker measures the last of them
+                time.sleep(POLL)
+            return
+        done = {tried.assignment.tobytes() for tried in self.study.tried()}
+        missing = [plan for plan in first if plan.tobytes() not in done]
+        for plan in self.bench.view.track(missing, "search: first plans") if missing else ():
+            self.run(lambda _trial, plan=plan: plan)  # type: ignore[misc]
+
+    @property
+    def news(self) -> str:
+        best = f"best {self.leader.loss:.4f}"
+        return best if not self.config.search.front else f"{best}  hypervolume {self.volume:.4f}"
+
+    @property
+    def volume(self) -> float:
+        """Of all finished trials; sizes in units of the budget, losses in nats, a third objective in
+        units of the first plan's, below the largest of the plans that the study started from."""
+        return self._volume(self.study.finished)
+
+    def _volume(self, trials: list[Tried]) -> float:
+        points = self.study.points(trials)
+        first = self.study.points(self.study.finished[: starts.SIZES + 1])
+        unit = np.array([self.problem.limit, 1.0, *first[0, 2:]])
+        top = np.array([starts.span(self.problem)[1], *first[:, 1:].max(0)])
+        return hypervolume(points / unit, [float(x) for x in top / unit])
+
+    def _nothing(self, _trial: Any) -> np.ndarray:
+        """Another worker took the last queued plan in this very moment: repeat the first."""
+        return self.study.tried()[0].assignment if self.study.tried() else self.fallback
+
+    def step(self) -> None:
+        """One proposal in the chosen space."""
+        from optimizer.search import study
+
+        spaces = {
+            "layers": study.layers,
+            "multipliers": lambda problem, toll=0.0: study.multipliers(problem, self.roles, toll),
+        }
+        space = spaces.get(self.config.search.space)
+        if space is not None:
+            wide = self.config.search.front
+            self.run(
+                study.sized(space, self.problem, starts.span(self.problem))
+                if wide
+                else space(self.problem)
+            )
+            return
+        self._take_due_slopes()
+        best = self.leader.assignment
+        belief = believe(self.problem, best, self.slopes[-KEPT:], self._seen(best))
+        self.run(study.moves(self.problem, best, belief, len(self.study.tried())))
+        for (
+            key,
+            tokens,
+        ) in self.unpaid.items():  # with its trial, so that a kill between changes nothing
+            self.study.spend(tokens, key)
+        self.unpaid.clear()
+
+    @property
+    def leader(self) -> Tried:
+        best = self.study.best
+        assert best is not None  # seed() saw to it
+        return best
+
+    def _take_due_slopes(self) -> None:
+        """Those that were due after each trial since the last look: one at most while the search
+        runs, all of its past ones, from the store, when a killed search goes on. Of a shared
+        study's past only the last trial counts: other workers have slopes of their own."""
+        tried = self.study.tried()
+        first = len(tried) if self.study.shared else self.seen
+        for count in range(first, len(tried) + 1):
+            best = self.study.best_of(tried[:count])
+            if best is not None and self._slope_is_due(count, best.assignment):
+                self._take_slope(count, best.assignment)
+        self.seen = len(tried) + 1
+
+    def _slope_is_due(self, count: int, best: np.ndarray) -> bool:
+        if not self.slopes:
+            return True
+        moved = not np.array_equal(self.slopes[-1].at, best)
+        return count - self.taken[-1] >= (FRESH if moved else STALE)
+
+    @property
+    def _slope_half(self) -> int:
+        """Windows of one half of a slope."""
+        return min(SLOPE_WINDOWS, self.used) // 2
+
+    @property
+    def _slope_tokens(self) -> int:
+        """A backward pass counts as two more forward passes."""
+        return 3 * 2 * self._slope_half * self.length
+
+    def _take_slope(self, count: int, best: np.ndarray) -> None:
+        """On text that no trial reads, too, where there is some. Kept in the store under what it
+        depends on: a resumed search takes it from there."""
+        from optimizer.sensitivity.slope import slopes
+
+        number = len(self.slopes)
+        half = self._slope_half
+        rng = np.random.default_rng([self.config.seed, 9, number])
+        picked = rng.choice(self.beside.rest.start, 2 * half, replace=False).reshape(2, -1)
+        parts = [picked[0], picked[1]]
+        key = digest([SLOPE_VERSION, self.study.inner.study_name, number, best.tolist()])
+
+        def make() -> dict[str, np.ndarray]:
+            self._set(best)
+            return {
+                "halves": slopes(
+                    self.bench.model, self.task, self.teacher, parts, self.beside.live
+                )
+            }
+
+        found = self.bench.store.arrays("slopes", key, make)
+        assert found is not None
+        self.slopes.append(Slope(best, found["halves"]))
+        self.taken.append(count)
+        self.unpaid[key] = self._slope_tokens
+
+    def _seen(self, best: np.ndarray) -> list[Seen]:
+        """All measured plans against the best, on the windows that both were measured on."""
+        leader, found = self.leader.each, []
+        for tried in self.study.tried():
+            gap = tried.each - leader[: len(tried.each)]
+            if len(gap) > 1 and not np.array_equal(tried.assignment, best):
+                error = float(gap.std(ddof=1) / np.sqrt(len(gap)))
+                found.append(Seen(tried.assignment, float(gap.mean()), error))
+        return found
+
+    def settle(self) -> None:
+        """Let the trials that other workers have under way end, so that all choose from the same
+        ones. Those whose worker dies meanwhile are run here: none is lost."""
+        if not self.study.shared:
+            return
+        under_way = self.study.running
+        if under_way:
+            self.bench.view.note(f"waiting for {len(under_way)} trials of other workers")
+            self.study.beat_for(under_way.values())
+        while under_way.keys() & self.study.running.keys():
+            time.sleep(POLL)
+            self.study.revive()
+        while self.study.waiting:
+            self.step()
+
+    def confirm(self, start: np.ndarray) -> Refined:
+        """Measure the best few on windows that no trial used; the start is always among
+        them, so the choice is never worse than it there."""
+        finalists = {start.tobytes(): start}
+        fitting = [t for t in self.study.finished if self.problem.fits(t.assignment)]
+        for tried in sorted(fitting, key=lambda t: t.loss)[:3]:
+            finalists[tried.assignment.tobytes()] = tried.assignment
+        found = {
+            key: float(np.mean([loss for _, loss in self.losses(self.beside.rest)(assignment)]))
+            for key, assignment in finalists.items()
+        }
+        winner = min(found, key=lambda key: found[key])
+        return Refined(
+            finalists[winner],
+            self._history(),
+            {"start": found[start.tobytes()], "choice": found[winner]},
+            self.study.spent + len(finalists) * len(self.beside.rest) * self.length,
+            self._front(),
+        )
+
+    def _front(self) -> tuple[np.ndarray, ...]:
+        if not self.config.search.front:
+            return ()
+        found = [t.assignment for t in self.study.front(self.study.finished)]
+        kept = np.unique(np.linspace(0, len(found) - 1, min(len(found), SHOWN)).round())
+        return tuple(found[int(i)] for i in kept)
+
+    def _history(self) -> list[dict[str, float]]:
+        """One row per trial. tokens: evaluated until then, those of this worker's slopes included."""
+        rows, spent, best, finished = [], 0, np.inf, []
+        for count, tried in enumerate(self.study.tried()):
+            spent += tried.tokens + self.taken.count(count) * self._slope_tokens
+            finished += [tried] if tried.complete else []
+            if tried.complete and self.problem.fits(tried.assignment):
+                best = min(best, tried.loss)
+            row = {"tokens": spent, "loss": tried.loss, "windows": tried.windows, "best": best}
+            if self.config.search.front:
+                third = self.problem.third
+                row |= {"size": self.problem.sizes(tried.assignment),
+                        **({third.name: third.of(tried.assignment)} if third else {}),
+                        "hypervolume": self._volume(finished)}  # fmt: skip
+            rows.append(row)
+        return rows

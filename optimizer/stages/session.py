@@ -1,0 +1,455 @@
+"""One model on the bench: its source, inventory, tokens, sensitivity table and measured scores,
+each made once and kept under a content key. Nothing here depends on a budget.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optimizer import sensitivity
+from optimizer.config import Optimize, Quantizer
+from optimizer.data.text import Data, Tokens, Windows
+from optimizer.errors import ConfigError, ModelError
+from optimizer.formats import registry
+from optimizer.models.source import Source, context_length, is_encoder, locate
+from optimizer.plan import Inventory, Layer, Policy, Precision, digest, fuse, glob, policy
+from optimizer.sensitivity import Table, Task
+from optimizer.store import Store
+
+if TYPE_CHECKING:
+    from optimizer.metrics.divergence import AnyScores, AnyTeacher
+    from optimizer.models.model import Model
+
+CHECK_WINDOWS = 8
+VERSION = 4  # raised when a stage's numbers change
+SCORES = 5  # the same for scores: they say since then which model found the true token
+
+
+class View:
+    """What a person sees while it runs; this one shows nothing."""
+
+    def stage(self, text: str) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:  # noqa: ARG002
+        return items
+
+    @contextmanager
+    def meter(self, text: str, total: int) -> Iterator[Callable[[int, str], None]]:  # noqa: ARG002
+        """Progress of something that isn't a list: call the yielded (done so far, news)."""
+        yield lambda _done, _news: None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How plans keep keys and values while they are measured. tried: what each cache gave, where
+    several were."""
+
+    bits: int = 16
+    floating: bool = False
+    tried: tuple[dict[str, Any], ...] = ()
+
+
+def check_device(name: str) -> None:
+    """Raises ConfigError for a device that PyTorch can't use here. For cpu it isn't loaded."""
+    if name == "cpu":
+        return
+    import torch
+
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"device is cpu, cuda, cuda:1 or another that PyTorch can use on this machine, not "
+            f"{name!r} ({reason})."
+        ) from None
+
+
+class Bench:
+    """One model with its store: everything that doesn't depend on a budget."""
+
+    def __init__(
+        self, name: str, revision: str | None, data: Data, store: str, device: str, view: View
+    ) -> None:
+        self.store = Store.open(store, view.note)
+        self.view, self.data, self.device = view, data, device
+        self.cache = Kept()
+        check_device(device)
+        view.stage(f"finding {name}")
+        self.source: Source = locate(name, self.store, revision)
+        data.check(context_length(self.source.folder))
+
+    @cached_property
+    def encoder(self) -> bool:
+        """Whether the model embeds texts, see `optimizer.metrics.embeddings`; else it is a language
+        model."""
+        return is_encoder(self.source.folder)
+
+    def geometry(self) -> dict[str, Any]:
+        """For `mezzotint fit`; empty where the memory model doesn't know the architecture."""
+        from optimizer.hardware.geometry import geometry
+
+        try:
+            found: dict[str, Any] = {} if self.encoder else asdict(geometry(self.config))
+        except ModelError:
+            return {}
+        return dict(json.loads(json.dumps(found)))  # as it reads in plan.json: lists, no tuples
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json."""
+        text = (self.source.folder / "config.json").read_text(encoding="utf-8")
+        found: dict[str, Any] = json.loads(text)
+        return found
+
+    @cached_property
+    def inventory(self) -> Inventory:
+        def take() -> dict[str, Any]:
+            from optimizer.models.model import take_inventory
+
+            return take_inventory(self.source.folder).to_json()
+
+        key = digest(["inventory", VERSION, self.source.fingerprint])
+        return Inventory.from_json(self.store.json("inventories", key, take))
+
+    @cached_property
+    def model(self) -> Model:
+        from optimizer.models.model import Model
+
+        self.view.stage("loading the reference")
+        return Model.load(self.source.folder, self.inventory, self.device)
+
+    @cached_property
+    def tokens_key(self) -> str:
+        return digest(self.data.key(self.source.fingerprint))
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        from optimizer.data import text as texts
+
+        def keep(name: str, make: Any) -> dict[str, np.ndarray]:
+            key = digest(["tokens", texts.VERSION, self.source.fingerprint, name])
+            found = self.store.arrays("tokens", key, make)
+            assert found is not None
+            return found
+
+        def cut() -> dict[str, np.ndarray]:
+            from optimizer.models.model import load_tokenizer
+
+            said: list[str] = []
+            parts = texts.cut(self.data, load_tokenizer(self.source.folder), said.append)
+            found = {f"{name}.{k}": v for name, w in parts.items() for k, v in vars(w).items()}
+            return found | {"said": np.frombuffer("\n".join(said).encode(), np.uint8)}
+
+        if self.encoder:
+            return self._texts(keep)
+        if self.data.source != "self":
+            kept = keep(self.tokens_key, cut)
+            if "said" in kept and kept["said"].size:
+                self.view.note(kept["said"].tobytes().decode())
+            return {
+                name: Windows(kept[f"{name}.ids"], kept[f"{name}.documents"])
+                for name in self.data.parts
+            }
+
+        return texts.sample(self.data, LazyModel(self), keep, self.view.track)
+
+    def _texts(self, keep: Callable[[str, Any], dict[str, np.ndarray]]) -> Tokens:
+        """Batches of texts for an encoder, and a word on those that were left out or cut."""
+        from optimizer.data import short_texts as texts
+
+        def cut() -> dict[str, np.ndarray]:
+            from optimizer.models.model import load_tokenizer
+
+            found = texts.cut(self.data, load_tokenizer(self.source.folder))
+            ids = {name: windows.ids for name, windows in found.parts.items()}
+            return ids | {"news": np.array([found.texts, found.shortened, found.skipped])}
+
+        kept = keep(f"{self.tokens_key} texts {texts.VERSION}", cut)
+        self.view.note(texts.told(*kept["news"].tolist()))
+        return {
+            name: Windows(ids, np.arange(len(ids))) for name, ids in kept.items() if name != "news"
+        }
+
+    def windows(self, part: str) -> Windows:
+        """calibration, search or heldout; `check` is the first search windows, enough to rank
+        plans that differ much."""
+        if part == "check":
+            return self.tokens["search"].head(CHECK_WINDOWS)
+        return self.tokens[part]
+
+    def part_key(self, part: str) -> str:
+        """What results on these windows depend on: the model, the tokens themselves and, except
+        for calibration, the cache."""
+        own = self.cache.bits < 16 and part != "calibration"
+        kept = [[self.cache.bits, self.cache.floating]] if own else []
+        return self.key_of(self.windows(part), *kept)
+
+    def key_of(self, windows: Windows, *rest: Any) -> str:
+        """Of the model and these tokens."""
+        ids = np.ascontiguousarray(windows.ids)
+        return digest(
+            [self.source.fingerprint, list(ids.shape), sha256(ids.tobytes()).hexdigest(), *rest]
+        )
+
+    @contextmanager
+    def cached(self) -> Iterator[None]:
+        """Inside, the model keeps keys and values in the bench's cache whenever it holds rounded
+        weights. With its own weights it is the reference, which nothing rounds."""
+        from optimizer.models.kv_cache import BITS, rounded
+
+        if self.cache.bits not in BITS:
+            yield
+            return
+        net, bits, floating = self.model.net, self.cache.bits, self.cache.floating
+        now = self.model._now
+        with rounded(net, bits, floating, lambda: any(p.kind != "none" for p in now.values())):
+            yield
+
+    @property
+    def calibration_key(self) -> str:
+        return self.part_key("calibration")
+
+    def calibration(self) -> np.ndarray:
+        """Token ids [windows, length]."""
+        return self.windows("calibration").ids
+
+    def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:
+        return self.view.track(items, text)
+
+    @cached_property
+    def teachers(self) -> dict[str, AnyTeacher]:
+        return {}
+
+    def score(self, choice: Mapping[str, Precision], part: str, quantizer: Any) -> AnyScores:
+        """The plan's scores on a part of the tokens; kept by content. Held-out: of the plan's joint
+        rounding, which is what gets packed. Search: of layers rounded by themselves, whose codes
+        all plans share."""
+        from optimizer.metrics.divergence import stored
+        from optimizer.models.kv_cache import rounded
+
+        real = {name: p.name for name, p in sorted(choice.items()) if p.kind != "none"}
+        key = digest(["scores", SCORES, self.part_key(part), quantizer.key, real])
+
+        def make() -> dict[str, np.ndarray]:
+            # first what is kept piece by piece, so that a killed run doesn't read again for nothing
+            rounder = quantizer.rounder(choice, joint=part == "heldout")
+            teacher = self.teacher(part)
+            kept = rounded(self.model.net, self.cache.bits, self.cache.floating)
+            with self.model.rounded(rounder, choice), kept:
+                return teacher.score(self.model.net).arrays()
+
+        found = self.store.arrays("scores", key, make)
+        assert found is not None
+        return stored(found)
+
+    def teacher(self, part: str) -> AnyTeacher:
+        """The reference on a part of the tokens, made once."""
+        from optimizer.metrics.divergence import teacher
+
+        if part not in self.teachers:
+            self.teachers[part] = teacher(self.model, self.windows(part), own_head=True)
+        return self.teachers[part]
+
+
+class LazyModel:
+    """Stands for the bench's model, loaded at the first use: stored batches don't need it."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+
+    @property
+    def net(self) -> Any:
+        return self._bench.model.net
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The table's rows and columns: what may be chosen for what. held: by the engine, allowed: by the
+    policy, too; bool [G, P], None: everything. notes: what the engine doesn't hold. overhead: bytes of
+    its file beyond our own, counted where the budget is a file's."""
+
+    scope: tuple[Layer, ...]
+    groups: tuple[tuple[str, ...], ...]
+    columns: tuple[str, ...]
+    fitted: dict[tuple[str, str], Precision]
+    allowed: np.ndarray | None = None
+    held: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+    overhead: int = 0
+
+    def choice(self, assignment: np.ndarray) -> dict[str, Precision]:
+        """Column index per group -> precision per layer."""
+        return {
+            name: self.fitted[name, self.columns[column]]
+            for group, column in zip(self.groups, assignment, strict=True)
+            for name in group
+        }
+
+
+def choices(config: Optimize, inventory: Inventory) -> Choices:
+    scope = inventory.scoped(config.scopes)
+    palette = config.palette.precisions()
+    fitted = sensitivity.palette_columns(scope, palette, config.palette.fit == "nearest")
+    if config.runtime.experts not in ("tensor", "block", "model"):
+        raise ConfigError(
+            f"runtime.experts is tensor, block or model, not {config.runtime.experts!r}."
+        )
+    groups = fuse(scope, config.runtime.fused, config.runtime.experts)
+    columns = tuple(p.name for p in palette)
+    rules = registry.offered(config.runtime, scope, columns, fitted)
+    left, held = (
+        policy.allowed(p, scope, groups, columns, fitted, rules) for p in (config.policy, Policy())
+    )
+    return Choices(
+        scope, groups, columns, fitted, left, held, registry.told(config.runtime, rules)
+    )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Another text than the calibration windows for a table, or the same with weighted tokens.
+
+    key: what determines it. ids [windows, length]. weights: makes those of its tokens, of that shape.
+    """
+
+    key: Any
+    ids: np.ndarray
+    weights: Callable[[], np.ndarray] | None = None
+
+
+def read_part(config: Optimize) -> str:
+    """On which part of the tokens a table is measured. Rounding that was fitted to the calibration
+    windows loses less on them than elsewhere (GPTQ on SmolLM2: half as much, and the layers with the
+    most columns least), so its table reads search windows."""
+    return "search" if config.quantizer.calibrated else "calibration"
+
+
+def read_for(bench: Bench, config: Optimize) -> Windows:
+    """No more of them than calibration windows."""
+    return bench.windows(read_part(config)).head(bench.data.calibration.sequences)
+
+
+def measure_table(
+    bench: Bench, config: Optimize, chosen: Choices, reading: Reading | None = None
+) -> Table:
+    """The sensitivity table in nats of mean KL, chunk by chunk from the store or made now."""
+    settings = config.sensitivity
+    fitted = [[chosen.fitted[g[0], c].name for c in chosen.columns] for g in chosen.groups]
+    estimator = [settings.estimator, settings.chunks, settings.probes]
+    windows = read_for(bench, config)
+    quantizer = make_quantizer(config.quantizer, bench)
+    key = digest(
+        ["table", VERSION, bench.key_of(windows), estimator, chosen.groups,
+         chosen.columns, fitted, quantizer.key, config.seed,
+         *([] if reading is None else [reading.key])]
+    )  # fmt: skip
+    task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
+    read = reading or Reading(None, windows.ids)
+    runs = sensitivity.chunks(len(read.ids), min(settings.chunks, len(read.ids)))
+    samples = []
+    todo = [i for i in range(len(runs)) if bench.store.arrays("tables", _part(key, i)) is None]
+    if todo:
+        quantizer.prepare(
+            {name: [chosen.fitted[name, c] for c in task.columns] for name in task.layers}
+        )
+    weights = read.weights() if todo and read.weights is not None else None
+    for i in bench.view.track(range(len(runs)), "sensitivity") if todo else range(len(runs)):
+
+        def make(i: int = i) -> dict[str, np.ndarray]:
+            seed = [config.seed, runs[i].start]
+            own = None if weights is None else weights[runs[i]]
+            return {"loss": settings.score(bench.model, task, read.ids[runs[i]], seed, own)}
+
+        found = bench.store.arrays("tables", _part(key, i), make)
+        assert found is not None
+        samples.append(found["loss"])
+    table = Table.from_samples(task, np.array(samples))
+    return table if reading else _measured_rows(bench, config, task, table, key)
+
+
+def _part(key: str, index: Any) -> str:
+    return digest([key, index])
+
+
+def _measured_rows(bench: Bench, config: Optimize, task: Task, table: Table, key: str) -> Table:
+    settings = config.sensitivity.measured
+    if not settings.groups:
+        return table
+    if settings.at != "reference" and settings.at not in task.columns:
+        raise ConfigError(
+            "sensitivity.measured.at is reference or a precision of the palette "
+            f"({', '.join(task.columns)}), not {settings.at!r}."
+        )
+    wanted = [
+        i
+        for i, group in enumerate(task.groups)
+        if any(glob(p).fullmatch(name) for p in settings.groups for name in group)
+    ]
+    if not wanted:
+        raise ConfigError(f"sensitivity.measured.groups={settings.groups} matches no layer.")
+    rows = {}
+    for i in bench.view.track(wanted, "measuring single groups"):
+
+        def make(i: int = i) -> dict[str, np.ndarray]:
+            from optimizer.sensitivity import measured
+
+            windows = read_for(bench, config)
+            return measured.measure(bench.model, task, windows, task.groups[i], settings.at)
+
+        found = bench.store.arrays("tables", _part(key, ["measured", settings.at, i]), make)
+        assert found is not None
+        rows[i] = (found["loss"], found["stderr"])
+    return table.with_rows(rows)
+
+
+class LazyQuantizer:
+    """A quantizer made at its first use: a finished table or score doesn't need torch."""
+
+    def __init__(self, settings: Quantizer, material: Any) -> None:
+        self._settings, self._material = settings, material
+
+    @property
+    def key(self) -> Any:
+        """What determines the codes, besides weights and precisions."""
+        tokens = self._material.calibration_key if self._settings.calibrated else None
+        return self._settings.key(tokens)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._made, name)
+
+    @cached_property
+    def _made(self) -> Any:
+        settings = self._settings
+        if not settings.calibrated:
+            from optimizer.quantization.calibrated import Keeping
+
+            return Keeping(clip=settings.clip, store=self._material.store)
+        if settings.name == "awq":
+            from optimizer.quantization.folding import ActivationAware
+
+            return ActivationAware(self._material)
+        from optimizer.quantization.calibrated import Calibrated
+        from optimizer.quantization.gptq import Gptq
+
+        method = Gptq(settings.damping, settings.order, settings.clip)
+        chained = settings.inputs == "rounded"
+        return Calibrated(method, chained, self._material, settings.weighting)
+
+
+def make_quantizer(settings: Quantizer, material: Any) -> Any:
+    """material: the bench, or whatever has its model, tokens and store; see `rounding.Material`."""
+    settings.check()
+    return LazyQuantizer(settings, material)

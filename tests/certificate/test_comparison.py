@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optimizer.certificate.comparison import (
+    Candidate,
+    bounds,
+    certify,
+    describe,
+    difference,
+    line,
+    ratio,
+    resamples,
+    verdict,
+)
+from optimizer.certificate.wording import FEW
+from optimizer.metrics.divergence import Scores
+
+DOCUMENTS = np.repeat(np.arange(20), 3)  # 20 documents of 3 windows
+
+
+def scores(kl: np.ndarray, documents: np.ndarray = DOCUMENTS) -> Scores:
+    rng = np.random.default_rng(1)
+    shape = kl.shape
+    return Scores(
+        kl.astype(np.float32),
+        rng.uniform(0.9, 1, shape).astype(np.float32),
+        (rng.random(shape) < 0.1).astype(np.float32),
+        rng.exponential(2, shape).astype(np.float32),
+        rng.exponential(2, shape).astype(np.float32),
+        (rng.random(shape) < 0.4).astype(np.float32),
+        (rng.random(shape) < 0.4).astype(np.float32),
+        documents,
+    )
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+# ---------------------------------------------------------------- the bootstrap
+
+
+def test_documents_are_drawn_whole() -> None:
+    names = np.array([7, 7, 3, 9, 9, 9])
+    counts = resamples(names, rng())
+    assert counts.shape == (2000, 6)
+    assert (counts[:, 0] == counts[:, 1]).all()
+    assert (counts[:, 3] == counts[:, 4]).all() and (counts[:, 4] == counts[:, 5]).all()
+    assert (counts[:, [0, 2, 3]].sum(1) == 3).all(), "as many documents as there are"
+    assert np.abs(counts.mean(0) - 1).max() < 0.08
+
+
+def simulated(truth: float, seed: int) -> np.ndarray:
+    """KL [60, 4] whose documents differ much more than the windows of one document."""
+    own = np.random.default_rng([seed, 5])
+    levels = own.normal(truth, 0.3, 20)[DOCUMENTS]
+    return levels[:, None] + own.normal(0, 0.05, (60, 4))
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    """1000 data sets with a known mean. A percentile bootstrap of 20 documents covers a little
+    less than 95 %; one over windows would cover about 70 %."""
+    counts = resamples(DOCUMENTS, rng())
+    single = resamples(np.arange(60), rng())
+    held = naive = 0
+    for seed in range(1000):
+        found = scores(simulated(1.0, seed))
+        own = describe_kl(found, counts)
+        held += own[0] <= 1 <= own[1]
+        wrong = describe_kl(found, single)
+        naive += wrong[0] <= 1 <= wrong[1]
+    assert 0.90 <= held / 1000 <= 0.97
+    assert naive / 1000 < 0.8
+
+
+def test_bounds_are_wrong_about_as_often_as_they_say() -> None:
+    """600 data sets of 24 documents with a long tail (lognormal, sigma 0.6), 5 % on either side.
+    Percentiles would be too low at the upper end in about 13 %."""
+    owners = np.arange(24)
+    counts = resamples(owners, rng())
+    truth = np.exp(0.18)
+    below = above = percentile = 0
+    for seed in range(600):
+        values = np.random.default_rng([seed, 6]).lognormal(0, 0.6, 24)
+        low, high = bounds(values, owners, counts, 0.05)
+        assert low < values.mean() < high
+        below += low > truth
+        above += high < truth
+        percentile += np.quantile(counts @ values / 24, 0.95) < truth
+    assert 0.015 <= below / 600 <= 0.075
+    assert 0.03 <= above / 600 <= 0.11 < percentile / 600 + 0.02
+
+
+def test_bounds_weigh_documents_by_their_tokens_and_draw_them_whole() -> None:
+    """A document cut into windows counts as the same document in one piece."""
+    values = np.random.default_rng(4).exponential(1, (20, 3, 4))
+    whole = bounds(values.reshape(20, 12), np.arange(20), resamples(np.arange(20), rng()), 0.05)
+    windows = values.reshape(60, 4)
+    assert bounds(windows, DOCUMENTS, resamples(DOCUMENTS, rng()), 0.05) == pytest.approx(whole)
+    uneven = bounds(windows[:50], DOCUMENTS[:50], resamples(DOCUMENTS[:50], rng()), 0.05)
+    assert uneven[0] < windows[:50].mean() < uneven[1]
+
+
+def test_bounds_of_one_event_and_of_none() -> None:
+    """One flip in 24 documents: most resamples have none, and the bound is finite all the same."""
+    owners = np.arange(24)
+    counts = resamples(owners, rng())
+    one = np.zeros((24, 100))
+    assert bounds(one, owners, counts, 0.05) == (0, 0)
+    one[3, 7] = 1
+    low, high = bounds(one, owners, counts, 0.05)
+    assert low < one.mean() < high < 0.01
+
+
+def describe_kl(found: Scores, counts: np.ndarray) -> tuple[float, float]:
+    zero = scores(np.zeros_like(found.kl))
+    interval = difference(found, zero, counts)
+    return interval.low, interval.high
+
+
+def test_the_difference_is_paired() -> None:
+    """What is common to two plans cancels: the interval of the difference is far narrower than
+    either plan's own."""
+    base = np.abs(simulated(1.0, 3))
+    mine, other = scores(base), scores(base + 0.01)
+    counts = resamples(DOCUMENTS, rng())
+    gap = difference(mine, other, counts)
+    assert gap.value == pytest.approx(-0.01, rel=1e-3)
+    assert gap.low <= gap.value <= gap.high < 0
+    own = describe(mine, counts)["kl"]
+    assert gap.high - gap.low < 1e-3 * (own.high - own.low)
+
+
+def test_the_difference_changes_sign_with_its_sides() -> None:
+    one, two = scores(simulated(1.0, 1)), scores(simulated(1.2, 2))
+    counts = resamples(DOCUMENTS, rng())
+    forth, back = difference(one, two, counts), difference(two, one, counts)
+    assert forth.value == pytest.approx(-back.value)
+    assert forth.low == pytest.approx(-back.high) and forth.high == pytest.approx(-back.low)
+
+
+def test_describe_is_the_plain_statistics() -> None:
+    found = scores(np.abs(simulated(0.5, 4)))
+    stats = describe(found, resamples(DOCUMENTS, rng()))
+    assert stats["kl"].value == pytest.approx(found.kl.mean(dtype=float))
+    assert stats["kl_p99"].value == pytest.approx(np.quantile(found.kl, 0.99))
+    assert stats["flips"].value == pytest.approx(found.flip.mean())
+    assert stats["ear"].value == pytest.approx(found.ear.mean(dtype=float))
+    assert stats["perplexity"].value == pytest.approx(np.exp(found.nll.mean(dtype=float)))
+    reference = np.exp(found.nll_reference.mean(dtype=float))
+    assert stats["perplexity_reference"].value == pytest.approx(reference)
+    for interval in stats.values():
+        assert interval.low <= interval.high
+    for key in ("kl", "flips", "ear", "perplexity"):
+        assert stats[key].low < stats[key].value < stats[key].high, key
+
+
+def test_quantiles_of_resamples_against_repeating_the_tokens() -> None:
+    found = scores(np.abs(simulated(0.5, 4)))
+    counts = resamples(DOCUMENTS, rng())
+    stats = describe(found, counts)["kl_p99"]
+    brute = [
+        np.quantile(np.repeat(found.kl, c, axis=0), 0.99, method="inverted_cdf")
+        for c in counts[:500]
+    ]
+    low, high = np.quantile(brute, [0.025, 0.975])
+    assert (stats.low, stats.high) == pytest.approx((low, high), rel=1e-6)
+
+
+def test_the_line_is_straight() -> None:
+    low = Candidate("low", 100, 100, scores(np.full((60, 4), 0.8)))
+    high = Candidate("high", 200, 200, scores(np.full((60, 4), 0.2)))
+    once = np.ones((1, 60))
+    for size, expected in ((100, 0.8), (200, 0.2), (150, 0.5), (125, 0.65)):
+        assert line(low, high, size)(once)[0] == pytest.approx(expected)
+
+
+def test_a_ratio_is_of_means() -> None:
+    mine, other = scores(np.full((60, 4), 0.3)), scores(np.full((60, 4), 0.6))
+    counts = resamples(DOCUMENTS, rng())
+    found = ratio(mine, lambda c: np.full(len(c), 0.6), counts)
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert difference(mine, other, counts).value == pytest.approx(-0.3)
+
+
+# ---------------------------------------------------------------- the certificate
+
+
+def candidate(name: str, size: int, kl: float, documents: np.ndarray = DOCUMENTS) -> Candidate:
+    noise = np.random.default_rng(len(name)).normal(1, 0.05, (len(documents), 4))
+    return Candidate(name, size, size, scores(kl * noise, documents))
+
+
+UNIFORMS = [
+    candidate("int8", 800, 0.01), candidate("int3", 300, 0.9), candidate("int4", 400, 0.3),
+    candidate("int6", 600, 0.05),
+]  # fmt: skip
+
+
+def test_the_plan_is_held_against_its_neighbours() -> None:
+    proof = certify(candidate("plan", 350, 0.4), UNIFORMS, [candidate("random", 350, 0.8)], 0)
+    assert proof["versus"]["uniform"]["name"] == "int4"
+    assert proof["versus"]["line"]["name"] == "line int3 to int4"
+    assert proof["versus"]["line"]["kl"] == pytest.approx(0.6, rel=0.05)
+    assert proof["versus"]["line"]["ratio"]["value"] == pytest.approx(0.4 / 0.6, rel=0.05)
+    names = [row["name"] for row in proof["rows"]]
+    assert names == ["plan", "int3", "int4", "int6", "int8", "random"]
+    assert proof["documents"] == 20 and proof["tokens"] == 240
+    words = "Better than mixing uniform plans: 0.67 times"
+    assert (
+        proof["verdict"].startswith(words) and "int4 (0.4 kB), which is larger" in proof["verdict"]
+    )
+
+
+def test_a_plan_of_a_uniforms_size_is_compared_with_that_one() -> None:
+    proof = certify(candidate("plan", 400, 0.2), UNIFORMS, [], 0)
+    assert proof["versus"]["uniform"]["name"] == "int4"
+    assert "line" not in proof["versus"]
+    assert proof["verdict"].startswith("Better than int4")
+    assert "in no more bytes" in proof["verdict"]
+
+
+def test_above_all_uniforms_nothing_is_claimed() -> None:
+    proof = certify(candidate("plan", 900, 0.001), UNIFORMS, [], 0)
+    assert proof["versus"] == {}
+    assert "nothing is claimed" in proof["verdict"]
+
+
+def test_below_all_uniforms_there_is_no_line() -> None:
+    proof = certify(candidate("plan", 200, 2.0), UNIFORMS, [], 0)
+    assert proof["versus"].keys() == {"uniform"}
+    assert proof["versus"]["uniform"]["name"] == "int3"
+
+
+def test_the_same_seed_gives_the_same_certificate() -> None:
+    plan = candidate("plan", 350, 0.4)
+    assert certify(plan, UNIFORMS, [], 3) == certify(plan, UNIFORMS, [], 3)
+    assert certify(plan, UNIFORMS, [], 3) != certify(plan, UNIFORMS, [], 4)
+
+
+def test_few_documents_are_not_believed() -> None:
+    few = np.repeat(np.arange(FEW - 1), 9)
+    rivals = [candidate("int4", 400, 0.9, few)]
+    proof = certify(candidate("plan", 350, 0.1, few), rivals, [], 0)
+    assert proof["verdict"].startswith(f"Not enough text to say: {FEW - 1} documents")
+
+
+# ---------------------------------------------------------------- the wording
+
+
+def versus(low: float, value: float, high: float) -> dict[str, object]:
+    share = {"value": 1 + value, "low": 1 + low, "high": 1 + high}
+    gap = {"value": value, "low": low, "high": high}
+    return {"uniform": {"name": "int4", "bytes": 4e6, "difference": gap, "ratio": share}}
+
+
+@given(st.lists(st.floats(-0.5, 0.5), min_size=3, max_size=3).map(sorted), st.integers(0, 40))
+def test_no_word_goes_beyond_the_interval(gap: list[float], documents: int) -> None:
+    said = verdict(versus(*gap), documents)
+    low, _, high = gap
+    better, worse = (re.search(word, said, re.I) for word in (r"\bbetter", r"\bworse"))
+    if documents < FEW:
+        assert not better and not worse and "Not enough text" in said
+    elif low == high == 0:
+        assert not better and not worse and "The same as" in said
+    elif low <= 0 <= high:
+        assert not better and not worse and "Not distinguishable" in said
+    else:
+        assert bool(better) == (high < 0) and bool(worse) == (low > 0)
+
+
+@pytest.mark.parametrize(
+    ("gap", "words"),
+    [
+        ((-0.3, -0.2, -0.1), "Better than int4 (4.0 MB): 0.80 times its KL (95 %: 0.70 to 0.90)"),
+        ((0.1, 0.2, 0.3), "Worse than int4 (4.0 MB): 1.20 times its KL."),
+        ((-0.1, 0.0, 0.1), "Not distinguishable from int4 (4.0 MB) on 20 documents: 1.00 times"),
+        ((-0.2, -0.1, 0.0), "Not distinguishable from int4"),
+        ((0.0, 0.1, 0.2), "Not distinguishable from int4"),
+        ((0.0, 0.0, 0.0), "The same as int4 (4.0 MB): nothing was gained"),
+    ],
+)
+def test_verdicts(gap: tuple[float, float, float], words: str) -> None:
+    assert verdict(versus(*gap), 20).startswith(words)
+
+
+def test_without_a_rival_nothing_is_claimed() -> None:
+    assert "nothing is claimed" in verdict({}, 100)

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from optimizer.cli import terminal
+from optimizer.commands.optimize import Outcome
+from optimizer.plan import Plan
+
+ODD = "my [red]model[/x]"
+
+
+def said(result: Outcome) -> str:
+    out = Console(file=io.StringIO(), width=400, highlight=False)
+    terminal.outcome(out, result)
+    return out.file.getvalue()
+
+
+def test_brackets_in_names_are_text(run_folder: Path) -> None:
+    plan = Plan.load(run_folder)
+    found = said(Outcome(plan, {"plan": Path(ODD) / "plan.json"}, notes=[f"about {ODD}"]))
+    assert f"Wrote {ODD}/plan.json" in found and f"Note: about {ODD}" in found
+    out = Console(file=io.StringIO(), width=400, highlight=False)
+    terminal.show(out, replace(plan, model={**plan.model, "name": ODD}))
+    view = terminal.Terminal(out)
+    view.stage(f"finding {ODD}")
+    view.note(f"kept in {ODD}")
+    list(view.track([1], ODD))
+    for words in (f"for {ODD} (", f"finding {ODD} ...", f"kept in {ODD}"):
+        assert words in out.file.getvalue()
+
+
+def test_no_ratio_is_told_where_no_loss_was_foretold(run_folder: Path) -> None:
+    quality = {"plans": 9.0, "spearman": 0.5, "calibration": 2.0}
+    plan = Plan.load(run_folder)
+    assert "is 2.00 (median)." in said(Outcome(plan, {}, prediction=quality))
+    quality["calibration_plan"] = 3.0
+    assert "is 2.00 (median), 3.00 for the plan." in said(Outcome(plan, {}, prediction=quality))

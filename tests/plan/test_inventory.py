@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optimizer.errors import ConfigError
+from optimizer.plan import UNTOUCHED, Inventory, Layer, Precision, fuse, glob, packed_bytes
+from optimizer.quantization.uniform import Rtn
+
+KINDS = [("int", bits) for bits in range(1, 9)] + [("ternary", 2)]
+
+
+@st.composite
+def precisions(draw: st.DrawFn) -> Precision:
+    kind, bits = draw(st.sampled_from(KINDS))
+    symmetric = kind == "ternary" or bits == 1 or draw(st.booleans())
+    return Precision(kind, bits, draw(st.sampled_from([None, 1, 2, 3, 5, 8, 32])), symmetric)
+
+
+@given(precisions(), st.integers(1, 5), st.integers(1, 4))
+def test_bytes_are_those_of_the_stored_tensors(
+    precision: Precision, rows: int, groups: int
+) -> None:
+    cols = groups * (precision.group_size or 7)
+    stored = Rtn().encode(torch.randn(rows, cols), precision).pack()
+    promised = precision.parts(rows, cols)
+    assert {k: tuple(v.shape) for k, v in stored.items()} == {
+        k: s for k, (_, s) in promised.items()
+    }
+    dtypes = {"U8": torch.uint8, "F16": torch.float16}
+    assert {k: v.dtype for k, v in stored.items()} == {
+        k: dtypes[d] for k, (d, _) in promised.items()
+    }
+    assert precision.bytes(rows, cols) == sum(
+        v.numel() * v.element_size() for v in stored.values()
+    )
+
+
+@given(st.integers(0, 500), st.integers(1, 8))
+def test_packed_bytes_hold_the_bits_and_waste_less_than_a_byte(count: int, bits: int) -> None:
+    size = packed_bytes(count, Fraction(bits))
+    assert count * bits <= 8 * size < count * bits + 8
+
+
+@given(st.integers(0, 500))
+def test_a_byte_holds_five_trits(count: int) -> None:
+    size = packed_bytes(count, Fraction(8, 5))
+    assert 3**count <= 256**size
+    assert size * 5 < count + 5
+
+
+def test_untouched_is_two_bytes_a_weight() -> None:
+    assert UNTOUCHED.bytes(3, 5) == 30
+    assert UNTOUCHED.parts(3, 5) == {}
+    assert UNTOUCHED.code_bits == 16
+
+
+def test_int4_in_groups_of_64_is_what_a_person_computes() -> None:
+    """Per row of 576: 288 bytes of codes, 9 scales of 2 bytes, 9 zero points in 5 bytes."""
+    assert Precision("int", 4, 64).bytes(10, 576) == 10 * (288 + 18 + 5)
+    assert Precision("int", 4, 64, True).bytes(10, 576) == 10 * (288 + 18)
+    assert Precision("int", 3).bytes(10, 576) == 10 * (216 + 2 + 1)
+
+
+def test_names_are_distinct_and_say_what_they_mean() -> None:
+    found = {
+        Precision(kind, bits, group, symmetric).name
+        for (kind, bits), group, symmetric in product(KINDS[1:8], (None, 32, 64), (True, False))
+    }
+    assert len(found) == 7 * 3 * 2
+    assert Precision("int", 4, 64).name == "int4_g64"
+    assert Precision("int", 4, 64, True).name == "int4_g64_sym"
+    assert Precision("int", 1, None, True).name == "int1_channel"
+    assert Precision("ternary", 2, 32, True).name == "ternary_g32"
+    assert UNTOUCHED.name == "none"
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "group"),
+    [("int", 0, 64), ("int", 9, 64), ("int", 16, None), ("ternary", 3, 64), ("none", 8, None),
+     ("float", 8, None), ("int", 4, 0), ("int", 4, -1)],
+)  # fmt: skip
+def test_an_impossible_precision_is_refused(kind: str, bits: int, group: int | None) -> None:
+    with pytest.raises(ConfigError, match="palette"):
+        Precision(kind, bits, group)
+
+
+@given(st.integers(1, 300), st.integers(1, 400))
+def test_nearest_divides_and_no_divisor_is_nearer(wanted: int, cols: int) -> None:
+    found = Precision("int", 4, wanted).nearest(cols).group_size
+    assert found is not None and cols % found == 0
+
+    def far(d: int) -> float:
+        return max(d / wanted, wanted / d)
+
+    assert far(found) <= min(far(d) for d in range(1, cols + 1) if cols % d == 0) * (1 + 1e-12)
+
+
+def test_nearest_keeps_what_fits() -> None:
+    precision = Precision("int", 4, 64)
+    assert precision.nearest(128) is precision
+    assert Precision("int", 4).nearest(7) == Precision("int", 4)
+
+
+# ---------------------------------------------------------------- scope and groups
+
+
+def layer(name: str, kind: str = "linear", block: int | None = 0, **more: object) -> Layer:
+    role = name.split(".")[-2]
+    values: dict[str, object] = {"parameter": name, "shape": (4, 8), **more}
+    return Layer(name, 4, 8, kind, role, block, **values)  # type: ignore[arg-type]
+
+
+NAMES = ("q_proj", "k_proj", "o_proj", "gate_proj", "up_proj")
+INVENTORY = Inventory(
+    layers=(
+        layer("model.embed.weight", "embedding", None),
+        *(layer(f"model.layers.{b}.{n}.weight", block=b) for b in (0, 1) for n in NAMES),
+        layer("lm_head.weight", "head", None),
+    ),
+    others=(),
+    dtype="F16",
+)
+
+
+@pytest.mark.parametrize(
+    ("scope", "count"),
+    [
+        (["blocks"], 10),
+        (["embeddings"], 1),
+        (["head"], 1),
+        (["all"], 12),
+        (["blocks", "head"], 11),
+        (["*.0.*"], 5),
+        (["*q_proj"], 2),
+        (["*q_proj.weight", "model.layers.0.?_proj"], 4),
+        (["blocks", "blocks"], 10),
+    ],
+)
+def test_scope_finds(scope: list[str], count: int) -> None:
+    found = INVENTORY.scoped(scope)
+    assert len(found) == count
+    order = [x.name for x in INVENTORY.layers]
+    assert [x.name for x in found] == sorted((x.name for x in found), key=order.index)
+
+
+def test_a_tied_embedding_is_the_head_too() -> None:
+    tied = Inventory((layer("model.embed.weight", "embedding", None, tied=True),), (), "F16")
+    assert tied.scoped(["head"]) == tied.scoped(["embeddings"]) == tied.layers
+
+
+@pytest.mark.parametrize("pattern", ["nothing", "q_proj", "model", "*.7.*", "Blocks", "q_proj$"])
+def test_a_pattern_that_matches_nothing_is_an_error_with_examples(pattern: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        INVENTORY.scoped(["blocks", pattern])
+    assert repr(pattern) in str(error.value) and "lm_head.weight" in str(error.value)
+
+
+def test_glob_is_over_the_whole_name_and_takes_dots_literally() -> None:
+    assert glob("a.b").fullmatch("a.b.weight")
+    assert not glob("a.b").fullmatch("axb")
+    assert not glob("a").fullmatch("a.b.weight.scale")
+
+
+def test_inventory_survives_json() -> None:
+    assert Inventory.from_json(INVENTORY.to_json()) == INVENTORY
+
+
+def test_fusing_groups_only_within_one_module() -> None:
+    scope = INVENTORY.scoped(["all"])
+    groups = fuse(scope, [["q_proj", "k_proj"], ["gate_proj", "up_proj"]], "tensor")
+    assert sorted(name for group in groups for name in group) == sorted(x.name for x in scope)
+    assert ("model.layers.0.q_proj.weight", "model.layers.0.k_proj.weight") in groups
+    assert ("model.layers.1.gate_proj.weight", "model.layers.1.up_proj.weight") in groups
+    assert len(groups) == 12 - 4
+
+
+def test_without_rules_every_layer_is_alone() -> None:
+    assert fuse(INVENTORY.layers, [], "tensor") == tuple((x.name,) for x in INVENTORY.layers)
+
+
+def test_experts_go_together_by_tensor_or_by_block() -> None:
+    experts = [
+        layer(f"m.{b}.mlp.{e}.{n}.weight", "experts", b, parameter=f"m.{b}.mlp.{n}", expert=e)
+        for b in (0, 1)
+        for n in ("up", "down")
+        for e in (0, 1, 2)
+    ]
+    assert [len(g) for g in fuse(experts, [], "tensor")] == [3, 3, 3, 3]
+    assert [len(g) for g in fuse(experts, [], "block")] == [6, 6]
+    assert [len(g) for g in fuse(experts, [], "model")] == [12]

@@ -1,0 +1,496 @@
+"""GPTQ on whole models: what streams, what is stored, and that apply packs what was certified."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from optimizer.cli.compose import profile
+from optimizer.commands import deploy, export, optimize
+from optimizer.config import Optimize, Palette, Proof, Quantizer
+from optimizer.data.text import Data, Part
+from optimizer.errors import ConfigError, PlanError, TextError
+from optimizer.formats.gguf import writer
+from optimizer.formats.torch import packed
+from optimizer.models.blockwise import Stream
+from optimizer.models.model import Model, take_inventory
+from optimizer.models.source import quiet
+from optimizer.models.stories import corpus
+from optimizer.plan import GGML, Budget, Inventory, Plan, Precision
+from optimizer.quantization import ggml
+from optimizer.quantization.calibrated import Keeping
+from optimizer.quantization.uniform import Rtn
+from optimizer.search import Search
+from optimizer.sensitivity import Sensitivity, Task
+from optimizer.stages.session import Bench, View, choices, make_quantizer, measure_table
+from optimizer.store import Store
+
+torch.set_num_threads(1)
+BODY = {"num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 96, "hidden_size": 64}
+GLU = BODY | {"intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 64}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": GLU,
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 96},
+    "gpt_neox": BODY | {"intermediate_size": 96, "max_position_embeddings": 64},
+    "gemma2": GLU | {"query_pre_attn_scalar": 16, "sliding_window": 8, "head_dim": 16},
+    "mixtral": GLU | {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+P3 = Precision("int", 3, 16)
+
+
+def small(kind: str, folder: Path) -> Model:
+    torch.manual_seed(3)
+    with quiet():
+        net = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **KINDS[kind]))
+    for name, value in net.named_parameters():
+        if value.ndim > 1:
+            torch.nn.init.normal_(value, std=0.15 if "embed" not in name else 1.0)
+    net.half().save_pretrained(folder)
+    return Model.load(folder, take_inventory(folder))
+
+
+@dataclass
+class Made:
+    """A `rounding.Material` that counts how often it is asked for tokens."""
+
+    model: Model
+    store: Store
+    calibration_key: str = "tokens"
+    asked: list[int] = field(default_factory=list)
+    stop_after: int | None = None
+
+    @property
+    def inventory(self) -> Inventory:
+        return self.model.inventory
+
+    def calibration(self) -> np.ndarray:
+        self.asked.append(1)
+        return np.random.default_rng(0).integers(96, size=(72, 32))
+
+    def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:
+        for i, item in enumerate(items):
+            if i == self.stop_after:
+                raise KeyboardInterrupt
+            yield item
+
+
+Maker = Callable[[str], Made]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Maker:
+    return lambda kind: Made(small(kind, tmp_path / kind), Store(tmp_path / "store"))
+
+
+def gptq(material: Any, **settings: Any) -> Any:
+    return make_quantizer(Quantizer(name="gptq", clip=True, **settings), material)
+
+
+def everything(model: Model, precision: Precision = P3) -> dict[str, Precision]:
+    return {layer.name: precision for layer in model.inventory.layers if layer.block is not None}
+
+
+def logits(net: Any) -> torch.Tensor:
+    ids = torch.from_numpy(np.random.default_rng(1).integers(96, size=(8, 32)))
+    with torch.no_grad():
+        return net(ids).logits.double()
+
+
+def kl(reference: torch.Tensor, other: torch.Tensor) -> float:
+    p, q = reference.log_softmax(-1), other.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_block_by_block_is_the_whole_model(kind: str, made: Maker) -> None:
+    material = made(kind)
+    model, ids = material.model, material.calibration()
+    stream = Stream(model, ids)
+    last: list[torch.Tensor] = []
+    hook = stream.blocks[-1].register_forward_hook(
+        lambda _m, _a, out: last.append(out[0] if isinstance(out, tuple) else out)
+    )
+    for block in range(len(stream.blocks)):
+        stream.advance(block)
+    streamed = torch.cat(last)
+    last.clear()
+    with torch.no_grad():
+        model.net(torch.from_numpy(ids))
+    hook.remove()
+    assert torch.allclose(streamed, last[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hessians_are_sums_over_a_layers_own_inputs(kind: str, made: Maker) -> None:
+    material = made(kind)
+    model, ids = material.model, material.calibration()
+    stream = Stream(model, ids)
+    watched = [x.name for x in model.inventory.layers if x.kind in ("linear", "conv1d")]
+    watched = [name for name in watched if model.layers[name].block is not None]
+    seen = [n for b in range(len(stream.blocks)) for names in stream.inputs(b) for n in names]
+    assert sorted(seen) == sorted(watched)
+    stream.advance(0)
+    sets = stream.inputs(1)
+    for names, hessian in zip(sets, stream.hessians(1, sets), strict=True):
+        for name in names:
+            inputs: list[torch.Tensor] = []
+            module = model.net.get_submodule(model.layers[name].parameter.rpartition(".")[0])
+            hook = module.register_forward_pre_hook(
+                lambda _m, args, inputs=inputs: inputs.append(args[0])
+            )
+            with torch.no_grad():
+                model.net(torch.from_numpy(ids))
+            hook.remove()
+            x = inputs[0].flatten(0, -2)
+            assert torch.allclose(hessian, x.T @ x, rtol=1e-2, atol=1e-2 * float(hessian.max()))
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_weighted_hessians_count_tokens_by_their_gradients(made: Maker, squared: bool) -> None:
+    """Against autograd: s_t is the length, or its square, of the sampled labels' gradient."""
+    from optimizer.sensitivity.fisher import likelihood
+    from optimizer.sensitivity.outputs import token_weights
+
+    material = made("llama")
+    model, ids = material.model, material.calibration()[:5]
+    name = "model.layers.1.mlp.down_proj.weight"
+    layer = model.layers[name]
+    found = token_weights(model, [layer], ids, 7, lambda items, _text: items, squared)[name]
+    assert found.shape == ids.shape
+    assert np.isclose(found.mean(), 1, atol=1e-5)
+    module = model.net.get_submodule(layer.parameter.rpartition(".")[0])
+    seen: list[torch.Tensor] = []
+
+    def leaf(_module: Any, _inputs: Any, y: torch.Tensor) -> torch.Tensor:
+        seen.append(y.detach().requires_grad_(True))
+        return seen[-1]
+
+    handle = module.register_forward_hook(leaf)
+    likelihood(model, torch.from_numpy(ids[3])[None], [7, 3]).backward()
+    handle.remove()
+    s = seen[-1].grad.norm(dim=-1).flatten().numpy() ** (2 if squared else 1)
+    assert np.allclose(found[3] / found[3].sum(), s / s.sum(), rtol=1e-3, atol=1e-7)
+    stream = Stream(model, ids)
+    inputs: list[torch.Tensor] = []
+    handle = module.register_forward_pre_hook(
+        lambda _m, args: inputs.append(args[0].flatten(0, 1))
+    )
+    with torch.no_grad():
+        model.net(torch.from_numpy(ids))
+    handle.remove()
+    stream.advance(0)
+    [hessian] = stream.hessians(1, [[name]], {name: found})
+    x = torch.cat(inputs)
+    expected = (x * torch.from_numpy(found).reshape(-1, 1)).T @ x
+    assert torch.allclose(hessian, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("weighting", ["gradient", "fisher"])
+def test_guided_codes_are_others_and_still_better_than_nearest(
+    made: Maker, weighting: str
+) -> None:
+    material = made("llama")
+    model, choice = material.model, everything(material.model)
+    reference = logits(model.net)
+    with model.rounded(Rtn(), choice):
+        nearest = kl(reference, logits(model.net))
+    guided = make_quantizer(Quantizer(name="gptq", weighting=weighting), material)
+    rounder, plain = guided.rounder(choice), gptq(material).rounder(choice)
+    with model.rounded(rounder, choice):
+        assert kl(reference, logits(model.net)) < 0.85 * nearest
+    name = next(iter(choice))
+    weight = model.weight(name)
+    assert not torch.equal(rounder.round(weight, P3, name), plain.round(weight, P3, name))
+    assert torch.equal(logits(model.net), reference)
+    assert not any(p.requires_grad for p in model.net.parameters())
+
+
+def test_layers_that_share_an_input_stand_together(made: Maker) -> None:
+    roles = [
+        [name.split(".")[-2] for name in names]
+        for names in Stream(made("llama").model, np.ones((2, 8), dtype=np.int64)).inputs(1)
+    ]
+    assert roles == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("inputs", ["rounded", "reference"])
+def test_a_model_moves_less_than_with_nearest(kind: str, inputs: str, made: Maker) -> None:
+    material = made(kind)
+    model, choice = material.model, everything(material.model)
+    reference = logits(model.net)
+    with model.rounded(Rtn(), choice):
+        nearest = kl(reference, logits(model.net))
+    rounder = gptq(material, inputs=inputs).rounder(choice)
+    with model.rounded(rounder, choice):
+        calibrated = kl(reference, logits(model.net))
+    assert calibrated < 0.85 * nearest
+    assert torch.equal(logits(model.net), reference)
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "iq4_nl", "q5_1"])
+def test_blocks_of_llama_cpp_are_calibrated_too(kind: str, made: Maker) -> None:
+    material = made("llama")
+    model, precision = material.model, Precision.ggml(kind)
+    choice = {x.name: precision for x in model.inventory.scoped(["blocks"])}
+    reference = logits(model.net)
+    with model.rounded(Rtn(), choice):
+        nearest = kl(reference, logits(model.net))
+    with model.rounded(gptq(material).rounder(choice), choice):
+        assert kl(reference, logits(model.net)) < 0.9 * nearest
+    again = gptq(material).rounder(choice)  # from the store
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert again.encode(model.weight(name), precision, name).precision == precision
+
+
+def test_later_layers_see_the_rounded_ones(made: Maker) -> None:
+    material = made("llama")
+    choice = everything(material.model)
+    joint, alone = gptq(material).rounder(choice), gptq(material).rounder(choice, joint=False)
+    w = material.model.weight
+    for role, same in (
+        ("self_attn.q_proj", True),
+        ("self_attn.o_proj", False),
+        ("mlp.down_proj", False),
+    ):
+        name = f"model.layers.0.{role}.weight"  # in one block already, in the order of execution
+        found = torch.equal(joint.round(w(name), P3, name), alone.round(w(name), P3, name))
+        assert found == same, name
+
+
+def test_what_has_no_watched_input_is_rounded_to_nearest(made: Maker) -> None:
+    material = made("mixtral")
+    layers = material.model.inventory.layers
+    choice = {layer.name: P3 for layer in layers}
+    rounder = gptq(material).rounder(choice)
+    for layer in layers:
+        own = material.model.weight(layer.name)
+        nearest = Rtn().round(own, P3)
+        same = torch.equal(rounder.round(own, P3, layer.name), nearest)
+        assert same == (layer.kind not in ("linear", "conv1d")), layer.name
+
+
+def test_a_killed_run_goes_on_to_identical_codes(made: Maker) -> None:
+    whole = made("llama")
+    choice = everything(whole.model) | {
+        "model.layers.1.mlp.up_proj.weight": Precision("int", 8, 32)
+    }
+    expected = gptq(whole).rounder(choice)
+    again = Made(whole.model, Store(whole.store.root.parent / "other"), stop_after=2)
+    before = logits(whole.model.net)
+    with pytest.raises(KeyboardInterrupt):
+        gptq(again).rounder(choice)
+    assert torch.equal(logits(whole.model.net), before), "the model is itself again"
+    again.stop_after = None
+    resumed = gptq(again).rounder(choice)
+    for name, precision in choice.items():
+        own = whole.model.weight(name)
+        mine, theirs = (x.encode(own, precision, name) for x in (resumed, expected))
+        assert torch.equal(mine.codes, theirs.codes)
+        assert torch.equal(mine.scales, theirs.scales)
+    asked = len(again.asked)
+    gptq(again).rounder(choice)
+    assert len(again.asked) == asked, "finished codes need no tokens"
+
+
+def test_codes_depend_on_tokens_settings_and_earlier_choices_only(made: Maker) -> None:
+    material = made("llama")
+    choice = everything(material.model)
+    gptq(material).rounder(choice)
+    entries = lambda: len(list(material.store.root.glob("codes/*.safetensors")))  # noqa: E731
+    assert entries() == 3
+    gptq(material).rounder(choice | {"model.layers.2.mlp.up_proj.weight": Precision("int", 8)})
+    assert entries() == 4, "only the last block is new"
+    gptq(material, damping=0.1).rounder(choice)
+    assert entries() == 7
+    material.calibration_key = "others"
+    gptq(material).rounder(choice)
+    assert entries() == 10
+
+
+def test_a_layer_that_was_not_prepared_is_refused(made: Maker) -> None:
+    material = made("llama")
+    name = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(KeyError, match="prepared"):
+        gptq(material).round(material.model.weight(name), P3, name)
+
+
+# ---------------------------------------------------------------- plan -> apply
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Optimize:
+    folder = tmp_path_factory.mktemp("gptq")
+    (folder / "text.txt").write_text("\n\n".join(corpus(120)))
+    part = {"length": 48}
+    return Optimize(
+        model="stories",
+        budget=Budget(code_bits=3.0),
+        palette=Palette(bits=[2, 3, 4], group_size=32),
+        quantizer=Quantizer(name="gptq", clip=True),
+        data=Data(
+            source="text",
+            path=str(folder / "text.txt"),
+            calibration=Part(sequences=16, **part),
+            search=Part(sequences=4, **part),
+            heldout=Part(sequences=8, **part),
+        ),
+        proof=Proof(random=2),
+        search=Search(space="exact"),
+        store=str(folder / "store"),
+    )
+
+
+@pytest.fixture(scope="module")
+def plan(settings: Optimize) -> Plan:
+    return optimize.optimize(settings, Path(settings.store).parent / "run").plan
+
+
+def test_apply_packs_the_codes_that_were_certified(
+    plan: Plan, settings: Optimize, tmp_path: Path
+) -> None:
+    assert plan.quantizer["name"] == "gptq"
+    folder = deploy.apply(plan, tmp_path / "packed", settings.store)
+    bench = Bench("stories", None, settings.data, settings.store, "cpu", View())
+    net, ids = packed.load(folder), torch.from_numpy(bench.windows("heldout").ids)
+    quantizer = make_quantizer(settings.quantizer, bench)
+    with bench.model.rounded(quantizer.rounder(plan.choice), plan.choice), torch.no_grad():
+        expected, found = bench.model.net(ids).logits, net(ids).logits
+    assert torch.allclose(expected, found, atol=1e-4)
+    with bench.model.rounded(Rtn(), plan.choice), torch.no_grad():
+        assert not torch.allclose(bench.model.net(ids).logits, found, atol=1e-2)
+
+
+def test_a_gguf_holds_the_codes_that_were_certified(settings: Optimize, tmp_path: Path) -> None:
+    own = replace(
+        settings, palette=Palette(bits=["q4_0", "q5_0"]), runtime=profile("llamacpp"),
+        scope=["all"], budget=Budget(bits=5.0), quantizer=Quantizer(name="gptq"),
+    )  # fmt: skip
+    made_for = optimize.optimize(own, tmp_path / "run").plan
+    assert set(made_for.layers.values()) == {"q4_0", "q5_0"}
+    export.export(made_for, "gguf", tmp_path / "gguf", own.store)
+    bench = Bench("stories", None, own.data, own.store, "cpu", View())
+    rounder = make_quantizer(own.quantizer, bench).rounder(made_for.choice)
+    found = writer.decode(tmp_path / "gguf", made_for, bench.inventory)
+    for name, precision in made_for.choice.items():
+        weight = bench.model.weight(name)
+        assert torch.equal(found[name], rounder.round(weight, precision, name)), name
+    assert not torch.equal(found[name], Rtn().round(weight, precision))
+
+
+def test_apply_again_and_from_the_text_alone_gives_the_same_bytes(
+    plan: Plan, settings: Optimize, tmp_path: Path
+) -> None:
+    first = deploy.apply(plan, tmp_path / "first", settings.store)
+    second = deploy.apply(plan, tmp_path / "second", settings.store)
+    elsewhere = tmp_path / "store"
+    (elsewhere / "models").mkdir(parents=True)
+    for model in (Path(settings.store) / "models").iterdir():
+        (elsewhere / "models" / model.name).symlink_to(model)
+    third = deploy.apply(plan, tmp_path / "third", str(elsewhere))
+    files = [(folder / "packed.safetensors").read_bytes() for folder in (first, second, third)]
+    assert files[0] == files[1] == files[2]
+
+
+def test_apply_refuses_another_text(plan: Plan, settings: Optimize, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(corpus(120, seed=1)))
+    plan.provenance["data"] = {**plan.provenance["data"], "path": str(other)}
+    empty = tmp_path / "store"
+    (empty / "models").mkdir(parents=True)
+    for model in (Path(settings.store) / "models").iterdir():
+        (empty / "models" / model.name).symlink_to(model)
+    try:
+        with pytest.raises(PlanError, match="calibration tokens"):
+            deploy.apply(plan, tmp_path / "packed", str(empty))
+        plan.provenance["data"]["path"] = str(tmp_path / "gone.txt")
+        with pytest.raises(TextError, match="no text"):
+            deploy.apply(plan, tmp_path / "packed", str(empty))
+    finally:
+        plan.provenance["data"]["path"] = settings.data.path
+    assert not (tmp_path / "packed").exists()
+
+
+def test_the_table_is_made_with_the_quantizers_own_errors(settings: Optimize) -> None:
+    from optimizer.sensitivity.fisher import _errors
+
+    bench = Bench("stories", None, settings.data, settings.store, "cpu", View())
+    chosen = choices(settings, bench.inventory)
+    quantizer = make_quantizer(settings.quantizer, bench)
+    name = chosen.scope[3].name
+    quantizer.prepare({name: [chosen.fitted[name, c] for c in chosen.columns]})
+    task = Task(((name,),), chosen.columns, chosen.fitted, quantizer)
+    for column, error in _errors(bench.model, task, bench.model.layers[name]):
+        own = bench.model.weight(name)
+        nearest = Rtn().round(own, chosen.fitted[name, column])
+        assert not torch.equal(error, nearest - own)
+
+
+def test_the_table_reads_other_text_than_the_rounding_was_fitted_to(settings: Optimize) -> None:
+    """On its own few windows the fitted rounding seems to lose much less."""
+    few = replace(settings.data, calibration=Part(sequences=4, length=48))
+    config = replace(settings, data=few, sensitivity=Sensitivity(estimator="tokenwise", chunks=2))
+    bench = Bench("stories", None, few, settings.store, "cpu", View())
+    chosen = choices(config, bench.inventory)
+    table = measure_table(bench, config, chosen)
+    quantizer = make_quantizer(config.quantizer, bench)
+    task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
+    own = config.sensitivity.score(bench.model, task, bench.calibration(), [0, 0])
+    assert table.loss.sum() > 1.15 * own.sum()
+    nearest = replace(config, quantizer=Quantizer())
+    task = Task(chosen.groups, chosen.columns, chosen.fitted, Rtn())
+    own = config.sensitivity.score(bench.model, task, bench.calibration(), [0, 0])
+    assert measure_table(bench, nearest, chosen).loss.sum() == pytest.approx(own.sum(), rel=0.3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"name": "best"},
+        {"order": "rows"},
+        {"damping": 0.0},
+        {"inputs": "none"},
+        {"weighting": "none"},
+    ],
+)
+def test_wrong_settings_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"quantizer.{next(iter(wrong))}"):
+        Quantizer(**wrong).check()
+
+
+def test_awq_refuses_blocks_of_llama_cpp(settings: Optimize) -> None:
+    palette, awq = Palette(bits=["q4_0"]), Quantizer(name="awq")
+    with pytest.raises(ConfigError, match="rtn or gptq"):
+        replace(settings, palette=palette, quantizer=awq).check()
+
+
+@pytest.mark.parametrize("kind", GGML)
+def test_grids_of_blocks_are_searched_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The second quantizer reads them and gives the same bits; other weights get others."""
+    torch.manual_seed(4)
+    weight, precision = torch.randn(300, 512) * 0.1, Precision.ggml(kind)
+    monkeypatch.setattr(ggml, "CHUNK", 2**16)  # several slices
+    store = Store(tmp_path)
+    plain, first = Rtn().round(weight, precision), Keeping(store=store)
+    assert torch.equal(first.round(weight, precision, "layer"), plain)
+    monkeypatch.setattr(ggml, "fit", lambda *_: pytest.fail("searched again"))
+    again = Keeping(store=Store(tmp_path))
+    assert torch.equal(again.round(weight, precision, "layer"), plain)
+    blocks = again.encode(weight, precision, "other name")
+    assert torch.equal(blocks.decode(), plain)
+    with pytest.raises(pytest.fail.Exception):
+        again.round(weight * 1.5, precision, "layer")

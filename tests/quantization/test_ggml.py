@@ -1,0 +1,95 @@
+"""ggml's blocks: the gguf package must read what we pack, and our search must find good scales."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from optimizer.errors import ConfigError
+from optimizer.plan import GGML, Precision
+from optimizer.quantization import ggml
+
+
+@pytest.fixture(scope="module")
+def weight() -> torch.Tensor:
+    """Rows of different sizes; one of zeros, a constant one, one with an outlier, a positive one."""
+    draw = torch.Generator().manual_seed(3)
+    w = torch.randn(24, 512, generator=draw) * torch.rand(24, 1, generator=draw) * 0.1
+    w[0], w[1], w[2, 7], w[3] = 0, 0.25, 4, w[3].abs()
+    return w
+
+
+def official(blocks: ggml.Blocks) -> torch.Tensor:
+    kind = gguf.GGMLQuantizationType[blocks.precision.kind.upper()]
+    return torch.from_numpy(np.array(gguf.quants.dequantize(blocks.data.numpy(), kind)))
+
+
+@pytest.mark.parametrize("kind", list(GGML))
+def test_the_gguf_package_reads_what_we_pack(kind: str, weight: torch.Tensor) -> None:
+    precision = Precision.ggml(kind)
+    blocks = ggml.encode(weight, precision)
+    assert blocks.data.numel() == precision.bytes(*weight.shape)
+    assert torch.equal(blocks.decode(), official(blocks))
+    assert torch.equal(ggml.round_to(weight, precision), blocks.decode())
+    assert not blocks.decode()[0].any()
+
+
+@pytest.mark.parametrize("kind", list(GGML))
+def test_sizes_are_those_of_the_gguf_package(kind: str) -> None:
+    block = GGML[kind]
+    sizes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]]
+    assert sizes == (block.weights, block.size)
+
+
+@pytest.mark.parametrize("kind", list(GGML))
+def test_every_bit_is_found_again(kind: str) -> None:
+    """Random bytes, scales kept finite: unpacked and packed they are the same."""
+    block, draw = GGML[kind], torch.Generator().manual_seed(5)
+    raw = torch.randint(0, 256, (40, block.size), generator=draw, dtype=torch.uint8)
+    half = {"q2_k": [80, 82], "q3_k": [108], "q4_k": [0, 2], "q5_k": [0, 2], "q6_k": [208]}
+    for at in half.get(kind, [0, 2] if kind in ("q4_1", "q5_1") else [0]):
+        raw[:, at + 1] = 0x2C
+    blocks = ggml.Blocks(Precision.ggml(kind), raw, block.weights)
+    grid, codes = blocks.open()
+    assert torch.equal(grid.pack(codes).data, raw)
+    assert torch.equal(blocks.decode(), official(blocks))
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"])
+def test_never_worse_than_the_extremes(kind: str, weight: torch.Tensor) -> None:
+    plain = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType[kind.upper()])
+    theirs = official(ggml.Blocks(Precision.ggml(kind), torch.from_numpy(plain), 512))
+    ours = ggml.round_to(weight, Precision.ggml(kind))
+    assert (ours - weight).square().sum() < 1.001 * (theirs - weight).square().sum()
+
+
+def test_more_bits_lose_less(weight: torch.Tensor) -> None:
+    order = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0"]
+    lost = [(ggml.round_to(weight, Precision.ggml(k)) - weight).square().sum() for k in order]
+    assert all(after < 0.5 * before for before, after in pairwise(lost))
+
+
+def test_important_columns_are_kept_better(weight: torch.Tensor) -> None:
+    importance = torch.ones(512)
+    importance[::8] = 50.0
+    rest = weight[4:]
+    plain = ggml.fit(rest, "q4_k")
+    guided = ggml.fit(rest, "q4_k", importance)
+    lost = [(g.values(g.round(rest)) - rest)[:, ::8].square().sum() for g in (plain, guided)]
+    assert lost[1] < 0.9 * lost[0]
+
+
+def test_what_llama_cpp_falls_back_to() -> None:
+    assert Precision.ggml("q4_k").nearest(576).name == "q5_0"
+    assert Precision.ggml("q6_k").nearest(512).name == "q6_k"
+    assert Precision.ggml("q3_k").nearest(576).name == "q4_0"
+    assert Precision.ggml("q5_k").nearest(100).name == "none"
+
+
+def test_a_type_has_one_shape() -> None:
+    with pytest.raises(ConfigError, match="blocks of 256"):
+        Precision("q4_k", 4, 64)

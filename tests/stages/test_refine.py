@@ -1,0 +1,223 @@
+"""The search on the measured loss, on a real model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from optimizer.commands import optimize
+from optimizer.config import Optimize, Quantizer
+from optimizer.data.text import Part
+from optimizer.errors import ConfigError, StorageError
+from optimizer.models.source import Source
+from optimizer.plan import Budget
+from optimizer.search import SPACES, Search
+from optimizer.sensitivity import slope
+from optimizer.stages import objective, refine, session
+from tests.commands.test_optimize import SHORT, Seen, settings
+
+TOKENS = 4000
+
+
+def searched(source: Source, store: Path, **changes: Any) -> Optimize:
+    search = Search(**{"space": "moves", "tokens": TOKENS, **changes.pop("search", {})})
+    config = settings(source, store, budget=Budget(bits=3.6), search=search, **changes)
+    config.data.search = Part(sequences=12, length=32)
+    return config
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_a_searched_plan_fits_and_the_second_run_measures_nothing(
+    source: Source, tmp_path: Path, space: str
+) -> None:
+    config = searched(source, tmp_path / "s", search={"space": space})
+    first = optimize.optimize(config, tmp_path / "one")
+    assert first.plan.effective_bits <= 3.6
+    note = next(n for n in first.notes if n.startswith("The search measured"))
+    start, choice = re.findall(r"\d+\.\d+", note)
+    assert float(choice) <= float(start)
+    again = optimize.optimize(config, tmp_path / "two", Seen())
+    assert again.plan == first.plan and note in again.notes
+
+
+def test_the_search_works_with_gptq(source: Source, tmp_path: Path) -> None:
+    config = searched(source, tmp_path / "s", quantizer=Quantizer(name="gptq"))
+    assert optimize.optimize(config, tmp_path / "r").plan.effective_bits <= 3.6
+
+
+def test_a_database_that_cannot_be_reached_is_told_before_a_model_is_looked_for(
+    tmp_path: Path,
+) -> None:
+    search = Search(storage="postgresql://me:secret@127.0.0.1:9/none")
+    config = Optimize(model="/no/such/model", budget=Budget(bits=4), search=search)
+    config.store = str(tmp_path)
+    with pytest.raises(StorageError, match="can't be used") as caught:
+        optimize.optimize(config, tmp_path / "r")
+    assert "secret" not in str(caught.value)
+    assert refine._public(search.storage or "") == "postgresql://me@127.0.0.1:9/none"
+
+
+def test_a_search_ends_when_there_is_nothing_new_to_measure(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy that leaves hardly any choice: all plans are soon known, and tokens are left."""
+    monkeypatch.setattr(refine, "EXHAUSTED", 8)
+    search = {"space": "multipliers", "tokens": 10**7}
+    config = searched(source, tmp_path / "s", search=search)
+    config.policy.pins = ["*mlp* = int3_g64", *(f"*{k}_proj* = int3_g64" for k in "kvo")]
+    found = optimize.optimize(config, tmp_path / "r")
+    assert found.plan.layers
+
+
+def test_too_few_windows_are_refused(source: Source, tmp_path: Path) -> None:
+    config = searched(source, tmp_path / "s")
+    config.data.search = Part(sequences=3, length=32)
+    with pytest.raises(ConfigError, match="at least 4 search windows"):
+        optimize.optimize(config, tmp_path / "r")
+
+
+def test_windows_of_trials_grow_with_the_tokens() -> None:
+    used = [refine.tried_on(Search(tokens=t), 1000, 128) for t in (500, 60_000, 240_000)]
+    assert used == [2, 30, 61]
+    assert refine.tried_on(Search(tokens=10**7), 64, 128) == 48  # a quarter confirms
+
+
+@pytest.mark.parametrize(("windows", "used"), [(64, 30), (64, 48), (192, 60)])
+def test_what_confirms_a_choice_was_read_by_nothing_before(windows: int, used: int) -> None:
+    rest = objective.confirming(used, windows)
+    assert rest.stop == windows and used <= rest.start
+    assert len(rest) == min(used, windows - used)
+
+
+def test_slopes_read_what_no_trial_reads_and_nothing_that_confirms(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: set[int] = set()
+    whole = slope.slopes
+
+    def spy(model: Any, task: Any, teacher: Any, parts: Any, beside: Any) -> Any:
+        read.update(int(w) for part in parts for w in part)
+        return whole(model, task, teacher, parts, beside)
+
+    monkeypatch.setattr(slope, "slopes", spy)
+    config = searched(source, tmp_path / "s", search={"tokens": 2500})
+    config.data.search = Part(sequences=40, length=32)
+    used = refine.tried_on(config.search, 40, 32)
+    optimize.optimize(config, tmp_path / "r")
+    assert used < max(read) < objective.confirming(used, 40).start
+
+
+def test_the_slope_is_the_losss_derivative(source: Source, tmp_path: Path) -> None:
+    """A tiny step of one layer towards another precision changes the mean KL by the slope."""
+    import torch
+
+    from optimizer.metrics.divergence import Teacher
+    from optimizer.sensitivity import Task
+
+    config = settings(source, tmp_path / "s", budget=Budget(bits=3.6))
+    table = session.Bench(config.model, None, config.data, config.store, "cpu", session.View())
+    chosen = session.choices(config, table.inventory)
+    quantizer = session.make_quantizer(config.quantizer, table)
+    task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
+    teacher = Teacher(table.model.net, table.windows("search"))
+    low, high = chosen.columns.index("int3_g64"), chosen.columns.index("int8_g64")
+    choice = chosen.choice(np.full(len(chosen.groups), low))
+    windows = np.arange(SHORT.sequences)
+    with table.model.rounded(quantizer, choice):
+        parts = [windows[::2], windows[1::2]]
+        found = slope.slopes(table.model, task, teacher, parts).mean(0)
+    group = 5
+    (name,) = chosen.groups[group]
+    weight = table.model.weight(name).clone()
+    with table.model.rounded(quantizer, choice):
+        live = table.model.net.get_parameter(table.model.layers[name].parameter)
+        before, step = live.detach().clone(), 1e-2
+        goal = quantizer.round(weight, chosen.fitted[name, chosen.columns[high]], name)
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                live.copy_(before + sign * step * (goal - before))
+            values.append(np.mean([teacher.window(table.model.net, int(w)) for w in windows]))
+        with torch.no_grad():
+            live.copy_(before)
+    expected = (values[0] - values[1]) / (2 * step)
+    assert found[group, high] - found[group, low] == pytest.approx(expected, rel=0.05, abs=1e-5)
+
+
+def test_a_study_is_named_by_what_its_workers_share(source: Source, tmp_path: Path) -> None:
+    config = searched(source, tmp_path / "s")
+    table = session.Bench(config.model, None, config.data, config.store, "cpu", session.View())
+    chosen = session.choices(config, table.inventory)
+    blank = np.zeros((len(chosen.groups), len(chosen.columns)))
+    beside = refine.Beside(table, config, chosen, 8)
+
+    def name(bits: float) -> str:
+        config.budget = Budget(bits=bits)
+        posed = optimize._pose(config, table.inventory, chosen, blank)
+        return refine._name(table, config, posed, beside)
+
+    assert name(4) == name(4) != name(5)
+
+
+def test_a_front_is_searched_around_the_budget(source: Source, tmp_path: Path) -> None:
+    search = {"space": "multipliers", "front": True, "sampler": "nsgaii", "tokens": 5000}
+    config = searched(source, tmp_path / "s", search=search)
+    found = optimize.optimize(config, tmp_path / "r")
+    assert found.plan.effective_bits <= 3.6
+    rows = [row for row in found.measured if row.name.startswith("searched")]
+    assert len(rows) > 3
+    sizes = [row.bits for row in rows]
+    assert sizes == sorted(sizes) and sizes[0] < 3.6 < sizes[-1]
+    assert all(3.6 * 0.75 - 0.1 <= size <= 3.6 * 4 / 3 + 1e-6 for size in sizes)
+    lines = (tmp_path / "r" / "search.csv").read_text().splitlines()
+    column = lines[0].split(",").index("hypervolume")
+    volumes = [float(line.split(",")[column]) for line in lines[1:]]
+    assert volumes == sorted(volumes) and volumes[-1] > 0
+    assert any("hypervolume" in note for note in found.notes)
+    again = optimize.optimize(config, tmp_path / "again", Seen())
+    assert again.plan == found.plan
+
+
+def test_time_and_price_are_objectives_of_a_front(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5 bits are made slow: the front offers plans that avoid them, as files of their own, and the
+    page, the record's table and the comparison know what a token takes."""
+    from optimizer.plan import Plan
+    from optimizer.reports.html import compare
+    from optimizer.stages import latency
+
+    monkeypatch.setattr(
+        latency,
+        "_measure",
+        lambda _bench, _chosen, todo, _batch: {
+            "layers": np.array([1.0 if "int5" in kind[3] else 0.001 for kind in todo]),
+            "outside": np.array(0.5),
+        },
+    )
+    search = {"space": "multipliers", "front": True, "sampler": "nsgaii", "tokens": 5000,
+              "third": "price", "hourly_rate": 3.6}  # fmt: skip
+    config = searched(source, tmp_path / "s", search=search)
+    found = optimize.optimize(config, tmp_path / "sweep" / "r")
+    run = found.run
+    front = [point for point in run.measured if point.name.startswith("searched")]
+    fives = [list(Plan.load(tmp_path / "sweep/r/front" / f"searched-{i}.json").layers.values())
+             .count("int5_g64") for i in range(len(front))]  # fmt: skip
+    rest = [0.001 * (len(run.groups) - five) for five in fives]
+    assert [p.seconds for p in front] == pytest.approx(
+        [0.5 + five + slow for five, slow in zip(fives, rest, strict=True)]
+    )
+    assert min(fives) == 0 < max(fives)
+    own = next(point for point in run.measured if point.name == "plan")
+    assert run.chosen.id == own.id == found.plan.id and run.chosen.measured == own.measured
+    assert run.price(front[0]) == pytest.approx(1000 * front[0].seconds)
+    header, first = (tmp_path / "sweep/r/search.csv").read_text().splitlines()[:2]
+    row = dict(zip(header.split(","), first.split(","), strict=True))
+    assert float(row["price"]) >= 1000 * 0.5
+    text = (tmp_path / "sweep/r/report.html").read_text()
+    assert "Speed against loss" in text and "price of a million tokens" in text
+    assert "a million cost" in compare.write(tmp_path / "sweep").read_text()
