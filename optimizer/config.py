@@ -3,86 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
+from optimizer.certificate.tolerance import Tolerance
 from optimizer.data import domains as texts
 from optimizer.data.domains import BUILT_IN
 from optimizer.data.text import Data, check_seed
 from optimizer.errors import ConfigError
+from optimizer.formats.runtime import Runtime
 from optimizer.metrics.objective import Meaning
-from optimizer.plan import GGML, Budget, Policy, Precision, parse_size
+from optimizer.plan import GGML, Budget, Palette, Policy, parse_size
 from optimizer.search import Search
 from optimizer.sensitivity import Sensitivity
-
-
-@dataclass(kw_only=True)
-class Palette:
-    """bits: numbers 1 to 8, `ternary`, 16 (untouched), and types of llama.cpp such as q4_k.
-    group_size: one or several; 0 = per channel. fit: `strict` (a group must divide every layer)
-    or `nearest`."""
-
-    bits: list[Any] = field(default_factory=lambda: [2, 3, 4, 5, 6, 8, 16])
-    group_size: Any = 64
-    symmetric: bool = False
-    fit: str = "strict"
-
-    def precisions(self) -> list[Precision]:
-        """All of them, smallest codes first, without repetition."""
-        if self.fit not in ("strict", "nearest"):
-            raise ConfigError(f"palette.fit is strict or nearest, not {self.fit!r}.")
-        sizes = self.group_size if isinstance(self.group_size, list) else [self.group_size]
-        if not self.bits or not sizes:
-            raise ConfigError("A palette needs at least one entry in bits and in group_size.")
-        found: dict[str, Precision] = {}
-        for bits in self.bits:
-            for size in sizes:
-                precision = self._one(bits, size)
-                found[precision.name] = precision
-        return sorted(found.values(), key=lambda p: (p.code_bits, p.group_size or 10**9))
-
-    def _one(self, bits: Any, size: Any) -> Precision:
-        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-            raise ConfigError(
-                f"palette.group_size is a whole number or a list of them, not {size!r}; 0 means "
-                "one scale per channel."
-            )
-        group = size or None
-        if bits == "ternary":
-            return Precision("ternary", 2, group, True)
-        if bits in GGML:
-            return Precision.ggml(bits)
-        if not isinstance(bits, int) or isinstance(bits, bool):
-            raise ConfigError(
-                f"palette.bits holds whole numbers 1 to 8, 16, ternary, and types of llama.cpp "
-                f"({', '.join(GGML)}), not {bits!r}."
-            )
-        if bits == 16:
-            return Precision()
-        return Precision("int", bits, group, self.symmetric or bits == 1)
-
-
-@dataclass(kw_only=True)
-class Runtime:
-    """An engine's rules. fused: roles that it loads as one matrix; experts: `tensor`, `block` or
-    `model`, how far one precision reaches; executes: globs of precisions, empty = all."""
-
-    name: str = "torch"
-    fused: list[list[str]] = field(default_factory=list)
-    experts: str = "tensor"
-    executes: list[str] = field(default_factory=list)
-
-    def runs(self, precision: Precision) -> bool:
-        return not self.executes or any(fnmatchcase(precision.name, p) for p in self.executes)
-
-    def check(self, palette: list[Precision]) -> None:
-        wrong = [p.name for p in palette if not self.runs(p)]
-        if wrong:
-            raise ConfigError(
-                f"The search may only offer what the engine executes; {self.name} runs "
-                f"{', '.join(self.executes)}, and the palette holds {', '.join(wrong)}. Take "
-                f"palette={self.name}, or another runtime."
-            )
 
 
 @dataclass(kw_only=True)
@@ -143,26 +76,6 @@ class Quantizer:
         """For the store. Plain rtn is its name, as in entries made before it had settings."""
         plain = not self.calibrated and not self.clip
         return self.name if plain else self.described(tokens)
-
-
-@dataclass(kw_only=True)
-class Tolerance:
-    """Up to where a plan counts as the reference. kl: mean nats per token; .004 is three times what
-    uniform 8 bits cost SmolLM2-135M (.0012). flips: share of tokens at which another token is the
-    most probable; a mean KL of .004 allows a mean total variation of .045 (Pinsker), hence .05.
-    accuracy: change, either way, of the share of true next tokens that are the most probable."""
-
-    kl: float = 0.004
-    flips: float = 0.05
-    accuracy: float = 0.01
-
-    def check(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 < value < 1:
-                raise ConfigError(
-                    f"proof.tolerance.{name} lies between 0 and 1 (nothing can be shown to be "
-                    f"exactly the same), not {value}."
-                )
 
 
 @dataclass(kw_only=True)
@@ -441,3 +354,23 @@ class Blur:
         for name, least in (("context", 8), ("tokens", 8), ("top", 1), ("passages", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {least} or more, not {getattr(self, name)}.")
+
+
+# ---------------------------------------------------------------- where conf/ lies
+
+INSIDE, BESIDE = Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf"
+
+
+def conf_folder() -> Path:
+    """In a wheel conf/ lies inside the package, in a checkout beside it."""
+    return INSIDE if INSIDE.is_dir() else BESIDE
+
+
+def profile(name: str) -> Runtime:
+    """The rules of an engine from conf/runtime/."""
+    from omegaconf import OmegaConf
+
+    values: Any = OmegaConf.to_container(
+        OmegaConf.load(conf_folder() / "runtime" / f"{name}.yaml")
+    )
+    return Runtime(**values.get("runtime", values))

@@ -14,6 +14,7 @@ import numpy as np
 from optimizer.certificate import comparison
 from optimizer.config import Quantizer
 from optimizer.data.text import Data
+from optimizer.metrics import bootstrap
 from optimizer.plan import Plan
 from optimizer.stages.session import Bench, View, make_quantizer
 
@@ -31,7 +32,7 @@ def main(runs: Path, text: str, out: Path) -> None:
     rows = []
     for name, choice in choices.items():
         scores = bench.score(choice, "heldout", make_quantizer(Quantizer(), bench))
-        counts = comparison.resamples(scores.documents, np.random.default_rng(0))
+        counts = bootstrap.resamples(scores.documents, np.random.default_rng(0))
         found = {k: asdict(v) for k, v in comparison.describe(scores, counts).items()}
         bits = [
             float(choice[n].code_bits) * first.shapes[n][0] * first.shapes[n][1]

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from optimizer.config import Optimize, Palette
+from optimizer.config import Optimize
 from optimizer.data.text import Data
-from optimizer.plan import Budget
+from optimizer.plan import Budget, Palette
 from optimizer.sensitivity import Task, fisher
 from optimizer.stages.session import Bench, View, choices, make_quantizer
 

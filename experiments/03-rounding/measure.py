@@ -28,11 +28,12 @@ import numpy as np
 from safetensors import safe_open
 from torch import Tensor
 
-from optimizer.certificate.comparison import describe, resamples
+from optimizer.certificate.comparison import describe
 from optimizer.commands import optimize
-from optimizer.config import Optimize, Palette, Quantizer
+from optimizer.config import Optimize, Quantizer
 from optimizer.data.text import Data, Part
-from optimizer.plan import Budget, Plan, Precision, stored_bytes
+from optimizer.metrics.bootstrap import resamples
+from optimizer.plan import Budget, Palette, Plan, Precision, stored_bytes
 from optimizer.search import exact
 from optimizer.sensitivity import Sensitivity
 from optimizer.stages.session import Bench, Choices, View, choices, make_quantizer, measure_table

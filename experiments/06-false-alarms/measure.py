@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from optimizer.certificate import equivalence
-from optimizer.certificate.comparison import per_document
+from optimizer.certificate.tolerance import Tolerance
 from optimizer.certificate.wording import FEW, MAIN
-from optimizer.config import Quantizer, Tolerance
+from optimizer.config import Quantizer
 from optimizer.data.text import Data, Part
+from optimizer.metrics.bootstrap import per_document
 from optimizer.metrics.divergence import COLUMNS, Scores, Teacher, TopTeacher
 from optimizer.plan import Precision
 from optimizer.stages.session import Bench, View, make_quantizer

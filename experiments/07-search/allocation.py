@@ -18,6 +18,7 @@ import numpy as np
 from optimizer.certificate import comparison
 from optimizer.config import Quantizer
 from optimizer.data.text import Data
+from optimizer.metrics import bootstrap
 from optimizer.models.model import load_tokenizer
 from optimizer.plan import Precision
 from optimizer.stages.session import Bench, View, make_quantizer
@@ -48,7 +49,7 @@ def take(text: str, plans: Path, out: Path) -> None:
         choice = {name: Precision("int", b, 64, False) for name, b in plan.items()}
         average = sum(plan[n] * weights[n] for n in plan) / sum(weights[n] for n in plan)
         scores = bench.score(choice, "heldout", quantizer)
-        counts = comparison.resamples(scores.documents, np.random.default_rng(0))
+        counts = bootstrap.resamples(scores.documents, np.random.default_rng(0))
         row = {k: asdict(v) for k, v in comparison.describe(scores, counts).items()}
         record = {"bits": float(bits), "seed": 0, "method": "autoscheme", "tokens": 0,
                   "seconds": found["seconds"], "heldout": row, "curve": [],

@@ -20,10 +20,11 @@ import numpy as np
 
 from optimizer.certificate import comparison
 from optimizer.commands import optimize
-from optimizer.config import Optimize, Palette
+from optimizer.config import Optimize
 from optimizer.data.text import Data
+from optimizer.metrics import bootstrap
 from optimizer.metrics.divergence import Teacher
-from optimizer.plan import Budget
+from optimizer.plan import Budget, Palette
 from optimizer.search import Problem, Search, exact, starts
 from optimizer.stages import refine
 from optimizer.stages.prefix import Prefix, Shortcut
@@ -172,7 +173,7 @@ def main(text: str, tokens: int, out: Path, budgets: list[float]) -> None:
                     spent, curve = meter.spent, meter.curve
                 seconds = time.perf_counter() - began
                 scores = bench.score(chosen.choice(plan), "heldout", quantizer)
-                counts = comparison.resamples(scores.documents, np.random.default_rng(0))
+                counts = bootstrap.resamples(scores.documents, np.random.default_rng(0))
                 row = {k: asdict(v) for k, v in comparison.describe(scores, counts).items()}
                 record = {"bits": bits, "seed": seed, "method": method, "tokens": spent,
                           "seconds": seconds, "heldout": row, "curve": curve}  # fmt: skip

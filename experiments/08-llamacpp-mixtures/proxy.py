@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from optimizer.config import Optimize, Palette, Quantizer
+from optimizer.config import Optimize, Quantizer
 from optimizer.data.text import Data, Part
-from optimizer.plan import Budget, Layer, Precision, assemble
+from optimizer.plan import Budget, Layer, Palette, Precision, assemble
 from optimizer.stages.session import Bench, View, choices, measure_table
 
 BESIDES = 1_910_000  # bytes of a GGUF file that aren't layers

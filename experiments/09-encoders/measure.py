@@ -21,11 +21,13 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from optimizer.certificate.comparison import Candidate, describe, line, ratio, resamples
+from optimizer.certificate.comparison import Candidate, describe, line, ratio
 from optimizer.commands.optimize import optimize
 from optimizer.config import Optimize, Proof
+from optimizer.data.short_texts import PADDING
 from optimizer.data.text import Data, Part
-from optimizer.metrics.embeddings import PADDING, embed
+from optimizer.metrics.bootstrap import resamples
+from optimizer.models.embedding import embed
 from optimizer.models.model import load_tokenizer
 from optimizer.plan import Budget, Plan, Precision
 from optimizer.search import Search

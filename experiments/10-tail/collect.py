@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from optimizer.certificate import comparison
 from optimizer.config import Quantizer
 from optimizer.data.text import Data
+from optimizer.metrics import bootstrap
 from optimizer.plan import Plan
 from optimizer.stages.session import Bench, View, make_quantizer
 
@@ -43,7 +43,7 @@ def main(runs: Path, here: Path) -> None:
         quantizer = make_quantizer(Quantizer(), bench)
         scores = bench.score(plan.choice, "heldout", quantizer)
         base = bench.score(plans[f"{bits}-0"].choice, "heldout", quantizer)
-        counts = comparison.resamples(scores.documents, np.random.default_rng(0))[:500]
+        counts = bootstrap.resamples(scores.documents, np.random.default_rng(0))[:500]
         once = np.ones((1, len(scores.kl)), dtype=int)
         row = {"code_bits": bits, "cvar_weight": cvar}
         measures = {

@@ -15,18 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from optimizer.certificate import comparison
 from optimizer.commands.optimize import _pose
-from optimizer.config import Optimize, Palette
+from optimizer.config import Optimize
 from optimizer.data import domains
 from optimizer.data import pairs as probes
 from optimizer.data.text import Data
-from optimizer.metrics import margins
+from optimizer.metrics import bootstrap, margins
 from optimizer.metrics.divergence import Teacher
 from optimizer.metrics.objective import Meaning
 from optimizer.models.model import load_tokenizer
 from optimizer.models.source import context_length
-from optimizer.plan import Budget, digest
+from optimizer.plan import Budget, Palette, digest
 from optimizer.search import exact
 from optimizer.stages import objective
 from optimizer.stages.session import Bench, View, choices, make_quantizer, measure_table
@@ -74,12 +73,12 @@ class Judge:
 
 def tails(kl: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """CVaR 0.99 in each resample."""
-    return np.array([comparison.cvar(kl, count[None], 0.99).low for count in counts])
+    return np.array([bootstrap.cvar(kl, count[None], 0.99).low for count in counts])
 
 
 def row(found: Any, base: Any, reference: np.ndarray, documents: np.ndarray) -> dict[str, str]:
     """The measures, and mean and tail over those of weight 0, paired over held-out documents."""
-    counts = comparison.resamples(documents, np.random.default_rng(0))[:300]
+    counts = bootstrap.resamples(documents, np.random.default_rng(0))[:300]
     once = np.ones((1, len(documents)), dtype=int)
     kl, old = found["held-out"], base["held-out"]
     out = {}

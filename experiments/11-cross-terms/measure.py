@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from optimizer.commands import optimize
-from optimizer.config import Optimize, Palette
+from optimizer.config import Optimize
 from optimizer.data.text import Data, Part
-from optimizer.plan import Budget
+from optimizer.plan import Budget, Palette
 from optimizer.search import Problem, exact
 from optimizer.stages.session import Bench, View, choices, make_quantizer, measure_table
 

@@ -22,13 +22,13 @@ import torch
 from scipy.stats import t as student
 
 from optimizer.certificate import pairs as damage
-from optimizer.certificate.comparison import cvar, resamples
 from optimizer.config import Quantizer
 from optimizer.data import domains
 from optimizer.data import pairs as probes
 from optimizer.data.domains import Domain
 from optimizer.data.text import Data, Windows
 from optimizer.metrics import margins
+from optimizer.metrics.bootstrap import cvar, resamples
 from optimizer.metrics.divergence import Scores, Teacher
 from optimizer.models.model import load_tokenizer
 from optimizer.models.source import context_length

@@ -23,7 +23,7 @@ from scipy.stats import rankdata
 
 from optimizer.certificate import pairs as damage
 from optimizer.commands.optimize import _pose
-from optimizer.config import Optimize, Palette
+from optimizer.config import Optimize
 from optimizer.data import pairs as probes
 from optimizer.data.pairs import Pair
 from optimizer.data.text import Data
@@ -31,7 +31,7 @@ from optimizer.metrics import margins
 from optimizer.metrics.divergence import Scores, Teacher
 from optimizer.models.model import load_tokenizer
 from optimizer.models.source import context_length
-from optimizer.plan import Budget, Precision, digest
+from optimizer.plan import Budget, Palette, Precision, digest
 from optimizer.search import exact
 from optimizer.stages.session import Bench, View, choices, make_quantizer, measure_table
 

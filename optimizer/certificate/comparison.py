@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optimizer.certificate.wording import FEW, in_unit
+from optimizer.metrics.bootstrap import (
+    LEVEL,
+    Interval,
+    cvar,
+    interval,
+    mean,
+    means,
+    quantiles,
+    resamples,
+)
 
 if TYPE_CHECKING:
     from optimizer.metrics import embeddings
     from optimizer.metrics.divergence import AnyScores, Scores
-
-RESAMPLES = 2000
-LEVEL = 0.95
-
-
-@dataclass(frozen=True)
-class Interval:
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,6 @@ class Candidate:
     bytes: int
     size: float
     scores: AnyScores
-
-
-def resamples(documents: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """How often each window counts in each bootstrap sample, [RESAMPLES, windows]."""
-    names, index = np.unique(documents, return_inverse=True)
-    draws = rng.integers(len(names), size=(RESAMPLES, len(names)))
-    flat = draws + len(names) * np.arange(RESAMPLES)[:, None]  # one call of bincount, not 2000
-    counts = np.bincount(flat.ravel(), minlength=draws.size).reshape(draws.shape)
-    return counts[:, index]
 
 
 def describe(scores: AnyScores, counts: np.ndarray) -> dict[str, Interval]:
@@ -65,7 +56,7 @@ def describe(scores: AnyScores, counts: np.ndarray) -> dict[str, Interval]:
 
 
 def _tail(values: np.ndarray, counts: np.ndarray, level: float) -> Interval:
-    return _interval(float(np.quantile(values, level)), _quantiles(values, counts, level))
+    return interval(float(np.quantile(values, level)), quantiles(values, counts, level))
 
 
 def _geometry(scores: embeddings.Scores, counts: np.ndarray) -> dict[str, Interval]:
@@ -84,12 +75,12 @@ def _predictions(scores: Scores, counts: np.ndarray) -> dict[str, Interval]:
 
     def perplexity(nll: np.ndarray) -> Interval:
         own = float(np.exp(nll.mean(dtype=np.float64)))
-        return _interval(own, np.exp(_means(nll, counts)))
+        return interval(own, np.exp(means(nll, counts)))
 
     change = np.square(np.exp(-scores.nll) - np.exp(-scores.nll_reference))
     return {
         "ear": mean(scores.ear, counts),
-        "drift": _interval(float(np.sqrt(change.mean())), np.sqrt(_means(change, counts))),
+        "drift": interval(float(np.sqrt(change.mean())), np.sqrt(means(change, counts))),
         "perplexity": perplexity(scores.nll),
         "perplexity_reference": perplexity(scores.nll_reference),
     }
@@ -98,7 +89,7 @@ def _predictions(scores: Scores, counts: np.ndarray) -> dict[str, Interval]:
 def difference(mine: AnyScores, other: AnyScores, counts: np.ndarray) -> Interval:
     """Mean KL of `mine` minus that of `other`, paired; negative = mine is closer."""
     gap = mine.kl.astype(np.float64) - other.kl
-    return _interval(float(gap.mean()), _means(gap, counts))
+    return interval(float(gap.mean()), means(gap, counts))
 
 
 def ratio(
@@ -106,8 +97,8 @@ def ratio(
 ) -> Interval:
     """Mean KL of `mine` over another mean KL that is computed from the same resamples."""
     once = np.ones((1, len(mine.kl)), dtype=counts.dtype)
-    value = _means(mine.kl, once) / np.maximum(other(once), 1e-12)
-    return _interval(float(value[0]), _means(mine.kl, counts) / np.maximum(other(counts), 1e-12))
+    value = means(mine.kl, once) / np.maximum(other(once), 1e-12)
+    return interval(float(value[0]), means(mine.kl, counts) / np.maximum(other(counts), 1e-12))
 
 
 def line(low: Candidate, high: Candidate, size: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -115,123 +106,9 @@ def line(low: Candidate, high: Candidate, size: float) -> Callable[[np.ndarray],
     share = (size - low.size) / max(high.size - low.size, 1)
 
     def at(counts: np.ndarray) -> np.ndarray:
-        return (1 - share) * _means(low.scores.kl, counts) + share * _means(high.scores.kl, counts)
+        return (1 - share) * means(low.scores.kl, counts) + share * means(high.scores.kl, counts)
 
     return at
-
-
-def bounds(
-    values: np.ndarray, documents: np.ndarray, counts: np.ndarray, error: float
-) -> tuple[float, float]:
-    """One-sided bounds for the mean of values [windows, n] or [windows]: a lower and an upper one,
-    each wrong with probability `error`.
-
-    Bootstrap-t over documents (Efron and Tibshirani 1993, chapter 12), because a document's loss
-    has a long right tail. Simulated, 24 documents of lognormal loss (sigma 1), error 5 %: an upper
-    bound of percentiles was too low in 13.6 % of 250 data sets, BCa's in 11.2 %, this one in
-    10.0 %; the lower bounds were too high in 1.2, 7.6 and 4.8 %. The standard error of a resample
-    counts as a third of the sample's at least: where one document of many has a flip, most
-    resamples have none, and t would be infinite.
-    """
-    sums, sizes, first = per_document(values, documents)
-    mean, error_of_mean = _studentized(sums, sizes, np.ones((1, len(sums))))
-    drawn, errors = _studentized(sums, sizes, counts[:, first])
-    if error_of_mean[0] == 0:
-        return float(mean[0]), float(mean[0])
-    t = (drawn - mean) / np.maximum(errors, error_of_mean / 3)
-    high, low = np.quantile(t, [error, 1 - error])
-    return float(mean[0] - low * error_of_mean[0]), float(mean[0] - high * error_of_mean[0])
-
-
-def per_document(
-    values: np.ndarray, documents: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sum and number of the values of each document, and the index of its first window."""
-    flat = values.reshape(len(values), -1).astype(np.float64)
-    _, first, index = np.unique(documents, return_index=True, return_inverse=True)
-    sizes = np.bincount(index, minlength=len(first)) * flat.shape[1]
-    return np.bincount(index, weights=flat.sum(1)), sizes.astype(np.float64), first
-
-
-def _studentized(
-    sums: np.ndarray, sizes: np.ndarray, counts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of all values in each resample, and its standard error: that of a ratio of two sums
-    over documents, linearised. counts [resamples, documents]."""
-    total = counts @ sizes
-    mean = counts @ sums / total
-    squares = (
-        counts @ sums**2 - 2 * mean * (counts @ (sums * sizes)) + mean**2 * (counts @ sizes**2)
-    )
-    documents = max(len(sums), 2)
-    return mean, np.sqrt(np.maximum(squares, 0) * documents / (documents - 1)) / total
-
-
-SIGNS = 9999  # random sign patterns per test, so the smallest p-value is 0.0001
-
-
-def sign_flips(
-    values: np.ndarray, couples: np.ndarray, rng: np.random.Generator, two_sided: bool
-) -> float:
-    """p-value of "the values are symmetric about zero", from SIGNS random signs of the couples.
-
-    One-sided: against a positive mean. At least 1 / (SIGNS + 1).
-    """
-    sums = np.bincount(couples, weights=values)
-    signs = rng.integers(0, 2, (SIGNS, len(sums))) * 2 - 1
-    drawn, own = signs @ sums, sums.sum()
-    if two_sided:
-        drawn, own = np.abs(drawn), abs(own)
-    return float((1 + (drawn >= own - 1e-12 * abs(own)).sum()) / (SIGNS + 1))
-
-
-def _means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    per_window = values.mean(1, dtype=np.float64)
-    return np.asarray(counts @ per_window / counts.sum(1))
-
-
-def _quantiles(values: np.ndarray, counts: np.ndarray, q: float = 0.99) -> np.ndarray:
-    """The q-quantile in each resample, from one sort of all tokens."""
-    windows = np.repeat(np.arange(len(values)), values.shape[1])
-    order = np.argsort(values, axis=None)
-    sorted_values, sorted_windows = values.ravel()[order], windows[order]
-    found = []
-    for count in counts[:500]:
-        mass = np.cumsum(count[sorted_windows])
-        found.append(sorted_values[np.searchsorted(mass, q * mass[-1])])
-    return np.array(found)
-
-
-def cvar(values: np.ndarray, counts: np.ndarray, level: float) -> Interval:
-    """Conditional value at risk: the mean of the worst (largest) 1 - level of the values.
-
-    values [windows, n] or [windows]; counts [resamples, windows]. A value that the boundary cuts
-    counts in part (Rockafellar and Uryasev 2002), so the tail's mass is exact. 500 resamples.
-    """
-    flat = values.reshape(len(values), -1)
-    order = np.argsort(-flat, axis=None)
-    worst = flat.ravel()[order].astype(np.float64)
-    windows = np.repeat(np.arange(len(flat)), flat.shape[1])[order]
-
-    def tail(count: np.ndarray) -> float:
-        weight = count[windows].astype(np.float64)
-        before = np.cumsum(weight) - weight
-        mass = (1 - level) * weight.sum()
-        return float(np.clip(mass - before, 0, weight) @ worst / mass)
-
-    own = tail(np.ones(len(flat)))
-    return _interval(own, np.array([tail(count) for count in counts[:500]]))
-
-
-def mean(values: np.ndarray, counts: np.ndarray) -> Interval:
-    """Mean of values [windows] or [windows, n] with its interval."""
-    flat = values.reshape(len(values), -1)
-    return _interval(float(flat.mean(dtype=np.float64)), _means(flat, counts))
-
-
-def _interval(value: float, samples: np.ndarray) -> Interval:
-    low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(value, float(low), float(high))
 
 
 def certify(
@@ -283,7 +160,7 @@ def _against(plan: Candidate, other: Candidate, counts: np.ndarray) -> dict[str,
         "name": other.name,
         "bytes": other.bytes,
         "difference": asdict(difference(plan.scores, other.scores, counts)),
-        "ratio": asdict(ratio(plan.scores, lambda c: _means(other.scores.kl, c), counts)),
+        "ratio": asdict(ratio(plan.scores, lambda c: means(other.scores.kl, c), counts)),
     }
 
 

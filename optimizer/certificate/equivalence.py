@@ -22,9 +22,10 @@ import numpy as np
 from scipy.stats import norm
 
 from optimizer.certificate import wording
-from optimizer.certificate.comparison import bounds, describe, per_document, resamples, sign_flips
+from optimizer.certificate.comparison import describe
+from optimizer.certificate.tolerance import Tolerance
 from optimizer.certificate.wording import FEW, MAIN
-from optimizer.config import Tolerance
+from optimizer.metrics.bootstrap import bounds, per_document, resamples, sign_flips
 
 if TYPE_CHECKING:
     from optimizer.metrics.divergence import AnyScores, Scores

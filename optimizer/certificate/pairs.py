@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from optimizer.certificate import comparison
-from optimizer.certificate.comparison import Interval, sign_flips
 from optimizer.data.pairs import Pair, cells
+from optimizer.metrics import bootstrap
+from optimizer.metrics.bootstrap import Interval, sign_flips
 
 TAIL = 0.9  # CVaR: the mean of the worst tenth; of 64 pairs that is six
 ALPHA = 0.05
@@ -115,13 +115,13 @@ def _cell(
     if not use.any():
         return Cell(*key, count, None, {})
     couples = _couples([pair for pair, used in zip(pairs, use, strict=True) if used])
-    counts = comparison.resamples(couples, rng)
+    counts = bootstrap.resamples(couples, rng)
     losses = {name: (reference - margins)[use] for name, margins in others.items()}
     damage = {
         name: Damage(
-            comparison.mean(~(others[name][use] > 0), counts),
-            comparison.mean(loss, counts),
-            comparison.cvar(loss, counts, TAIL),
+            bootstrap.mean(~(others[name][use] > 0), counts),
+            bootstrap.mean(loss, counts),
+            bootstrap.cvar(loss, counts, TAIL),
             sign_flips(loss, couples, rng, two_sided=False) if test else None,
         )
         for name, loss in losses.items()
@@ -129,7 +129,7 @@ def _cell(
     gap = gap_p = None
     if len(losses) > 1:
         mine, rival = list(losses.values())[:2]
-        gap = comparison.mean(mine - rival, counts)
+        gap = bootstrap.mean(mine - rival, counts)
         if test:
             gap_p = sign_flips(mine - rival, couples, rng, two_sided=True)
     return Cell(*key, count, float(reference[use].mean()), damage, gap, gap_p)

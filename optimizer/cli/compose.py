@@ -1,20 +1,11 @@
-"""Where conf/ lies, and how Hydra turns its files into the dataclasses of `optimizer.config`."""
+"""How Hydra turns the files of conf/ into the dataclasses of `optimizer.config`."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from optimizer.config import Apply, Blur, Check, Evaluate, Export, Fit, Optimize, Probe, Runtime
+from optimizer.config import Apply, Blur, Check, Evaluate, Export, Fit, Optimize, Probe
 from optimizer.errors import ConfigError
-
-INSIDE, BESIDE = Path(__file__).parents[1] / "conf", Path(__file__).parents[2] / "conf"
-
-
-def conf_folder() -> Path:
-    """In a wheel conf/ lies inside the package, in a checkout beside it."""
-    return INSIDE if INSIDE.is_dir() else BESIDE
-
 
 COMMANDS: dict[str, type[Any]] = {
     "optimize": Optimize,
@@ -26,16 +17,6 @@ COMMANDS: dict[str, type[Any]] = {
     "probe": Probe,
     "blur": Blur,
 }
-
-
-def profile(name: str) -> Runtime:
-    """The rules of an engine from conf/runtime/."""
-    from omegaconf import OmegaConf
-
-    values: Any = OmegaConf.to_container(
-        OmegaConf.load(conf_folder() / "runtime" / f"{name}.yaml")
-    )
-    return Runtime(**values.get("runtime", values))
 
 
 def register() -> None:

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from optimizer.config import conf_folder
+
 USAGE = """\
 Mezzotint: make a language model fit a memory budget and keep what it means.
 
@@ -144,7 +146,7 @@ def _hydra(command: str, rest: list[str], job: Callable[[Any], None]) -> int:
     before = sys.argv
     sys.argv = [f"mezzotint {command}", *rest]
     try:
-        hydra.main(str(compose.conf_folder()), command, version_base="1.3")(task)()
+        hydra.main(str(conf_folder()), command, version_base="1.3")(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explained(command, error)) from None
     except OSError as error:
@@ -176,7 +178,7 @@ def _explained(command: str, error: Exception) -> str:
 def _no_preset(group: str, name: str) -> str:
     from difflib import get_close_matches
 
-    from optimizer.cli.compose import conf_folder
+    from optimizer.config import conf_folder
 
     names = sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
     near = get_close_matches(name, names, n=4, cutoff=0.5)

@@ -15,9 +15,9 @@ from optimizer.commands.inspect import Probed
 from optimizer.metrics.blur import LABELS, MARKED, level, visible
 
 if TYPE_CHECKING:
-    from optimizer.certificate.comparison import Interval
     from optimizer.certificate.pairs import Cell
     from optimizer.metrics.blur import Map, Reading
+    from optimizer.metrics.bootstrap import Interval
 
 # the page's shades on a dark ground and on a light one are both readable with their own ink
 SHADES = ("", "#1b1d21 on #fff7cf", "#1b1d21 on #fee391", "#1b1d21 on #fdb84a",

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from optimizer.cli.compose import conf_folder
-from optimizer.config import Fit
+from optimizer.config import Fit, conf_folder
 from optimizer.errors import BudgetError, ConfigError, PlanError
 from optimizer.hardware import memory
 from optimizer.hardware.geometry import Geometry

@@ -171,7 +171,7 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
     row for the packed model."""
     from optimizer.certificate import comparison
     from optimizer.formats.torch import packed
-    from optimizer.metrics import divergence
+    from optimizer.metrics import bootstrap, divergence
     from optimizer.models.kv_cache import rounded
 
     config.check()
@@ -201,7 +201,7 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
     with rounded(net, plan.kv, floating(plan.runtime)):
         scores = teacher.score(net)
     weights = certify.Weights(None, lambda: nullcontext(net), plan.kv, floating(plan.runtime))
-    counts = comparison.resamples(scores.documents, np.random.default_rng(0))
+    counts = bootstrap.resamples(scores.documents, np.random.default_rng(0))
     found = comparison.describe(scores, counts)
     return {
         "plan": plan,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimizer.cli.compose import profile
 from optimizer.commands.deploy import check_language_model, check_names, codes_of, reference_of
+from optimizer.config import profile
 from optimizer.errors import ConfigError, PlanError
 from optimizer.formats import recipes, registry
 from optimizer.formats.gguf import writer

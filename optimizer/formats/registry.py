@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from optimizer.config import Runtime
 from optimizer.errors import ConfigError
 from optimizer.formats import rules
 from optimizer.formats.gguf import writer
 from optimizer.formats.rules import Verdict
+from optimizer.formats.runtime import Runtime
 from optimizer.formats.safetensors import autoround, compressed_tensors, gptq
 from optimizer.plan import Inventory, Layer, Plan, Precision, Rule, assemble
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from optimizer.config import Runtime
 from optimizer.errors import PlanError
+from optimizer.formats.runtime import Runtime
 from optimizer.plan import Inventory, Layer, Plan, Precision, fuse
 
 SHOWN = 3  # names in a message; the rest is counted

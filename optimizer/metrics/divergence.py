@@ -15,7 +15,7 @@ vocabulary]: a hundred times smaller, and exact, since the head turns them into 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -24,13 +24,19 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.data.text import Windows
-from optimizer.errors import ModelError
 from optimizer.metrics import embeddings
 from optimizer.metrics.objective import Objective
+from optimizer.models.head import (
+    BATCH_TOKENS,
+    CHUNK,
+    Predictor,
+    final_transform,
+    head_input,
+    hidden_states,
+    output_head,
+    unchanged,
+)
 from optimizer.models.model import Model
-
-CHUNK = 512  # tokens whose logits exist at one time, twice
-BATCH_TOKENS = 2048  # tokens that run through the blocks together
 
 
 @dataclass(frozen=True)
@@ -71,9 +77,9 @@ class Teacher:
         `objective` (public, the mean KL unless set) is what single windows are measured by."""
         self.windows = windows
         self._together = max(1, BATCH_TOKENS // windows.ids.shape[1])
-        self._hidden = [hidden for _, hidden in _hidden_states(net, windows.ids, self._together)]
-        self._shape = _final_transform(net, windows.ids[:1])
-        head = _head(net)
+        self._hidden = [hidden for _, hidden in hidden_states(net, windows.ids, self._together)]
+        self._shape = final_transform(net, windows.ids[:1])
+        head = output_head(net)
         self.objective = Objective()
         self._summaries: dict[int, tuple[Tensor, Tensor]] = {}
         self._weights: dict[str, Tensor] | None = None
@@ -109,9 +115,9 @@ class Teacher:
 
         Whoever takes a chunk may change it; no more than CHUNK tokens of logits exist at a time.
         """
-        head = _head(net)
+        head = output_head(net)
         for (ids, hidden), reference in zip(
-            _hidden_states(net, self.windows.ids, self._together), self._hidden, strict=True
+            hidden_states(net, self.windows.ids, self._together), self._hidden, strict=True
         ):
             flat, target = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
             truth = reference[:, :-1].flatten(0, 1)
@@ -132,7 +138,7 @@ class Teacher:
         ids = torch.from_numpy(self.windows.ids[window])[None].to(self._hidden[0].device)
         hidden = head_input(net, ids)[0, :-1]
         parts = [slice(i, i + CHUNK) for i in range(0, len(hidden), CHUNK)]
-        if self._weights is None and self._shape is _unchanged:
+        if self._weights is None and self._shape is unchanged:
             expected, constant = self._summary(window)
             return torch.cat(
                 [
@@ -248,23 +254,12 @@ def _merged(log_p: Tensor, ids: Tensor) -> Tensor:
 def _log_probabilities(net: nn.Module, windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:
     """Chunks of (log p [tokens, vocabulary], true ids [tokens]), in the windows' order."""
     predict = Predictor(net)
-    for ids, hidden in _hidden_states(
+    for ids, hidden in hidden_states(
         net, windows.ids, max(1, BATCH_TOKENS // windows.ids.shape[1])
     ):
         flat, target = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
         for i in range(0, len(flat), CHUNK):
             yield predict(flat[i : i + CHUNK]), target[i : i + CHUNK]
-
-
-class Predictor:
-    """A model's head and what follows it: hidden states -> log-probabilities of the next token."""
-
-    def __init__(self, net: nn.Module) -> None:
-        self._head, self._shape = _head(net), _final_transform(net, np.zeros((1, 2), np.int64))
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Input of the head [tokens, width] -> [tokens, vocabulary]. Give CHUNK tokens at most."""
-        return torch.log_softmax(self._shape(self._head(hidden).float()), -1)
 
 
 @torch.inference_mode()
@@ -278,79 +273,3 @@ def compare(log_p: Tensor, log_q: Tensor, target: Tensor) -> dict[str, Tensor]:
     kl = torch.sub(log_p, log_q, out=log_p).mul_(p).sum(-1)
     found = (kl.clamp_(min=0), ear, top_p != top_q, nll, nll_p, top_q == target, top_p == target)
     return dict(zip(COLUMNS, found, strict=True))
-
-
-def batches(ids: np.ndarray, together: int | None = None) -> Iterator[Tensor]:
-    step = together or max(1, BATCH_TOKENS // ids.shape[1])
-    for i in range(0, len(ids), step):
-        yield torch.from_numpy(ids[i : i + step])
-
-
-def _head(net: Any) -> nn.Module:
-    head: nn.Module | None = net.get_output_embeddings()
-    if head is None:
-        raise ModelError(f"{type(net).__name__} has no output head, so it predicts no tokens.")
-    return head
-
-
-def _hidden_states(
-    net: nn.Module, ids: np.ndarray, together: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of (ids [b, l], input of the head [b, l, width]), `together` windows each."""
-    device = next(net.parameters()).device
-    for batch in batches(ids, together):
-        with torch.inference_mode():
-            yield batch.to(device), head_input(net, batch.to(device))
-
-
-def head_input(net: nn.Module, ids: Tensor) -> Tensor:
-    """ids [b, l] -> what the head receives [b, l, width]. The head itself runs on one position
-    of one window only, so full logits never exist."""
-    caught: list[Tensor] = []
-
-    def catch(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        caught.append(args[0])
-        return (args[0][:1, -1:].contiguous(),)
-
-    handle = _head(net).register_forward_pre_hook(catch)
-    try:
-        net(input_ids=ids, use_cache=False)
-    finally:
-        handle.remove()
-    return caught[0]
-
-
-def _final_transform(net: Any, ids: np.ndarray) -> Callable[[Tensor], Tensor]:
-    """What the architecture does to the head's output: nothing, soft-capping (Gemma), scaling
-    (Granite, Cohere). Checked against the model's own logits; ModelError if none agrees."""
-    config = net.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    divide = getattr(config, "logits_scaling", None)
-    times = getattr(config, "logit_scale", None)
-    candidates: list[Callable[[Tensor], Tensor]] = [_unchanged]
-    if cap:
-        candidates.append(lambda z: torch.tanh(z / cap) * cap)
-    if divide:
-        candidates.append(lambda z: z / divide)
-    if times:
-        candidates.append(lambda z: z * times)
-    batch = torch.from_numpy(ids).to(next(net.parameters()).device)
-    with torch.inference_mode():
-        wanted = net(input_ids=batch, use_cache=False).logits.float()
-        raw = _head(net)(head_input(net, batch)).float()
-        for transform in candidates:
-            if torch.allclose(transform(raw), wanted, rtol=1e-3, atol=1e-3):
-                return transform
-    raise ModelError(
-        f"{type(net).__name__} changes its head's output in a way that this version doesn't know. "
-        "Please report the architecture."
-    )
-
-
-def _unchanged(logits: Tensor) -> Tensor:
-    return logits
-
-
-def is_head(net: Any, parameter: str) -> bool:
-    """Whether the named parameter is the output head's, perhaps shared with the embeddings."""
-    return net.get_parameter(parameter) is getattr(net.get_output_embeddings(), "weight", None)

@@ -23,44 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optimizer.data.short_texts import TEXTS
 from optimizer.data.text import Windows
 from optimizer.metrics.objective import Objective
+from optimizer.models.embedding import TEMPERATURE, cosines, embed, logits
 
-TEXTS = 12  # in a batch; the project's own English sentences are enough for the default parts
 NEAREST = 10
-PADDING = -1  # in ids: no token of any vocabulary, so that masks need no tokenizer
-# 1 / 20, the default scale of sentence-transformers' MultipleNegativesRankingLoss. Measured with it on
-# all-MiniLM-L6-v2, held-out sentences: at 6 bits cosines change by .0056 on average, and KL is .0031.
-TEMPERATURE = 0.05
-
-
-def embed(net: Any, ids: Tensor, pooling: str) -> Tensor:
-    """ids [n, length], padded on the right with PADDING -> embeddings [n, width] of length one.
-    pooling: `mean` over the tokens, or `cls` (the first one)."""
-    there = ids >= 0
-    ids = ids[:, : int(there.sum(1).max())]
-    there = there[:, : ids.shape[1]]
-    blank = getattr(net.config, "pad_token_id", None) or 0
-    mask = there.long()
-    hidden = net(input_ids=torch.where(there, ids, blank), attention_mask=mask)[0].float()
-    if pooling == "mean":
-        weights = there[..., None].float()
-        hidden = (hidden * weights).sum(1) / weights.sum(1)
-    else:
-        hidden = hidden[:, 0]
-    return torch.nn.functional.normalize(hidden, dim=-1)
-
-
-def logits(net: Any, window: Tensor, pooling: str) -> Tensor:
-    """ids [TEXTS * length] of one window -> c_ij / TEMPERATURE [TEXTS, TEXTS - 1], with gradient."""
-    return _similar(embed(net, window.view(TEXTS, -1), pooling)) / TEMPERATURE
-
-
-def _similar(z: Tensor) -> Tensor:
-    """Embeddings [n, width] -> cosines with the others [n, n - 1]; a text's own is left out."""
-    n = len(z)
-    off = ~torch.eye(n, dtype=torch.bool, device=z.device)
-    return (z @ z.T)[off].view(n, n - 1)
 
 
 @dataclass(frozen=True)
@@ -117,7 +85,7 @@ class Teacher:
         """KL [TEXTS] of one window, with a gradient with respect to `net`'s weights."""
         own = self._own[window * TEXTS : (window + 1) * TEXTS]
         ids = torch.from_numpy(self.windows.ids[window]).to(own.device)
-        log_p = torch.log_softmax(_similar(own) / TEMPERATURE, -1)
+        log_p = torch.log_softmax(cosines(own) / TEMPERATURE, -1)
         log_q = torch.log_softmax(logits(net, ids, self._pooling), -1)
         return (log_p.exp() * (log_p - log_q)).sum(-1)
 
@@ -148,7 +116,7 @@ class Teacher:
 def compare(own: Tensor, other: Tensor, first: int) -> dict[str, Tensor]:
     """Embeddings of all texts twice -> measures of the batch that begins with text `first`."""
     part = slice(first, first + TEXTS)
-    before, after = _similar(own[part]), _similar(other[part])
+    before, after = cosines(own[part]), cosines(other[part])
     log_p = torch.log_softmax(before / TEMPERATURE, -1)
     log_q = torch.log_softmax(after / TEMPERATURE, -1)
     near, now = _nearest(own, first), _nearest(other, first)
@@ -163,7 +131,7 @@ def compare(own: Tensor, other: Tensor, first: int) -> dict[str, Tensor]:
 
 def _nearest(z: Tensor, first: int) -> Tensor:
     """Indices of the NEAREST texts of each text of a batch, the nearest first."""
-    cosines = z[first : first + TEXTS] @ z.T
-    rows = torch.arange(len(cosines), device=z.device)
-    cosines[rows, first + rows] = -torch.inf  # a text is not its own neighbour
-    return cosines.topk(min(NEAREST, len(z) - 1), dim=-1).indices
+    near = z[first : first + TEXTS] @ z.T
+    rows = torch.arange(len(near), device=z.device)
+    near[rows, first + rows] = -torch.inf  # a text is not its own neighbour
+    return near.topk(min(NEAREST, len(z) - 1), dim=-1).indices

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from optimizer.certificate.comparison import Interval, mean, resamples
 from optimizer.data.text import Windows
+from optimizer.metrics.bootstrap import Interval, mean, resamples
 
 PROMPTS = 16  # documents whose beginning is continued
 PROMPT = 64  # tokens of a prompt at most

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from optimizer.data.pairs import Pair
 from optimizer.data.text import text_start
-from optimizer.metrics.divergence import BATCH_TOKENS, CHUNK, Predictor, head_input
+from optimizer.models.head import BATCH_TOKENS, CHUNK, Predictor, head_input
 
 TOO_LONG = "longer than the model's context"
 UNKNOWN = "with words that the tokenizer doesn't know"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.errors import ModelError
-from optimizer.metrics.divergence import batches, head_input
+from optimizer.models.head import batches, head_input
 from optimizer.models.model import Model
 from optimizer.plan import Layer
 

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from optimizer.data.short_texts import TEXTS
 from optimizer.errors import ModelError, PlanError
-from optimizer.metrics import embeddings
+from optimizer.models import embedding
 from optimizer.models.source import is_encoder, pooling, quiet
 from optimizer.plan import UNTOUCHED, Inventory, Layer, Other, Precision
 
@@ -299,13 +300,13 @@ class Model:
         """ids [1, l] of a window -> logits [predictions, choices] with a gradient: of the next token
         at every position, or, for an encoder, of each text's neighbours."""
         if self.pooling is not None:
-            return embeddings.logits(self.net, window[0], self.pooling)
+            return embedding.logits(self.net, window[0], self.pooling)
         found: Tensor = self.net(input_ids=window, use_cache=False).logits[0].float()
         return found
 
     def predictions(self, ids: np.ndarray) -> int:
         """How many rows `logits` has for all windows: tokens, or texts."""
-        return len(ids) * embeddings.TEXTS if self.pooling is not None else int(ids.size)
+        return len(ids) * TEXTS if self.pooling is not None else int(ids.size)
 
     def weight(self, name: str) -> Tensor:
         """The layer's live matrix [rows, cols]; fp32 if the model was loaded in full."""

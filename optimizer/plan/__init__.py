@@ -14,6 +14,7 @@ from optimizer.plan.inventory import (
     glob,
     packed_bytes,
 )
+from optimizer.plan.palette import Palette
 from optimizer.plan.plan import (
     Budget,
     Plan,
@@ -36,6 +37,7 @@ __all__ = [
     "Inventory",
     "Layer",
     "Other",
+    "Palette",
     "Plan",
     "Policy",
     "Precision",

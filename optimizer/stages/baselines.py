@@ -72,6 +72,7 @@ def measure(
     plans: Mapping[str, np.ndarray],
 ) -> list[Row]:
     from optimizer.certificate import comparison
+    from optimizer.metrics import bootstrap
 
     quantizer = make_quantizer(config.quantizer, bench)
     described = config.quantizer.described(bench.calibration_key)
@@ -81,7 +82,7 @@ def measure(
         choice = chosen.choice(plans[name])
         size = sum(choice[x.name].bytes(x.rows, x.cols) for x in chosen.scope)
         scores = bench.score(choice, "check", quantizer)
-        counts = comparison.resamples(scores.documents, np.random.default_rng([config.seed, 78]))
+        counts = bootstrap.resamples(scores.documents, np.random.default_rng([config.seed, 78]))
         measures = {k: asdict(v) for k, v in comparison.describe(scores, counts).items()}
         layers = {x.name: "none" for x in bench.inventory.layers}
         layers |= {k: precision.name for k, precision in choice.items()}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimizer.config import Tolerance
+from optimizer.certificate.tolerance import Tolerance
 from optimizer.data import domains
 from optimizer.data import text as data
 from optimizer.data.domains import BUILT_IN, LONG, Domain

@@ -73,7 +73,7 @@ def losses(bench: Bench, config: Optimize, chosen: Choices, plain: Table) -> np.
 
 def own_head(bench: Bench, chosen: Choices) -> bool:
     """Whether the head itself may be quantized, so that teachers need a copy of it."""
-    from optimizer.metrics.divergence import is_head
+    from optimizer.models.head import is_head
 
     layers = bench.model.layers
     return any(is_head(bench.model.net, layers[x.name].parameter) for x in chosen.scope)
@@ -248,7 +248,7 @@ def _signed(
     import torch
 
     from optimizer.metrics import margins
-    from optimizer.metrics.divergence import Predictor
+    from optimizer.models.head import Predictor
 
     predict = Predictor(net)
     for i in range(0, len(jobs), TOGETHER):
@@ -280,7 +280,8 @@ class Beside:
     """
 
     def __init__(self, bench: Bench, config: Optimize, chosen: Choices, used: int) -> None:
-        from optimizer.metrics.divergence import Predictor, Teacher
+        from optimizer.metrics.divergence import Teacher
+        from optimizer.models.head import Predictor
 
         self.meaning, self.net, self.used = config.meaning, bench.model.net, used
         self.rest = confirming(used, len(bench.windows("search").ids))

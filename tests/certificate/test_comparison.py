@@ -9,16 +9,15 @@ from hypothesis import strategies as st
 
 from optimizer.certificate.comparison import (
     Candidate,
-    bounds,
     certify,
     describe,
     difference,
     line,
     ratio,
-    resamples,
     verdict,
 )
 from optimizer.certificate.wording import FEW
+from optimizer.metrics.bootstrap import bounds, resamples
 from optimizer.metrics.divergence import Scores
 
 DOCUMENTS = np.repeat(np.arange(20), 3)  # 20 documents of 3 windows

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 
 from optimizer.certificate import equivalence, wording
-from optimizer.certificate.comparison import per_document
 from optimizer.certificate.equivalence import (
     MOST,
     concentration,
@@ -21,9 +20,10 @@ from optimizer.certificate.equivalence import (
     power,
     worst_documents,
 )
+from optimizer.certificate.tolerance import Tolerance
 from optimizer.certificate.wording import FEW, MAIN, in_short, in_words
-from optimizer.config import Tolerance
 from optimizer.errors import ConfigError
+from optimizer.metrics.bootstrap import per_document
 from optimizer.metrics.divergence import Scores
 
 

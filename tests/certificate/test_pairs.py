@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from optimizer.certificate import comparison
 from optimizer.certificate import pairs as damage
 from optimizer.commands.inspect import uniform_beside
 from optimizer.data.pairs import HERE, Pair, built_in, read
 from optimizer.errors import ConfigError, TextError
-from optimizer.metrics import margins
+from optimizer.metrics import bootstrap, margins
 from optimizer.models.model import Model, load_tokenizer
 from optimizer.plan import UNTOUCHED, Precision, assemble, stored_bytes
 from tests.conftest import Command, Small, planned
@@ -187,13 +186,13 @@ def test_the_sign_test_agrees_with_all_patterns() -> None:
 
 def test_cvar_is_the_mean_of_the_worst() -> None:
     values = np.random.default_rng(1).exponential(size=(10, 100)).astype(np.float32)
-    counts = comparison.resamples(np.arange(10), np.random.default_rng(2))
-    found = comparison.cvar(values, counts, 0.99)
+    counts = bootstrap.resamples(np.arange(10), np.random.default_rng(2))
+    found = bootstrap.cvar(values, counts, 0.99)
     assert found.value == pytest.approx(np.sort(values.ravel())[-10:].mean(), rel=1e-5)
     assert found.low <= found.value <= found.high
-    part = comparison.cvar(np.arange(1.0, 11.0), np.ones((3, 10)), 0.85)
+    part = bootstrap.cvar(np.arange(1.0, 11.0), np.ones((3, 10)), 0.85)
     assert part.value == pytest.approx((10 + 0.5 * 9) / 1.5)  # the boundary cuts the second
-    twice = comparison.cvar(np.array([1.0, 5.0]), np.array([[3, 1], [3, 1]]), 0.5)
+    twice = bootstrap.cvar(np.array([1.0, 5.0]), np.array([[3, 1], [3, 1]]), 0.5)
     assert twice.high == pytest.approx(3.0)  # the worst half of 5, 1, 1, 1
 
 

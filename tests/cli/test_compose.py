@@ -12,11 +12,11 @@ from omegaconf import OmegaConf
 
 from optimizer import config
 from optimizer.cli import compose as composing
-from optimizer.cli.compose import conf_folder
-from optimizer.config import Apply, Evaluate, Optimize, Palette, Runtime
+from optimizer.config import Apply, Evaluate, Optimize, conf_folder
 from optimizer.data.text import Data, Part
 from optimizer.errors import ConfigError
-from optimizer.plan import Budget, Precision
+from optimizer.formats.runtime import Runtime
+from optimizer.plan import Budget, Palette, Precision
 from optimizer.sensitivity import Measured, Sensitivity
 from tests.conftest import Command
 

@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from optimizer import config
 from optimizer.cli import compose as composing
 from optimizer.models.source import Source
 from tests.conftest import QUICK
@@ -23,7 +24,7 @@ LAUNCHERS = ["processes", "slurm", "ray_cluster"]
 
 def composed(name: str) -> dict[str, Any]:
     composing.register()
-    with initialize_config_dir(str(composing.conf_folder()), version_base="1.3"):
+    with initialize_config_dir(str(config.conf_folder()), version_base="1.3"):
         found = compose(
             "optimize",
             ["model=stories", f"hydra/launcher={name}", "search.worker=1"],

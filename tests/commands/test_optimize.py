@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from optimizer.commands import optimize
-from optimizer.config import Optimize, Palette, Proof
+from optimizer.config import Optimize, Proof
 from optimizer.data.text import Data, Part
 from optimizer.errors import BudgetError, StorageError
 from optimizer.models.source import Source
-from optimizer.plan import Budget, Plan
+from optimizer.plan import Budget, Palette, Plan
 from optimizer.search import Search
 from optimizer.sensitivity import Measured, Sensitivity
 from optimizer.stages import refine, session
@@ -284,7 +284,7 @@ def test_small_palettes(source: Source, tmp_path: Path, bits: list[Any]) -> None
 
 
 def test_groups_of_a_runtime_share_their_precision(source: Source, tmp_path: Path) -> None:
-    from optimizer.config import Runtime
+    from optimizer.formats.runtime import Runtime
 
     fused = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
     config = settings(source, tmp_path / "s", runtime=Runtime(name="vllm", fused=fused))

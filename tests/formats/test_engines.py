@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from optimizer.cli.compose import profile
 from optimizer.cli.main import main
 from optimizer.commands import deploy, export
+from optimizer.config import profile
 from optimizer.errors import ConfigError, MezzotintError, PlanError
 from optimizer.formats import folder, rules
 from optimizer.formats.gguf import writer
@@ -288,8 +288,8 @@ def test_recipes(wide: Wide, tmp_path: Path, to: str) -> None:
 
 
 def test_the_search_is_offered_only_what_runs() -> None:
-    from optimizer.config import Optimize, Palette
-    from optimizer.plan import Budget
+    from optimizer.config import Optimize
+    from optimizer.plan import Budget, Palette
 
     config = Optimize(model="stories", budget=Budget(bits=4), runtime=profile("vllm"))
     with pytest.raises(MezzotintError, match="palette=vllm"):

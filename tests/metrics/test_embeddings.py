@@ -17,11 +17,13 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertModel, PreTraine
 
 import optimizer
 from optimizer.data import short_texts
+from optimizer.data.short_texts import PADDING, TEXTS
 from optimizer.data.text import Data, Part, Windows
 from optimizer.errors import ModelError, TextError
 from optimizer.metrics import divergence
 from optimizer.metrics import embeddings as encoder
-from optimizer.metrics.embeddings import NEAREST, PADDING, TEMPERATURE, TEXTS, Teacher, embed
+from optimizer.metrics.embeddings import NEAREST, Teacher
+from optimizer.models.embedding import TEMPERATURE, embed
 from optimizer.models.model import Model, take_inventory
 from optimizer.models.source import fingerprint, is_encoder, pooling, quiet
 from optimizer.plan import Precision

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimizer.certificate.comparison import cvar
 from optimizer.commands import optimize
 from optimizer.config import Optimize
 from optimizer.data.text import Part
 from optimizer.errors import ConfigError
+from optimizer.metrics.bootstrap import cvar
 from optimizer.metrics.objective import Meaning, Objective
 from optimizer.models.source import Source
 from optimizer.plan import Budget

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from optimizer.commands import deploy, optimize
-from optimizer.config import Optimize, Palette, Proof, Quantizer
+from optimizer.config import Optimize, Proof, Quantizer
 from optimizer.data.text import Data, Part
 from optimizer.errors import ConfigError
 from optimizer.formats.torch import packed
 from optimizer.models.blockwise import Stream
-from optimizer.plan import UNTOUCHED, Budget
+from optimizer.plan import UNTOUCHED, Budget, Palette
 from optimizer.quantization import awq, folding
 from optimizer.quantization.uniform import Rtn
 from optimizer.search import Search

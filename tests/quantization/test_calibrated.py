@@ -12,9 +12,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optimizer.cli.compose import profile
 from optimizer.commands import deploy, export, optimize
-from optimizer.config import Optimize, Palette, Proof, Quantizer
+from optimizer.config import Optimize, Proof, Quantizer, profile
 from optimizer.data.text import Data, Part
 from optimizer.errors import ConfigError, PlanError, TextError
 from optimizer.formats.gguf import writer
@@ -23,7 +22,7 @@ from optimizer.models.blockwise import Stream
 from optimizer.models.model import Model, take_inventory
 from optimizer.models.source import quiet
 from optimizer.models.stories import corpus
-from optimizer.plan import GGML, Budget, Inventory, Plan, Precision
+from optimizer.plan import GGML, Budget, Inventory, Palette, Plan, Precision
 from optimizer.quantization import ggml
 from optimizer.quantization.calibrated import Keeping
 from optimizer.quantization.uniform import Rtn

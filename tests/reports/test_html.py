@@ -231,7 +231,7 @@ def test_overrides_are_read_back_by_hydra():
     wanted.palette.bits = [2, "ternary", 16]
     wanted.data.path = "my file, (1).txt"
     words = overrides(asdict(wanted))
-    with initialize_config_dir(str(composing.conf_folder()), version_base="1.3"):
+    with initialize_config_dir(str(config.conf_folder()), version_base="1.3"):
         found = composing.build("optimize", compose("optimize", words))
     found.store, found.device = wanted.store, wanted.device
     assert asdict(found) == asdict(wanted)

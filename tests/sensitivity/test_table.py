@@ -7,12 +7,11 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from optimizer.config import Palette
 from optimizer.data.text import Windows
 from optimizer.errors import ConfigError
 from optimizer.metrics.divergence import Teacher
 from optimizer.models.model import Model
-from optimizer.plan import Precision, fuse
+from optimizer.plan import Palette, Precision, fuse
 from optimizer.quantization.uniform import Rtn
 from optimizer.sensitivity import Sensitivity, Table, Task, chunks, palette_columns
 from optimizer.sensitivity.measured import WINDOWS, measure

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from optimizer.config import Optimize, Palette
+from optimizer.config import Optimize
 from optimizer.errors import ConfigError
 from optimizer.models.source import Source
-from optimizer.plan import UNTOUCHED, Precision
+from optimizer.plan import UNTOUCHED, Palette, Precision
 from optimizer.stages import latency
 from optimizer.stages.session import Bench, Choices, View, choices
 from tests.commands.test_optimize import settings
@@ -101,7 +101,7 @@ def test_copies_of_a_layer_compute_what_it_computes(monkeypatch: pytest.MonkeyPa
 
 def test_it_is_refused_before_anything_is_measured(source: Source, tmp_path: Path) -> None:
     from optimizer.commands import optimize
-    from optimizer.config import Runtime
+    from optimizer.formats.runtime import Runtime
     from optimizer.search import Search
 
     search = Search(space="multipliers", front=True, third="time")

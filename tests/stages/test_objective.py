@@ -17,8 +17,9 @@ from optimizer.data import pairs as probes
 from optimizer.data.text import Part
 from optimizer.errors import ConfigError, TextError
 from optimizer.metrics import margins
-from optimizer.metrics.divergence import Predictor, Teacher
+from optimizer.metrics.divergence import Teacher
 from optimizer.metrics.objective import Meaning
+from optimizer.models.head import Predictor
 from optimizer.models.model import load_tokenizer
 from optimizer.models.source import Source
 from optimizer.models.stories import corpus

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optimizer import drafts
-from optimizer.config import Runtime
 from optimizer.errors import ModelError, PlanError
 from optimizer.formats import rules
 from optimizer.formats.gguf import rope, vocabulary
 from optimizer.formats.rules import Verdict
+from optimizer.formats.runtime import Runtime
 from optimizer.plan import GGML, Inventory, Layer, Plan, Precision
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimizer.config import Runtime
 from optimizer.formats import rules
 from optimizer.formats.rules import Verdict
+from optimizer.formats.runtime import Runtime
 from optimizer.formats.safetensors import checkpoint, gptq
 from optimizer.formats.safetensors.checkpoint import module, untouched
 from optimizer.plan import Inventory, Layer, Plan, Precision

@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimizer.config import Runtime
 from optimizer.errors import PlanError
 from optimizer.formats import rules
 from optimizer.formats.rules import Verdict
+from optimizer.formats.runtime import Runtime
 from optimizer.formats.safetensors import checkpoint
 from optimizer.formats.safetensors.checkpoint import FILE, module, unstream, untouched, words
 from optimizer.plan import Inventory, Layer, Plan, Precision

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from optimizer.config import Runtime
 from optimizer.errors import PlanError
 from optimizer.formats import rules
 from optimizer.formats.folder import (
@@ -32,6 +31,7 @@ from optimizer.formats.folder import (
     seal,
 )
 from optimizer.formats.model_card import card
+from optimizer.formats.runtime import Runtime
 from optimizer.formats.torch import kernels
 from optimizer.formats.torch.reader import Tensors, tensors
 from optimizer.hardware.memory import UNPACKED
