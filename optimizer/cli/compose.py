@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from optimizer.config import Apply, Blur, Check, Evaluate, Export, Fit, Optimize, Probe
 from optimizer.errors import ConfigError
+from optimizer.search import credentials
+from optimizer.store import write_atomically
 
 COMMANDS: dict[str, type[Any]] = {
     "optimize": Optimize,
@@ -25,6 +28,24 @@ def register() -> None:
 
     for name, schema in COMMANDS.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+
+
+def hide_passwords(cfg: Any) -> None:
+    """Take the password out of Hydra's own files, which lie in a run's folder before the run begins;
+    it is there if it came from a file of settings. From here on it is known to `credentials`."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    address = OmegaConf.select(cfg, "search.storage", throw_on_resolution_failure=False)
+    if not isinstance(address, str) or credentials.hidden(address) == address:
+        return
+    hydra = HydraConfig.get()
+    written = list(Path(hydra.runtime.output_dir).glob(f"{hydra.output_subdir or '.'}/*.yaml"))
+    if hydra.mode == RunMode.MULTIRUN:
+        written += Path(hydra.sweep.dir).glob("*.yaml")
+    for file in written:
+        credentials.clean_file(file, write_atomically)
 
 
 def build(command: str, cfg: Any) -> Any:

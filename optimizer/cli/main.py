@@ -126,6 +126,7 @@ def _hydra(command: str, rest: list[str], job: Callable[[Any], None]) -> int:
 
     from optimizer.cli import compose
     from optimizer.errors import ConfigError, MezzotintError
+    from optimizer.search.credentials import clean_argument
     from optimizer.store import unwritable
 
     compose.register()
@@ -136,6 +137,7 @@ def _hydra(command: str, rest: list[str], job: Callable[[Any], None]) -> int:
         nonlocal busy
         busy = True
         try:
+            compose.hide_passwords(cfg)
             job(compose.build(command, cfg))
         except MezzotintError as error:
             if os.getpid() != here:  # a launcher's process, whose list nobody reads
@@ -144,7 +146,7 @@ def _hydra(command: str, rest: list[str], job: Callable[[Any], None]) -> int:
         busy = False
 
     before = sys.argv
-    sys.argv = [f"mezzotint {command}", *rest]
+    sys.argv = [f"mezzotint {command}", *map(clean_argument, rest)]
     try:
         hydra.main(str(conf_folder()), command, version_base="1.3")(task)()
     except (HydraException, OmegaConfBaseException) as error:

@@ -13,6 +13,7 @@ import numpy as np
 
 from optimizer.errors import BudgetError, ConfigError
 from optimizer.plan import Budget, Inventory, Layer, Precision, parse_size, stored_bytes
+from optimizer.search import credentials
 
 SPACES = ("moves", "multipliers", "layers")
 SAMPLERS = ("tpe", "nsgaii", "cmaes", "gp", "random")
@@ -34,6 +35,7 @@ class Search:
     front: search sizes around the budget too, size and loss as two objectives of one study.
     third: one more objective of a front: read (bytes read per new token), time (seconds per new token
     of the packed model, measured layer by layer) or price (of a million tokens at hourly_rate).
+    storage: a database's address, without its password as soon as it is given: see `credentials`.
     heartbeat: seconds; a worker on a database that is silent for twice as long is taken for dead.
     """
 
@@ -50,6 +52,9 @@ class Search:
     worker: int = 0  # a number of its own for each worker of one study
     first: int = 4  # windows before the pruner may stop a trial
     prune: float = 0.1  # p-value of the Wilcoxon test; 0 = never prune
+
+    def __post_init__(self) -> None:
+        self.storage = credentials.hidden(self.storage)
 
     def check(self) -> None:
         if self.space not in ("exact", *SPACES):

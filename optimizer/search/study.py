@@ -31,7 +31,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 
 from optimizer.errors import ConfigError, StorageError
-from optimizer.search import Problem, Search, exact
+from optimizer.search import Problem, Search, credentials, exact
 from optimizer.search.pareto import nondominated
 from optimizer.search.surrogate import Belief
 
@@ -267,14 +267,28 @@ def open_storage(url: str | None, default: Path, heartbeat: int = 30) -> BaseSto
             raise StorageError(
                 f"The study's journal {default} can't be opened ({error})."
             ) from None
+    check_address(url)
+    return _database(credentials.whole(str(credentials.hidden(url))), heartbeat)
+
+
+def check_address(url: str) -> None:
+    """Raises ConfigError for what can't be a database's address. Parts of it aren't quoted: what
+    can't be understood may be a password."""
+    import sqlalchemy
+
     if "://" not in url:
         raise ConfigError(
             f"search.storage is a database address such as postgresql://user@host/name or "
-            f"sqlite:///study.db, not {url!r}."
+            f"sqlite:///study.db, not {credentials.masked(url)!r}."
         )
-    if url.startswith("postgresql://"):  # SQLAlchemy would look for the older driver psycopg2
-        url = url.replace("postgresql://", "postgresql+psycopg://", 1)
-    return _database(url, heartbeat)
+    try:
+        sqlalchemy.make_url(credentials.whole(url))
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        raise ConfigError(
+            f"search.storage is {credentials.masked(url)}, which isn't a database's address: "
+            "SCHEME://USER:PASSWORD@HOST:PORT/NAME. Write @, :, / and % in a password as %40, %3A, "
+            "%2F and %25."
+        ) from None
 
 
 def mend(journal: Path) -> bool:
@@ -309,15 +323,20 @@ def _database(url: str, heartbeat: int, tries: int = 10) -> BaseStorage:
     import sqlalchemy.exc
     from optuna.exceptions import StorageInternalError
 
+    driver = url
+    if url.startswith("postgresql://"):  # SQLAlchemy would look for the older driver psycopg2
+        driver = url.replace("postgresql://", "postgresql+psycopg://", 1)
     try:
         with _unwarned():
             return RDBStorage(
-                url,
+                driver,
                 heartbeat_interval=heartbeat,
                 grace_period=2 * heartbeat,
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
             )
-    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, ImportError) as error:
+    except (
+        sqlalchemy.exc.SQLAlchemyError, StorageInternalError, ImportError, ValueError, OSError
+    ) as error:  # fmt: skip
         if tries == 1 or not _beaten(error):
             raise _unusable(url, error) from None
     time.sleep(np.random.default_rng().uniform(0.05, 0.5))
@@ -331,10 +350,10 @@ def _beaten(error: Exception) -> bool:
 
 
 def _unusable(url: str, error: Exception) -> StorageError:
-    kind, _, rest = url.partition("://")
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    said = credentials.clean(str(error)).strip()
+    reason = said.splitlines()[0] if said else type(error).__name__
     return StorageError(
-        f"The study's database {kind}://{rest.split('@')[-1]} can't be used ({reason}). Check the "
+        f"The study's database {credentials.masked(url)} can't be used ({reason}). Check the "
         "address, that the server runs, and that its driver is installed "
         "(pip install 'mezzotint[postgres]')."
     )

@@ -8,7 +8,6 @@ confirmed on windows that pruned nothing, and it is never worse there than the t
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -67,6 +66,7 @@ def refine(
     journal: Path,
 ) -> Refined:
     """Search until `search.tokens` evaluated tokens are spent. Resumes from its storage."""
+    from optimizer.search.credentials import masked
     from optimizer.search.study import Study, mend
 
     settings = config.search
@@ -85,8 +85,8 @@ def refine(
     settings = replace(settings, first=min(settings.first, used))
     beside = Beside(bench, config, chosen, used)
     name = _name(bench, config, problem, beside)
-    where = settings.storage or str(journal)
-    bench.view.note(f"trials are kept in {_public(where)}; optuna-dashboard shows them live")
+    where = masked(settings.storage) if settings.storage else str(journal)
+    bench.view.note(f"trials are kept in {where}; optuna-dashboard shows them live")
     if settings.storage is None and mend(journal):
         bench.view.note(f"{journal} is damaged; its trials from there on are made again")
     study = Study.open(settings, problem, name, journal, config.seed)
@@ -116,11 +116,6 @@ def tried_on(settings: Search, windows: int, length: int) -> int:
 
 def _affordable(settings: Search, length: int) -> int:
     return int((settings.tokens / length / WHOLE_TRIALS) ** 0.5)
-
-
-def _public(address: str) -> str:
-    """Without a database's password."""
-    return re.sub(r"(://[^:/@]+):[^@]*@", r"\1@", address)
 
 
 def _over(settings: Search, study: Study, begun: float) -> bool:

@@ -58,7 +58,7 @@ def test_a_database_that_cannot_be_reached_is_told_before_a_model_is_looked_for(
     with pytest.raises(StorageError, match="can't be used") as caught:
         optimize.optimize(config, tmp_path / "r")
     assert "secret" not in str(caught.value)
-    assert refine._public(search.storage or "") == "postgresql://me@127.0.0.1:9/none"
+    assert search.storage == "postgresql://me:***@127.0.0.1:9/none"
 
 
 def test_a_search_ends_when_there_is_nothing_new_to_measure(
