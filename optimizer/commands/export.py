@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ from optimizer.formats.gguf import writer
 from optimizer.formats.model_card import card
 from optimizer.formats.registry import CHECKPOINTS
 from optimizer.formats.rules import Verdict
-from optimizer.formats.safetensors import checkpoint, compressed_tensors
+from optimizer.formats.safetensors import checkpoint
+from optimizer.formats.safetensors.loader import Loading, loading
 from optimizer.models.source import PACKED_FILE, Source, gguf_of
 from optimizer.plan import Inventory, Plan
 from optimizer.stages.session import View
@@ -41,7 +43,6 @@ TARGETS = {
 }
 RECIPES = {"llm-compressor": "vllm", "llama-quantize": "llamacpp"}
 ALLOWED = 2.0**-11  # of a weight: an fp16 minimum instead of an integer zero point
-ALLOWED_BF16 = 2.0**-8  # compressed-tensors keeps scales in the model's dtype
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,13 @@ class Job:
     @property
     def origin(self) -> Path | None:
         return gguf_of(self.source.name)
+
+    @cached_property
+    def loading(self) -> Loading | None:
+        """What transformers does to the layers, where it is the engine."""
+        return (
+            loading(self.source.folder, self.inventory) if self.engine == "transformers" else None
+        )
 
     def check(self) -> Verdict:
         return registry.check(
@@ -155,7 +163,8 @@ def _write(job: Job, tensors: Mapping[str, Tensor], draft: Path) -> None:
         config = (folder / "config.json").read_bytes()
         (draft / "config.json").write_bytes(config)  # says which rows were reordered
     else:
-        CHECKPOINTS[job.engine].write(plan, inventory, tensors, folder, draft)
+        more = [] if job.loading is None else [job.loading]
+        CHECKPOINTS[job.engine].write(plan, inventory, tensors, folder, draft, *more)
 
 
 def _compare(job: Job, tensors: Mapping[str, Tensor], draft: Path, verdict: Verdict) -> None:
@@ -170,9 +179,9 @@ def _compare(job: Job, tensors: Mapping[str, Tensor], draft: Path, verdict: Verd
             f"The {job.engine} file must have {verdict.bytes} bytes and has {size}. This is a "
             "fault of the exporter; please report it with plan.json."
         )
-    found = backend.decode(draft, job.plan, job.inventory)
-    rounded = backend is compressed_tensors and job.inventory.dtype == "BF16"
-    allowed = ALLOWED if backend is writer else ALLOWED_BF16 if rounded else 0.0
+    more = [] if job.loading is None else [job.loading]
+    found = backend.decode(draft, job.plan, job.inventory, *more)
+    allowed = ALLOWED if backend is writer else 0.0
     for layer in job.inventory.layers:
         precision = job.plan.choice[layer.name]
         if precision.kind == "none":

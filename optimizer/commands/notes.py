@@ -81,9 +81,7 @@ def price_of_policy(
     ]
 
 
-def outside(
-    config: Optimize, inventory: Inventory, chosen: Choices, plan: Plan, total: int
-) -> list[str]:
+def outside(inventory: Inventory, chosen: Choices, plan: Plan, total: int) -> list[str]:
     """Much of the file, of `total` bytes, out of scope, though the engine could hold it rounded."""
     real = [p for p in plan.choice.values() if p.kind != "none"]
     if not real:
@@ -92,7 +90,7 @@ def outside(
     left = [
         layer
         for layer in inventory.layers
-        if layer.name not in scope and registry.refusal(config.runtime.name, layer, widest) is None
+        if layer.name not in scope and chosen.demands.refusal(layer, widest) is None
     ]
     size = sum(UNTOUCHED.bytes(layer.rows, layer.cols) for layer in left)
     if size < LARGE * total:
@@ -111,7 +109,7 @@ def file(config: Optimize, bench: Bench, chosen: Choices, plan: Plan) -> list[st
     verdict = registry.check(plan, bench.inventory, runtime, bench.source.folder, origin)
     if verdict.errors or verdict.bytes is None:
         return [f"{runtime.name} would not run this plan: {' '.join(verdict.errors)}"]
-    left = outside(config, bench.inventory, chosen, plan, verdict.bytes)
+    left = outside(bench.inventory, chosen, plan, verdict.bytes)
     if runtime.name not in registry.HOLDS:
         return left
     return [

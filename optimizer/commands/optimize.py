@@ -120,7 +120,7 @@ def _checked(config: Optimize, view: View) -> tuple[Bench, Choices]:
         config.check_encoder()
     folder, origin = bench.source.folder, gguf_of(bench.source.name)
     registry.check_model(config.runtime.name, folder, origin)
-    chosen = choices(config, bench.inventory)
+    chosen = choices(config, bench.inventory, folder)
     if config.budget.size is not None:
         every = _uniform(chosen)
         over = registry.overhead(bench.inventory, config.runtime, every, folder, origin)

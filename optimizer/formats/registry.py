@@ -15,9 +15,11 @@ import numpy as np
 from optimizer.errors import ConfigError
 from optimizer.formats import rules
 from optimizer.formats.gguf import writer
-from optimizer.formats.rules import Verdict
+from optimizer.formats.rules import Demands, Verdict
 from optimizer.formats.runtime import Runtime
 from optimizer.formats.safetensors import autoround, compressed_tensors, gptq
+from optimizer.formats.safetensors.joined import joined
+from optimizer.formats.safetensors.loader import loading
 from optimizer.plan import Inventory, Layer, Plan, Precision, Rule, assemble
 
 # the engines that load safetensors -> the module that writes their format
@@ -27,7 +29,8 @@ CHECKPOINTS: dict[str, Any] = {
     "autoround": autoround,
     "gptq": gptq,
 }
-# a layer and what it would become -> None, or why the engine can't hold it; torch holds everything
+# a layer and what it would become -> None, or why the engine can't hold it; torch holds everything,
+# and what transformers holds depends on the model's class
 HOLDS: dict[str, Callable[[Layer, Precision], str | None]] = {
     "vllm": rules.linear_only,
     "transformers": rules.linear_only,
@@ -37,26 +40,37 @@ HOLDS: dict[str, Callable[[Layer, Precision], str | None]] = {
 }
 
 
-def refusal(engine: str, layer: Layer, precision: Precision) -> str | None:
-    """Why the engine can't hold the layer in that precision; None where it can."""
-    if precision.kind == "none" or engine not in HOLDS:
-        return None
-    return HOLDS[engine](layer, precision)
+def demands(runtime: Runtime, inventory: Inventory, folder: Path | None = None) -> Demands:
+    """What the engine asks of plans for this model. folder: the model's; None: what it asks of any."""
+    if runtime.name == "transformers" and folder is not None:
+        return compressed_tensors.demands(runtime, inventory, loading(folder, inventory))
+    together = joined(runtime, folder)
+    holds = HOLDS.get(runtime.name, rules.anything)
+    return Demands(runtime, together.groups, holds, notes=together.notes)
 
 
 def offered(
-    runtime: Runtime,
+    demands: Demands,
+    inventory: Inventory,
     scope: Sequence[Layer],
     columns: Sequence[str],
     fitted: Mapping[tuple[str, str], Precision],
 ) -> list[Rule]:
     """What the engine leaves to layers that it can't hold in every precision: a rule for each
     reason. Raises ConfigError where it leaves a layer nothing, or nothing to quantize at all."""
+    runtime = demands.profile
+    apart = _apart(demands, inventory, scope)
+    uneven = _uneven(demands, scope, columns, fitted)
     left = np.ones((len(scope), len(columns)), dtype=bool)
     reasons: dict[str, dict[int, None]] = {}  # rows in order
     for i, layer in enumerate(scope):
         for j, column in enumerate(columns):
-            reason = refusal(runtime.name, layer, fitted[layer.name, column])
+            precision = fitted[layer.name, column]
+            reason = demands.refusal(layer, precision)
+            if reason is None and precision.kind != "none":
+                reason = apart.get(layer.name)
+            if reason is None:
+                reason = uneven.get((layer.name, column))
             if reason is not None:
                 left[i, j] = False
                 reasons.setdefault(reason, {})[i] = None
@@ -71,6 +85,35 @@ def offered(
         for reason, rows in reasons.items()
         for own in np.unique(left[list(rows)], axis=0)
     ]
+
+
+def _apart(demands: Demands, inventory: Inventory, scope: Sequence[Layer]) -> dict[str, str]:
+    """Layers of the scope that the engine joins with others that are out of it, and why they then stay
+    as they are."""
+    names = {layer.name for layer in scope}
+    found: dict[str, str] = {}
+    for group in demands.groups(inventory.layers):
+        out = [name for name in group if name not in names]
+        if out and len(out) < len(group):
+            why = f"it loads them with {rules.listed(out)}, which scope leaves out, as one"
+            found |= dict.fromkeys(names.intersection(group), why)
+    return found
+
+
+def _uneven(
+    demands: Demands,
+    scope: Sequence[Layer],
+    columns: Sequence[str],
+    fitted: Mapping[tuple[str, str], Precision],
+) -> dict[tuple[str, str], str]:
+    """Joined layers that a column would give different precisions, since their columns differ."""
+    found: dict[tuple[str, str], str] = {}
+    for group in demands.groups(scope):
+        for column in columns:
+            if len({fitted[name, column] for name in group}) > 1:
+                why = f"it loads them with one precision, and {column} doesn't fit all of them"
+                found |= {(name, column): why for name in group}
+    return found
 
 
 def _some(
@@ -117,12 +160,23 @@ def check(
 ) -> Verdict:
     """Whether the engine would load and run the plan, and its file's exact bytes. folder: the
     reference's; origin: the GGUF that it came from, if any."""
+    return checker(inventory, runtime, folder, origin)(plan)
+
+
+def checker(
+    inventory: Inventory, runtime: Runtime, folder: Path, origin: Path | None
+) -> Callable[[Plan], Verdict]:
+    """`check` for many plans of one model."""
     if runtime.name == "llamacpp":
-        return writer.check(plan, inventory, runtime, folder, origin)
+        return lambda plan: writer.check(plan, inventory, runtime, folder, origin)
     if runtime.name not in CHECKPOINTS:
-        return rules.packed(plan, runtime)
-    found: Verdict = CHECKPOINTS[runtime.name].check(plan, inventory, runtime)
-    return found
+        return lambda plan: rules.packed(plan, runtime)
+    if runtime.name == "transformers":
+        found = loading(folder, inventory)
+        asked = compressed_tensors.demands(runtime, inventory, found)
+        return lambda plan: compressed_tensors.check(plan, inventory, asked, found)
+    own, module = demands(runtime, inventory, folder), CHECKPOINTS[runtime.name]
+    return lambda plan: module.check(plan, inventory, own)
 
 
 def overhead(
@@ -136,13 +190,13 @@ def overhead(
     vocabulary, indices, wider scales."""
     if runtime.name not in HOLDS:
         return 0
-    most = 0
+    most, verdict = 0, checker(inventory, runtime, folder, origin)
     for choice in choices:
         plan = assemble(
             inventory, [x for x in inventory.layers if x.name in choice], choice,
             model={"name": str(folder), "fingerprint": ""}, runtime=runtime.name,
             quantizer={"name": "rtn"}, predicted={"kl": 0.0, "stderr": 0.0},
         )  # fmt: skip
-        size = check(plan, inventory, runtime, folder, origin).bytes
+        size = verdict(plan).bytes
         most = max(most, 0 if size is None else size - plan.bytes["total"])
     return most

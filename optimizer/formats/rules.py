@@ -6,12 +6,13 @@ October 2026, GPTQModel 7, AutoRound 0.16.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from optimizer.errors import PlanError
 from optimizer.formats.runtime import Runtime
-from optimizer.plan import Inventory, Layer, Plan, Precision, fuse
+from optimizer.formats.safetensors.joined import joined
+from optimizer.plan import Inventory, Layer, Plan, Precision
 
 SHOWN = 3  # names in a message; the rest is counted
 
@@ -20,18 +21,67 @@ SHOWN = 3  # names in a message; the rest is counted
 class Verdict:
     """errors: each the rule, the value and the remedy; empty = it would run. notes: what differs
     without failing. stored: precision of the plan -> what the engine stores. bytes: of the weight
-    file, exact."""
+    file, exact. readers: who read the written file back."""
 
     engine: str
     errors: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     stored: dict[str, str] = field(default_factory=dict)
     bytes: int | None = None
+    readers: tuple[str, ...] = ()
 
     def require(self) -> None:
         if self.errors:
             more = f" ({len(self.errors) - 1} more: mezzotint check)" * (len(self.errors) > 1)
             raise PlanError(self.errors[0] + more)
+
+
+Groups = tuple[tuple[str, ...], ...]
+
+
+def anything(_layer: Layer, _precision: Precision) -> str | None:
+    return None
+
+
+def singly(layers: Sequence[Layer]) -> Groups:
+    return tuple((layer.name,) for layer in layers)
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What an engine asks of the plans for one model. groups: layers -> those that have one precision
+    together; holds: a layer and a precision that isn't `none` -> None, or why the engine can't hold
+    it; agreed: a plan -> layers that must have one precision in it, where that differs from `groups`
+    of all layers; notes: for a person."""
+
+    profile: Runtime
+    groups: Callable[[Sequence[Layer]], Groups] = singly
+    holds: Callable[[Layer, Precision], str | None] = anything
+    agreed: Callable[[Plan], Groups] | None = None
+    notes: tuple[str, ...] = ()
+
+    def refusal(self, layer: Layer, precision: Precision) -> str | None:
+        """Why the engine can't hold the layer in that precision; None where it can."""
+        if precision.kind == "none":
+            return None
+        if not self.profile.runs(precision):
+            name = self.profile.name
+            return f"{name} doesn't execute {precision.name}, which its {layer.cols} columns take"
+        return self.holds(layer, precision)
+
+    def errors(self, plan: Plan, inventory: Inventory) -> list[str]:
+        """All that speaks against a plan: the rule, the value and the remedy."""
+        groups = self.groups(inventory.layers) if self.agreed is None else self.agreed(plan)
+        name = self.profile.name
+        return [
+            *executed(plan, self.profile),
+            *disagreeing(plan, groups, name),
+            *kinds(plan, inventory, name, self.holds),
+        ]
+
+
+def noted(verdict: Verdict, notes: tuple[str, ...]) -> Verdict:
+    return replace(verdict, notes=verdict.notes + notes)
 
 
 def packed(plan: Plan, profile: Runtime) -> Verdict:
@@ -57,16 +107,21 @@ def executed(plan: Plan, profile: Runtime) -> list[str]:
 
 
 def agreed(plan: Plan, inventory: Inventory, profile: Runtime) -> list[str]:
+    """Layers that the engine joins in every model, but that have different precisions."""
+    return disagreeing(plan, joined(profile, None).groups(inventory.layers), profile.name)
+
+
+def disagreeing(plan: Plan, groups: Groups, engine: str) -> list[str]:
     """Layers that the engine joins, but that have different precisions."""
     errors = []
-    for group in fuse(inventory.layers, profile.fused, profile.experts):
+    for group in groups:
         names = {plan.layers[name] for name in group}
         if len(names) > 1:
             found = ", ".join(f"{name} {plan.layers[name]}" for name in group[:SHOWN])
             more = f" and {len(group) - SHOWN} more" * (len(group) > SHOWN)
             errors.append(
-                f"{profile.name} loads these with one precision, and they have: {found}"
-                f"{more}. Make the plan with runtime={profile.name}."
+                f"{engine} loads these with one precision, and they have: {found}"
+                f"{more}. Make the plan with runtime={engine}."
             )
     return errors
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,8 +20,10 @@ from optimizer.config import Optimize, Quantizer
 from optimizer.data.text import Data, Tokens, Windows
 from optimizer.errors import ConfigError, ModelError
 from optimizer.formats import registry
+from optimizer.formats.rules import Demands
+from optimizer.formats.runtime import Runtime
 from optimizer.models.source import Source, context_length, is_encoder, locate
-from optimizer.plan import Inventory, Layer, Policy, Precision, digest, fuse, glob, policy
+from optimizer.plan import Inventory, Layer, Policy, Precision, digest, glob, policy
 from optimizer.sensitivity import Table, Task
 from optimizer.store import Store
 
@@ -289,6 +292,7 @@ class Choices:
     held: np.ndarray | None = None
     notes: tuple[str, ...] = ()
     overhead: int = 0
+    demands: Demands = field(default_factory=lambda: Demands(Runtime()))
 
     def choice(self, assignment: np.ndarray) -> dict[str, Precision]:
         """Column index per group -> precision per layer."""
@@ -299,7 +303,8 @@ class Choices:
         }
 
 
-def choices(config: Optimize, inventory: Inventory) -> Choices:
+def choices(config: Optimize, inventory: Inventory, folder: Path | None = None) -> Choices:
+    """folder: the model's, whose class an engine may ask for; None: what it asks of any."""
     scope = inventory.scoped(config.scopes)
     palette = config.palette.precisions()
     fitted = sensitivity.palette_columns(scope, palette, config.palette.fit == "nearest")
@@ -307,15 +312,15 @@ def choices(config: Optimize, inventory: Inventory) -> Choices:
         raise ConfigError(
             f"runtime.experts is tensor, block or model, not {config.runtime.experts!r}."
         )
-    groups = fuse(scope, config.runtime.fused, config.runtime.experts)
+    demands = registry.demands(config.runtime, inventory, folder)
+    groups = demands.groups(scope)
     columns = tuple(p.name for p in palette)
-    rules = registry.offered(config.runtime, scope, columns, fitted)
+    rules = registry.offered(demands, inventory, scope, columns, fitted)
     left, held = (
         policy.allowed(p, scope, groups, columns, fitted, rules) for p in (config.policy, Policy())
     )
-    return Choices(
-        scope, groups, columns, fitted, left, held, registry.told(config.runtime, rules)
-    )
+    notes = demands.notes + registry.told(config.runtime, rules)
+    return Choices(scope, groups, columns, fitted, left, held, notes, demands=demands)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def test_the_bit_stream_is_the_packages_own(wide: Wide) -> None:
             precision = Precision("int", bits, 32, symmetric)
             codes = Rtn().encode(wide.model.weight(layer.name), precision)
             stored = {f"{layer.name}.{k}": v for k, v in codes.pack().items()}
-            ours = compressed_tensors._compressed(layer, precision, stored, torch.float16)
+            ours = compressed_tensors._compressed(layer, precision, stored)
             stem = layer.name.removesuffix(".weight")
             signed = (codes.codes.int() - 2 ** (bits - 1)).to(torch.int8)
             assert torch.equal(ours[f"{stem}.weight_packed"], pack_to_int32(signed, bits))
@@ -141,7 +141,7 @@ def test_a_plan_that_would_fail_is_refused(
 
 def test_kinds_that_a_format_cannot_hold(wide: Wide) -> None:
     plan = wide.plan({x.name: G64 for x in wide.inventory.layers}, "vllm")
-    found = compressed_tensors.check(plan, wide.inventory, profile("vllm"))
+    found = export.check(plan, "vllm", str(wide.store))
     assert "model.embed_tokens" in found.errors[0] and "scope" in found.errors[0]
     one = wide.inventory.layers[1]
     stacked = replace(one, kind="experts", role="w1", expert=0)

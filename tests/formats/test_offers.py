@@ -24,9 +24,9 @@ from tests.formats.conftest import Wide
 CHECKPOINTS = ("vllm", "transformers", "autoround", "gptq")
 
 
-def offered(runtime: str, inventory: Inventory, *overrides: str) -> Choices:
+def offered(runtime: str, model: Wide | Small, *overrides: str) -> Choices:
     given = [f"runtime={runtime}", "scope=all", *overrides]
-    return choices(composed("optimize", *given), inventory)
+    return choices(composed("optimize", *given), model.inventory, model.folder)
 
 
 def drawn(found: Choices, rng: np.random.Generator, folder: Path, fingerprint: str) -> Plan:
@@ -42,7 +42,7 @@ def drawn(found: Choices, rng: np.random.Generator, folder: Path, fingerprint: s
 
 @pytest.mark.parametrize("runtime", ["torch", "llamacpp", *CHECKPOINTS])
 def test_whatever_may_be_chosen_is_accepted(wide: Wide, runtime: str) -> None:
-    found, rng = offered(runtime, wide.inventory), np.random.default_rng(0)
+    found, rng = offered(runtime, wide), np.random.default_rng(0)
     for _ in range(8):
         plan = drawn(found, rng, wide.folder, wide.fingerprint)
         assert not export.check(plan, runtime, str(wide.store)).errors
@@ -61,7 +61,7 @@ def test_every_architecture_is_refused_or_accepted(
 ) -> None:
     """Conv1D, joined experts, matrices of 16 rows: no plan that could not be exported."""
     try:
-        found = offered(runtime, small.inventory, "palette.group_size=0")
+        found = offered(runtime, small, "palette.group_size=0")
     except ConfigError as refused:
         assert small.name == "gpt2", refused
         assert "conv1d" in str(refused) and "another runtime" in str(refused)
@@ -79,7 +79,11 @@ def test_words_that_rows_do_not_fill(llama: Small) -> None:
         replace(x, rows=16, shape=(16, x.cols)) if x.role == "k_proj" else x
         for x in llama.inventory.layers
     )
-    found = offered("gptq", replace(llama.inventory, layers=layers), "palette.group_size=0")
+    found = offered(
+        "gptq",
+        replace(llama, inventory=replace(llama.inventory, layers=layers)),
+        "palette.group_size=0",
+    )
     assert found.allowed is not None
     roles = {x.name: x.role for x in layers}
     kept = {
@@ -96,7 +100,7 @@ def test_words_that_rows_do_not_fill(llama: Small) -> None:
 def test_a_size_is_that_of_the_engines_file(wide: Wide, runtime: str) -> None:
     """Whatever the table says: plans fill the budget, and no file is larger."""
     config = composed("optimize", f"runtime={runtime}", "scope=all")
-    found = choices(config, wide.inventory)
+    found = choices(config, wide.inventory, wide.folder)
     over = registry.overhead(
         wide.inventory, config.runtime, optimize._uniform(found), wide.folder, None
     )
@@ -119,9 +123,9 @@ def test_a_size_is_that_of_the_engines_file(wide: Wide, runtime: str) -> None:
 
 def test_a_layer_that_nothing_is_left_for(wide: Wide) -> None:
     with pytest.raises(ConfigError, match=r"embed_tokens.*add 16"):
-        offered("vllm", wide.inventory, "palette.bits=[4,8]")
+        offered("vllm", wide, "palette.bits=[4,8]")
     with pytest.raises(ConfigError, match=r"runtime=vllm.*embed_tokens\* = 8"):
-        offered("vllm", wide.inventory, "policy.pins=['*embed_tokens* = 8']")
+        offered("vllm", wide, "policy.pins=['*embed_tokens* = 8']")
 
 
 def test_an_architecture_the_converter_does_not_know(mezzotint: Command, tmp_path: Path) -> None:
@@ -135,7 +139,7 @@ def test_an_architecture_the_converter_does_not_know(mezzotint: Command, tmp_pat
 
 @pytest.mark.parametrize("runtime", ["torch", "vllm"])
 def test_an_engine_holds_a_palette_of_nothing_but_untouched(llama: Small, runtime: str) -> None:
-    found = offered(runtime, llama.inventory, "palette.bits=[16]")
+    found = offered(runtime, llama, "palette.bits=[16]")
     assert found.allowed is not None and found.allowed.all() and not found.notes
 
 
@@ -177,7 +181,7 @@ def test_nothing_to_quantize_is_no_fault(mezzotint: Command, llama: Small, tmp_p
 
 def test_an_engines_limits_are_not_the_policys(wide: Wide) -> None:
     config = composed("optimize", "runtime=vllm", "scope=all")
-    found = choices(config, wide.inventory)
+    found = choices(config, wide.inventory, wide.folder)
     assert found.allowed is not None and not found.allowed.all()
     problem = search.pose(
         wide.inventory, found.scope, found.groups, found.columns, found.fitted,

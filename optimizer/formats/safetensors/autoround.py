@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimizer.formats import rules
-from optimizer.formats.rules import Verdict
-from optimizer.formats.runtime import Runtime
+from optimizer.formats.rules import Demands, Verdict
 from optimizer.formats.safetensors import checkpoint, gptq
 from optimizer.formats.safetensors.checkpoint import module, untouched
 from optimizer.plan import Inventory, Layer, Plan, Precision
@@ -24,14 +23,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def check(plan: Plan, inventory: Inventory, profile: Runtime) -> Verdict:
-    errors = rules.executed(plan, profile) + rules.agreed(plan, inventory, profile)
-    errors += rules.kinds(plan, inventory, profile.name, gptq.shaped)
+def check(plan: Plan, inventory: Inventory, demands: Demands) -> Verdict:
+    name, errors = demands.profile.name, demands.errors(plan, inventory)
     used = sorted({plan.choice[layer.name] for layer in rules.quantized(plan, inventory)})
     if not used:
         errors.append("An AutoRound checkpoint holds quantized layers; this plan quantizes none.")
     if errors:
-        return Verdict(profile.name, tuple(errors))
+        return Verdict(name, tuple(errors))
     odd = sorted({p.bits for p in used} - set(gptq.IN_VLLM))
     notes = ["auto-round's CPU kernels compute in 16 bits; load with dtype float16 or bfloat16."]
     if odd:
@@ -40,7 +38,8 @@ def check(plan: Plan, inventory: Inventory, profile: Runtime) -> Verdict:
             "8 run on its other kernels, too."
         )
     stored = {p.name: f"auto_round:auto_gptq, {p.bits} bits" for p in used}
-    return Verdict(profile.name, (), tuple(notes), stored, checkpoint.size(plan, inventory, sizes))
+    size = checkpoint.size(plan, inventory, sizes)
+    return Verdict(name, (), (*demands.notes, *notes), stored=stored, bytes=size)
 
 
 def sizes(layer: Layer, precision: Precision) -> dict[str, tuple[str, list[int]]]:

@@ -21,6 +21,7 @@ FILE = "model.safetensors"
 WIDTH = {"I32": 4, "I64": 8, "F32": 4}
 SLICE = 2**22  # bits read back at a time
 ROUTER = ("gate", "router", "shared_expert_gate")
+Pieces = Mapping[str, Any]  # names of the tensors that stand for a layer -> loader.Piece
 Sizes = Callable[[Layer, Precision], dict[str, tuple[str, list[int]]]]
 Tensors = Callable[[Layer, Precision], "dict[str, Tensor]"]
 
@@ -46,12 +47,22 @@ def untouched(plan: Plan, inventory: Inventory) -> list[str]:
     return names
 
 
-def size(plan: Plan, inventory: Inventory, sizes: Sizes) -> int:
-    """Exact bytes of the weight file. sizes: tensor -> (safetensors' dtype, shape)."""
+def size(
+    plan: Plan, inventory: Inventory, sizes: Sizes, split: Mapping[str, Pieces] | None = None
+) -> int:
+    """Exact bytes of the weight file. sizes: tensor -> (safetensors' dtype, shape). split: untouched
+    layers that are written in pieces."""
+    split = split or {}
     entries: list[tuple[str, str, list[int], int]] = []
     for layer in inventory.layers:
         precision = plan.choice[layer.name]
         parts = {layer.name: (inventory.dtype, list(layer.shape))}
+        if layer.name in split:
+            width = layer.shape[1]
+            parts = {
+                name: (inventory.dtype, [piece.last - piece.first, width])
+                for name, piece in split[layer.name].items()
+            }
         if precision.kind != "none":
             parts = sizes(layer, precision)
         entries += [(k, d, s, math.prod(s) * WIDTH.get(d, 2)) for k, (d, s) in parts.items()]
@@ -70,15 +81,20 @@ def write(
     quantization: Mapping[str, Any],
     folder: Path,
     out: Path,
+    split: Mapping[str, Pieces] | None = None,
 ) -> None:
     """packed: the plan's stored tensors. quantization: the `quantization_config` of config.json.
-    folder: what to copy beside the weights."""
+    folder: what to copy beside the weights. split: untouched layers that are written in pieces."""
     from optimizer.formats.folder import copy_beside, save_tensors
 
     tensors: dict[str, Tensor] = {}
     for layer in inventory.layers:
         precision = plan.choice[layer.name]
-        if precision.kind == "none":
+        if precision.kind == "none" and layer.name in (split or {}):
+            value = packed[layer.name]
+            found = (split or {})[layer.name]
+            tensors |= {name: piece.take(value) for name, piece in found.items()}
+        elif precision.kind == "none":
             tensors[layer.name] = packed[layer.name]
         else:
             tensors |= make(layer, precision)

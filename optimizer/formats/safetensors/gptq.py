@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimizer.errors import PlanError
 from optimizer.formats import rules
-from optimizer.formats.rules import Verdict
-from optimizer.formats.runtime import Runtime
+from optimizer.formats.rules import Demands, Verdict
 from optimizer.formats.safetensors import checkpoint
 from optimizer.formats.safetensors.checkpoint import FILE, module, unstream, untouched, words
 from optimizer.plan import Inventory, Layer, Plan, Precision
@@ -37,23 +36,23 @@ JOINED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
 IN_VLLM = (4, 8)
 
 
-def check(plan: Plan, inventory: Inventory, profile: Runtime) -> Verdict:
-    errors = rules.executed(plan, profile) + rules.agreed(plan, inventory, profile)
-    errors += rules.kinds(plan, inventory, profile.name, shaped)
+def check(plan: Plan, inventory: Inventory, demands: Demands) -> Verdict:
+    name, errors = demands.profile.name, demands.errors(plan, inventory)
     used = sorted({plan.choice[layer.name] for layer in rules.quantized(plan, inventory)})
     if not used:
         errors.append("A GPTQ checkpoint holds quantized layers, and this plan quantizes none.")
     if errors:
-        return Verdict(profile.name, tuple(errors))
+        return Verdict(name, tuple(errors))
     stored = {p.name: f"gptq, {p.bits} bits" for p in used}
-    notes = []
+    notes: list[str] = []
     odd = sorted({p.bits for p in used} - set(IN_VLLM))
     if odd:
         notes.append(
             f"vLLM 0.33 loads GPTQ files of 4 and 8 bits only, and this one has "
             f"{', '.join(map(str, odd))}: run it with GPTQModel, or export to=autoround or to=vllm."
         )
-    return Verdict(profile.name, (), tuple(notes), stored, checkpoint.size(plan, inventory, sizes))
+    size = checkpoint.size(plan, inventory, sizes)
+    return Verdict(name, (), (*demands.notes, *notes), stored=stored, bytes=size)
 
 
 def shaped(layer: Layer, precision: Precision) -> str | None:
