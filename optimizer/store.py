@@ -169,15 +169,24 @@ def drop(lock: Path) -> None:
         lock.unlink()
 
 
+def _free() -> None:
+    """Who waits isn't told."""
+
+
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """The only process on this machine that makes the entry at `path`."""
-    from filelock import FileLock
+def alone(path: Path, busy: Callable[[], None] = _free) -> Iterator[None]:
+    """The only process on this machine that makes the entry at `path`. busy: called before waiting
+    for another one."""
+    from filelock import FileLock, Timeout
 
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            busy()
+            lock.acquire()
     except (OSError, NotImplementedError) as error:
         raise unwritable(path, OSError(str(error))) from None
     try:

@@ -146,7 +146,7 @@ def _uniform(chosen: Choices) -> Iterator[dict[str, Precision]]:
 def _reach_storage(config: Optimize, store: Path) -> None:
     """A database that can't be used ends here, before a model is loaded."""
     if config.search.space != "exact" and config.search.storage is not None:
-        from optimizer.search.study import open_storage
+        from optimizer.search.storage import open_storage
 
         open_storage(config.search.storage, store, config.search.heartbeat)
 

@@ -1,5 +1,4 @@
-"""Optuna over plans: spaces, samplers, storage, and the ask-and-tell loop. The only module that
-imports optuna.
+"""Optuna over plans: the ask-and-tell loop. Only the files of this folder import optuna.
 
 A trial is a plan. A space turns a trial's parameters into an assignment [G] that fits the budget;
 the caller measures it and tells. Every trial keeps its assignment and its evaluated tokens, so a
@@ -10,39 +9,33 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import NopPruner, WilcoxonPruner
-from optuna.storages import (
-    BaseStorage,
-    JournalStorage,
-    RDBStorage,
-    RetryHeartbeatStaleTrialCallback,
-)
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
-from optimizer.errors import ConfigError, StorageError
-from optimizer.search import Problem, Search, credentials, exact
+from optimizer.errors import StorageError
+from optimizer.search import Problem, Search
 from optimizer.search.pareto import nondominated
-from optimizer.search.surrogate import Belief
+from optimizer.search.samplers import sampler as _sampler
+from optimizer.search.spaces import Start
+from optimizer.search.storage import has_heartbeat, mend, open_storage
 
 OUTSIDE = "tokens outside trials "
-BANDS = 5  # depth bands of `multipliers`
-PULLS = (0.03, 30.0)  # weights of a third objective, see Problem.toll
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A measured plan: mean loss over the windows that it was measured on."""
+    """A measured plan: mean loss over the windows that it was measured on. tokens: evaluated for it;
+    before: those of the slopes that its proposal was the first to use."""
 
     assignment: np.ndarray
     loss: float
@@ -50,25 +43,46 @@ class Tried:
     tokens: int
     complete: bool
     each: np.ndarray = field(default_factory=lambda: np.zeros(0))  # per window, in their order
+    before: int = 0
+
+
+def _silent(_text: str) -> None:
+    """Who gives no `tell` isn't told."""
 
 
 @dataclass
 class Study:
-    """Ask for plans, tell their losses. One per model, palette, tokens and budget (its name)."""
+    """Ask for plans, tell their losses. One per model, palette, tokens, budget, space and sampler
+    (its name). tell: hears of damage, and of optuna's warnings, each once."""
 
     inner: optuna.Study
     problem: Problem
     search: Search
     seed: int
+    tell: Callable[[str], None] = _silent
     _cache: dict[int, Tried] = field(default_factory=dict)
+    _heard: set[str] = field(default_factory=set)
 
     @classmethod
-    def open(cls, search: Search, problem: Problem, name: str, default: Path, seed: int) -> Study:
+    def open(
+        cls,
+        search: Search,
+        problem: Problem,
+        name: str,
+        default: Path,
+        seed: int,
+        tell: Callable[[str], None] = _silent,
+    ) -> Study:
         """Create, or go on. name: the content key, so that a study is never mixed with another
-        model's. default: the journal file used where search.storage is not given."""
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        model's. default: the journal file used where search.storage is not given, by one process at
+        a time: a trial that is under way there was left by a dead one."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.disable_default_handler()  # its warnings are told, see _listening
         logging.getLogger("sqlalchemy").setLevel(logging.ERROR)
-        with _unwarned():
+        if search.storage is None and mend(default):
+            tell(f"{default} is damaged; its trials from there on are made again")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
             inner = optuna.create_study(
                 study_name=name,
                 storage=open_storage(search.storage, default, search.heartbeat),
@@ -78,29 +92,50 @@ class Study:
                 directions=["minimize"] * _objectives(search),
                 load_if_exists=True,
             )
-        return cls(inner, problem, search, seed)
+        study = cls(inner, problem, search, seed, tell)
+        if not study.shared:
+            for number in study.running:
+                inner.tell(number, state=TrialState.FAIL)
+        return study
 
     def tried(self) -> list[Tried]:
-        """All finished trials, of all workers, in order."""
+        """All finished trials, of all workers, in order. Raises StorageError for one that isn't
+        this program's."""
         states = (TrialState.COMPLETE, TrialState.PRUNED)
         for trial in self.inner.get_trials(deepcopy=False, states=states):
-            if trial.number not in self._cache and "assignment" in trial.user_attrs:
-                self._cache[trial.number] = Tried(
-                    np.array(json.loads(trial.user_attrs["assignment"]), dtype=np.int64),
-                    float(trial.user_attrs["loss"]),
-                    int(trial.user_attrs["windows"]),
-                    int(trial.user_attrs["tokens"]),
-                    trial.state == TrialState.COMPLETE,
-                    np.array(json.loads(trial.user_attrs["each"])),
-                )
+            if trial.number not in self._cache:
+                self._cache[trial.number] = self._read(trial)
         return [self._cache[number] for number in sorted(self._cache)]
+
+    def _read(self, trial: FrozenTrial) -> Tried:
+        groups, columns = self.problem.loss.shape
+        try:
+            found = trial.user_attrs
+            tried = Tried(
+                np.array(_plan(found["assignment"], groups, columns)),
+                float(found["loss"]),
+                int(found["windows"]),
+                int(found["tokens"]),
+                bool(found["complete"]),
+                np.array(json.loads(found["each"]), dtype=float),
+                int(found["before"]),
+            )
+            counted = tried.windows == len(tried.each) > 0 <= min(tried.tokens, tried.before)
+            if not (counted and np.isfinite([tried.loss, *tried.each]).all()):
+                raise ValueError("its numbers don't go together")
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise StorageError(
+                f"Trial {trial.number} of the study {self.inner.study_name} isn't as this program "
+                f"writes it ({type(error).__name__}: {error}). Take another search.storage or store."
+            ) from None
+        return tried
 
     @property
     def spent(self) -> int:
         """Evaluated tokens of all workers."""
         extra = self.inner.user_attrs
         outside = sum(int(v) for k, v in extra.items() if k.startswith(OUTSIDE))
-        return outside + sum(t.tokens for t in self.tried())
+        return outside + sum(t.tokens + t.before for t in self.tried())
 
     def spend(self, tokens: int, key: str) -> None:
         """Count tokens that were evaluated outside trials; the same key counts once."""
@@ -137,23 +172,31 @@ class Study:
         own = [] if third is None else [third.of(assignment)]
         return [self.problem.sizes(assignment), loss, *own]
 
-    def begin(self, starts: Sequence[np.ndarray]) -> None:
-        """Queue the plans that a shared study starts from, and those again whose worker died."""
+    def begin(self, starts: Sequence[Start]) -> None:
+        """Queue the plans that a study starts from, and those again whose worker died."""
         there = [
             trial.user_attrs["start"]
             for trial in self.inner.get_trials(deepcopy=False)
             if "start" in trial.user_attrs and trial.state != TrialState.FAIL
         ]
-        for assignment in starts:
-            if assignment.tolist() not in there:
-                there.append(assignment.tolist())
-                self.inner.enqueue_trial({}, user_attrs={"start": there[-1]})
+        for start in starts:
+            if start.told not in there:
+                there.append(start.told)
+                self.inner.enqueue_trial(start.params, user_attrs={"start": start.told})
 
     @property
     def shared(self) -> bool:
         """Whether workers beat on the storage, so that dead ones are known. On a journal there is
         one worker, and a trial that is running was left by a dead one."""
-        return _has_heartbeat(self.inner._storage)
+        return has_heartbeat(self.inner._storage)
+
+    def missing(self, starts: Sequence[Start]) -> list[Start]:
+        """Those that aren't measured yet."""
+        done = [
+            trial.user_attrs.get("start")
+            for trial in self.inner.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        ]
+        return [start for start in starts if start.told not in done]
 
     @property
     def waiting(self) -> int:
@@ -179,73 +222,142 @@ class Study:
         suggest: Callable[[optuna.Trial], np.ndarray],
         losses: Callable[[np.ndarray], Iterator[tuple[int, float]]],
         window_tokens: int,
+        before: int = 0,
     ) -> Tried:
         """One trial. losses yields (window, loss) one window after the other; the trial is
-        pruned as soon as Wilcoxon's signed-rank test against the best says that it is worse."""
+        stopped as soon as Wilcoxon's signed-rank test against the best says that it is worse.
+        before: tokens of slopes that this proposal is the first to use."""
         self.revive()
         done = len(self.tried())  # the same trials so far, the same next one: also after a kill
         self.inner.sampler = _sampler(
             self.search.sampler, self.seed + 1000 * done + 17 * self.search.worker, self.shared
         )
-        with _unwarned():
+        with self._listening():
             trial = self.inner.ask()
-        self._beat(trial)
-        start = trial.user_attrs.get("start")
-        chosen = suggest(trial) if start is None else np.array(start, dtype=np.int64)
+            self._beat(trial)
+            chosen = self._chosen(trial, suggest)
         known = next((t for t in self.tried() if np.array_equal(t.assignment, chosen)), None)
-        seen: list[float] = []
-        pruned = False
         if known is not None:  # a repeated proposal costs nothing and teaches the sampler
-            seen, pruned = known.each.tolist(), not known.complete
+            tried = Tried(chosen, known.loss, known.windows, 0, known.complete, known.each, before)
         else:
-            for window, loss in losses(chosen):
-                seen.append(loss)
-                self._beat(trial)
-                if self.search.front:
-                    continue  # optuna prunes studies of one objective only
-                trial.report(loss, window)
+            seen, whole = self._measure(trial, losses(chosen))
+            cost = len(seen) * window_tokens
+            tried = Tried(
+                chosen, float(np.mean(seen)), len(seen), cost, whole, np.array(seen), before
+            )
+        self._finish(trial, tried)
+        return tried
+
+    def _chosen(
+        self, trial: optuna.Trial, suggest: Callable[[optuna.Trial], np.ndarray]
+    ) -> np.ndarray:
+        """The trial's plan: what its parameters decode to, or the one that it was queued with."""
+        decoded = suggest(trial)  # gives the trial its parameters in either case
+        _, plan = trial.user_attrs.get("start", (None, None))
+        if plan is None:
+            return decoded
+        try:
+            return np.array(_plan(json.dumps(plan), *self.problem.loss.shape))
+        except (TypeError, ValueError) as error:
+            raise StorageError(
+                f"Trial {trial.number} of the study {self.inner.study_name} was queued with a plan "
+                f"of another program ({error}). Take another search.storage or store."
+            ) from None
+
+    def _measure(
+        self, trial: optuna.Trial, losses: Iterator[tuple[int, float]]
+    ) -> tuple[list[float], bool]:
+        """Losses by window, and whether these are all windows."""
+        seen: list[float] = []
+        for window, loss in losses:
+            seen.append(loss)
+            self._beat(trial)
+            if self.search.front:
+                continue  # optuna prunes studies of one objective only
+            trial.report(loss, window)
+            with self._listening():
                 if trial.should_prune():
-                    pruned = True
-                    break
-        mean = float(np.mean(seen))
-        cost = 0 if known is not None else len(seen) * window_tokens
+                    return seen, False
+        return seen, True
+
+    def _finish(self, trial: optuna.Trial, tried: Tried) -> None:
         for key, value in (
-            ("assignment", json.dumps(chosen.tolist())),
-            ("loss", mean),
-            ("windows", len(seen)),
-            ("tokens", cost),
-            ("each", json.dumps(seen)),
+            ("assignment", json.dumps(tried.assignment.tolist())),
+            ("loss", tried.loss),
+            ("windows", tried.windows),
+            ("tokens", tried.tokens),
+            ("before", tried.before),
+            ("complete", tried.complete),
+            ("each", json.dumps(tried.each.tolist())),
         ):
             trial.set_user_attr(key, value)
-        if pruned:
-            self.inner.tell(trial, state=TrialState.PRUNED)
-        else:
-            self.inner.tell(trial, self._values(chosen, mean) if self.search.front else mean)
-        return Tried(chosen, mean, len(seen), cost, not pruned, np.array(seen))
+        loss = tried.loss if tried.complete else self._estimate(tried)
+        values = self._values(tried.assignment, loss) if self.search.front else loss
+        self.inner.tell(trial, values)
+
+    def _estimate(self, tried: Tried) -> float:
+        """Of a trial that was stopped: the best plan's loss and the mean difference on the windows
+        that both were measured on. Samplers learn from it; without a value gp and cmaes would propose
+        the same hopeless corner again."""
+        best = self.best
+        assert best is not None  # else nothing was stopped
+        gap = tried.each - best.each[: len(tried.each)]
+        return best.loss + max(float(gap.mean()), 0.0)
 
     def _beat(self, trial: optuna.Trial) -> None:
         """Tell the other workers that this one lives."""
         storage: Any = self.inner._storage
-        if _has_heartbeat(storage):
+        if has_heartbeat(storage):
             storage.record_heartbeat(trial._trial_id)
 
     def revive(self) -> None:
         """Queue the trials of dead workers again: none is lost, and a failed one never counts."""
         if self.shared:
-            with _unwarned():
+            with self._listening():
                 optuna.storages.fail_stale_trials(self.inner)
 
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Optuna's warnings reach the user, each once; but not that features used here on purpose are
+        experimental."""
+        handler = _Heard(self._hear)
+        logger = logging.getLogger("optuna")
+        logger.addHandler(handler)
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                yield
+            for warning in caught:
+                if not issubclass(warning.category, ExperimentalWarning):
+                    self._hear(str(warning.message))
+        finally:
+            logger.removeHandler(handler)
 
-@contextmanager
-def _unwarned() -> Iterator[None]:
-    """optuna warns of features that it calls experimental, used here on purpose."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    def _hear(self, text: str) -> None:
+        line = " ".join(text.split())
+        kind = "".join(c for c in line if not c.isdigit())
+        if kind not in self._heard:
+            self._heard.add(kind)
+            self.tell(f"Optuna: {line}")
 
 
-def _has_heartbeat(storage: BaseStorage) -> bool:
-    return isinstance(getattr(storage, "_backend", storage), RDBStorage)
+class _Heard(logging.Handler):
+    def __init__(self, hear: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._hear = hear
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._hear(record.getMessage())
+
+
+def _plan(text: str, groups: int, columns: int) -> list[int]:
+    """Raises ValueError for what is no assignment."""
+    found = json.loads(text)
+    if not isinstance(found, list) or len(found) != groups:
+        raise ValueError(f"a plan has {groups} groups")
+    if not all(type(c) is int and 0 <= c < columns for c in found):
+        raise ValueError(f"a plan's columns are 0 to {columns - 1}")
+    return found
 
 
 def _objectives(search: Search) -> int:
@@ -254,203 +366,3 @@ def _objectives(search: Search) -> int:
 
 def _loss(tried: Tried) -> float:
     return tried.loss
-
-
-def open_storage(url: str | None, default: Path, heartbeat: int = 30) -> BaseStorage:
-    """A journal file, or a database that several machines reach. Raises StorageError."""
-    if url is None:
-        try:
-            default.parent.mkdir(parents=True, exist_ok=True)
-            lock = JournalFileOpenLock(str(default))
-            return JournalStorage(JournalFileBackend(str(default), lock_obj=lock))
-        except OSError as error:
-            raise StorageError(
-                f"The study's journal {default} can't be opened ({error})."
-            ) from None
-    check_address(url)
-    return _database(credentials.whole(str(credentials.hidden(url))), heartbeat)
-
-
-def check_address(url: str) -> None:
-    """Raises ConfigError for what can't be a database's address. Parts of it aren't quoted: what
-    can't be understood may be a password."""
-    import sqlalchemy
-
-    if "://" not in url:
-        raise ConfigError(
-            f"search.storage is a database address such as postgresql://user@host/name or "
-            f"sqlite:///study.db, not {credentials.masked(url)!r}."
-        )
-    try:
-        sqlalchemy.make_url(credentials.whole(url))
-    except (sqlalchemy.exc.ArgumentError, ValueError):
-        raise ConfigError(
-            f"search.storage is {credentials.masked(url)}, which isn't a database's address: "
-            "SCHEME://USER:PASSWORD@HOST:PORT/NAME. Write @, :, / and % in a password as %40, %3A, "
-            "%2F and %25."
-        ) from None
-
-
-def mend(journal: Path) -> bool:
-    """Cut off what a full disk left half-written, and what was appended to it; else no later run
-    could read the journal. Returns whether there was anything."""
-    if not journal.exists():
-        return False
-    whole, lock = 0, JournalFileOpenLock(str(journal))
-    lock.acquire()
-    try:
-        with journal.open("r+b") as file:
-            for line in file:
-                if not (line.endswith(b"\n") and _is_json(line)):
-                    file.truncate(whole)
-                    return True
-                whole += len(line)
-    finally:
-        lock.release()
-    return False
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
-
-
-def _database(url: str, heartbeat: int, tries: int = 10) -> BaseStorage:
-    """Workers that start together make the tables together: who is beaten tries again."""
-    import sqlalchemy.exc
-    from optuna.exceptions import StorageInternalError
-
-    driver = url
-    if url.startswith("postgresql://"):  # SQLAlchemy would look for the older driver psycopg2
-        driver = url.replace("postgresql://", "postgresql+psycopg://", 1)
-    try:
-        with _unwarned():
-            return RDBStorage(
-                driver,
-                heartbeat_interval=heartbeat,
-                grace_period=2 * heartbeat,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
-            )
-    except (
-        sqlalchemy.exc.SQLAlchemyError, StorageInternalError, ImportError, ValueError, OSError
-    ) as error:  # fmt: skip
-        if tries == 1 or not _beaten(error):
-            raise _unusable(url, error) from None
-    time.sleep(np.random.default_rng().uniform(0.05, 0.5))
-    return _database(url, heartbeat, tries - 1)
-
-
-def _beaten(error: Exception) -> bool:
-    """Another worker was making the same tables at this moment; they will be there soon."""
-    text = str(error).lower()
-    return any(sign in text for sign in ("already exists", "duplicate key", "unique", "locked"))
-
-
-def _unusable(url: str, error: Exception) -> StorageError:
-    said = credentials.clean(str(error)).strip()
-    reason = said.splitlines()[0] if said else type(error).__name__
-    return StorageError(
-        f"The study's database {credentials.masked(url)} can't be used ({reason}). Check the "
-        "address, that the server runs, and that its driver is installed "
-        "(pip install 'mezzotint[postgres]')."
-    )
-
-
-def _sampler(name: str, seed: int, shared: bool) -> optuna.samplers.BaseSampler:
-    kinds: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
-        "tpe": lambda: optuna.samplers.TPESampler(
-            seed=seed, multivariate=True, constant_liar=shared, n_startup_trials=8
-        ),
-        "nsgaii": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=16),
-        "cmaes": lambda: optuna.samplers.CmaEsSampler(seed=seed),
-        "gp": lambda: optuna.samplers.GPSampler(seed=seed, n_startup_trials=8),
-        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
-    }
-    return kinds[name]()
-
-
-# ---------------------------------------------------------------- spaces
-
-
-def layers(
-    problem: Problem, toll: np.ndarray | float = 0.0
-) -> Callable[[optuna.Trial], np.ndarray]:
-    """One categorical choice a group; what is over the budget is stepped down where the table
-    says that it costs least, what is left over is spent where it gains most. toll [G, P]: see
-    `Problem.toll`."""
-    priced = replace(problem, loss=problem.loss + toll)
-
-    def suggest(trial: optuna.Trial) -> np.ndarray:
-        order = problem.order
-        names = [problem.columns[c] for c in order]
-        picked = np.array(
-            [
-                names.index(trial.suggest_categorical(f"group {i}", names))
-                for i in range(len(problem.groups))
-            ]
-        )
-        return exact.repaired(priced, order[picked])
-
-    return suggest
-
-
-def multipliers(
-    problem: Problem, roles: Sequence[str], toll: np.ndarray | float = 0.0
-) -> Callable[[optuna.Trial], np.ndarray]:
-    """Factors e^u on the table's rows and columns, decoded at exactly the budget. roles [G]; toll
-    [G, P]: see `Problem.toll`."""
-    kinds = sorted(set(roles))
-    depth = [-1 if b is None else b for b in problem.blocks]
-    band = np.clip(np.array(depth) * BANDS // (max(depth) + 1), 0, BANDS - 1)
-    low = [int(c) for c in problem.order[:2]]
-
-    def suggest(trial: optuna.Trial) -> np.ndarray:
-        by_role = {kind: trial.suggest_float(f"type {kind}", -1.5, 1.5) for kind in kinds}
-        by_band = [trial.suggest_float(f"band {i}", -1.5, 1.5) for i in range(BANDS)]
-        rows = np.array([by_role[role] for role in roles]) + np.array(by_band)[band]
-        loss = problem.loss * np.exp(rows)[:, None]
-        for column in low:
-            loss[:, column] *= np.exp(
-                trial.suggest_float(f"low {problem.columns[column]}", -0.5, 2)
-            )
-        return exact.solve(replace(problem, loss=loss + toll))
-
-    return suggest
-
-
-def sized(
-    space: Callable[[Problem, np.ndarray], Callable[[optuna.Trial], np.ndarray]],
-    problem: Problem,
-    span: tuple[float, float],
-) -> Callable[[optuna.Trial], np.ndarray]:
-    """A space of any size within `span`: the trial also samples the size (on a log scale) and, with
-    a third objective, how much that one weighs."""
-
-    def suggest(trial: optuna.Trial) -> np.ndarray:
-        limit = trial.suggest_float("size", *span, log=True)
-        pull = trial.suggest_float("pull", *PULLS, log=True) if problem.third else 0.0
-        return space(replace(problem, limit=limit), problem.toll(pull))(trial)
-
-    return suggest
-
-
-def moves(
-    problem: Problem, best: np.ndarray, belief: Belief, seed: int
-) -> Callable[[optuna.Trial], np.ndarray]:
-    """Exchanges around `best`: at most `groups` of them change, together exactly at the budget,
-    optimal for one draw of `belief` (Thompson sampling). What a trial samples is how far to go and
-    how much to believe."""
-
-    def suggest(trial: optuna.Trial) -> np.ndarray:
-        largest = max(2, len(problem.groups) // 4)
-        count = trial.suggest_int("groups", 2, largest, log=True)
-        trust = trial.suggest_float("trust", 0.3, 1.0)
-        spread = trial.suggest_float("spread", 0.0, 1.0)
-        rng = np.random.default_rng([seed, 5])
-        table = belief.draw(rng, spread, trust)
-        return exact.solve_near(replace(problem, loss=table), best, count)
-
-    return suggest

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,13 +27,14 @@ from optimizer.search.surrogate import Seen, Slope, believe
 from optimizer.sensitivity import Task
 from optimizer.stages.objective import Beside, own_head
 from optimizer.stages.session import Bench, Choices, make_quantizer
+from optimizer.store import alone
 
 if TYPE_CHECKING:
     from optimizer.models.model import Rounding
     from optimizer.search.study import Study, Tried
     from optimizer.stages.prefix import Prefix
 
-STUDY_VERSION = 4  # raised when trials can't be compared with older ones
+STUDY_VERSION = 5  # raised when trials can't be compared with older ones
 SLOPE_VERSION = 3  # raised when slopes change
 SLOPE_WINDOWS = 16
 KEPT = 8  # slopes that proposals are drawn from
@@ -67,7 +69,7 @@ def refine(
 ) -> Refined:
     """Search until `search.tokens` evaluated tokens are spent. Resumes from its storage."""
     from optimizer.search.credentials import masked
-    from optimizer.search.study import Study, mend
+    from optimizer.search.study import Study
 
     settings = config.search
     windows = bench.windows("search")
@@ -87,24 +89,40 @@ def refine(
     name = _name(bench, config, problem, beside)
     where = masked(settings.storage) if settings.storage else str(journal)
     bench.view.note(f"trials are kept in {where}; optuna-dashboard shows them live")
-    if settings.storage is None and mend(journal):
-        bench.view.note(f"{journal} is damaged; its trials from there on are made again")
-    study = Study.open(settings, problem, name, journal, config.seed)
-    quantizer = make_quantizer(config.quantizer, bench)
-    quantizer.prepare(_offered(chosen))  # all codes, while the model holds its own weights
-    with bench.model.rounded(quantizer) as rounding:
-        scout = Scout(bench, config, chosen, problem, study, used, rounding, beside)
-        scout.aim(start)
-        scout.seed(start)
-        begun, before = time.monotonic(), study.spent
-        with bench.view.meter("search", settings.tokens) as show:
-            while not _over(settings, study, begun):
-                scout.step()
-                spent = study.spent
-                rate = (spent - before) / (time.monotonic() - begun)
-                show(spent, f"{scout.news}  {spent} tokens, {rate:.0f}/s")
-        scout.settle()
-        return scout.confirm(start)
+    with _in_turn(bench, settings, journal.with_name(name)):
+        study = Study.open(settings, problem, name, journal, config.seed, bench.view.note)
+        quantizer = make_quantizer(config.quantizer, bench)
+        quantizer.prepare(_offered(chosen))  # all codes, while the model holds its own weights
+        with bench.model.rounded(quantizer) as rounding:
+            scout = Scout(bench, config, chosen, problem, study, used, rounding, beside)
+            scout.aim(start)
+            scout.seed(start)
+            _search(bench, settings, study, scout)
+            scout.settle()
+            return scout.confirm(start)
+
+
+@contextmanager
+def _in_turn(bench: Bench, settings: Search, key: Path) -> Iterator[None]:
+    """A journal's study has one worker: the same command, given twice at once, waits for the other,
+    then finds its trials and ends with its plan. Workers on a database share a study."""
+    if settings.storage is not None:
+        yield
+        return
+    with alone(
+        key, lambda: bench.view.note("another command is on this very search; waiting for it")
+    ):
+        yield
+
+
+def _search(bench: Bench, settings: Search, study: Study, scout: Scout) -> None:
+    begun, before = time.monotonic(), study.spent
+    with bench.view.meter("search", settings.tokens) as show:
+        while not _over(settings, study, begun):
+            scout.step()
+            spent = study.spent
+            rate = (spent - before) / (time.monotonic() - begun)
+            show(spent, f"{scout.news}  {spent} tokens, {rate:.0f}/s")
 
 
 def tried_on(settings: Search, windows: int, length: int) -> int:
@@ -138,8 +156,12 @@ def _offered(chosen: Choices) -> dict[str, list[Precision]]:
 
 def _name(bench: Bench, config: Optimize, problem: Problem, beside: Beside) -> str:
     """The study's name: everything that two workers must agree on to share their trials."""
+    from optimizer.search import samplers, spaces
+
+    search = config.search
     content = [
-        STUDY_VERSION, bench.part_key("calibration"), bench.part_key("search"),
+        STUDY_VERSION, spaces.VERSION, search.sampler, samplers.SETTINGS, search.prune, search.first,
+        bench.part_key("calibration"), bench.part_key("search"),
         make_quantizer(config.quantizer, bench).key,
         problem.groups, problem.columns, problem.limit, problem.unit, problem.free.tolist(),
         config.search.space, config.search.front, config.seed,
@@ -179,7 +201,6 @@ class Scout:
         self.length = bench.windows("search").ids.shape[1] + beside.tokens
         self.slopes: list[Slope] = []
         self.taken: list[int] = []  # finished trials when each slope was taken
-        self.unpaid: dict[str, int] = {}  # tokens of slopes that no trial has used yet
         self.seen = 0  # finished trials after which slopes were looked for
         self.fallback = problem.largest
         self.roles = [bench.model.layers[group[0]].role for group in chosen.groups]
@@ -235,27 +256,29 @@ class Scout:
         best = self.study.best
         return windows.start == 0 and (best is None or loss < best.loss)
 
-    def run(self, suggest: Callable[[Any], np.ndarray]) -> Tried:
-        """One trial on the first `used` search windows."""
-        return self.study.run(suggest, self.losses(range(self.used)), self.length)
+    def run(self, suggest: Callable[[Any], np.ndarray], before: int = 0) -> Tried:
+        """One trial on the first `used` search windows. before: tokens of its slope."""
+        return self.study.run(suggest, self.losses(range(self.used)), self.length, before)
 
     def seed(self, start: np.ndarray) -> None:
         """Measure the plans that the study starts from."""
-        begin = starts.of_a_front if self.config.search.front else starts.of_a_budget
-        first = list({plan.tobytes(): plan for plan in begin(self.problem, start)}.values())
+        from optimizer.search import spaces
+
+        search = self.config.search
+        first = spaces.starts_of(search.space, self.problem, self.roles, start, search.front)
         self.fallback, self.seen = start, len(first)
         if self.study.shared:
             self.study.begin(first)
             for _ in self.bench.view.track(range(self.study.waiting), "search: first plans"):
                 if self.study.waiting:
-                    self.run(self._nothing)
+                    self.run(self._starting())
             while self.study.best is None:  # another worker measures the last of them
                 time.sleep(POLL)
             return
-        done = {tried.assignment.tobytes() for tried in self.study.tried()}
-        missing = [plan for plan in first if plan.tobytes() not in done]
+        missing = self.study.missing(first)
         for plan in self.bench.view.track(missing, "search: first plans") if missing else ():
-            self.run(lambda _trial, plan=plan: plan)  # type: ignore[misc]
+            self.study.begin([plan])
+            self.run(self._starting())
 
     @property
     def news(self) -> str:
@@ -275,37 +298,42 @@ class Scout:
         top = np.array([starts.span(self.problem)[1], *first[:, 1:].max(0)])
         return hypervolume(points / unit, [float(x) for x in top / unit])
 
-    def _nothing(self, _trial: Any) -> np.ndarray:
-        """Another worker took the last queued plan in this very moment: repeat the first."""
-        return self.study.tried()[0].assignment if self.study.tried() else self.fallback
+    def _starting(self) -> Callable[[Any], np.ndarray]:
+        """For plans that the study starts from. Where another worker took the last of them in this
+        very moment, `moves` repeats the first."""
+        from optimizer.search import spaces
+
+        if self.config.search.space != "moves":
+            return self._decoded()
+        tried = self.study.tried()
+        return spaces.given(self.problem, tried[0].assignment if tried else self.fallback)
+
+    def _decoded(self) -> Callable[[Any], np.ndarray]:
+        """A space whose parameters alone say which plan is meant."""
+        from optimizer.search import spaces
+
+        def space(problem: Problem, toll: np.ndarray | float = 0.0) -> Callable[[Any], np.ndarray]:
+            if self.config.search.space == "layers":
+                return spaces.layers(problem, toll)
+            return spaces.multipliers(problem, self.roles, toll)
+
+        if self.config.search.front:
+            return spaces.sized(space, self.problem, starts.span(self.problem))
+        return space(self.problem)
 
     def step(self) -> None:
         """One proposal in the chosen space."""
-        from optimizer.search import study
+        from optimizer.search import spaces
 
-        spaces = {
-            "layers": study.layers,
-            "multipliers": lambda problem, toll=0.0: study.multipliers(problem, self.roles, toll),
-        }
-        space = spaces.get(self.config.search.space)
-        if space is not None:
-            wide = self.config.search.front
-            self.run(
-                study.sized(space, self.problem, starts.span(self.problem))
-                if wide
-                else space(self.problem)
-            )
+        if self.config.search.space != "moves":
+            self.run(self._decoded())
             return
-        self._take_due_slopes()
-        best = self.leader.assignment
+        taken = self._take_due_slopes()
+        best, count = self.leader.assignment, len(self.study.tried())
         belief = believe(self.problem, best, self.slopes[-KEPT:], self._seen(best))
-        self.run(study.moves(self.problem, best, belief, len(self.study.tried())))
-        for (
-            key,
-            tokens,
-        ) in self.unpaid.items():  # with its trial, so that a kill between changes nothing
-            self.study.spend(tokens, key)
-        self.unpaid.clear()
+        self.run(
+            spaces.moves(self.problem, best, belief, count), self._slope_tokens if taken else 0
+        )
 
     @property
     def leader(self) -> Tried:
@@ -313,10 +341,11 @@ class Scout:
         assert best is not None  # seed() saw to it
         return best
 
-    def _take_due_slopes(self) -> None:
-        """Those that were due after each trial since the last look: one at most while the search
-        runs, all of its past ones, from the store, when a killed search goes on. Of a shared
-        study's past only the last trial counts: other workers have slopes of their own."""
+    def _take_due_slopes(self) -> bool:
+        """Whether the next trial is the first to use one. Those that were due after each trial since
+        the last look: one at most while the search runs, all of its past ones, from the store, when a
+        killed search goes on. Of a shared study's past only the last trial counts: other workers have
+        slopes of their own."""
         tried = self.study.tried()
         first = len(tried) if self.study.shared else self.seen
         for count in range(first, len(tried) + 1):
@@ -324,6 +353,7 @@ class Scout:
             if best is not None and self._slope_is_due(count, best.assignment):
                 self._take_slope(count, best.assignment)
         self.seen = len(tried) + 1
+        return bool(self.taken) and self.taken[-1] == len(tried)
 
     def _slope_is_due(self, count: int, best: np.ndarray) -> bool:
         if not self.slopes:
@@ -365,7 +395,6 @@ class Scout:
         assert found is not None
         self.slopes.append(Slope(best, found["halves"]))
         self.taken.append(count)
-        self.unpaid[key] = self._slope_tokens
 
     def _seen(self, best: np.ndarray) -> list[Seen]:
         """All measured plans against the best, on the windows that both were measured on."""
@@ -420,10 +449,10 @@ class Scout:
         return tuple(found[int(i)] for i in kept)
 
     def _history(self) -> list[dict[str, float]]:
-        """One row per trial. tokens: evaluated until then, those of this worker's slopes included."""
+        """One row per trial. tokens: evaluated until then, those of slopes included."""
         rows, spent, best, finished = [], 0, np.inf, []
-        for count, tried in enumerate(self.study.tried()):
-            spent += tried.tokens + self.taken.count(count) * self._slope_tokens
+        for tried in self.study.tried():
+            spent += tried.tokens + tried.before
             finished += [tried] if tried.complete else []
             if tried.complete and self.problem.fits(tried.assignment):
                 best = min(best, tried.loss)

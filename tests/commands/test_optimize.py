@@ -194,12 +194,12 @@ def test_a_second_run_measures_nothing_and_says_the_same(source: Source, tmp_pat
 def test_a_damaged_entry_of_the_store_is_made_again(source: Source, tmp_path: Path) -> None:
     config = settings(source, tmp_path / "store")
     first = optimize.optimize(config, tmp_path / "one")
-    for kind in ("tables", "tokens", "scores", "inventories", "hashes"):
+    for kind in ("tables", "tokens", "scores", "inventories"):
         for file in sorted((tmp_path / "store" / kind).iterdir())[::2]:
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     view = Seen()
     assert optimize.optimize(config, tmp_path / "two", view).plan == first.plan
-    assert sum("is damaged, or of an earlier version" in note for note in view.notes) > 5
+    assert sum("is damaged, or of an earlier version" in note for note in view.notes) > 4
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from optimizer.errors import ConfigError, StorageError
 from optimizer.search import Search
-from optimizer.search import study as studies
+from optimizer.search import storage as storages
 from optimizer.search.credentials import VARIABLE, clean, clean_argument, hidden, masked, whole
 from optimizer.store import write_atomically
 
@@ -116,7 +116,7 @@ def test_a_password_beside_an_interpolation_is_refused() -> None:
 )  # fmt: skip
 def test_an_address_that_will_not_do_is_explained_without_it(form: str, tmp_path: Path) -> None:
     with pytest.raises((ConfigError, StorageError)) as caught:
-        studies.open_storage(form.format(SECRET), tmp_path / "none.journal")
+        storages.open_storage(form.format(SECRET), tmp_path / "none.journal")
     if "sqlite" not in form and form != "{}":
         assert SECRET not in str(caught.value)
 
