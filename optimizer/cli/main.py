@@ -198,18 +198,18 @@ def _optimize(settings: Any) -> None:
 
     from optimizer.cli import terminal
     from optimizer.commands import optimize
+    from optimizer.reports import wandb
 
     out = terminal.console()
     folder = Path(HydraConfig.get().runtime.output_dir)
     here = Path.cwd()
     folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
-    outcome = optimize.optimize(settings, folder, terminal.Terminal(out))
-    terminal.outcome(out, outcome)
-    if outcome.run is not None and settings.wandb.mode != "off":
-        from optimizer.reports import wandb
-
-        for line in wandb.record(outcome.plan, folder, settings.wandb, _sweep()):
-            terminal.Terminal(out).note(line)
+    with wandb.reach(settings.wandb) as contact:
+        outcome = optimize.optimize(settings, folder, terminal.Terminal(out))
+        terminal.outcome(out, outcome)
+        if outcome.run is not None and settings.wandb.mode != "off":
+            for line in wandb.record(outcome.plan, folder, settings.wandb, _sweep(), contact):
+                terminal.Terminal(out).note(line)
 
 
 def _sweep() -> str | None:

@@ -9,18 +9,25 @@ content key: the same question about the same model continues the same record.
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import os
 import re
-import signal
+import ssl
 import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict, replace
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from optimizer.config import Wandb
 from optimizer.plan import Plan
@@ -29,25 +36,64 @@ from optimizer.reports.html import blur_example, chart
 from optimizer.reports.run import Point, Run
 from optimizer.store import write_atomically
 
-INIT_SECONDS = 30  # online; after it the record is kept offline instead
-FINISH_SECONDS = 120
-SECONDS = {
-    "online": INIT_SECONDS + FINISH_SECONDS + 30,
-    "offline": 300,
-}  # the latter needs no network
+REACH_SECONDS = 20  # from the run's start: whether W&B answers at all is asked while the run works
+INIT_SECONDS = 15  # online; after it the record is kept offline instead
+FINISH_SECONDS = 20
+LOOK_SECONDS = 0.5
+SECONDS = {"online": 40, "offline": 300}  # the latter needs no network
 CERTIFICATE = "certificate.json"
 NAME = re.compile(r"[^\w.-]+")  # artifact names: letters, digits, underscore, dash, dot
 
 
-def record(plan: Plan, folder: Path, settings: Wandb, sweep: str | None = None) -> list[str]:
-    """Record the finished run in `folder`; returns lines for the person who ran it.
+@dataclass(frozen=True)
+class Reach:
+    """Whether W&B answers, asked in the background since `begun`; process None: nobody asked."""
+
+    process: subprocess.Popen[str] | None = None
+    begun: float = 0.0
+
+    def refusal(self) -> str | None:
+        """Why W&B can't be reached; None if it can."""
+        if self.process is None:
+            return None
+        left = max(0.0, self.begun + REACH_SECONDS - time.monotonic())
+        try:
+            _, said = self.process.communicate(timeout=left)
+        except subprocess.TimeoutExpired:
+            return f"it didn't answer within {REACH_SECONDS} s."
+        return _last(said) if self.process.returncode else None
+
+
+@contextmanager
+def reach(settings: Wandb) -> Iterator[Reach]:
+    """Ask from now on whether W&B answers, if it is wanted online."""
+    if settings.mode != "online":
+        yield Reach()
+        return
+    begun = time.monotonic()
+    with _process("reach") as process:
+        yield Reach(process, begun)
+
+
+def record(
+    plan: Plan,
+    folder: Path,
+    settings: Wandb,
+    sweep: str | None = None,
+    contact: Reach | None = None,
+) -> list[str]:
+    """Record the finished run in `folder`; returns lines for the person who ran it. contact: whether
+    W&B answers, if somebody asked.
 
     W&B works in a process of its own: whatever happens to it (no key, no network, a full disk, a
     crash, a hang), the run goes on, and so does the sweep that it belongs to.
     """
     notes: list[str] = []
     for mode in dict.fromkeys((settings.mode, "offline")):
-        line, error = _attempt(folder, replace(settings, mode=mode), sweep)
+        error = contact.refusal() if contact and mode == "online" else None
+        line = ""
+        if error is None:
+            line, error = _attempt(folder, replace(settings, mode=mode), sweep)
         if error is None:
             return [*notes, line]
         notes.append(f"W&B, {mode}, could not record plan {plan.id}: {error}")
@@ -56,47 +102,74 @@ def record(plan: Plan, folder: Path, settings: Wandb, sweep: str | None = None) 
 
 def _attempt(folder: Path, settings: Wandb, sweep: str | None) -> tuple[str, str | None]:
     """(what it said, None) or ("", why not)."""
-    package = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    own = {"PYTHONPATH": path, "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
-    asked = json.dumps([str(folder), asdict(settings), sweep])
-    command = [sys.executable, "-m", "optimizer.reports.wandb", asked]
     limit = SECONDS[settings.mode]
     try:
-        code, out, said = _limited(command, os.environ | own, limit)
+        with _process(json.dumps([str(folder), asdict(settings), sweep])) as process:
+            out, said = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         return "", f"it was not done after {limit} s."
     except OSError as error:
         return "", str(error)
-    if code == 0:
+    if process.returncode == 0:
         return out.strip().splitlines()[-1], None
-    lines = [line for line in said.splitlines() if line.strip()]
-    return "", lines[-1] if lines else f"exit code {code}."
+    return "", _last(said) or f"exit code {process.returncode}."
 
 
-def _limited(command: list[str], env: dict[str, str], limit: float) -> tuple[int, str, str]:
-    """(exit code, output, errors). When the time is over, or this program is stopped, the process and
-    all that it started end: W&B's own service holds the pipes and would go on trying."""
+def _last(said: str) -> str:
+    return ([""] + [line for line in said.splitlines() if line.strip()])[-1]
+
+
+@contextmanager
+def _process(asked: str) -> Iterator[subprocess.Popen[str]]:
+    """W&B's process. At the end it is stopped with all that it started: W&B's own service has a
+    session of its own, holds the pipes and would go on trying. If this program is killed, it ends by
+    itself, see _watch."""
+    package = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    own = {"PYTHONPATH": path, "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
     with subprocess.Popen(  # noqa: S603  (this very program)
-        command,
+        [sys.executable, "-m", "optimizer.reports.wandb", asked, str(os.getpid())],
         stdin=subprocess.DEVNULL,  # W&B asks for a key where there is a terminal
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=env,
+        env=os.environ | own,
         start_new_session=True,
     ) as child:
         try:
-            out, said = child.communicate(timeout=limit)
-        except BaseException:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            raise
-        return child.returncode, out, said
+            yield child
+        finally:
+            if child.poll() is None:
+                _end(child.pid)
 
 
-def main(asked: str) -> None:
+def _end(pid: int) -> None:
+    """Kill a process and all that it started."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in [*process.children(recursive=True), process]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+def _watch(parent: int) -> None:
+    """In the background: when the run is gone, also by kill -9, this process and all that it started
+    are."""
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_SECONDS)
+        _end(os.getpid())
+
+    threading.Thread(target=look, daemon=True).start()
+
+
+def main(asked: str, parent: str) -> None:
     """The other process."""
+    _watch(int(parent))
+    if asked == "reach":
+        _answer()
+        return
     folder, settings, sweep = json.loads(asked)
     wanted = Wandb(**settings)
     plan, run = Plan.load(folder), Run.load(Path(folder))
@@ -109,6 +182,27 @@ def main(asked: str) -> None:
         return
     where = where.relative_to(Path.cwd()) if where.is_relative_to(Path.cwd()) else where
     print(f"Recorded for W&B, offline: wandb sync {where}")
+
+
+def _answer() -> None:
+    """Exit with the reason if W&B's host doesn't answer. Any answer will do, a refusal, too: what it
+    means is for W&B to say."""
+    import wandb
+
+    settings = wandb.Settings()
+    settings.update_from_system_settings()
+    settings.update_from_env_vars(dict(os.environ))
+    host = settings.base_url
+    try:
+        with urllib.request.urlopen(host, timeout=REACH_SECONDS):  # noqa: S310  (the user's own)
+            return
+    except urllib.error.HTTPError:
+        return
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLError):  # W&B has settings of its own for that
+            return
+        sys.exit(f"{host} doesn't answer ({reason}).")
 
 
 def _begin(plan: Plan, run: Run, folder: Path, settings: Wandb, sweep: str | None) -> Any:
@@ -299,4 +393,4 @@ def _summary(plan: Plan, run: Run) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

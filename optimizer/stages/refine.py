@@ -22,11 +22,11 @@ from optimizer.errors import ConfigError
 from optimizer.metrics.objective import Objective
 from optimizer.plan import Precision, digest
 from optimizer.search import Problem, Search, starts
-from optimizer.search.pareto import hypervolume
 from optimizer.search.surrogate import Seen, Slope, believe
 from optimizer.sensitivity import Task
 from optimizer.stages.objective import Beside, own_head
 from optimizer.stages.session import Bench, Choices, make_quantizer
+from optimizer.stages.trials import history, shown, volume
 from optimizer.store import alone
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ STUDY_VERSION = 5  # raised when trials can't be compared with older ones
 SLOPE_VERSION = 3  # raised when slopes change
 SLOPE_WINDOWS = 16
 KEPT = 8  # slopes that proposals are drawn from
-SHOWN = 16  # plans of a front that are measured beside the others
 POLL = 1.0  # seconds
 EXHAUSTED = 60  # trials in a row that repeat plans: there is nothing left to measure
 FEWEST = 2  # windows on which trials are measured
@@ -283,20 +282,9 @@ class Scout:
     @property
     def news(self) -> str:
         best = f"best {self.leader.loss:.4f}"
-        return best if not self.config.search.front else f"{best}  hypervolume {self.volume:.4f}"
-
-    @property
-    def volume(self) -> float:
-        """Of all finished trials; sizes in units of the budget, losses in nats, a third objective in
-        units of the first plan's, below the largest of the plans that the study started from."""
-        return self._volume(self.study.finished)
-
-    def _volume(self, trials: list[Tried]) -> float:
-        points = self.study.points(trials)
-        first = self.study.points(self.study.finished[: starts.SIZES + 1])
-        unit = np.array([self.problem.limit, 1.0, *first[0, 2:]])
-        top = np.array([starts.span(self.problem)[1], *first[:, 1:].max(0)])
-        return hypervolume(points / unit, [float(x) for x in top / unit])
+        if not self.config.search.front:
+            return best
+        return f"{best}  hypervolume {volume(self.study, self.study.finished):.4f}"
 
     def _starting(self) -> Callable[[Any], np.ndarray]:
         """For plans that the study starts from. Where another worker took the last of them in this
@@ -435,32 +423,8 @@ class Scout:
         winner = min(found, key=lambda key: found[key])
         return Refined(
             finalists[winner],
-            self._history(),
+            history(self.study),
             {"start": found[start.tobytes()], "choice": found[winner]},
             self.study.spent + len(finalists) * len(self.beside.rest) * self.length,
-            self._front(),
+            shown(self.study),
         )
-
-    def _front(self) -> tuple[np.ndarray, ...]:
-        if not self.config.search.front:
-            return ()
-        found = [t.assignment for t in self.study.front(self.study.finished)]
-        kept = np.unique(np.linspace(0, len(found) - 1, min(len(found), SHOWN)).round())
-        return tuple(found[int(i)] for i in kept)
-
-    def _history(self) -> list[dict[str, float]]:
-        """One row per trial. tokens: evaluated until then, those of slopes included."""
-        rows, spent, best, finished = [], 0, np.inf, []
-        for tried in self.study.tried():
-            spent += tried.tokens + tried.before
-            finished += [tried] if tried.complete else []
-            if tried.complete and self.problem.fits(tried.assignment):
-                best = min(best, tried.loss)
-            row = {"tokens": spent, "loss": tried.loss, "windows": tried.windows, "best": best}
-            if self.config.search.front:
-                third = self.problem.third
-                row |= {"size": self.problem.sizes(tried.assignment),
-                        **({third.name: third.of(tried.assignment)} if third else {}),
-                        "hypervolume": self._volume(finished)}  # fmt: skip
-            rows.append(row)
-        return rows

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import struct
+import subprocess
+import sys
+import time
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -195,6 +199,81 @@ def test_an_unreachable_host_costs_nothing(tmp_path, monkeypatch):
     plan, _ = save(tmp_path)
     notes = wandb.record(plan, tmp_path, Wandb(mode="online"))
     assert "could not record" in notes[0] and "wandb sync" in notes[1]
+
+
+def test_a_host_that_does_not_answer_is_known_before_the_run_ends(tmp_path, monkeypatch):
+    """It accepts the connection and says nothing. No attempt online is made any more."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(wandb, "REACH_SECONDS", 1)
+        plan, _ = save(tmp_path)
+        with wandb.reach(Wandb(mode="online")) as contact:
+            monkeypatch.setattr(wandb, "_attempt", lambda _, settings, __: (settings.mode, None))
+            notes = wandb.record(plan, tmp_path, Wandb(mode="online"), None, contact)
+        assert "didn't answer within 1 s" in notes[0] and notes[1] == "offline"
+        assert not alive(contact.process.pid)
+
+
+@pytest.mark.parametrize(("answer", "reached"), [(b"HTTP/1.1 404 No\r\n\r\n", True), (b"", False)])
+def test_any_answer_will_do(answer, reached, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(wandb, "REACH_SECONDS", 100)
+        with wandb.reach(Wandb(mode="online")) as contact:
+            connection, _ = server.accept()
+            connection.recv(1000)
+            connection.sendall(answer)
+            connection.close()
+            refusal = contact.refusal()
+    assert (refusal is None) == reached
+    assert reached or "doesn't answer" in refusal
+
+
+def test_who_wants_no_network_asks_nobody(tmp_path):
+    with wandb.reach(Wandb()) as contact:
+        assert contact.process is None and contact.refusal() is None
+
+
+def test_all_limits_together_are_a_minute_at_most():
+    assert wandb.REACH_SECONDS + wandb.SECONDS["online"] <= 60
+    assert wandb.SECONDS["online"] > wandb.INIT_SECONDS + wandb.FINISH_SECONDS
+
+
+RUN = """
+import sys, time
+from optimizer.config import Wandb
+from optimizer.reports import wandb
+with wandb._process(sys.argv[1]) as child:
+    print(child.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_wandbs_process_ends_with_a_run_that_is_killed(tmp_path, monkeypatch):
+    """So does what it has started in a session of its own, as W&B's service is."""
+    fake = tmp_path / "fake"
+    fake.mkdir()
+    service = HANGING.replace('time.sleep(600)"])', 'time.sleep(600)"], start_new_session=True)')
+    (fake / "wandb.py").write_text(service)
+    root = str(Path(wandb.__file__).parents[2])
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(fake), root]), "CHILD": str(tmp_path / "child")
+    }  # fmt: skip
+    save(tmp_path)
+    asked = json.dumps([str(tmp_path), asdict(Wandb(mode="online")), None])
+    with subprocess.Popen(
+        [sys.executable, "-c", RUN, asked], stdout=subprocess.PIPE, text=True, env=environment
+    ) as run:
+        child = int(run.stdout.readline())
+        while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():
+            assert alive(child)
+            time.sleep(0.05)
+        run.kill()
+    deadline = time.monotonic() + 60
+    pids = [child, int((tmp_path / "child").read_text())]
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, pids))
 
 
 def test_a_damaged_installation_costs_nothing(tmp_path, monkeypatch):
