@@ -15,7 +15,7 @@ from optimizer.errors import BudgetError, ConfigError
 from optimizer.plan import Budget, Inventory, Layer, Precision, parse_size, stored_bytes
 from optimizer.search import credentials
 
-SPACES = ("moves", "multipliers", "layers")
+SPACES = ("moves", "multipliers", "directions", "layers")
 SAMPLERS = ("tpe", "nsgaii", "cmaes", "gp", "random")
 DECODED = ("multipliers", "layers")
 CONTINUOUS = ("cmaes", "gp")
@@ -28,7 +28,8 @@ class Search:
 
     moves: exchanges around the best plan, guided by the slope of the measured loss there.
     multipliers: log-factors on the table per layer type, depth band and low bits, decoded by the
-    exact solver. layers: the assignment itself, one categorical choice a group.
+    exact solver. directions: a few numbers along what a slope at the table's optimum says, decoded
+    the same way. layers: the assignment itself, one categorical choice a group.
     tokens: no trial begins once so many search tokens are evaluated (a backward pass counts as two
         more forward passes); confirming the best four on unused windows comes on top.
     trials, seconds: further limits, None = none.

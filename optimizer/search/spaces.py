@@ -13,12 +13,14 @@ import numpy as np
 import optuna
 
 from optimizer.search import Problem, exact, starts
-from optimizer.search.surrogate import Belief
+from optimizer.search.surrogate import Belief, Slope, cross_terms, scale_at
 
 BANDS = 5  # depth bands of `multipliers`
 FACTOR = 0.4  # of `multipliers`: a type's or a band's losses count e^-FACTOR to e^FACTOR times
 LOW = (-0.5, 2.0)  # the same of the two lowest precisions
 PULLS = (0.03, 30.0)  # weights of a third objective, see Problem.toll
+DIRECTIONS = 4  # of `directions`
+FOLLOWED = (-0.5, 2.0)  # of `directions`: how far one is followed
 TRUST = (0.3, 1.0)  # of `moves`: weight of the slopes' cross terms
 VERSION = 2  # raised when parameters mean something else
 
@@ -111,6 +113,60 @@ def _low(problem: Problem, column: int) -> str:
     return f"low {problem.columns[column]}"
 
 
+# ---------------------------------------------------------------- directions
+
+
+def directions(problem: Problem, slope: Slope) -> Space:
+    """A table in few numbers, decoded at exactly the budget: how far to follow each of the leading
+    directions of the slope's cross terms (1 = as measured, 0 = not at all), how much dearer the
+    lowest bits are, and a line and a parabola in depth. All of it is fixed when a study begins, so
+    that a sampler can learn its landscape."""
+    terms, shapes = leading(problem, slope), _depths(problem)
+
+    def suggest(trial: optuna.Trial) -> np.ndarray:
+        loss = problem.loss.copy()
+        for column in _lowest(problem):
+            loss[:, column] *= np.exp(trial.suggest_float(_low(problem, column), *LOW))
+        for i, shape in enumerate(shapes):
+            loss *= np.exp(trial.suggest_float(f"depth {i}", -FACTOR, FACTOR) * shape)[:, None]
+        for i, term in enumerate(terms):
+            loss += trial.suggest_float(f"slope {i}", *FOLLOWED) * term
+        return exact.solve(replace(problem, loss=loss))
+
+    return suggest
+
+
+def leading(problem: Problem, slope: Slope) -> list[np.ndarray]:
+    """The first DIRECTIONS terms [G, P] of the singular value decomposition of the slope's cross terms
+    e, each times s, the scale of a group and column (see `surrogate`)."""
+    mean = cross_terms(problem, slope).mean(0)
+    left, size, right = np.linalg.svd(mean, full_matrices=False)
+    scale = scale_at(problem, slope.at)
+    kept = range(min(DIRECTIONS, int((size > 1e-12 * max(size[0], 1e-30)).sum())))
+    return [scale * size[i] * np.outer(left[:, i], right[i]) for i in kept]
+
+
+def directions_of(
+    problem: Problem, slope: Slope, factor: float, followed: float
+) -> dict[str, Any]:
+    """The parameters of `directions` for the table with its lowest column `factor` times as dear, and
+    each direction followed as far."""
+    first, *others = _lowest(problem)
+    params = {_low(problem, first): float(np.log(factor))}
+    params |= {_low(problem, column): 0.0 for column in others}
+    params |= {f"depth {i}": 0.0 for i in range(len(_depths(problem)))}
+    return params | {f"slope {i}": followed for i in range(len(leading(problem, slope)))}
+
+
+def _depths(problem: Problem) -> list[np.ndarray]:
+    """Legendre's polynomials of first and second degree over the blocks, 0 outside of them [G]."""
+    depth = np.array([np.nan if b is None else b for b in problem.blocks], dtype=float)
+    last = np.nanmax(depth) if np.isfinite(depth).any() else 0.0
+    at = np.nan_to_num(2 * depth / max(last, 1.0) - 1, nan=0.0)
+    inside = np.isfinite(depth)
+    return [at * inside, (1.5 * at**2 - 0.5) * inside]
+
+
 # ---------------------------------------------------------------- fronts
 
 
@@ -183,15 +239,24 @@ def moves_of(problem: Problem, plan: np.ndarray, first: np.ndarray) -> dict[str,
 
 
 def starts_of(
-    space: str, problem: Problem, roles: Sequence[str], first: np.ndarray, front: bool
+    space: str,
+    problem: Problem,
+    roles: Sequence[str],
+    first: np.ndarray,
+    front: bool,
+    slope: Slope | None = None,
 ) -> list[Start]:
     """What a study of this space measures first: `first`, the table's optimum, and others that the
-    space can say with its parameters."""
+    space can say with its parameters. slope: at `first`, of `directions`."""
     if front:
         found = _starts_of_a_front(space, problem, roles, first)
     elif space == "multipliers":
         factors = (1.0, *starts.LOW_BIT_FACTORS)
         found = [Start(multipliers_of(problem, roles, factor)) for factor in factors]
+    elif space == "directions":
+        assert slope is not None
+        points = [(factor, 0.0) for factor in (1.0, *starts.LOW_BIT_FACTORS)] + [(1.0, 1.0)]
+        found = [Start(directions_of(problem, slope, *point)) for point in points]
     else:
         plans = starts.of_a_budget(problem, first)
         by_layers = space == "layers"

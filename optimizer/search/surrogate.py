@@ -82,7 +82,7 @@ def cross_terms(problem: Problem, slope: Slope) -> np.ndarray:
     rows = np.arange(len(slope.at))
     own = problem.loss[rows, slope.at][:, None]
     first = slope.halves - slope.halves[:, rows, slope.at][:, :, None]
-    found = (first + 2 * own) / _scale(problem, slope.at)
+    found = (first + 2 * own) / scale_at(problem, slope.at)
     found[:, rows, slope.at] = 0
     return np.asarray(found)
 
@@ -104,7 +104,7 @@ def believe(
     inverse of a [G * P] square matrix."""
     groups, columns = problem.loss.shape
     rows = np.arange(groups)
-    scale = _scale(problem, best)
+    scale = scale_at(problem, best)
     signal, noise = signal_and_noise(problem, slopes[-1])
     weight, pull = np.full((groups, columns), signal**-2), np.zeros((groups, columns))
     loss = np.maximum(problem.loss, 0)
@@ -138,7 +138,7 @@ def believe(
     return Belief(prior, cross, scale.reshape(-1, 1) * root)
 
 
-def _scale(problem: Problem, at: np.ndarray) -> np.ndarray:
+def scale_at(problem: Problem, at: np.ndarray) -> np.ndarray:
     """s [G, P]."""
     loss = np.maximum(problem.loss, 0)
     return np.asarray(np.sqrt(loss + loss[np.arange(len(at)), at][:, None] + 1e-30))

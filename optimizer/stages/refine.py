@@ -264,20 +264,26 @@ class Scout:
         from optimizer.search import spaces
 
         search = self.config.search
-        first = spaces.starts_of(search.space, self.problem, self.roles, start, search.front)
+        if search.space == "directions":
+            self._take_slope(0, start)
+        slope = self.slopes[0] if self.slopes else None
+        first = spaces.starts_of(
+            search.space, self.problem, self.roles, start, search.front, slope
+        )
         self.fallback, self.seen = start, len(first)
         if self.study.shared:
             self.study.begin(first)
             for _ in self.bench.view.track(range(self.study.waiting), "search: first plans"):
                 if self.study.waiting:
-                    self.run(self._starting())
+                    paid = self._slope_tokens if self._slope_is_unpaid else 0
+                    self.run(self._starting(), paid)
             while self.study.best is None:  # another worker measures the last of them
                 time.sleep(POLL)
             return
         missing = self.study.missing(first)
         for plan in self.bench.view.track(missing, "search: first plans") if missing else ():
             self.study.begin([plan])
-            self.run(self._starting())
+            self.run(self._starting(), self._slope_tokens if self._slope_is_unpaid else 0)
 
     @property
     def news(self) -> str:
@@ -303,6 +309,8 @@ class Scout:
         def space(problem: Problem, toll: np.ndarray | float = 0.0) -> Callable[[Any], np.ndarray]:
             if self.config.search.space == "layers":
                 return spaces.layers(problem, toll)
+            if self.config.search.space == "directions":
+                return spaces.directions(problem, self.slopes[0])
             return spaces.multipliers(problem, self.roles, toll)
 
         if self.config.search.front:
@@ -342,6 +350,11 @@ class Scout:
                 self._take_slope(count, best.assignment)
         self.seen = len(tried) + 1
         return bool(self.taken) and self.taken[-1] == len(tried)
+
+    @property
+    def _slope_is_unpaid(self) -> bool:
+        """Of a space that begins with a slope: the first trial pays for it."""
+        return bool(self.slopes) and not self.study.tried()
 
     def _slope_is_due(self, count: int, best: np.ndarray) -> bool:
         if not self.slopes:

@@ -51,13 +51,20 @@ def space(name: str, posed: Problem, best: np.ndarray) -> Callable[[optuna.Trial
         return spaces.layers(posed)
     if name == "multipliers":
         return spaces.multipliers(posed, ["a", "b"] * (len(posed.groups) // 2))
+    if name == "directions":
+        return spaces.directions(posed, slope_at(posed, exact.solve(posed)))
+    belief = believe(posed, best, [slope_at(posed, best)], [])
+    return spaces.moves(posed, best, belief, len(best))
+
+
+def slope_at(posed: Problem, best: np.ndarray) -> Slope:
+    """The slope of the hidden loss."""
     rows = np.arange(len(best))
     own = posed.loss[rows, best]
     beside = np.r_[own[1:], 0] + np.r_[0, own[:-1]]
     slope = 3 * beside[:, None] * posed.loss - 2 * own[:, None]  # the true loss's at `best`
     slope[rows, best] = 3 * beside * own
-    belief = believe(posed, best, [Slope(best, np.stack([slope, slope]))], [])
-    return spaces.moves(posed, best, belief, len(best))
+    return Slope(best, np.stack([slope, slope]))
 
 
 def opened(posed: Problem, folder: Path, **settings: object) -> Study:
@@ -408,7 +415,7 @@ def test_the_lock_of_a_killed_writer_holds_nothing_up(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- samplers
 
 
-STARTED = {"multipliers": 5, "layers": 6, "moves": 6}
+STARTED = {"multipliers": 5, "directions": 6, "layers": 6, "moves": 6}
 
 
 def begun(posed: Problem, folder: Path, name: str, sampler: str, seed: int = 0) -> Study:
@@ -417,7 +424,8 @@ def begun(posed: Problem, folder: Path, name: str, sampler: str, seed: int = 0) 
     search = Search(space=name, sampler=sampler, prune=0)
     study = Study.open(search, posed, f"{name} {sampler}", folder / "study.journal", seed)
     best = exact.solve(posed)
-    for start in spaces.starts_of(name, posed, roles, best, front=False):
+    slope = slope_at(posed, best)
+    for start in spaces.starts_of(name, posed, roles, best, False, slope):
         study.begin([start])
         study.run(space(name, posed, best), hidden_loss(posed), TOKENS)
     return study
