@@ -10,7 +10,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-COLOURS = {"moves": "#0072b2", "multipliers": "#009e73", "layers": "#cc79a7",
+COLOURS = {"moves tpe": "#0072b2", "multipliers tpe": "#009e73", "multipliers gp": "#56b4e9",
+           "multipliers cmaes": "#f0e442", "directions tpe": "#cc79a7", "directions gp": "#882255",
+           "directions cmaes": "#aa4499", "layers tpe": "#ddcc77", "layers nsgaii": "#999933",
            "evolution": "#d55e00", "random": "#999999"}  # fmt: skip
 
 

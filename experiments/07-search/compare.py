@@ -1,8 +1,8 @@
 """Searches on the measured loss at equal evaluated tokens, on the same windows, from the same
 table; every final plan measured on held-out documents.
 
-Usage: compare.py TEXT TOKENS OUT_FOLDER BITS... -> OUT_FOLDER/BITS-SEED-METHOD.json, one per run;
-runs whose file exists are skipped. collect.py joins them.
+Usage: compare.py MODEL TEXT TOKENS OUT_FOLDER BITS... -> OUT_FOLDER/BITS-SEED-TOKENS-METHOD.json, one
+per run; runs whose file exists are skipped. TEXT is a file, or self. collect.py joins them.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ from optimizer.stages.prefix import Prefix, Shortcut
 from optimizer.stages.session import Bench, View, choices, make_quantizer, measure_table
 
 SEEDS = (0, 1, 2)
-OURS = ("moves", "multipliers", "layers")
-OTHERS = ("evolution", "random")
 FIRST = 4  # windows before a random plan may be dropped
 
 
@@ -126,62 +124,91 @@ def random(problem: Problem, starts: list[np.ndarray], meter: Meter, seed: int) 
     return best
 
 
-def main(text: str, tokens: int, out: Path, budgets: list[float]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    store = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")
-    base = Optimize(
-        model="smollm2",
-        budget=Budget(code_bits=4),
-        palette=Palette(bits=[2, 3, 4, 5, 6, 8]),
-        data=Data(source="text", path=text),
-        store=store,
-    )
-    bench = Bench("smollm2", None, base.data, store, "cpu", View())
-    chosen = choices(base, bench.inventory)
-    table = measure_table(bench, base, chosen)
-    quantizer = make_quantizer(base.quantizer, bench)
-    teacher = Teacher(bench.model.net, bench.windows("search"))
-    for bits in budgets:
-        config = replace(
-            base, budget=Budget(code_bits=bits), search=Search(space="moves", tokens=tokens)
-        )
-        problem = optimize._pose(config, bench.inventory, chosen, table.loss)
+def methods() -> Iterator[tuple[str, str]]:
+    """(space, sampler), or another search and nothing."""
+    yield "exact", ""
+    yield "moves", "tpe"
+    for space in ("multipliers", "directions"):
+        for sampler in ("tpe", "gp", "cmaes"):
+            yield space, sampler
+    yield "layers", "tpe"
+    yield "layers", "nsgaii"
+    yield "evolution", ""
+    yield "random", ""
+
+
+class Race:
+    """All methods on one model, text and table."""
+
+    def __init__(self, model: str, text: str, tokens: int) -> None:
+        store = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")
+        data = Data() if text == "self" else Data(source="text", path=text)
+        self.tokens = tokens
+        self.base = Optimize(
+            model=model, budget=Budget(code_bits=4), palette=Palette(bits=[2, 3, 4, 5, 6, 8]),
+            data=data, store=store,
+        )  # fmt: skip
+        self.bench = Bench(model, None, data, store, "cpu", View())
+        self.chosen = choices(self.base, self.bench.inventory)
+        self.table = measure_table(self.bench, self.base, self.chosen)
+        self.quantizer = make_quantizer(self.base.quantizer, self.bench)
+        self.teacher = Teacher(self.bench.model.net, self.bench.windows("search"))
+
+    def run(self, bits: float, method: str, sampler: str, seed: int) -> dict[str, object]:
+        """The found plan on held-out documents, and how the search went."""
+        config = replace(self.base, budget=Budget(code_bits=bits), seed=seed)
+        problem = optimize._pose(config, self.bench.inventory, self.chosen, self.table.loss)
         start = exact.solve(problem)
+        began = time.process_time()
+        if sampler:
+            plan, spent, curve = self._ours(config, problem, start, method, sampler)
+        elif method == "exact":
+            plan, spent, curve = start, 0, []
+        else:
+            plan, spent, curve = self._other(config, problem, start, method)
+        seconds = time.process_time() - began
+        scores = self.bench.score(self.chosen.choice(plan), "heldout", self.quantizer)
+        counts = bootstrap.resamples(scores.documents, np.random.default_rng(0))
+        row = {k: asdict(v) for k, v in comparison.describe(scores, counts).items()}
+        return {"bits": bits, "seed": seed, "method": f"{method} {sampler}".strip(),
+                "tokens": spent, "seconds": seconds, "heldout": row, "curve": curve}  # fmt: skip
+
+    def _ours(self, config, problem: Problem, start: np.ndarray, space: str, sampler: str):
+        search = Search(space=space, sampler=sampler, tokens=self.tokens)
+        with tempfile.TemporaryDirectory() as folder:
+            found = refine.refine(self.bench, replace(config, search=search), self.chosen, problem,
+                                  start, Path(folder) / "journal")  # fmt: skip
+        curve = [(row["tokens"], row["best"]) for row in found.history]
+        return found.assignment, found.spent, curve
+
+    def _other(self, config, problem: Problem, start: np.ndarray, method: str):
+        with self.bench.model.rounded(self.quantizer) as rounding:
+            settings = Search(space="moves", tokens=self.tokens)
+            used = refine.tried_on(settings, *self.teacher.windows.ids.shape)
+            confirm = 4 * used * self.teacher.windows.ids.shape[1]  # as ours spends
+            meter = Meter(self.bench, self.chosen, rounding, self.teacher, used,
+                          self.tokens + confirm)  # fmt: skip
+            search = evolution if method == "evolution" else random
+            plan = search(problem, starts.of_a_budget(problem, start), meter, config.seed)
+        return plan, meter.spent, meter.curve
+
+
+def main(model: str, text: str, tokens: int, out: Path, budgets: list[float]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    race = Race(model, text, tokens)
+    for bits in budgets:
         for seed in SEEDS:
-            for method in (*OURS, *OTHERS, "exact"):
-                file = out / f"{bits:g}-{seed}-{method}.json"
+            for method, sampler in methods():
+                name = f"{method}-{sampler}".strip("-")
+                file = out / f"{bits:g}-{seed}-{tokens}-{name}.json"
                 if file.exists() or (method == "exact" and seed):
                     continue
-                began = time.perf_counter()
-                if method in OURS:
-                    search = Search(space=method, tokens=tokens)
-                    own = replace(config, search=search, seed=seed)
-                    with tempfile.TemporaryDirectory() as folder:
-                        found = refine.refine(bench, own, chosen, problem, start,
-                                              Path(folder) / "journal")  # fmt: skip
-                    plan, spent = found.assignment, found.spent
-                    curve = [(row["tokens"], row["best"]) for row in found.history]
-                elif method == "exact":
-                    plan, spent, curve = start, 0, []
-                else:
-                    with bench.model.rounded(quantizer) as rounding:
-                        used = refine.tried_on(config.search, *teacher.windows.ids.shape)
-                        confirm = 4 * used * teacher.windows.ids.shape[1]  # as ours spends
-                        meter = Meter(bench, chosen, rounding, teacher, used, tokens + confirm)
-                        search = evolution if method == "evolution" else random
-                        plan = search(problem, starts.of_a_budget(problem, start), meter, seed)
-                    spent, curve = meter.spent, meter.curve
-                seconds = time.perf_counter() - began
-                scores = bench.score(chosen.choice(plan), "heldout", quantizer)
-                counts = bootstrap.resamples(scores.documents, np.random.default_rng(0))
-                row = {k: asdict(v) for k, v in comparison.describe(scores, counts).items()}
-                record = {"bits": bits, "seed": seed, "method": method, "tokens": spent,
-                          "seconds": seconds, "heldout": row, "curve": curve}  # fmt: skip
+                record = race.run(bits, method, sampler, seed)
                 file.write_text(json.dumps(record))
-                print(
-                    bits, seed, method, spent, f"{seconds:.0f} s", row["kl"]["value"], flush=True
-                )
+                print(bits, seed, name, record["tokens"], f"{record['seconds']:.0f} s",
+                      record["heldout"]["kl"]["value"], flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), [float(b) for b in sys.argv[4:]])
+    own = sys.argv
+    main(own[1], own[2], int(own[3]), Path(own[4]), [float(b) for b in own[5:]])

@@ -34,6 +34,7 @@ from optimizer.reports.run import (
     run_key,
     save_front,
     save_history,
+    save_pictures,
 )
 from optimizer.search import Problem, exact
 from optimizer.sensitivity import Table
@@ -104,6 +105,7 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     files = {"plan": plan.save(out / "plan.json"), "front": save_front(problem, out / "front.csv")}
     if refined is not None:
         files["search"] = save_history(refined.history, out / "search.csv")
+        save_pictures(refined.pictures, out)
     outcome = Outcome(plan, files, notes=notes)
     if config.proof.certify:
         outcome = prove(bench, config, chosen, table, problem, assignment, searched, outcome, out)

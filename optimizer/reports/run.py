@@ -313,6 +313,14 @@ def save_history(rows: Sequence[Mapping[str, float]], path: Path) -> Path:
     return write_atomically(path, ("\n".join(lines) + "\n").encode())
 
 
+def save_pictures(pictures: Mapping[str, bytes], folder: Path) -> None:
+    """Of the search: search-NAME.png. Those of an earlier run there are removed."""
+    for old in folder.glob("search-*.png"):
+        old.unlink()
+    for name, data in pictures.items():
+        write_atomically(folder / f"search-{name}.png", data)
+
+
 def save_front(problem: Problem, path: Path) -> Path:
     """The whole front of budgets: size, predicted loss, at most FRONT_ROWS rows."""
     from optimizer.search import exact

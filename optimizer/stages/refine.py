@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,13 +49,14 @@ FRESH, STALE = 2, 6  # trials until the slope is taken again: with a new best pl
 class Refined:
     """assignment: the chosen plan [G]. history: one row per trial. confirmed: mean loss on the
     confirmation windows of the start and of the choice. front: of search.front, plans of other
-    sizes that none beats in all objectives on the search windows."""
+    sizes that none beats in all objectives on the search windows. pictures: see `search.pictures`."""
 
     assignment: np.ndarray
     history: list[dict[str, float]]
     confirmed: dict[str, float]
     spent: int
     front: tuple[np.ndarray, ...] = ()
+    pictures: dict[str, bytes] = field(default_factory=dict)
 
 
 def refine(
@@ -433,6 +434,8 @@ class Scout:
             key: float(np.mean([loss for _, loss in self.losses(self.beside.rest)(assignment)]))
             for key, assignment in finalists.items()
         }
+        from optimizer.search import pictures
+
         winner = min(found, key=lambda key: found[key])
         return Refined(
             finalists[winner],
@@ -440,4 +443,5 @@ class Scout:
             {"start": found[start.tobytes()], "choice": found[winner]},
             self.study.spent + len(finalists) * len(self.beside.rest) * self.length,
             shown(self.study),
+            pictures.draw(self.study.inner),
         )

@@ -19,7 +19,7 @@ import pytest
 from optuna.trial import TrialState
 
 from optimizer.errors import ConfigError, StorageError
-from optimizer.search import SAMPLERS, SPACES, Problem, Search, Third, exact, spaces
+from optimizer.search import SAMPLERS, SPACES, Problem, Search, Third, exact, pictures, spaces
 from optimizer.search import storage as storages
 from optimizer.search import study as studies
 from optimizer.search.pareto import nondominated
@@ -516,3 +516,24 @@ def reached(sampler: str, folder: Path, trials: int, seed: int) -> float:
         study.run(suggest, losses, TOKENS)
     assert study.best is not None
     return study.best.loss / study.tried()[0].loss
+
+
+def test_pictures_are_drawn_of_what_there_is(tmp_path: Path) -> None:
+    posed = problem(1, 12, 4, tightness=0.4)
+    study = begun(posed, tmp_path, "multipliers", "random")
+    found = pictures.draw(study.inner)
+    assert set(found) == {"history", "importances", "landscape"}
+    assert all(data.startswith(b"\x89PNG") for data in found.values())
+    assert pictures.draw(optuna.create_study()) == {}
+
+
+@pytest.mark.slow
+def test_joint_sampling_beats_random_by_what_a_broken_sampler_cannot_reach(tmp_path: Path) -> None:
+    """What is left of the start's loss after 40 trials, mean of three landscapes. Seen: random .59,
+    tpe .21, gp .17, cmaes .29; samplers that never sample jointly are random."""
+    left = {
+        sampler: np.mean([reached(sampler, tmp_path, 40, seed) for seed in range(3)])
+        for sampler in ("random", "tpe", "gp", "cmaes")
+    }
+    for sampler in ("tpe", "gp", "cmaes"):
+        assert left[sampler] < 0.65 * left["random"], left

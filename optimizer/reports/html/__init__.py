@@ -9,6 +9,8 @@ be called anything.
 from __future__ import annotations
 
 import json
+from base64 import b64encode
+from collections.abc import Mapping
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -20,21 +22,33 @@ from optimizer.reports.run import Run
 from optimizer.store import write_atomically
 
 FILE = "report.html"
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+PICTURES = {
+    "history": "The loss of every trial, and the best until then",
+    "importances": "How much each parameter of the search mattered",
+    "landscape": "The loss of every trial against each parameter",
+}
 
 
 def write(folder: Path) -> Path:
     """Make the report of the run in `folder` again. Raises PlanError if it holds none."""
-    return write_atomically(folder / FILE, render(Plan.load(folder), Run.load(folder)).encode())
+    pictures = {
+        name: (folder / f"search-{name}.png").read_bytes()
+        for name in PICTURES
+        if (folder / f"search-{name}.png").is_file()
+    }
+    page = render(Plan.load(folder), Run.load(folder), pictures)
+    return write_atomically(folder / FILE, page.encode())
 
 
-def render(plan: Plan, run: Run) -> str:
-    """The whole page."""
+def render(plan: Plan, run: Run, pictures: Mapping[str, bytes] | None = None) -> str:
+    """The whole page. pictures: PNG files of the search, by name."""
     sections = [
         ("Size against loss", parts.front(plan, run)),
         *([("Speed against loss", parts.third(run))] if run.third is not None else []),
         ("Where the bits go", parts.heat(plan, run)),
         ("Predicted against measured", parts.prediction(run)),
+        *([("What the search saw", _pictures(pictures))] if pictures else []),
         ("Where the bytes go", parts.bytes_table(plan)),
         ("Certificate", parts.certificate(plan)),
         ("How to make this again", parts.reproduce(plan, run)),
@@ -44,6 +58,15 @@ def render(plan: Plan, run: Run) -> str:
         for i, (title, html) in enumerate(sections)
     )
     return document(f"{run.model}: plan {plan.id}", parts.head(plan, run) + body, _data(run))
+
+
+def _pictures(pictures: Mapping[str, bytes]) -> str:
+    return "".join(
+        f'<figure><img alt="{PICTURES[name]}" style="max-width:100%" '
+        f'src="data:image/png;base64,{b64encode(data).decode()}">'
+        f"<figcaption>{PICTURES[name]} (drawn by Optuna).</figcaption></figure>"
+        for name, data in pictures.items()
+    )
 
 
 def document(title: str, body: str, data: Any) -> str:
