@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from optimizer.drafts import is_draft
+from optimizer.models.source import Source
 from tests.conftest import QUICK
 
 SEED = 20261126
@@ -97,7 +98,9 @@ def left(folder: Path) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_a_hundred_kills_change_no_plan_and_leave_no_file(tmp_path: Path, store: Path) -> None:
+def test_a_hundred_kills_change_no_plan_and_leave_no_file(
+    tmp_path: Path, store: Path, source: Source
+) -> None:
     for name in ("unhurt", *map(str, range(1, 1 + KILLS["optimize"]))):
         shutil.copytree(store / "models", tmp_path / f"store-{name}" / "models")
     settings = [*QUICK[:-1], *SEARCH, "wandb=off", "proof.domains=[]"]
