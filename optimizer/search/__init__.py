@@ -216,7 +216,7 @@ def pose(
         precisions = [(layers[name], fitted[name, column]) for name in group]
         if coded:
             return float(sum(p.code_bits * layer.weights for layer, p in precisions))
-        return float(sum(p.bytes(layer.rows, layer.cols) for layer, p in precisions))
+        return float(sum(layer.bytes(p) for layer, p in precisions))
 
     coded = budget.code_bits is not None
     size = np.array([[total(group, column, coded) for column in columns] for group in groups])
