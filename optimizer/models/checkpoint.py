@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from optimizer.errors import ModelError
 
@@ -114,14 +114,3 @@ def readable(file: Path) -> Iterator[Path]:
         raise ModelError(
             f"{file} is no whole safetensors file ({error}). Copy or download it again."
         ) from None
-
-
-def json_object(file: Path) -> dict[str, Any]:
-    """Raises ModelError for a file that can't be read or holds no JSON object."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file} can't be read ({error}).") from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{file} can't be read (it holds no JSON object).")
-    return found

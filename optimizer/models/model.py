@@ -20,6 +20,7 @@ from optimizer.data.short_texts import TEXTS
 from optimizer.errors import ModelError, PlanError
 from optimizer.models import embedding
 from optimizer.models.checkpoint import Checkpoint, open_checkpoint
+from optimizer.models.head import final_transform
 from optimizer.models.inventory import POOLER, architecture, drop_pooler, skeleton, take_inventory
 from optimizer.models.layout import gather, scatter, whole
 from optimizer.models.source import is_encoder, pooling, quiet
@@ -107,7 +108,10 @@ class Model:
         for value in net.parameters():
             value.data = value.data.contiguous()
         _compare(net, inventory, checkpoint)
-        return cls(net, inventory, checkpoint, pooling(folder) if is_encoder(folder) else None)
+        if is_encoder(folder):
+            return cls(net, inventory, checkpoint, pooling(folder))
+        final_transform(net, np.zeros((1, 2), np.int64))  # refuses early what can't be measured
+        return cls(net, inventory, checkpoint)
 
     def logits(self, window: Tensor) -> Tensor:
         """ids [1, l] of a window -> logits [predictions, choices] with a gradient: of the next token
@@ -241,7 +245,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # noqa: BLE001  tokenizers raises bare ones
         raise ModelError(
             f"A text needs a tokenizer, and {folder} has none that can be read ({error}). Save it "
             "there, or take data=self, which needs no text."
