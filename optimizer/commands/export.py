@@ -119,7 +119,7 @@ def export(
         if job.engine == "torch":
             from optimizer.formats.torch import packed as torch_backend
 
-            torch_backend.put(tensors, plan, job.source.folder, draft)
+            torch_backend.put(tensors, plan, job.inventory, job.source.folder, draft)
             return
         _write(job, tensors, draft)
         view.stage("reading it back")

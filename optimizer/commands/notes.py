@@ -92,7 +92,7 @@ def outside(inventory: Inventory, chosen: Choices, plan: Plan, total: int) -> li
         for layer in inventory.layers
         if layer.name not in scope and chosen.demands.refusal(layer, widest) is None
     ]
-    size = sum(UNTOUCHED.bytes(layer.rows, layer.cols) for layer in left)
+    size = sum(layer.bytes(UNTOUCHED) for layer in left)
     if size < LARGE * total:
         return []
     more = f" and {len(left) - 1} more" if len(left) > 1 else ""

@@ -126,8 +126,8 @@ def _some(
 ) -> None:
     """Raises ConfigError where a layer has no column left, or all have only `none`."""
     bare = [i for i in range(len(scope)) if not left[i].any()]
-    real = np.array([fitted[scope[0].name, c].kind != "none" for c in columns])
-    if left[:, real].any() and not bare:
+    real = np.array([[fitted[x.name, c].kind != "none" for c in columns] for x in scope])
+    if (left & real).any() and not bare:
         return
     rows = bare or range(len(scope))
     why = "; ".join(reason for reason, own in reasons.items() if own.keys() & set(rows))

@@ -42,11 +42,10 @@ class Traffic:
     def weights(self, inventory: Inventory, choice: Mapping[str, Precision]) -> int:
         """Bytes of the weights that a step reads, norms and biases counted."""
         layers = sum(
-            choice.get(x.name, UNTOUCHED).bytes(x.rows, x.cols) * self.share(x)
-            for x in inventory.layers
+            x.bytes(choice.get(x.name, UNTOUCHED)) * self.share(x) for x in inventory.layers
         )
         whole = stored_bytes(inventory, {})["untouched"]
-        others = whole - sum(UNTOUCHED.bytes(x.rows, x.cols) for x in inventory.layers)
+        others = whole - sum(x.bytes(UNTOUCHED) for x in inventory.layers)
         return int(layers) + others
 
     def token(self, weights: float) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,30 +69,105 @@ def head_input(net: nn.Module, ids: Tensor) -> Tensor:
 
 
 def final_transform(net: Any, ids: np.ndarray) -> Callable[[Tensor], Tensor]:
-    """What the architecture does to the head's output: nothing, soft-capping (Gemma), scaling
-    (Granite, Cohere). Checked against the model's own logits; ModelError if none agrees."""
-    config = net.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    divide = getattr(config, "logits_scaling", None)
-    times = getattr(config, "logit_scale", None)
-    candidates: list[Callable[[Tensor], Tensor]] = [unchanged]
-    if cap:
-        candidates.append(lambda z: torch.tanh(z / cap) * cap)
-    if divide:
-        candidates.append(lambda z: z / divide)
-    if times:
-        candidates.append(lambda z: z * times)
+    """What the architecture does to the head's output: nothing, scaling (Granite, Falcon-H1),
+    soft-capping (Gemma, xLSTM), fixed logits for some tokens. Found by sending known numbers through
+    it in the head's place, so that no weights and no names in a config matter. Raises ModelError for
+    anything else."""
     batch = torch.from_numpy(ids).to(next(net.parameters()).device)
-    with torch.inference_mode():
-        wanted = net(input_ids=batch, use_cache=False).logits.float()
-        raw = output_head(net)(head_input(net, batch)).float()
-        for transform in candidates:
-            if torch.allclose(transform(raw), wanted, rtol=1e-3, atol=1e-3):
-                return transform
+    first, other = (_probe(net, batch, shift) for shift in (0, 7))
+    sent, found = first
+    free = (found != other[1]) | (sent == other[0])
+    shape = _fitted(sent[free].double(), found[free].double(), _numbers(net.config))
+    if shape is not None and _agrees(shape(other[0][free]), other[1][free]):
+        if bool(free.all()):
+            return shape
+        return partial(_with_fixed, shape, ~free, found)
     raise ModelError(
-        f"{type(net).__name__} changes its head's output in a way that this version doesn't know. "
-        "Please report the architecture."
+        f"{type(net).__name__} does something else to its head's output than to scale or to cap it, "
+        "so that its predictions can't be computed from the head alone. This architecture isn't "
+        "supported."
     )
+
+
+def _probe(net: Any, ids: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+    """Numbers [vocabulary] that take the place of the head's output at one position, and what the
+    model makes of them."""
+    sent: list[Tensor] = []
+    values = torch.cat([torch.linspace(-60, 60, 31), torch.tensor([1e-3, -1e-2, 0.1, 1e5, -1e5])])
+
+    def shorten(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][:1, -1:].contiguous(),)
+
+    def replace(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        row = values.repeat(-(-output.shape[-1] // len(values)) + 1)
+        sent[:] = [row[shift : shift + output.shape[-1]].to(output)]
+        return sent[0].expand_as(output).clone()
+
+    head = output_head(net)
+    handles = [head.register_forward_pre_hook(shorten), head.register_forward_hook(replace)]
+    try:
+        with torch.inference_mode():
+            found = net(input_ids=ids[:1], use_cache=False).logits
+    except (IndexError, RuntimeError, TypeError, ValueError, AttributeError):
+        sent.clear()  # what follows the head wants another shape than one position
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not sent or found[0, -1].shape != sent[0].shape:
+        raise ModelError(
+            f"{type(net).__name__} doesn't use its output head as a layer whose outputs are logits, "
+            "so that its predictions can't be computed from the head alone. This architecture isn't "
+            "supported."
+        )
+    return sent[0].float(), found[0, -1].float()
+
+
+def _numbers(config: Any) -> list[float]:
+    """Every number in a config: an architecture's factors are among them, exactly."""
+    values = config.get_text_config().to_dict().values()
+    return [float(v) for v in values if isinstance(v, int | float) and v]
+
+
+def _fitted(z: Tensor, y: Tensor, numbers: list[float]) -> Callable[[Tensor], Tensor] | None:
+    """The function of the known kinds that takes z to y; None if none does."""
+    if torch.allclose(y, z, rtol=1e-6):
+        return unchanged
+    if len(z) == 0 or not bool(torch.isfinite(y).all()):
+        return None
+    small, large = z.abs() < 0.5, z.abs() > 1e4
+    if not (small & (z != 0)).any() or not large.any():
+        return None
+    slope = float((y / z)[small & (z != 0)].median())
+    cap = float(y[large].abs().max())
+    factors = sorted(
+        [(v, False) for v in numbers] + [(v, True) for v in numbers],
+        key=lambda f: abs((1 / f[0] if f[1] else f[0]) - slope),
+    )
+    caps = [*sorted(numbers, key=lambda v: abs(v - cap))[:1], cap]
+    scales = [partial(_scale, by=by, divide=divide) for by, divide in factors[:2]]
+    scales.append(partial(_scale, by=slope, divide=False))
+    candidates: list[Callable[[Tensor], Tensor]] = list(scales)
+    before: list[Callable[[Tensor], Tensor]] = [unchanged, *scales]
+    candidates += [partial(_cap, cap=c, scale=scale) for c in caps for scale in before]
+    return next((f for f in candidates if _agrees(f(z), y)), None)
+
+
+def _agrees(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a.double(), b.double(), rtol=2e-5, atol=1e-6)
+
+
+def _scale(z: Tensor, by: float, divide: bool) -> Tensor:
+    return z / by if divide else z * by
+
+
+def _cap(z: Tensor, cap: float, scale: Callable[[Tensor], Tensor]) -> Tensor:
+    return torch.tanh(scale(z) / cap) * cap
+
+
+def _with_fixed(
+    shape: Callable[[Tensor], Tensor], fixed: Tensor, values: Tensor, z: Tensor
+) -> Tensor:
+    return torch.where(fixed, values, shape(z))
 
 
 def unchanged(logits: Tensor) -> Tensor:

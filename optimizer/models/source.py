@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimizer import drafts
 from optimizer.errors import ModelError
+from optimizer.models import published
 from optimizer.plan import digest
 from optimizer.store import Store, alone, unwritable, write_atomically
 
@@ -59,13 +60,23 @@ def locate(name: str, store: Store, revision: str | None = None) -> Source:
             "that it was made from; to measure this one: mezzotint evaluate model=" + name
         )
     for needed, meaning in (("config.json", "a config"), ("*.safetensors", "weights")):
-        if not any(folder.glob(needed)):
+        if not any(file.is_file() for file in folder.glob(needed)):
             found = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
             raise ModelError(
                 f"A model folder holds config.json and *.safetensors (or one *.gguf); {folder} "
                 f"lacks {meaning}; it holds {found}. Give the folder that save_pretrained wrote."
             )
+    if published.check(name, folder, _config(folder)):
+        return Source(name, *_dequantized(folder, store), revision)
     return Source(name, folder, fingerprint(folder, store), revision)
+
+
+def _dequantized(folder: Path, store: Store) -> tuple[Path, str]:
+    """A checkpoint in FP8 -> its bfloat16 copy in the store, and the fingerprint of that."""
+    store.tell(f"{folder} is stored in FP8 with scales; the reference is its values in bfloat16")
+    key = digest(["fp8", CONVERSION, fingerprint(folder, store)])
+    made = _made(store, key, lambda out: published.dequantize(folder, out))
+    return made, fingerprint(made, store)
 
 
 def _folder(name: str, store: Store, revision: str | None) -> Path:
@@ -224,8 +235,9 @@ def _split_digits(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
 
 def context_length(folder: Path) -> int | None:
     """The longest input that the model's config promises, in tokens; None if it names none."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config", config)
+    config = _config(folder)
+    text = config.get("text_config")
+    config = text if isinstance(text, dict) else config
     for key in ("max_position_embeddings", "n_positions"):
         if isinstance(config.get(key), int):
             return int(config[key])
@@ -238,25 +250,25 @@ def is_encoder(folder: Path) -> bool:
     if (folder / MODULES).exists():
         return True
     config = _config(folder)
-    named = [str(name) for name in config.get("architectures") or []]
+    architectures = config.get("architectures")
+    named = [str(name) for name in architectures] if isinstance(architectures, list) else []
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named) or not named:
         return False
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
-    return config.get("model_type") in MASKED and not config.get("is_encoder_decoder", False)
+    return str(config.get("model_type")) in MASKED and not config.get("is_encoder_decoder", False)
 
 
 def pooling(folder: Path) -> str:
     """`mean` or `cls`: how an encoder's folder makes one embedding of a text's tokens; mean if it
     doesn't say. Raises ModelError for any other way."""
     if (folder / POOLING).exists():
-        return str(_json(folder / POOLING)["pooling"])
-    modules = _json(folder / MODULES) if (folder / MODULES).exists() else []
+        return str(_object(folder / POOLING).get("pooling"))
     found = "mean"
-    for module in modules:
-        kind = str(module["type"]).rpartition(".")[2]
+    for module in _modules(folder):
+        kind = str(module.get("type")).rpartition(".")[2]
         if kind == "Pooling":
-            found = _pooled(folder / str(module["path"]) / "config.json")
+            found = _pooled(folder / str(module.get("path")) / "config.json")
         elif kind not in ("Transformer", "Normalize"):
             raise ModelError(
                 f"An encoder's embedding is the mean of its tokens or the first of them; {folder} "
@@ -265,9 +277,19 @@ def pooling(folder: Path) -> str:
     return found
 
 
+def _modules(folder: Path) -> list[dict[str, Any]]:
+    """sentence-transformers' own list; empty without the file."""
+    if not (folder / MODULES).exists():
+        return []
+    found = _json(folder / MODULES)
+    if not (isinstance(found, list) and all(isinstance(x, dict) for x in found)):
+        raise ModelError(f"{folder / MODULES} can't be read (it holds no list of modules).")
+    return found
+
+
 def _pooled(file: Path) -> str:
     """From sentence-transformers' own file, which has a flag for every way."""
-    config = _json(file)
+    config = _object(file)
     flags = {key.removeprefix("pooling_mode_") for key, value in config.items()
              if key.startswith("pooling_mode_") and value is True}  # fmt: skip
     flags |= {str(config["pooling_mode"])} if "pooling_mode" in config else set()
@@ -281,16 +303,20 @@ def _pooled(file: Path) -> str:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    found = _json(folder / "config.json")
+    return _object(folder / "config.json")
+
+
+def _object(file: Path) -> dict[str, Any]:
+    found = _json(file)
     if not isinstance(found, dict):
-        raise ModelError(f"{folder / 'config.json'} can't be read (it holds no JSON object).")
+        raise ModelError(f"{file} can't be read (it holds no JSON object).")
     return found
 
 
 def _json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} can't be read ({error}).") from None
 
 
@@ -302,6 +328,8 @@ def fingerprint(folder: Path, store: Store) -> str:
     """
     parts: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("tokenizer*.json")):
+        if not file.is_file():
+            raise ModelError(f"{file} is a folder, where a model has a file. Remove it.")
         parts[file.name] = _file_hash(file, store)
     config = _config(folder)
     for key in ("transformers_version", "_name_or_path"):

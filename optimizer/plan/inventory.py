@@ -18,6 +18,11 @@ from typing import Any
 from optimizer.errors import ConfigError
 
 REFERENCE_BITS = 16
+# bytes of one number, by safetensors' name of its dtype
+WIDTH = {
+    "U64": 8, "I64": 8, "F64": 8, "C64": 8, "F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2,
+    "U16": 2, "I16": 2, "F8_E8M0": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
 SCALE_BYTES = 2  # fp16
 TRITS_PER_BYTE = 5  # 3**5 = 243 <= 256
 
@@ -159,12 +164,39 @@ def packed_bytes(count: int, bits: Fraction) -> int:
 
 
 @dataclass(frozen=True)
+class Place:
+    """The same numbers in a checkpoint's tensor and in a live parameter, both contiguous: number
+    [i, j, ...] < extents lies at at_stored + i stored[0] + j stored[1] + ... of the one, and at
+    at_live + i live[0] + ... of the other."""
+
+    parameter: str
+    extents: tuple[int, ...]
+    stored: tuple[int, ...]
+    live: tuple[int, ...]
+    at_stored: int = 0
+    at_live: int = 0
+
+    def fits(self, stored: int, live: int) -> bool:
+        """Whether all numbers lie inside tensors of so many."""
+        counted = len(self.extents) == len(self.stored) == len(self.live)
+        return counted and all(
+            start >= 0 and all(s >= 0 for s in strides)
+            and start + sum((n - 1) * s for n, s in zip(self.extents, strides, strict=True)) < size
+            for start, strides, size in (
+                (self.at_stored, self.stored, stored),
+                (self.at_live, self.live, live),
+            )
+        ) and all(n >= 1 for n in self.extents)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Layer:
     """One weight tensor that can be quantized, named as in the checkpoint on disk.
 
-    `parameter` is the live parameter that holds it. Fused experts: the layer is rows
-    [offset, offset + rows) of expert `expert`; `expert=None` on a 3-D parameter means all of
-    them, stacked. `transposed`: the live tensor stores [inputs, outputs].
+    `parameter` is the live parameter that holds it, whole and in its own order where `places` is
+    empty; else `places` says which numbers are where, perhaps in several parameters. `expert`: whose
+    weights they are, None for all of them stacked in one 3-D tensor. `transposed`: the checkpoint
+    stores [inputs, outputs]. `dtype`: as stored, in safetensors' spelling.
     """
 
     name: str
@@ -176,13 +208,25 @@ class Layer:
     parameter: str
     shape: tuple[int, ...]  # of the layer's tensor in the checkpoint
     expert: int | None = None
-    offset: int = 0
     transposed: bool = False
     tied: bool = False
+    dtype: str = "F16"
+    places: tuple[Place, ...] = ()
 
     @property
     def weights(self) -> int:
         return self.rows * self.cols
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """All live parameters that hold some of it."""
+        return tuple(dict.fromkeys(x.parameter for x in self.places)) or (self.parameter,)
+
+    def bytes(self, precision: Precision) -> int:
+        """Exact bytes on disk; untouched it keeps the dtype that it has."""
+        if precision.kind == "none":
+            return self.weights * WIDTH[self.dtype]
+        return precision.bytes(self.rows, self.cols)
 
     @property
     def watchable(self) -> bool:
@@ -193,21 +237,35 @@ class Layer:
 
 @dataclass(frozen=True)
 class Other:
-    """A tensor that is never quantized: norms, biases, routers."""
+    """A tensor that is never quantized (norms, biases, routers) and stays as the checkpoint has it.
+
+    parameter: what holds it in the model; empty if nothing does. reason: why a matrix is among
+    these; empty for what is no matrix.
+    """
 
     name: str
     parameter: str
     dtype: str  # safetensors' spelling
     shape: tuple[int, ...]
+    reason: str = ""
+    places: tuple[Place, ...] = ()
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a model is made of: its layers in checkpoint order, its other tensors, its dtype."""
+    """What a checkpoint holds. Every tensor of it is a layer, or one of the others, or left out;
+    left_out: (name, reason). dtype: F16, BF16 or F32, that of most weights."""
 
     layers: tuple[Layer, ...]
     others: tuple[Other, ...]
-    dtype: str  # F16 or BF16: how untouched weights are stored
+    dtype: str
+    left_out: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def held(self) -> tuple[Layer | Other, ...]:
+        """All tensors that the model has a place for."""
+        every: tuple[Layer | Other, ...] = (*self.layers, *self.others)
+        return tuple(x for x in every if x.parameter)
 
     def scoped(self, scope: Sequence[str]) -> tuple[Layer, ...]:
         """Layers in scope. Words: blocks, embeddings, head, all; anything else is a glob.
@@ -228,14 +286,51 @@ class Inventory:
             chosen |= hits
         return tuple(layer for layer in self.layers if layer.name in chosen)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For a person: what isn't offered or isn't carried, and why; a sentence a reason."""
+        reasons: dict[str, list[str]] = {}
+        for tensor in self.others:
+            if tensor.reason:
+                reasons.setdefault(f"kept as they are: {tensor.reason}", []).append(tensor.name)
+        for name, reason in self.left_out:
+            reasons.setdefault(f"left out: {reason}", []).append(name)
+        return tuple(_told(names, reason) for reason, names in reasons.items())
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Inventory:
-        layers = (Layer(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"])
-        others = (Other(**{**row, "shape": tuple(row["shape"])}) for row in data["others"])
-        return cls(tuple(layers), tuple(others), data["dtype"])
+        layers = tuple(Layer(**_typed(row)) for row in data["layers"])
+        others = tuple(Other(**_typed(row)) for row in data["others"])
+        left_out = tuple((str(name), str(reason)) for name, reason in data.get("left_out", ()))
+        return cls(layers, others, data["dtype"], left_out)
+
+
+def _told(names: Sequence[str], reason: str) -> str:
+    first = names[0] if len(names) == 1 else f"{len(names)} tensors ({names[0]}, ...)"
+    return f"{first} {reason}."
+
+
+def _typed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON's lists as tuples of numbers."""
+    places = tuple(
+        Place(
+            str(x["parameter"]),
+            _numbers(x["extents"]),
+            _numbers(x["stored"]),
+            _numbers(x["live"]),
+            int(x["at_stored"]),
+            int(x["at_live"]),
+        )
+        for x in row.get("places", ())
+    )
+    return {**row, "shape": _numbers(row["shape"]), "places": places}
+
+
+def _numbers(row: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(int(x) for x in row)
 
 
 def _in_scope(layer: Layer, pattern: str) -> bool:

@@ -8,22 +8,24 @@ from typing import Any
 from optimizer.errors import ConfigError
 from optimizer.plan.inventory import GGML, Precision
 
+FITS = ("untouched", "nearest", "strict")
+
 
 @dataclass(kw_only=True)
 class Palette:
     """bits: numbers 1 to 8, `ternary`, 16 (untouched), and types of llama.cpp such as q4_k.
-    group_size: one or several; 0 = per channel. fit: `strict` (a group must divide every layer)
-    or `nearest`."""
+    group_size: one or several; 0 = per channel. fit: where a group doesn't divide a layer's columns,
+    the layer stays `untouched`, gets the `nearest` divisor, or is an error (`strict`)."""
 
     bits: list[Any] = field(default_factory=lambda: [2, 3, 4, 5, 6, 8, 16])
     group_size: Any = 64
     symmetric: bool = False
-    fit: str = "strict"
+    fit: str = "untouched"
 
     def precisions(self) -> list[Precision]:
         """All of them, smallest codes first, without repetition."""
-        if self.fit not in ("strict", "nearest"):
-            raise ConfigError(f"palette.fit is strict or nearest, not {self.fit!r}.")
+        if self.fit not in FITS:
+            raise ConfigError(f"palette.fit is one of {', '.join(FITS)}, not {self.fit!r}.")
         sizes = self.group_size if isinstance(self.group_size, list) else [self.group_size]
         if not self.bits or not sizes:
             raise ConfigError("A palette needs at least one entry in bits and in group_size.")

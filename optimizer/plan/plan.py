@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.errors import ConfigError, PlanError
-from optimizer.plan.inventory import SCALE_BYTES, UNTOUCHED, Inventory, Layer, Precision
+from optimizer.plan.inventory import SCALE_BYTES, UNTOUCHED, WIDTH, Inventory, Layer, Precision
 from optimizer.store import write_atomically
 
 FORMAT, VERSION = "mezzotint-plan", 1
@@ -141,7 +141,7 @@ def container_bytes(entries: Iterable[tuple[str, str, Sequence[int], int]]) -> i
     The format: an 8-byte length, then JSON padded with spaces to a multiple of 8; tensors lie
     in the order of the library's own list of dtypes, then name.
     """
-    rank = {dtype: i for i, dtype in enumerate(("I64", "F32", "I32", "BF16", "F16", "U8"))}
+    rank = {dtype: i for i, dtype in enumerate(WIDTH)}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, dtype, shape, size in sorted(entries, key=lambda e: (rank[e[1]], e[0])):
@@ -164,18 +164,17 @@ def stored_bytes(inventory: Inventory, choice: Mapping[str, Precision]) -> dict[
     quantized = untouched = 0
     for layer in inventory.layers:
         precision = choice.get(layer.name, UNTOUCHED)
-        size = precision.bytes(layer.rows, layer.cols)
+        size = layer.bytes(precision)
         if precision.kind == "none":
             untouched += size
-            entries.append((layer.name, inventory.dtype, layer.shape, size))
+            entries.append((layer.name, layer.dtype, layer.shape, size))
             continue
         quantized += size
         for suffix, (dtype, shape) in precision.parts(layer.rows, layer.cols).items():
             part = math.prod(shape) * (SCALE_BYTES if dtype == "F16" else 1)
             entries.append((f"{layer.name}.{suffix}", dtype, shape, part))
     for tensor in inventory.others:
-        width = {"F32": 4, "I64": 8}.get(tensor.dtype, 2)
-        size = math.prod(tensor.shape) * width
+        size = math.prod(tensor.shape) * WIDTH[tensor.dtype]
         untouched += size
         entries.append((tensor.name, tensor.dtype, tensor.shape, size))
     container = container_bytes(entries)
@@ -391,7 +390,7 @@ def assemble(
 ) -> Plan:
     """A plan from an assignment: fills in names, shapes, bytes and averages."""
     full = {layer.name: choice.get(layer.name, UNTOUCHED) for layer in inventory.layers}
-    size = sum(full[layer.name].bytes(layer.rows, layer.cols) for layer in scope)
+    size = sum(layer.bytes(full[layer.name]) for layer in scope)
     codes = sum(full[layer.name].code_bits * layer.weights for layer in scope)
     weights = sum(layer.weights for layer in scope)
     return Plan(

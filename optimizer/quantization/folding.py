@@ -120,13 +120,14 @@ def _parameter(model: Model, name: str) -> str:
 
 
 def held(model: Model, found: Feeder, s: Tensor) -> Tensor:
-    """s as the feeder holds it: for a norm g / g', g' = g / s in the model's 16 bits."""
+    """s as the feeder holds it: for a norm g / g', g' = g / s in the norm's own dtype."""
     from optimizer.models.model import DTYPES
 
     if found.norm is None:
         return s
-    g = model.net.get_parameter(_parameter(model, found.norm)).detach().float()
-    rounded = (g / s).to(DTYPES[model.inventory.dtype]).float()
+    norm = next(x for x in model.inventory.others if x.name == found.norm)
+    g = model.parameter(norm.parameter).float()
+    rounded = (g / s).to(DTYPES[norm.dtype]).float()
     usable = (rounded != 0) & torch.isfinite(rounded)
     return torch.where(usable, g / torch.where(usable, rounded, 1.0), 1.0)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from optimizer.errors import PlanError
 from optimizer.hardware.throughput import Traffic, price
-from optimizer.plan import Inventory, Plan, Precision, digest, identity, stored_bytes
+from optimizer.plan import UNTOUCHED, Inventory, Plan, Precision, digest, identity, stored_bytes
 from optimizer.store import write_atomically
 
 if TYPE_CHECKING:
@@ -171,14 +171,11 @@ class Scale:
         layers = {layer.name: layer for layer in chosen.scope}
 
         def size(group: Sequence[str], column: str) -> int:
-            return sum(
-                chosen.fitted[name, column].bytes(layers[name].rows, layers[name].cols)
-                for name in group
-            )
+            return sum(layers[name].bytes(chosen.fitted[name, column]) for name in group)
 
         sizes = np.array([[size(g, c) for c in chosen.columns] for g in chosen.groups])
         whole = stored_bytes(inventory, {})
-        inside = sum(2 * layer.weights for layer in chosen.scope)
+        inside = sum(layer.bytes(UNTOUCHED) for layer in chosen.scope)
         shares = [[traffic.share(layers[name]) for name in group] for group in chosen.groups]
         read = sizes * np.array([[np.mean(row)] for row in shares])
         untouched = traffic.weights(inventory, {})

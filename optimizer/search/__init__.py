@@ -217,12 +217,13 @@ def pose(
         precisions = [(layers[name], fitted[name, column]) for name in group]
         if coded:
             return float(sum(p.code_bits * layer.weights for layer, p in precisions))
-        return float(sum(p.bytes(layer.rows, layer.cols) for layer, p in precisions))
+        return float(sum(layer.bytes(p) for layer, p in precisions))
 
     coded = budget.code_bits is not None
     size = np.array([[total(group, column, coded) for column in columns] for group in groups])
     weights = np.array([sum(layers[name].weights for name in group) for group in groups])
-    bits = np.array([float(fitted[groups[0][0], column].code_bits) for column in columns])
+    names = [group[0] for group in groups]  # a column may leave some layers untouched
+    bits = np.array([min(float(fitted[n, c].code_bits) for n in names) for c in columns])
     problem = Problem(
         groups,
         tuple(columns),

@@ -16,7 +16,7 @@ import numpy as np
 
 from optimizer.errors import ConfigError
 from optimizer.metrics.objective import BY_TOKEN
-from optimizer.plan import GGML, Precision
+from optimizer.plan import GGML, UNTOUCHED, Precision
 
 if TYPE_CHECKING:
     from optimizer.models.model import Model, Rounder
@@ -146,19 +146,57 @@ def chunks(windows: int, count: int) -> list[slice]:
 
 
 def palette_columns(
-    layers: Sequence[Any], palette: Sequence[Precision], nearest: bool
+    layers: Sequence[Any], palette: Sequence[Precision], fit: str
 ) -> dict[tuple[str, str], Precision]:
-    """(layer, column) -> precision. Raises ConfigError where a group doesn't divide a layer."""
+    """(layer, column) -> precision. fit: see `Palette`. Raises ConfigError where a group divides no
+    layer at all, or with `strict` where it doesn't divide one."""
     fitted = {}
     for precision in palette:
+        odd = [layer for layer in layers if not precision.fits(layer.cols)]
+        if odd and (fit == "strict" or (fit == "untouched" and len(odd) == len(layers))):
+            raise ConfigError(
+                f"A group must divide a layer's columns: groups of {precision.group_size} don't "
+                f"divide the {odd[0].cols} columns of {odd[0].name}. {_remedy(layers, precision)}"
+            )
         for layer in layers:
-            if not precision.fits(layer.cols) and not nearest:
-                raise ConfigError(
-                    f"A group must divide a layer's columns: groups of {precision.group_size} don't "
-                    f"divide the {layer.cols} columns of {layer.name}. {_remedy(layers, precision)}"
-                )
-            fitted[layer.name, precision.name] = precision.nearest(layer.cols)
+            fits = fit == "nearest" or precision.fits(layer.cols)
+            fitted[layer.name, precision.name] = (
+                precision.nearest(layer.cols) if fits else UNTOUCHED
+            )
     return fitted
+
+
+def agreeing(
+    groups: Sequence[Sequence[str]],
+    columns: Sequence[str],
+    fitted: dict[tuple[str, str], Precision],
+) -> dict[tuple[str, str], Precision]:
+    """With a whole group untouched where one of its layers is: an engine loads them alike."""
+    bare = {
+        (name, column)
+        for group in groups
+        for column in columns
+        if any(fitted[x, column].kind == "none" for x in group)
+        for name in group
+    }
+    return {key: UNTOUCHED if key in bare else p for key, p in fitted.items()}
+
+
+def unfitting(layers: Sequence[Any], palette: Sequence[Precision], fit: str) -> tuple[str, ...]:
+    """A word on the layers that stay untouched since no group divides them, for each length."""
+    if fit != "untouched":
+        return ()
+    notes = []
+    for size in sorted({p.group_size for p in palette if p.group_size is not None}):
+        odd = [layer for layer in layers if layer.cols % size]
+        if odd:
+            more = f" and {len(odd) - 1} more" * (len(odd) > 1)
+            notes.append(
+                f"Groups of {size} don't divide the {odd[0].cols} columns of {odd[0].name}{more}: "
+                "untouched in every precision with such groups. palette.fit=nearest rounds them in "
+                "other groups."
+            )
+    return tuple(notes)
 
 
 def _remedy(layers: Sequence[Any], precision: Precision) -> str:

@@ -56,7 +56,8 @@ def squared(model: Model, task: Task, passes: Iterable[Callable[[], Tensor]]) ->
     changes."""
     squares: dict[str, Tensor] = {}
     layers = [model.layers[name] for name in task.layers]
-    with _gradients(model.net, {x.parameter for x in layers}, partial(_add_square, squares)):
+    names = {name for x in layers for name in x.parameters}
+    with _gradients(model.net, names, partial(_add_square, squares)):
         for scalar in passes:
             torch.autograd.backward(scalar())
     return task.collect({x.name: _diagonal(model, task, x, squares) for x in layers})
@@ -70,7 +71,7 @@ def _add_square(squares: dict[str, Tensor], name: str, gradient: Tensor) -> None
 
 def _diagonal(model: Model, task: Task, layer: Layer, squares: dict[str, Tensor]) -> np.ndarray:
     """sum_ij F_ij dW_ij^2 [precisions]; squares: F of each parameter."""
-    fisher = read(squares[layer.parameter], layer)
+    fisher = read(squares.__getitem__, layer)
     return _array([(fisher * e.square_()).sum() for _, e in _errors(model, task, layer)])
 
 
@@ -85,12 +86,18 @@ def directional(
     terms too, but noisier than the diagonal. Cost: as the diagonal, and one rounding a window."""
     by_parameter: dict[str, list[Layer]] = {}
     for name in task.layers:
-        by_parameter.setdefault(model.layers[name].parameter, []).append(model.layers[name])
+        for parameter in model.layers[name].parameters:
+            by_parameter.setdefault(parameter, []).append(model.layers[name])
     products: dict[str, np.ndarray] = {}
+    waiting: dict[str, dict[str, Tensor]] = {}  # of layers that several parameters hold
 
     def dot(parameter: str, gradient: Tensor) -> None:
         for layer in by_parameter[parameter]:
-            own = read(gradient, layer)
+            parts = waiting.setdefault(layer.name, {})
+            parts[parameter] = gradient
+            if len(parts) < len(layer.parameters):
+                continue
+            own = read(waiting.pop(layer.name).__getitem__, layer)
             errors = _errors(model, task, layer)
             products[layer.name] = _array([(own * error).sum() for _, error in errors])
 
@@ -124,7 +131,11 @@ def tokenwise(
     passes = list(_windows(model.net, ids, seed))
     with (
         watching(model, [layer.name for layer in layers if layer.watchable], keep),
-        _gradients(model.net, {x.parameter for x in unseen}, partial(_add_square, squares)),
+        _gradients(
+            model.net,
+            {name for x in unseen for name in x.parameters},
+            partial(_add_square, squares),
+        ),
     ):
         for i, (window, own_seed) in enumerate(passes):
             likelihood(model, window, own_seed, _row(weights, i)).backward()

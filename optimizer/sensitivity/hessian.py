@@ -34,7 +34,7 @@ def trace(
     """[groups, precisions], nats per token. Cost: one double backward pass a window and probe;
     one vector perturbs all layers at once, which leaves each layer's expectation as it is."""
     layers = [model.layers[name] for name in task.layers]
-    names = sorted({layer.parameter for layer in layers})
+    names = sorted({name for layer in layers for name in layer.parameters})
     total = dict.fromkeys(task.layers, 0.0)
     parameters = [model.net.get_parameter(name).requires_grad_(True) for name in names]
     try:
@@ -43,8 +43,9 @@ def trace(
                 for probe in range(probes):
                     rng = torch.Generator().manual_seed(_number([*own_seed, probe]))
                     quadratic = _hvp(model, window, parameters, rng)
+                    found = dict(zip(names, quadratic, strict=True)).__getitem__
                     for layer in layers:
-                        own = read(quadratic[names.index(layer.parameter)], layer)
+                        own = read(found, layer)
                         total[layer.name] += float(own.sum(dtype=torch.float64)) / probes
     finally:
         for parameter in parameters:

@@ -58,7 +58,8 @@ def _slope(
 
     layers = [model.layers[name] for name in task.layers]
     tokens = 0
-    with _gradients(model.net, {layer.parameter for layer in layers}, add):
+    names = {name for layer in layers for name in layer.parameters}
+    with _gradients(model.net, names, add):
         for window in windows:
             kl = teacher.divergence(model.net, int(window))
             torch.autograd.backward(teacher.objective.of(kl).sum())
@@ -68,7 +69,7 @@ def _slope(
                 torch.autograd.backward(kl.numel() * rest)
     values = {}
     for layer in layers:
-        gradient = read(total[layer.parameter], layer)
+        gradient = read(total.__getitem__, layer)
         weight = model.reference(layer.name)
         values[layer.name] = np.array(
             [float((gradient * _rounded(task, layer.name, c, weight)).sum()) for c in task.columns]

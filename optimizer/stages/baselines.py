@@ -80,7 +80,7 @@ def measure(
     rows = []
     for name in bench.view.track(list(plans), "measuring plans"):
         choice = chosen.choice(plans[name])
-        size = sum(choice[x.name].bytes(x.rows, x.cols) for x in chosen.scope)
+        size = sum(x.bytes(choice[x.name]) for x in chosen.scope)
         scores = bench.score(choice, "check", quantizer)
         counts = bootstrap.resamples(scores.documents, np.random.default_rng([config.seed, 78]))
         measures = {k: asdict(v) for k, v in comparison.describe(scores, counts).items()}

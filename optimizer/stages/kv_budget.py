@@ -101,7 +101,7 @@ def _smallest(bench: Bench, chosen: Choices) -> int:
     smallest = {
         layer.name: min(
             (chosen.fitted[layer.name, chosen.columns[c]] for c in left[layer.name]),
-            key=lambda precision: precision.bytes(layer.rows, layer.cols),
+            key=layer.bytes,
         )
         for layer in chosen.scope
     }
@@ -136,7 +136,7 @@ def settle(
         problem, assignment = solve(room.budget)
         bench.cache = Kept(room.kv, floating)
         choice = chosen.choice(assignment)
-        inside = sum(choice[x.name].bytes(x.rows, x.cols) for x in chosen.scope)
+        inside = sum(x.bytes(choice[x.name]) for x in chosen.scope)
         row = {
             "kv": room.kv,
             "bytes": stored_bytes(bench.inventory, choice)["total"],

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from optimizer.models.model import Model
 
 CHECK_WINDOWS = 8
+INVENTORY = 5  # raised when what an inventory says changes
 VERSION = 4  # raised when a stage's numbers change
 SCORES = 5  # the same for scores: they say since then which model found the true token
 
@@ -124,7 +125,7 @@ class Bench:
 
             return take_inventory(self.source.folder).to_json()
 
-        key = digest(["inventory", VERSION, self.source.fingerprint])
+        key = digest(["inventory", INVENTORY, self.source.fingerprint])
         return Inventory.from_json(self.store.json("inventories", key, take))
 
     @cached_property
@@ -307,7 +308,7 @@ def choices(config: Optimize, inventory: Inventory, folder: Path | None = None) 
     """folder: the model's, whose class an engine may ask for; None: what it asks of any."""
     scope = inventory.scoped(config.scopes)
     palette = config.palette.precisions()
-    fitted = sensitivity.palette_columns(scope, palette, config.palette.fit == "nearest")
+    fitted = sensitivity.palette_columns(scope, palette, config.palette.fit)
     if config.runtime.experts not in ("tensor", "block", "model"):
         raise ConfigError(
             f"runtime.experts is tensor, block or model, not {config.runtime.experts!r}."
@@ -315,11 +316,13 @@ def choices(config: Optimize, inventory: Inventory, folder: Path | None = None) 
     demands = registry.demands(config.runtime, inventory, folder)
     groups = demands.groups(scope)
     columns = tuple(p.name for p in palette)
+    fitted = sensitivity.agreeing(groups, columns, fitted)
     rules = registry.offered(demands, inventory, scope, columns, fitted)
     left, held = (
         policy.allowed(p, scope, groups, columns, fitted, rules) for p in (config.policy, Policy())
     )
     notes = demands.notes + registry.told(config.runtime, rules)
+    notes += sensitivity.unfitting(scope, palette, config.palette.fit) + inventory.notes
     return Choices(scope, groups, columns, fitted, left, held, notes, demands=demands)
 
 

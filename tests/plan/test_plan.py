@@ -99,7 +99,8 @@ def test_container_bytes_are_a_real_files_header(
 def small_inventory(dtype: str, layers: int = 3, rows: int = 6) -> Inventory:
     def one(i: int) -> Layer:
         name = f"blocks.{i}.proj.weight"
-        return Layer(name, rows, 64, "linear", "proj", i, name, (rows, 64))
+        shape = (rows, 64)
+        return Layer(name, rows, 64, "linear", "proj", i, name, shape, dtype=dtype)
 
     others = (
         Other("norm.weight", "norm.weight", dtype, (64,)),
@@ -115,7 +116,7 @@ def real_file(inventory: Inventory, choice: dict[str, Precision]) -> bytes:
     for layer in inventory.layers:
         precision = choice[layer.name]
         if precision.kind == "none":
-            tensors[layer.name] = torch.zeros(layer.shape, dtype=DTYPES[inventory.dtype])
+            tensors[layer.name] = torch.zeros(layer.shape, dtype=DTYPES[layer.dtype])
         for suffix, (dtype, shape) in precision.parts(layer.rows, layer.cols).items():
             tensors[f"{layer.name}.{suffix}"] = torch.zeros(shape, dtype=DTYPES[dtype])
     for other in inventory.others:

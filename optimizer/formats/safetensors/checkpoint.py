@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimizer.plan import Inventory, Layer, Plan, Precision, container_bytes
+from optimizer.plan import WIDTH, Inventory, Layer, Plan, Precision, container_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FILE = "model.safetensors"
-WIDTH = {"I32": 4, "I64": 8, "F32": 4}
+SPELLED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # in config.json
 SLICE = 2**22  # bits read back at a time
 ROUTER = ("gate", "router", "shared_expert_gate")
 Pieces = Mapping[str, Any]  # names of the tensors that stand for a layer -> loader.Piece
@@ -56,20 +56,18 @@ def size(
     entries: list[tuple[str, str, list[int], int]] = []
     for layer in inventory.layers:
         precision = plan.choice[layer.name]
-        parts = {layer.name: (inventory.dtype, list(layer.shape))}
+        parts = {layer.name: (layer.dtype, list(layer.shape))}
         if layer.name in split:
             width = layer.shape[1]
             parts = {
-                name: (inventory.dtype, [piece.last - piece.first, width])
+                name: (layer.dtype, [piece.last - piece.first, width])
                 for name, piece in split[layer.name].items()
             }
         if precision.kind != "none":
             parts = sizes(layer, precision)
-        entries += [(k, d, s, math.prod(s) * WIDTH.get(d, 2)) for k, (d, s) in parts.items()]
+        entries += [(k, d, s, math.prod(s) * WIDTH[d]) for k, (d, s) in parts.items()]
     for x in inventory.others:
-        entries.append(
-            (x.name, x.dtype, list(x.shape), math.prod(x.shape) * WIDTH.get(x.dtype, 2))
-        )
+        entries.append((x.name, x.dtype, list(x.shape), math.prod(x.shape) * WIDTH[x.dtype]))
     return sum(entry[3] for entry in entries) + container_bytes(entries)
 
 
@@ -102,7 +100,7 @@ def write(
     save_tensors(tensors, out / FILE)
     copy_beside(folder, out)
     settings = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    settings["dtype"] = {"F16": "float16", "BF16": "bfloat16"}[inventory.dtype]
+    settings["dtype"] = SPELLED[inventory.dtype]
     settings["quantization_config"] = quantization
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     (out / "config.json").write_text(text, encoding="utf-8")

@@ -1,19 +1,21 @@
 """The torch backend: codes packed densely on disk; in memory multiplied packed where PyTorch has a
 product for them (see `kernels`), else unpacked when a layer runs.
 
-A packed folder holds config.json, the tokenizer, plan.json, packed.safetensors, README.md (what it is
-and what was lost) and manifest.json (sha256 of the others). In packed.safetensors a quantized layer
-NAME is NAME.codes, NAME.scales and, if asymmetric, NAME.zeros; everything else has its checkpoint
-name and 16 bits.
+A packed folder holds config.json, the tokenizer, plan.json, packed.safetensors, inventory.json (where
+each tensor belongs in the model), README.md (what it is and what was lost) and manifest.json (sha256
+of the others). In packed.safetensors a quantized layer NAME is NAME.codes, NAME.scales and, if
+asymmetric, NAME.zeros; everything else is the checkpoint's own, under its name and in its dtype.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,9 +37,11 @@ from optimizer.formats.runtime import Runtime
 from optimizer.formats.torch import kernels
 from optimizer.formats.torch.reader import Tensors, tensors
 from optimizer.hardware.memory import UNPACKED
-from optimizer.models.model import DTYPES, Model, read, skeleton, take_inventory, write
+from optimizer.models.inventory import tie
+from optimizer.models.layout import holders, scatter
+from optimizer.models.model import Model, finite, places, skeleton, unmatrix
 from optimizer.models.source import PACKED_FILE, POOLING, is_encoder, pooling
-from optimizer.plan import Inventory, Layer, Plan, Precision
+from optimizer.plan import UNTOUCHED, Inventory, Layer, Other, Place, Plan, Precision
 from optimizer.quantization.ggml import Blocks
 from optimizer.quantization.uniform import Codes, Rtn
 
@@ -45,6 +49,7 @@ __all__ = ["check_target", "load", "pack", "save", "verify"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 OWN_BLOCK = 256 * 2**10  # bytes from which a block is the system's own
+INVENTORY = "inventory.json"
 KEPT_FREE = 16 * 2**20  # bytes that the heap may keep at its end
 
 Track = Callable[..., Iterable[Any]]
@@ -65,35 +70,35 @@ def save(
     encoder: gives the codes; rounding to nearest if none is given. Appears whole or not at all.
     Memory: the packed model."""
     tensors = pack(plan, model, track, encoder)
-    return publish(out, lambda draft: put(tensors, plan, folder, draft))
+    return publish(out, lambda draft: put(tensors, plan, model.inventory, folder, draft))
 
 
 def pack(
     plan: Plan, model: Model, track: Track, encoder: Encoder | None = None
 ) -> dict[str, Tensor]:
-    """The plan's stored tensors by name, as packed.safetensors holds them."""
+    """The plan's stored tensors by name, as packed.safetensors holds them; what isn't quantized is
+    the checkpoint's own, bit for bit, but for what the codes' scales went into."""
     encoder = encoder or Rtn()
     choice, inventory = plan.choice, model.inventory
-    dtype = DTYPES[inventory.dtype]
     tensors: dict[str, Tensor] = {}
     for layer in track(inventory.layers, "packing layers"):
-        weight, precision = model.weight(layer.name), choice[layer.name]
+        precision = choice[layer.name]
         if precision.kind == "none":
-            whole = torch.empty(layer.shape, dtype=dtype)
-            target = whole.transpose(-1, -2) if layer.transposed else whole
-            target.copy_(weight.reshape(target.shape))
-            tensors[layer.name] = whole
+            stored = finite(layer.name, model.checkpoint.read(layer.name))
+            tensors[layer.name] = stored.contiguous()
             continue
+        weight = model.weight(layer.name)
         for suffix, part in encoder.encode(weight, precision, layer.name).pack().items():
             tensors[f"{layer.name}.{suffix}"] = part.contiguous()
-    state = model.net.state_dict()
     for tensor in inventory.others:
-        value = encoder.changed(tensor.name, state[tensor.parameter])
-        tensors[tensor.name] = value.to(DTYPES[tensor.dtype]).contiguous()
+        stored = finite(tensor.name, model.checkpoint.read(tensor.name))
+        tensors[tensor.name] = encoder.changed(tensor.name, stored).to(stored.dtype).contiguous()
     return tensors
 
 
-def put(parts: dict[str, Tensor], plan: Plan, folder: Path, out: Path) -> None:
+def put(
+    parts: dict[str, Tensor], plan: Plan, inventory: Inventory, folder: Path, out: Path
+) -> None:
     """Fill `out` and read the weights back. Raises PlanError if the file isn't what was promised."""
     save_tensors(parts, out / PACKED_FILE)
     size = (out / PACKED_FILE).stat().st_size
@@ -110,6 +115,8 @@ def put(parts: dict[str, Tensor], plan: Plan, folder: Path, out: Path) -> None:
     if is_encoder(folder):  # its own file may lie in a folder below, which isn't copied
         text = json.dumps({"pooling": pooling(folder)})
         (out / POOLING).write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(inventory.to_json()) + "\n"
+    (out / INVENTORY).write_text(text, encoding="utf-8")
     text = card(plan, rules.packed(plan, Runtime()))
     (out / "README.md").write_text(text, encoding="utf-8")
     seal(plan, out, {"engine": "torch"})
@@ -145,11 +152,11 @@ def load(
     if torch.device(device).type == "cpu":
         steady_memory()
     net: Any = skeleton(folder)
-    inventory = take_inventory(folder)
+    inventory = read_inventory(folder)
     if {layer.name for layer in inventory.layers} != set(plan.layers):
-        raise PlanError(f"The plan in {folder} and its config.json name different layers.")
+        raise PlanError(f"The plan in {folder} and its {INVENTORY} name different layers.")
     with tensors(folder / PACKED_FILE) as file:
-        _fill(net, inventory, plan.choice, file, dtype, device if fast else None)
+        Filling(net, inventory, plan.choice, file, dtype, device if fast else None).fill()
     if hasattr(net, "generation_config"):
         with suppress(OSError):
             from transformers import GenerationConfig
@@ -171,49 +178,122 @@ def steady_memory() -> None:
             libc.mallopt(M_TRIM_THRESHOLD, KEPT_FREE)
 
 
-def _fill(
-    net: Any,
-    inventory: Inventory,
-    choice: Mapping[str, Precision],
-    stored: Tensors,
-    dtype: torch.dtype,
-    fast: str | None,
-) -> None:
-    """fast: the device that packed products are for; None: unpack everything."""
-    for tensor in inventory.others:
-        _assign(net, tensor.parameter, stored.get(tensor.name, dtype))
-    by_parameter: dict[str, list[Layer]] = {}
-    for layer in inventory.layers:
-        by_parameter.setdefault(layer.parameter, []).append(layer)
-    for parameter, layers in by_parameter.items():
+def read_inventory(folder: Path) -> Inventory:
+    """The packed folder's own. Raises PlanError."""
+    try:
+        return Inventory.from_json(json.loads((folder / INVENTORY).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PlanError(
+            f"A packed folder holds {INVENTORY}, which says where each tensor belongs; that of "
+            f"{folder} can't be read ({type(error).__name__}: {error}). Make the folder again with "
+            "`mezzotint apply`."
+        ) from None
+
+
+@dataclass
+class Filling:
+    """A skeleton that gets its numbers. fast: the device that packed products are for; None: unpack
+    everything."""
+
+    net: Any
+    inventory: Inventory
+    choice: Mapping[str, Precision]
+    stored: Tensors
+    dtype: torch.dtype
+    fast: str | None
+
+    def fill(self) -> None:
+        """Raises PlanError where tensors and model don't belong together."""
+        used = self.inventory.held
+        self._check(used)
+        tie(self.net, frozenset(p.parameter for x in used for p in places(x)))
+        self.holders = holders(self.net)
+        by_parameter: dict[str, list[Layer | Other]] = {}
+        for tensor in used:
+            for parameter in dict.fromkeys(p.parameter for p in places(tensor)):
+                by_parameter.setdefault(parameter, []).append(tensor)
+        for parameter, parts in by_parameter.items():
+            if any(self._packed(x) for x in parts):
+                self._install(parameter, parts)
+            else:
+                self._assign(parameter, parts)
+        left = [n for n, p in self.net.named_parameters() if p.device.type == "meta"]
+        left += [n for n, b in self.net.named_buffers() if b.device.type == "meta"]
+        if left:
+            raise PlanError(f"The folder has no numbers for {left[0]}. Make it again.")
+
+    def _check(self, used: Iterable[Layer | Other]) -> None:
+        sizes = {name: value.numel() for name, value in self.net.state_dict().items()}
+        for tensor in used:
+            for place in places(tensor):
+                inside = place.fits(math.prod(tensor.shape), sizes.get(place.parameter, 0))
+                if not inside or (not tensor.places and not self._shaped(tensor)):
+                    raise PlanError(
+                        f"{INVENTORY} says that {place.parameter} of the model holds {tensor.name}, "
+                        "and config.json describes a model where it can't. They don't belong "
+                        "together: make the folder again."
+                    )
+
+    def _shaped(self, tensor: Layer | Other) -> bool:
+        found: bool = self.net.state_dict()[tensor.parameter].shape == tensor.shape
+        return found
+
+    def _packed(self, tensor: Layer | Other) -> bool:
+        return isinstance(tensor, Layer) and self.choice[tensor.name].kind != "none"
+
+    def _assign(self, parameter: str, parts: list[Layer | Other]) -> None:
+        """A parameter of which nothing is packed."""
+        value = self.net.state_dict(keep_vars=True)[parameter]
+        dtype = self.dtype if value.is_floating_point() else value.dtype
+        if len(parts) == 1 and not parts[0].places:
+            whole = self.stored.get(parts[0].name, dtype)
+        else:
+            whole = torch.empty(value.shape, dtype=dtype)
+            for tensor in parts:
+                stored = self.stored.get(tensor.name, dtype)
+                scatter(stored, _within(tensor, parameter), {parameter: whole}.__getitem__)
         owner, _, leaf = parameter.rpartition(".")
-        module = net.get_submodule(owner)
-        shape = module.get_parameter(leaf).shape
-        if all(layer.kind != "experts" and choice[layer.name].kind == "none" for layer in layers):
-            _assign(net, parameter, stored.get(layers[0].name, dtype))
-            continue
-        pieces = [Piece(layer, choice[layer.name], stored.get) for layer in layers]
-        tied = layers[0].tied
-        multiplied = net.get_output_embeddings() if tied else module
-        if fast is not None and _multiplies(multiplied, pieces[0], dtype, fast):
-            product = kernels.Product(pieces[0].stored())
-            _install_product(multiplied, leaf, product)
-            if tied:
-                _install(module, leaf, Lookup(product))
-            continue
-        store = PackedParameter(pieces, shape, dtype)
-        _install(module, leaf, store)
-        if tied:
-            _install(net.get_output_embeddings(), leaf, store)
-    net.tie_weights() if not any(layer.tied for layer in inventory.layers) else _tie(net)
+        module = self.net.get_submodule(owner)
+        if leaf not in module._parameters:
+            module._buffers[leaf] = whole
+            return
+        for holder, name in self.holders[id(value)]:
+            holder._parameters[name] = nn.Parameter(whole, requires_grad=False)
+
+    def _install(self, parameter: str, parts: list[Layer | Other]) -> None:
+        """A parameter of which something is packed."""
+        value = self.net.get_parameter(parameter)
+        pieces = [Piece(x, self._precision(x), self.stored.get) for x in parts]
+        if self.fast is not None and len(pieces) == 1 and self._multiplied(value, pieces[0]):
+            return
+        store = PackedParameter(parameter, pieces, value.shape, self.dtype)
+        for module, leaf in self.holders[id(value)]:
+            _install(module, leaf, store)
+
+    def _precision(self, tensor: Layer | Other) -> Precision:
+        return self.choice[tensor.name] if isinstance(tensor, Layer) else UNTOUCHED
+
+    def _multiplied(self, value: Tensor, piece: Piece) -> bool:
+        """Let Linears that hold the parameter multiply packed; whether they all can."""
+        held = self.holders[id(value)]
+        linears = [module for module, _ in held if type(module) is nn.Linear]
+        others = [(module, leaf) for module, leaf in held if type(module) is not nn.Linear]
+        lookups = all(type(module) is nn.Embedding for module, _ in others)
+        whole = isinstance(piece.layer, Layer) and not piece.layer.places
+        if not (whole and linears and lookups):
+            return False
+        if not _multiplies(linears[0], piece, self.dtype, str(self.fast)):
+            return False
+        product = kernels.Product(piece.stored())
+        for linear in linears:
+            _install_product(linear, "weight", product)
+        for module, leaf in others:
+            _install(module, leaf, Lookup(product))
+        return True
 
 
-def _tie(net: Any) -> None:
-    """Untouched tied embeddings: the head's parameter is the embedding's. Packed ones share
-    their store already."""
-    embedding, head = net.get_input_embeddings(), net.get_output_embeddings()
-    if "weight" in embedding._parameters:
-        head.weight = embedding.weight
+def _within(tensor: Layer | Other, parameter: str) -> tuple[Place, ...]:
+    return tuple(place for place in places(tensor) if place.parameter == parameter)
 
 
 def _assign(net: nn.Module, name: str, value: Tensor) -> None:
@@ -229,7 +309,8 @@ def linear(weight: Tensor, precision: Precision, tied: bool, device: str) -> Cal
     """Makes copies of one layer, as `load(fast=True)` would hold it. weight [rows, cols]; tied: it is
     an embedding, too."""
     rows, cols = weight.shape
-    layer = Layer("own", rows, cols, "linear", "own", None, "weight", (rows, cols), tied=tied)
+    shape = (rows, cols)
+    layer = Layer("own", rows, cols, "linear", "own", None, "weight", shape, tied=tied)
     untouched = precision.kind == "none"
     stored = {"own": weight.bfloat16()} if untouched else {
         f"own.{suffix}": part for suffix, part in Rtn().encode(weight, precision).pack().items()
@@ -244,31 +325,31 @@ def linear(weight: Tensor, precision: Precision, tied: bool, device: str) -> Cal
         if _multiplies(module, piece, torch.bfloat16, device):
             _install_product(module, "weight", kernels.Product(piece.stored()))
         else:
-            _install(module, "weight", PackedParameter([piece], weight.shape, torch.bfloat16))
+            store = PackedParameter("weight", [piece], weight.shape, torch.bfloat16)
+            _install(module, "weight", store)
         return module.to(device)
 
     return make
 
 
 class Piece(nn.Module):
-    """One layer's stored tensors."""
+    """One layer's stored tensors, or a tensor that stays as it is beside packed ones."""
 
-    def __init__(self, layer: Layer, precision: Precision, get: Callable[[str], Tensor]) -> None:
+    def __init__(
+        self, layer: Layer | Other, precision: Precision, get: Callable[[str], Tensor]
+    ) -> None:
         super().__init__()
         self.layer, self.precision = layer, precision
-        names = precision.parts(layer.rows, layer.cols)
+        names = precision.parts(layer.rows, layer.cols) if isinstance(layer, Layer) else ()
         for suffix in names or ("weight",):
             name = layer.name if suffix == "weight" else f"{layer.name}.{suffix}"
             self.register_buffer(suffix, get(name))
 
-    def forward(self, rows: Tensor | None = None) -> Tensor:
-        """The layer's matrix [rows, cols] fp32, or only some of its rows."""
+    def forward(self) -> Tensor:
+        """The tensor in the checkpoint's shape, fp32."""
         parts: dict[str, Tensor] = {k: v for k, v in self._buffers.items() if v is not None}
-        if self.precision.kind == "none":
-            weight = read(parts["weight"], _alone(self.layer))
-            return (weight if rows is None else weight[rows]).float()
-        if rows is not None:
-            return self._decoded({suffix: part[rows] for suffix, part in parts.items()})
+        if self.precision.kind == "none" or not isinstance(self.layer, Layer):
+            return parts["weight"].float()
         # a few rows at a time: what unpacking needs besides its result stays in the cache of the
         # processor, and the allocator is not asked for blocks several times a layer's size
         step = max(1, UNPACKED // self.layer.cols)
@@ -277,48 +358,60 @@ class Piece(nn.Module):
         for i in range(0, self.layer.rows, step):
             piece = {suffix: part[i : i + step] for suffix, part in parts.items()}
             value[i : i + step] = self._decoded(piece)
-        return value
+        return unmatrix(value, self.layer)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Some rows of a matrix that the checkpoint stores as it is, fp32."""
+        parts: dict[str, Tensor] = {k: v for k, v in self._buffers.items() if v is not None}
+        if self.precision.kind == "none":
+            return parts["weight"][ids].float()
+        return self._decoded({suffix: part[ids] for suffix, part in parts.items()})
 
     def _decoded(self, parts: dict[str, Tensor]) -> Tensor:
+        assert isinstance(self.layer, Layer)
         return Codes.unpack(parts, self.precision, self.layer.cols).decode()
 
     def stored(self) -> Codes:
         parts: dict[str, Tensor] = {k: v for k, v in self._buffers.items() if v is not None}
+        assert isinstance(self.layer, Layer)
         found = Codes.unpack(parts, self.precision, self.layer.cols)
         assert isinstance(found, Codes)
         return found
 
 
-def _alone(layer: Layer) -> Layer:
-    """The layer as it lies in the checkpoint: not a slice of a fused parameter."""
-    from dataclasses import replace
-
-    return replace(layer, expert=None, offset=0)
-
-
 class PackedParameter(nn.Module):
     """Stands for one live parameter; made of one piece, or of many for fused experts."""
 
-    def __init__(self, pieces: list[Piece], shape: torch.Size, dtype: torch.dtype) -> None:
+    def __init__(
+        self, name: str, pieces: list[Piece], shape: torch.Size, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.pieces = nn.ModuleList(pieces)
+        self.name, self.pieces = name, nn.ModuleList(pieces)
         self.shape, self.dtype = shape, dtype
 
     def forward(self) -> Tensor:
         """The whole parameter, in its own shape and the compute dtype."""
         first: Any = self.pieces[0]
-        if len(self.pieces) == 1 and not first.layer.transposed and first.layer.expert is None:
+        if self.whole:
             return first().to(self.dtype).view(self.shape)
         device = next(first.buffers()).device
         value = torch.empty(self.shape, dtype=self.dtype, device=device)
         for piece in self.pieces:
-            write(value, piece.layer, piece().to(self.dtype))  # type: ignore[arg-type]
+            part: Any = piece
+            scatter(part().to(self.dtype), _within(part.layer, self.name), lambda _: value)
         return value
+
+    @property
+    def whole(self) -> bool:
+        first: Any = self.pieces[0]
+        return len(self.pieces) == 1 and not first.layer.places
 
     def rows(self, ids: Tensor) -> Tensor:
         """ids [...] -> those rows [..., cols]: an embedding unpacks what it looks up."""
+        if not self.whole:
+            return self()[ids]
         piece: Any = self.pieces[0]
-        return piece(ids.flatten()).to(self.dtype).view(*ids.shape, -1)
+        return piece.rows(ids.flatten()).to(self.dtype).view(*ids.shape, -1)
 
 
 class Lookup(nn.Module):
@@ -352,6 +445,7 @@ def _multiplies(module: nn.Module, piece: Piece, dtype: torch.dtype, device: str
     layer = piece.layer
     return (
         type(module) is nn.Linear
+        and isinstance(layer, Layer)
         and kernels.fits(piece.precision, layer.rows, layer.cols, dtype, device)
         and (not layer.tied or kernels.looks_up(layer.rows, layer.cols))
     )

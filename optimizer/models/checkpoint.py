@@ -1,0 +1,116 @@
+"""What a model folder's safetensors files hold: every tensor's dtype and shape, and its values one
+at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optimizer.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as its file describes it. dtype: safetensors' spelling."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a model folder by name. beside: weight files that transformers doesn't read,
+    since the index or model.safetensors comes first."""
+
+    folder: Path
+    tensors: Mapping[str, Stored]
+    beside: tuple[str, ...] = ()
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as it is stored: [shape], its own dtype."""
+        from safetensors import safe_open
+
+        with readable(self.tensors[name].file) as file, safe_open(file, framework="pt") as opened:
+            value: Tensor = opened.get_tensor(name)
+            return value
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """From the files' headers alone. Raises ModelError for a file that isn't whole, and where two
+    files hold a tensor of one name."""
+    from safetensors import safe_open
+
+    files = weight_files(folder)
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        with readable(file), safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (safe_open has no __iter__)
+                if name in tensors:
+                    raise ModelError(
+                        f"A tensor has one value; {name} is in {tensors[name].file.name} and in "
+                        f"{file.name}. Remove the file that doesn't belong to {folder}."
+                    )
+                part = opened.get_slice(name)
+                tensors[name] = Stored(file, str(part.get_dtype()), tuple(part.get_shape()))
+    if not tensors:
+        raise ModelError(f"The weight files in {folder} hold no tensors.")
+    rest = sorted({f.name for f in folder.glob("*.safetensors")} - {f.name for f in files})
+    return Checkpoint(folder, tensors, tuple(rest))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads: model.safetensors; without it those that the index names;
+    without both, all there are."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        names = _indexed(folder / INDEX)
+        lacking = sorted(name for name in names if not (folder / name).is_file())
+        if lacking:
+            raise ModelError(
+                f"{folder / INDEX} names {lacking[0]}, which isn't there. Copy or download the "
+                "model again."
+            )
+        return [folder / name for name in sorted(names)]
+    return sorted(file for file in folder.glob("*.safetensors") if file.is_file())
+
+
+def _indexed(index: Path) -> set[str]:
+    try:
+        names = {
+            str(v) for v in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"{index} can't be read as an index of weight files ({type(error).__name__}: {error}). "
+            "Copy or download the model again."
+        ) from None
+    outside = sorted(name for name in names if "/" in name or "\\" in name)
+    if outside:
+        raise ModelError(f"{index} names a file outside of its folder, {outside[0]!r}.")
+    return names
+
+
+@contextmanager
+def readable(file: Path) -> Iterator[Path]:
+    """Errors of the safetensors library as a ModelError that names the file."""
+    from safetensors import SafetensorError
+
+    try:
+        yield file
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{file} is no whole safetensors file ({error}). Copy or download it again."
+        ) from None

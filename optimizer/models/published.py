@@ -1,0 +1,150 @@
+"""What a checkpoint is stored as, told before any work: numbers, codes of a quantizer, or FP8 with
+scales, from which the numbers are made again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimizer.errors import ModelError
+from optimizer.models.checkpoint import INDEX, Checkpoint, open_checkpoint, weight_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FP8 = ("F8_E4M3", "F8_E5M2")
+# endings of the names that quantizers give to codes: GPTQ and AWQ, compressed-tensors, bitsandbytes
+CODES = (".qweight", ".weight_packed", ".absmax", ".SCB", "_blocks", ".qdata")
+ACTIVATIONS = ("input_scale", "activation_scale", "act_scale")
+BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+def check(name: str, folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the weights are FP8 with scales. Raises ModelError for any other quantized checkpoint:
+    names how, and what to give instead."""
+    settings = _settings(config)
+    method = str(settings.get("quant_method") or settings.get("quant_algo") or "")
+    if settings and method != "fp8":
+        raise _quantized(name, method or "by a method that config.json doesn't name", settings)
+    checkpoint = open_checkpoint(folder)
+    codes = sorted(n for n in checkpoint.tensors if n.endswith(CODES))
+    if codes and not settings:
+        raise _quantized(name, f"{codes[0]} holds codes", settings)
+    stored = [n for n, tensor in checkpoint.tensors.items() if tensor.dtype in FP8]
+    bare = sorted(n for n in stored if _scale(n, checkpoint) is None)
+    if bare:
+        raise ModelError(
+            f"A checkpoint in FP8 has a scale for each of its weights; {name} has none for "
+            f"{bare[0]}. Give the model in 16 bits."
+        )
+    return bool(settings or stored)
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for key in ("quantization_config", "compression_config"):
+            found = part.get(key)
+            if isinstance(found, dict) and found:
+                return dict(found)
+    return {}
+
+
+def _quantized(name: str, how: str, settings: Mapping[str, Any]) -> ModelError:
+    bits = settings.get("bits") or settings.get("w_bit") or settings.get("num_bits")
+    with_bits = f", {bits} bits" if isinstance(bits, int) else ""
+    remedy = "Give the 16-bit model that it was made from"
+    if how == "mxfp4":
+        remedy += (
+            "; of one that was published in MXFP4 only, transformers makes it: from_pretrained("
+            "..., quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(...)"
+        )
+    return ModelError(
+        f"{name} is quantized already ({how}{with_bits}). A plan compares with the unrounded model, "
+        f"and rounding twice loses twice. {remedy}."
+    )
+
+
+def _scale(name: str, checkpoint: Checkpoint) -> str | None:
+    """The tensor that an FP8 weight is multiplied by, as DeepSeek and its followers name it."""
+    names = (f"{name}_scale_inv", f"{name}_scale", f"{name.removesuffix('weight')}scale")
+    return next((n for n in names if n in checkpoint.tensors), None)
+
+
+def dequantize(folder: Path, out: Path) -> None:
+    """Fill `out` with the model in bfloat16: w = code * scale of its block. Memory: one weight file
+    in bfloat16."""
+    from safetensors.torch import save_file
+
+    checkpoint = open_checkpoint(folder)
+    scales = {n for x in checkpoint.tensors if (n := _used_scale(x, checkpoint)) is not None}
+    left = {n for n in checkpoint.tensors if n.rpartition(".")[2].endswith(ACTIVATIONS)}
+    for file in weight_files(folder):
+        names = [n for n, x in checkpoint.tensors.items() if x.file == file]
+        parts = dict(_parts(checkpoint, [n for n in names if n not in scales | left]))
+        save_file(parts, out / file.name, metadata={"format": "pt"})
+    for pattern in BESIDE:
+        for file in folder.glob(pattern):
+            shutil.copyfile(file, out / file.name)
+    _correct(out, scales | left)
+
+
+def _used_scale(name: str, checkpoint: Checkpoint) -> str | None:
+    return _scale(name, checkpoint) if checkpoint.tensors[name].dtype in FP8 else None
+
+
+def _parts(checkpoint: Checkpoint, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        value, scale = checkpoint.read(name), _used_scale(name, checkpoint)
+        yield name, value if scale is None else unscaled(name, value, checkpoint.read(scale))
+
+
+def unscaled(name: str, codes: Tensor, scale: Tensor) -> Tensor:
+    """FP8 codes [..., rows, cols] times their scales [..., row blocks, column blocks] (blocks are
+    equally large, but for the last ones), or one scale a row, or one for all -> bfloat16."""
+    import torch
+
+    w, s = codes.float(), scale.float()
+    if s.numel() == 1:
+        return (w * s.reshape(())).bfloat16()
+    while s.ndim < w.ndim:
+        s = s.unsqueeze(-1)
+    for axis in (-1, -2):
+        if s.shape[axis] in (1, w.shape[axis]):
+            continue
+        block = _block(w.shape[axis], s.shape[axis])
+        if block is None:
+            raise ModelError(
+                f"The scales of {name} are {list(scale.shape)}, which is no grid of blocks over "
+                f"{list(codes.shape)}. Give the model in 16 bits."
+            )
+        at = torch.arange(w.shape[axis]) // block
+        s = s.index_select(axis % s.ndim, at)
+    return (w * s).bfloat16()
+
+
+def _block(size: int, blocks: int) -> int | None:
+    """The length of equal blocks of which `blocks` cover `size`; a power of two where several do."""
+    fitting = [b for b in range(-(-size // blocks), size + 1) if -(-size // b) == blocks]
+    powers = [b for b in fitting if b & (b - 1) == 0]
+    return next(iter(powers or fitting), None)
+
+
+def _correct(out: Path, dropped: set[str]) -> None:
+    """config.json and the index as they are of the model that was written."""
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part.pop("quantization_config", None)
+            part.pop("torch_dtype", None)
+            part["dtype"] = "bfloat16"
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if (out / INDEX).is_file():
+        index = json.loads((out / INDEX).read_text(encoding="utf-8"))
+        weights = {k: v for k, v in index["weight_map"].items() if k not in dropped}
+        text = json.dumps({**index, "weight_map": weights}, indent=2) + "\n"
+        (out / INDEX).write_text(text, encoding="utf-8")
