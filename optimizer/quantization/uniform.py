@@ -44,10 +44,16 @@ class Rtn:
         """Of llama.cpp's blocks, whose scales are searched for."""
         return ggml.fitted(weight, kind)
 
+    def blocks(self, weight: Tensor, precision: Precision, layer: str) -> ggml.Blocks:  # noqa: ARG002
+        """Of the kinds that llama.cpp's own functions round."""
+        return ggml.encode(weight, precision)
+
     def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:
         """W' [rows, cols] fp32, exactly what the packed layer unpacks to."""
         if precision.kind == "none":
             return weight.float()
+        if precision.kind in ggml.NATIVE:
+            return self.blocks(weight, precision, layer).decode()
         if precision.kind in GGML:
             return ggml.round_to(weight, precision, self.grids(weight, precision.kind, layer))
         rows, cols = weight.shape
@@ -65,6 +71,8 @@ class Rtn:
         precision: Precision,
         layer: str = "",
     ) -> Codes | ggml.Blocks:
+        if precision.kind in ggml.NATIVE:
+            return self.blocks(weight, precision, layer)
         if precision.kind in GGML:
             return ggml.encode(weight, precision, self.grids(weight, precision.kind, layer))
         return self.codes(weight, precision)
