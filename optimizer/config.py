@@ -127,6 +127,7 @@ class Optimize:
 
     model: str
     revision: str | None = None
+    gguf: str | None = None
     scope: Any = field(default_factory=lambda: ["blocks"])
     budget: Budget = field(default_factory=Budget)
     palette: Palette = field(default_factory=Palette)
@@ -222,12 +223,14 @@ class Apply:
 @dataclass(kw_only=True)
 class Export:
     """`mezzotint export`. to: the engine or format. plan: a plan, or a folder that `apply` wrote,
-    whose rounded weights are then taken as they are. Others as Apply."""
+    whose rounded weights are then taken as they are. gguf: a 16-bit GGUF file of the model, for
+    to=gguf, instead of the one that llama.cpp's converter makes. Others as Apply."""
 
     plan: str
     to: str
     out: str
     model: str | None = None
+    gguf: str | None = None
     overwrite: bool = False
     store: str = "~/.cache/mezzotint"
 
@@ -239,6 +242,7 @@ class Check:
     plan: str
     to: str
     model: str | None = None
+    gguf: str | None = None
     store: str = "~/.cache/mezzotint"
 
 

@@ -256,7 +256,9 @@ def _check(settings: Any) -> None:
     from optimizer.errors import PlanError
     from optimizer.plan import Plan
 
-    verdict = export.check(Plan.load(settings.plan), settings.to, settings.store, settings.model)
+    verdict = export.check(
+        Plan.load(settings.plan), settings.to, settings.store, settings.model, settings.gguf
+    )
     terminal.verdict(terminal.console(), verdict)
     if verdict.errors:
         raise PlanError(f"{verdict.engine} would not run this plan; the reasons are above.")
@@ -281,6 +283,7 @@ def _export(settings: Any) -> None:
         settings.overwrite,
         given if (given / PACKED_FILE).is_file() else None,
         terminal.Terminal(out),
+        settings.gguf,
     )
     terminal.verdict(out, verdict)
     out.print(f"Wrote {folder}. Its README.md says how it was made.", soft_wrap=True, markup=False)

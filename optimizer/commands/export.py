@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from optimizer.commands.deploy import check_language_model, check_names, codes_of, reference_of
 from optimizer.config import profile
-from optimizer.errors import ConfigError, PlanError
+from optimizer.errors import ConfigError, ModelError, PlanError
 from optimizer.formats import recipes, registry
 from optimizer.formats.gguf import writer
+from optimizer.formats.gguf.base import Base
 from optimizer.formats.model_card import card
 from optimizer.formats.registry import CHECKPOINTS
 from optimizer.formats.rules import Verdict
 from optimizer.formats.safetensors import checkpoint
 from optimizer.formats.safetensors.loader import Loading, loading
-from optimizer.models.source import PACKED_FILE, Source, gguf_of
+from optimizer.models.source import PACKED_FILE, Source
 from optimizer.plan import Inventory, Plan
 from optimizer.stages.session import View
 from optimizer.store import Store
@@ -53,10 +54,8 @@ class Job:
     source: Source
     inventory: Inventory
     engine: str
-
-    @property
-    def origin(self) -> Path | None:
-        return gguf_of(self.source.name)
+    base: Base | None
+    refused: str | None = None  # why there is no base
 
     @cached_property
     def loading(self) -> Loading | None:
@@ -66,25 +65,37 @@ class Job:
         )
 
     def check(self) -> Verdict:
+        if self.refused is not None:
+            return Verdict(self.engine, (self.refused,))
         return registry.check(
-            self.plan, self.inventory, profile(self.engine), self.source.folder, self.origin
+            self.plan, self.inventory, profile(self.engine), self.source.folder, self.base
         )
 
 
-def check(plan: Plan, to: str, store: str, model: str | None = None) -> Verdict:
-    """Would the engine load and run it? Raises only if the question itself is wrong."""
-    return _job("check", plan, to, store, model).check()
+def check(
+    plan: Plan, to: str, store: str, model: str | None = None, gguf: str | None = None
+) -> Verdict:
+    """Would the engine load and run it? gguf: a 16-bit GGUF file of the model, for to=gguf, instead of
+    the one that llama.cpp's converter makes. Raises only if the question itself is wrong."""
+    return _job("check", plan, to, store, model, gguf).check()
 
 
-def _job(command: str, plan: Plan, to: str, store: str, model: str | None) -> Job:
+def _job(
+    command: str, plan: Plan, to: str, store: str, model: str | None, gguf: str | None
+) -> Job:
     known = TARGETS | RECIPES
     if to not in known:
         raise ConfigError(f"to= is one of {', '.join(known)}, not {to!r}.")
-    source, inventory = reference_of(plan, model, Store.open(store))
+    kept = Store.open(store)
+    source, inventory = reference_of(plan, model, kept)
     if to != "torch":
         check_language_model(source, command)
     check_names(plan, inventory)
-    return Job(plan, source, inventory, known[to])
+    try:
+        base = registry.base_of(profile(known[to]), source, inventory, kept, gguf)
+    except ModelError as error:
+        return Job(plan, source, inventory, known[to], None, str(error))
+    return Job(plan, source, inventory, known[to], base)
 
 
 def export(
@@ -96,17 +107,19 @@ def export(
     overwrite: bool = False,
     packed: Path | None = None,
     view: View | None = None,
+    gguf: str | None = None,
 ) -> Verdict:
     """Write the plan's model for the engine `to` into the folder `out`.
 
     packed: a folder that `apply` wrote; its rounded weights are taken as they are, so that nothing
-    is rounded again. Raises before any work if the engine wouldn't load or execute the plan.
+    is rounded again. gguf: as in `check`. Raises before any work if the engine wouldn't load or
+    execute the plan.
     """
     from optimizer.formats import folder as folders
 
     view = view or View()
     folders.check_target(out, overwrite)
-    job = _job("export", plan, to, store, model)
+    job = _job("export", plan, to, store, model, gguf)
     verdict = job.check()
     verdict.require()
     if to in RECIPES:
@@ -135,7 +148,8 @@ def _recipe(job: Job, to: str, draft: Path) -> None:
     from optimizer.formats import folder as folders
 
     if to == "llama-quantize":
-        recipes.llama_quantize(job.plan, job.inventory, job.source.folder, draft)
+        assert job.base is not None
+        recipes.llama_quantize(job.plan, job.inventory, job.base, draft)
     else:
         recipes.llm_compressor(job.plan, job.inventory, draft)
     folders.seal(job.plan, draft, {"recipe": to})
@@ -159,9 +173,8 @@ def _stored(job: Job, packed: Path | None, store: Store, view: View) -> dict[str
 def _write(job: Job, tensors: Mapping[str, Tensor], draft: Path) -> None:
     plan, inventory, folder = job.plan, job.inventory, job.source.folder
     if job.engine == "llamacpp":
-        writer.write(plan, inventory, tensors, folder, draft, job.origin)
-        config = (folder / "config.json").read_bytes()
-        (draft / "config.json").write_bytes(config)  # says which rows were reordered
+        assert job.base is not None
+        writer.write(plan, inventory, tensors, job.base, draft)
     else:
         more = [] if job.loading is None else [job.loading]
         CHECKPOINTS[job.engine].write(plan, inventory, tensors, folder, draft, *more)
@@ -179,7 +192,8 @@ def _compare(job: Job, tensors: Mapping[str, Tensor], draft: Path, verdict: Verd
             f"The {job.engine} file must have {verdict.bytes} bytes and has {size}. This is a "
             "fault of the exporter; please report it with plan.json."
         )
-    more = [] if job.loading is None else [job.loading]
+    more: list[Any] = [] if job.loading is None else [job.loading]
+    more += [] if job.base is None else [job.base]
     found = backend.decode(draft, job.plan, job.inventory, *more)
     allowed = ALLOWED if backend is writer else 0.0
     for layer in job.inventory.layers:
@@ -188,7 +202,9 @@ def _compare(job: Job, tensors: Mapping[str, Tensor], draft: Path, verdict: Verd
             continue
         parts = {s: tensors[f"{layer.name}.{s}"] for s in precision.parts(layer.rows, layer.cols)}
         own = Codes.unpack(parts, precision, layer.cols).decode()
-        off = float((found[layer.name] - own).abs().max())
+        read = found[layer.name]
+        there = ~read.isnan().all(1)  # a GGUF leaves out words beyond its vocabulary
+        off = float((read - own)[there].abs().max())
         if not off <= allowed * float(own.abs().max()):
             raise PlanError(
                 f"Read back, {layer.name} differs from the plan's weights by up to {off:g}. This "

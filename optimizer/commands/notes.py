@@ -9,7 +9,6 @@ import numpy as np
 
 from optimizer.config import Optimize
 from optimizer.formats import registry
-from optimizer.models.source import gguf_of
 from optimizer.plan import UNTOUCHED, Inventory, Plan
 from optimizer.search import Problem, exact
 from optimizer.stages.session import Bench, Choices
@@ -105,8 +104,8 @@ def outside(inventory: Inventory, chosen: Choices, plan: Plan, total: int) -> li
 
 def file(config: Optimize, bench: Bench, chosen: Choices, plan: Plan) -> list[str]:
     """What the plan weighs in its engine's own format, and what of that is out of scope."""
-    runtime, origin = config.runtime, gguf_of(bench.source.name)
-    verdict = registry.check(plan, bench.inventory, runtime, bench.source.folder, origin)
+    runtime = config.runtime
+    verdict = registry.check(plan, bench.inventory, runtime, bench.source.folder, chosen.base)
     if verdict.errors or verdict.bytes is None:
         return [f"{runtime.name} would not run this plan: {' '.join(verdict.errors)}"]
     left = outside(bench.inventory, chosen, plan, verdict.bytes)

@@ -22,7 +22,6 @@ from optimizer.commands import notes as remarks
 from optimizer.config import Optimize
 from optimizer.errors import ModelError
 from optimizer.formats import registry
-from optimizer.models.source import gguf_of
 from optimizer.plan import Budget, Inventory, Plan, Precision, assemble
 from optimizer.reports import html as page
 from optimizer.reports.run import (
@@ -120,12 +119,14 @@ def _checked(config: Optimize, view: View) -> tuple[Bench, Choices]:
     bench = Bench(config.model, config.revision, config.data, config.store, config.device, view)
     if bench.encoder:
         config.check_encoder()
-    folder, origin = bench.source.folder, gguf_of(bench.source.name)
-    registry.check_model(config.runtime.name, folder, origin)
-    chosen = choices(config, bench.inventory, folder)
+    folder = bench.source.folder
+    base = registry.base_of(
+        config.runtime, bench.source, bench.inventory, bench.store, config.gguf
+    )
+    chosen = choices(config, bench.inventory, folder, base)
     if config.budget.size is not None:
         every = _uniform(chosen)
-        over = registry.overhead(bench.inventory, config.runtime, every, folder, origin)
+        over = registry.overhead(bench.inventory, config.runtime, every, folder, base)
         chosen = replace(chosen, overhead=over)
     if config.proof.certify:
         certify.check(bench, _asked(config))

@@ -6,17 +6,18 @@ import re
 from pathlib import Path
 
 from optimizer.formats.gguf import writer
+from optimizer.formats.gguf.base import Base
 from optimizer.formats.safetensors import compressed_tensors
 from optimizer.plan import Inventory, Plan
 
 
-def llama_quantize(plan: Plan, inventory: Inventory, folder: Path, out: Path) -> None:
+def llama_quantize(plan: Plan, inventory: Inventory, base: Base, out: Path) -> None:
     """tensor_types.txt and how to use it. llama-quantize takes the first expression that is found
     in a name, so each is anchored; rounding and its quality are llama.cpp's."""
     (out / writer.TYPES_FILE).write_text(
-        writer.types_file(plan, inventory, folder), encoding="utf-8"
+        writer.types_file(plan, inventory, base), encoding="utf-8"
     )
-    kinds = writer.types_file(plan, inventory, folder).splitlines()
+    kinds = writer.types_file(plan, inventory, base).splitlines()
     embedding = next(line.split("=")[1] for line in kinds if "token_embd" in line)
     text = f"""# Recipe for llama-quantize, plan {plan.id}
 

@@ -1,7 +1,7 @@
 """The engines that a plan may be made for: who writes their files, and what they can't hold.
 
 `offered` says it of every layer and precision before a search, so that no plan is made that
-`mezzotint check` would refuse; `check_model` says it of a whole architecture.
+`mezzotint check` would refuse; `base_of` says it of a whole architecture.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ import numpy as np
 
 from optimizer.errors import ConfigError
 from optimizer.formats import rules
+from optimizer.formats.gguf import base as gguf_base
 from optimizer.formats.gguf import writer
+from optimizer.formats.gguf.base import Base
 from optimizer.formats.rules import Demands, Verdict
 from optimizer.formats.runtime import Runtime
 from optimizer.formats.safetensors import autoround, compressed_tensors, gptq
 from optimizer.formats.safetensors.joined import joined
 from optimizer.formats.safetensors.loader import loading
+from optimizer.models.source import Source
 from optimizer.plan import Inventory, Layer, Plan, Precision, Rule, assemble
+from optimizer.store import Store
 
 # the engines that load safetensors -> the module that writes their format
 CHECKPOINTS: dict[str, Any] = {
@@ -40,8 +44,27 @@ HOLDS: dict[str, Callable[[Layer, Precision], str | None]] = {
 }
 
 
-def demands(runtime: Runtime, inventory: Inventory, folder: Path | None = None) -> Demands:
-    """What the engine asks of plans for this model. folder: the model's; None: what it asks of any."""
+def base_of(
+    runtime: Runtime, source: Source, inventory: Inventory, store: Store, given: str | None
+) -> Base | None:
+    """What the engine's file is made from, where it isn't made from the plan alone: llama.cpp's.
+    given: the user's own GGUF. Raises ModelError where the engine can't hold this model."""
+    if runtime.name == "llamacpp":
+        return gguf_base.find(source, inventory, store, given)
+    if given is not None:
+        raise ConfigError(
+            f"gguf= is for runtime=llamacpp and to=gguf, not for {runtime.name}. Leave it out."
+        )
+    return None
+
+
+def demands(
+    runtime: Runtime, inventory: Inventory, folder: Path | None = None, base: Base | None = None
+) -> Demands:
+    """What the engine asks of plans for this model. folder: the model's; None: what it asks of any.
+    base: see `base_of`."""
+    if base is not None:
+        return writer.demands(runtime, base)
     if runtime.name == "transformers" and folder is not None:
         return compressed_tensors.demands(runtime, inventory, loading(folder, inventory))
     together = joined(runtime, folder)
@@ -149,26 +172,22 @@ def told(runtime: Runtime, found: Sequence[Rule]) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def check_model(engine: str, folder: Path, origin: Path | None) -> None:
-    """Raises ModelError where the engine's files can't hold this architecture."""
-    if engine == "llamacpp":
-        writer.check_model(folder, origin)
-
-
 def check(
-    plan: Plan, inventory: Inventory, runtime: Runtime, folder: Path, origin: Path | None
+    plan: Plan, inventory: Inventory, runtime: Runtime, folder: Path, base: Base | None = None
 ) -> Verdict:
     """Whether the engine would load and run the plan, and its file's exact bytes. folder: the
-    reference's; origin: the GGUF that it came from, if any."""
-    return checker(inventory, runtime, folder, origin)(plan)
+    reference's; base: see `base_of`."""
+    return checker(inventory, runtime, folder, base)(plan)
 
 
 def checker(
-    inventory: Inventory, runtime: Runtime, folder: Path, origin: Path | None
+    inventory: Inventory, runtime: Runtime, folder: Path, base: Base | None = None
 ) -> Callable[[Plan], Verdict]:
     """`check` for many plans of one model."""
     if runtime.name == "llamacpp":
-        return lambda plan: writer.check(plan, inventory, runtime, folder, origin)
+        if base is None:
+            raise ConfigError("A GGUF is made from a base file; see formats.registry.base_of.")
+        return lambda plan: writer.check(plan, inventory, runtime, base)
     if runtime.name not in CHECKPOINTS:
         return lambda plan: rules.packed(plan, runtime)
     if runtime.name == "transformers":
@@ -184,13 +203,13 @@ def overhead(
     runtime: Runtime,
     choices: Iterable[Mapping[str, Precision]],
     folder: Path,
-    origin: Path | None,
+    base: Base | None = None,
 ) -> int:
     """The most bytes by which the engine's file exceeds our packed one in any of these choices: its
     vocabulary, indices, wider scales."""
     if runtime.name not in HOLDS:
         return 0
-    most, verdict = 0, checker(inventory, runtime, folder, origin)
+    most, verdict = 0, checker(inventory, runtime, folder, base)
     for choice in choices:
         plan = assemble(
             inventory, [x for x in inventory.layers if x.name in choice], choice,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimizer import drafts
 from optimizer.errors import ModelError
-from optimizer.models import published
+from optimizer.models import gguf_metadata, published
 from optimizer.plan import digest
 from optimizer.store import Store, alone, unwritable, write_atomically
 
@@ -31,7 +31,7 @@ MODULES = "modules.json"  # sentence-transformers'
 POOLING = "pooling.json"  # ours, in packed folders: {"pooling": "mean"}
 NEEDED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-CONVERSION = 2  # counts changes of what a conversion writes
+CONVERSION = 3  # counts changes of what a conversion writes
 REMEMBERED = 32 * 2**20  # bytes from which a file's hash is remembered: above .1 s of hashing
 SETTLED = 2.0  # seconds
 SAMPLES, SAMPLE = 64, 4096  # pieces, bytes of each
@@ -177,7 +177,7 @@ def _as_made(store: Store, folder: Path) -> bool:
     """Whether every file has the SHA-256 that it was written with."""
     try:
         expected = json.loads(_hashes_of(folder).read_text(encoding="utf-8"))
-        return bool({file.name: _file_hash(file, store) for file in folder.iterdir()} == expected)
+        return bool({file.name: file_hash(file, store) for file in folder.iterdir()} == expected)
     except (OSError, ValueError):
         return False
 
@@ -193,7 +193,7 @@ def _hashes_of(folder: Path) -> Path:
 
 
 def _converted(gguf: Path, store: Store) -> Path:
-    key = digest(["gguf", CONVERSION, _file_hash(gguf, store)])
+    key = digest(["gguf", CONVERSION, file_hash(gguf, store)])
     return _made(store, key, lambda folder: _convert(gguf, folder))
 
 
@@ -213,6 +213,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             f"{gguf} couldn't be read as a GGUF language model ({error}). It may be cut off, or "
             "of an architecture that transformers doesn't convert; give the original folder."
         ) from None
+    gguf_metadata.mend(loaded.config, gguf_metadata.read(gguf))
     _split_digits(tokenizer, gguf)
     del loaded.config.quantization_config  # it is dequantized; a fresh model forgets that it was
     net = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float16)
@@ -330,7 +331,7 @@ def fingerprint(folder: Path, store: Store) -> str:
     for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("tokenizer*.json")):
         if not file.is_file():
             raise ModelError(f"{file} is a folder, where a model has a file. Remove it.")
-        parts[file.name] = _file_hash(file, store)
+        parts[file.name] = file_hash(file, store)
     config = _config(folder)
     for key in ("transformers_version", "_name_or_path"):
         config.pop(key, None)
@@ -339,7 +340,7 @@ def fingerprint(folder: Path, store: Store) -> str:
     return "sha256:" + digest([parts, config])
 
 
-def _file_hash(path: Path, store: Store) -> str:
+def file_hash(path: Path, store: Store) -> str:
     """sha256 of a file. That of a big one is remembered for as long as all of this stays: its place,
     size, times (that of its last change, too, which no program can set) and SAMPLES pieces of it.
     What changed within the last SETTLED seconds could change again in the same tick of its clock."""

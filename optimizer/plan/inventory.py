@@ -50,6 +50,16 @@ GGML = {
     "q4_k": Block(4, 256, 144, "q5_0"),
     "q5_k": Block(5, 256, 176, "q5_1"),
     "q6_k": Block(6, 256, 210, "q8_0"),
+    "iq1_s": Block(1, 256, 50, "iq4_nl"),
+    "iq1_m": Block(1, 256, 56, "iq4_nl"),
+    "iq2_xxs": Block(2, 256, 66, "iq4_nl"),
+    "iq2_xs": Block(2, 256, 74, "iq4_nl"),
+    "iq2_s": Block(2, 256, 82, "iq4_nl"),
+    "iq3_xxs": Block(3, 256, 98, "iq4_nl"),
+    "iq3_s": Block(3, 256, 110, "iq4_nl"),
+    "iq4_xs": Block(4, 256, 136, "iq4_nl"),
+    "tq1_0": Block(2, 256, 54, "q4_0"),
+    "tq2_0": Block(2, 256, 66, "q4_0"),
 }
 
 

@@ -59,10 +59,23 @@ class Keeping(Rtn):
 
     store: Store | None = None
 
+    def blocks(self, weight: Tensor, precision: Precision, layer: str) -> Blocks:
+        if self.store is None or not layer:
+            return super().blocks(weight, precision, layer)
+
+        def make() -> dict[str, np.ndarray]:
+            return {"blocks": ggml.encode(weight, precision).data.cpu().numpy()}
+
+        key = digest(["blocks", GRIDS, precision.kind, list(weight.shape), _content(weight)])
+        found = self.store.arrays("grids", key, make)
+        assert found is not None
+        data = torch.from_numpy(found["blocks"]).to(weight.device)
+        return Blocks(precision, data, weight.shape[1])
+
     def grids(self, weight: Tensor, kind: str, layer: str) -> list[ggml.Grid]:
         if self.store is None or not layer:
             return super().grids(weight, kind, layer)
-        content = sha256(weight.float().cpu().contiguous().numpy().data).hexdigest()
+        content = _content(weight)
 
         def make() -> dict[str, np.ndarray]:
             return {
@@ -84,6 +97,10 @@ class Keeping(Rtn):
             ggml.Grid.of(kind, (rows, cols), parts)
             for (rows, cols), parts in zip(shapes, kept, strict=True)
         ]
+
+
+def _content(weight: Tensor) -> str:
+    return sha256(weight.float().cpu().contiguous().numpy().data).hexdigest()
 
 
 class Calibrated:

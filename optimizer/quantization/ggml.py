@@ -22,9 +22,12 @@ import torch
 from torch import Tensor
 
 from optimizer.plan import GGML, Precision
+from optimizer.quantization import ggml_native
+from optimizer.quantization.ggml_native import NATIVE
 
 STRETCHES = 7  # tried ranges per sub-block
 CHUNK = 2**20  # weights at a time: the search stays in the cache
+CURVED = ("iq4_nl", "iq4_xs")  # kinds whose levels aren't evenly spaced
 NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # iq4_nl
 
 
@@ -52,12 +55,13 @@ LAYOUTS = {
     "q4_k": Layout(32, minimum=True, top=63),
     "q5_k": Layout(32, minimum=True, top=63),
     "q6_k": Layout(16, 32, top=127, signed=True),
+    "iq4_xs": Layout(32, top=31, signed=True),
 }
 
 
 def table(kind: str) -> Tensor:
     """Code -> level, fp32, ascending."""
-    if kind == "iq4_nl":
+    if kind in CURVED:
         return torch.tensor(NONLINEAR, dtype=torch.float32)
     return torch.arange(2.0 ** GGML[kind].bits) - LAYOUTS[kind].zero
 
@@ -128,11 +132,13 @@ class Blocks:
 
     def decode(self) -> Tensor:
         """W' [rows, cols] fp32."""
+        if self.precision.kind in NATIVE:
+            return ggml_native.decode(self.data, self.precision.kind, self.cols)
         grid, codes = self.open()
         return grid.values(codes)
 
     def open(self) -> tuple[Grid, Tensor]:
-        """The grid and the codes uint8 [rows, cols] inside of it."""
+        """The grid and the codes uint8 [rows, cols] inside of it; not for kinds in NATIVE."""
         kind = self.precision.kind
         shape = (self.data.shape[0], self.cols)
         raw = self.data.reshape(-1, GGML[kind].size)
@@ -144,12 +150,17 @@ class Blocks:
 
 
 def fitted(weight: Tensor, kind: str) -> list[Grid]:
-    """The searched grids of W [rows, cols], a few rows each."""
+    """The searched grids of W [rows, cols], a few rows each; none for kinds in NATIVE."""
+    if kind in NATIVE:
+        return []
     return [fit(rows, kind) for rows in slices(weight)]
 
 
 def encode(weight: Tensor, precision: Precision, grids: Sequence[Grid] = ()) -> Blocks:
     """W [rows, cols] -> blocks, round to nearest. grids: what `fitted` gave."""
+    if precision.kind in NATIVE:
+        data = ggml_native.encode(weight, precision.kind)
+        return Blocks(precision, data, weight.shape[1])
     grids = grids or fitted(weight, precision.kind)
     parts = [g.pack(g.round(rows)) for g, rows in zip(grids, slices(weight), strict=True)]
     return Blocks(precision, torch.cat([part.data for part in parts]), weight.shape[1])
@@ -157,6 +168,8 @@ def encode(weight: Tensor, precision: Precision, grids: Sequence[Grid] = ()) -> 
 
 def round_to(weight: Tensor, precision: Precision, grids: Sequence[Grid] = ()) -> Tensor:
     """W' [rows, cols] fp32, exactly what `encode` decodes to."""
+    if precision.kind in NATIVE:
+        return encode(weight, precision).decode()
     parts = []
     for grid, rows in zip(grids or fitted(weight, precision.kind), slices(weight), strict=True):
         w, step, lower = (
@@ -170,7 +183,7 @@ def round_to(weight: Tensor, precision: Precision, grids: Sequence[Grid] = ()) -
 
 def _codes(level: Tensor, kind: str) -> Tensor:
     """Levels that are in the table -> codes uint8."""
-    if kind == "iq4_nl":
+    if kind in CURVED:
         return torch.searchsorted(table(kind), level.contiguous()).to(torch.uint8)
     return (level + LAYOUTS[kind].zero).to(torch.uint8)
 
@@ -229,7 +242,7 @@ def _nearest(w: Tensor, step: Tensor, minimum: Tensor, kind: str) -> Tensor:
     """The nearest levels t[q], fp32; a step of 0 gives level 0."""
     x = (w + minimum).mul_(torch.where(step == 0, 0.0, 1 / step))
     levels = table(kind)
-    if kind == "iq4_nl":
+    if kind in CURVED:
         return levels[torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)]
     return x.round_().clamp_(float(levels[0]), float(levels[-1]))
 
@@ -426,12 +439,33 @@ def _unpack_q6_k(raw: Tensor, kind: str) -> Opened:  # noqa: ARG001
     return d, torch.zeros_like(d), a, a * 0, q
 
 
-_K = {"q2_k", "q3_k", "q4_k", "q5_k", "q6_k"}
-_PACK = dict.fromkeys(GGML.keys() - _K, _pack_plain) | {
+def _pack_iq4_xs(grid: Grid, q: Tensor) -> Tensor:
+    a = grid.a + 32  # six bits each: the upper two in a word of their own
+    high = ((a >> 4) << (2 * torch.arange(8, device=a.device))).sum(1, keepdim=True)
+    high = torch.cat([high & 255, high >> 8], 1).to(torch.uint8)
+    low = ((a[:, ::2] & 15) | ((a[:, 1::2] & 15) << 4)).to(torch.uint8)
+    codes = _nibbles(q.view(-1, 32)).view(len(q), -1)
+    return torch.cat([_bytes_of(grid.d), high, low, codes], 1)
+
+
+def _unpack_iq4_xs(raw: Tensor, kind: str) -> Opened:  # noqa: ARG001
+    d, high, scales = _number(raw[:, :2]), raw[:, 2:4].long(), raw[:, 4:8].long()
+    high = high[:, :1] | (high[:, 1:] << 8)
+    upper = (high >> (2 * torch.arange(8, device=raw.device))) & 3
+    a = (torch.stack([scales & 15, scales >> 4], 2).flatten(1) | (upper << 4)) - 32
+    codes = raw[:, 8:].reshape(-1, 16)
+    q = torch.cat([codes & 15, codes >> 4], 1).view(len(raw), -1).long()
+    return d, torch.zeros_like(d), a, a * 0, q
+
+
+_K = {"q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"}
+_PACK = dict.fromkeys(LAYOUTS.keys() - _K, _pack_plain) | {
     "q2_k": _pack_q2_k, "q3_k": _pack_q3_k, "q4_k": _pack_q45_k, "q5_k": _pack_q45_k,
     "q6_k": _pack_q6_k,
+    "iq4_xs": _pack_iq4_xs,
 }  # fmt: skip
-_UNPACK = dict.fromkeys(GGML.keys() - _K, _unpack_plain) | {
+_UNPACK = dict.fromkeys(LAYOUTS.keys() - _K, _unpack_plain) | {
     "q2_k": _unpack_q2_k, "q3_k": _unpack_q3_k, "q4_k": _unpack_q45_k, "q5_k": _unpack_q45_k,
     "q6_k": _unpack_q6_k,
+    "iq4_xs": _unpack_iq4_xs,
 }  # fmt: skip

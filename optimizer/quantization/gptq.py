@@ -25,7 +25,7 @@ from torch import Tensor
 
 from optimizer.errors import ModelError
 from optimizer.plan import GGML, Precision
-from optimizer.quantization import ggml
+from optimizer.quantization import ggml, ggml_native, lattice
 from optimizer.quantization.ggml import Blocks, Grid
 from optimizer.quantization.uniform import Codes, Levels, Rtn, clipped, levels_of
 
@@ -60,6 +60,8 @@ class Gptq:
             mine = [i for i, (_, precision) in enumerate(jobs) if _family(precision) == family]
             group = family if isinstance(family, int) else None
             order = self._order(hessian.diagonal(), group)
+            if family in ggml_native.NATIVE:  # vectors of neighbouring columns
+                order = torch.arange(len(hessian), device=hessian.device)
             root, upper = factors(hessian, self.damping, order)
             for part in _portions(mine, jobs):
                 own = [jobs[i] for i in part]
@@ -110,6 +112,8 @@ class Gptq:
         w = torch.cat([weight.float() for weight, _ in jobs]).T.contiguous()
         cols = len(w)
         importance = upper.diagonal().pow(-2)  # (1): what an error in a column costs
+        if jobs[0][1].kind in ggml_native.NATIVE:
+            return _vectors(jobs, upper)
         if jobs[0][1].kind in GGML:
             return self._blocks(jobs, w, upper, order)
         size = jobs[0][1].group_size or cols
@@ -152,6 +156,25 @@ class Gptq:
         return _each(lambda *parts: torch.cat(parts).squeeze(-1), found)
 
 
+def _vectors(jobs: Sequence[Job], upper: Tensor) -> Solved:
+    """As `_stack`, for kinds that code several columns at once: scales of ggml's search under (1)'s
+    importance, then errors fed on from vector to vector where the kind is one of `lattice`."""
+    importance = upper.diagonal().pow(-2)
+    solved: Solved = ([], [])
+    for weight, precision in jobs:
+        data = ggml_native.encode(weight, precision.kind, importance)
+        if precision.kind in lattice.LAYOUTS:
+            found = lattice.Vectors.of(data, precision.kind, weight.shape[1])
+            data, loss = lattice.sweep(found, weight, upper)
+        else:
+            error = ggml_native.decode(data, precision.kind, weight.shape[1]) - weight.float()
+            loss = torch.linalg.solve_triangular(upper, error, upper=True, left=False)
+            loss = loss.square().sum(1)
+        solved[0].append(Blocks(precision, data, weight.shape[1]))
+        solved[1].append(loss)
+    return solved
+
+
 @dataclass(frozen=True)
 class Lines:
     """What UNIT columns of some rows may become, equation (1) with its sub-scale multiplied out:
@@ -167,7 +190,7 @@ class Lines:
     def nearest(self, w: Tensor) -> Tensor:
         """w [rows] -> t [rows]."""
         x = (w + self.minimum).mul_(torch.where(self.step == 0, 0.0, 1 / self.step))
-        if self.kind == "iq4_nl":
+        if self.kind in ggml.CURVED:
             levels = ggml.table(self.kind)
             return levels[torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)]
         return x.round_().clamp_(self.low, self.high)
@@ -195,7 +218,8 @@ def lines(grids: Sequence[Grid]) -> list[Lines]:
 def _family(precision: Precision) -> int | str | None:
     """What is solved in one stack: one group size, or all blocks with evenly spaced levels."""
     if precision.kind in GGML:
-        return precision.kind if precision.kind == "iq4_nl" else "even"
+        alone = (*ggml.CURVED, *ggml_native.NATIVE)
+        return precision.kind if precision.kind in alone else "even"
     return precision.group_size
 
 

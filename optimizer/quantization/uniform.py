@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from optimizer.plan import GGML, TRITS_PER_BYTE, Precision, packed_bytes
-from optimizer.quantization import ggml
+from optimizer.quantization import ggml, ggml_native
 
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # fp16's subnormal step and maximum
 TINY = 1e-30  # as a step: every weight is far from zero, so only its sign counts
@@ -44,10 +44,16 @@ class Rtn:
         """Of llama.cpp's blocks, whose scales are searched for."""
         return ggml.fitted(weight, kind)
 
+    def blocks(self, weight: Tensor, precision: Precision, layer: str) -> ggml.Blocks:  # noqa: ARG002
+        """Of the kinds that llama.cpp's own functions round."""
+        return ggml.encode(weight, precision)
+
     def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:
         """W' [rows, cols] fp32, exactly what the packed layer unpacks to."""
         if precision.kind == "none":
             return weight.float()
+        if precision.kind in ggml_native.NATIVE:
+            return self.blocks(weight, precision, layer).decode()
         if precision.kind in GGML:
             return ggml.round_to(weight, precision, self.grids(weight, precision.kind, layer))
         rows, cols = weight.shape
@@ -65,6 +71,8 @@ class Rtn:
         precision: Precision,
         layer: str = "",
     ) -> Codes | ggml.Blocks:
+        if precision.kind in ggml_native.NATIVE:
+            return self.blocks(weight, precision, layer)
         if precision.kind in GGML:
             return ggml.encode(weight, precision, self.grids(weight, precision.kind, layer))
         return self.codes(weight, precision)

@@ -20,6 +20,7 @@ from optimizer.config import Optimize, Quantizer
 from optimizer.data.text import Data, Tokens, Windows
 from optimizer.errors import ConfigError, ModelError
 from optimizer.formats import registry
+from optimizer.formats.gguf.base import Base
 from optimizer.formats.rules import Demands
 from optimizer.formats.runtime import Runtime
 from optimizer.models.source import Source, context_length, is_encoder, locate
@@ -294,6 +295,7 @@ class Choices:
     notes: tuple[str, ...] = ()
     overhead: int = 0
     demands: Demands = field(default_factory=lambda: Demands(Runtime()))
+    base: Base | None = None
 
     def choice(self, assignment: np.ndarray) -> dict[str, Precision]:
         """Column index per group -> precision per layer."""
@@ -304,8 +306,11 @@ class Choices:
         }
 
 
-def choices(config: Optimize, inventory: Inventory, folder: Path | None = None) -> Choices:
-    """folder: the model's, whose class an engine may ask for; None: what it asks of any."""
+def choices(
+    config: Optimize, inventory: Inventory, folder: Path | None = None, base: Base | None = None
+) -> Choices:
+    """folder: the model's, whose class an engine may ask for; None: what it asks of any. base: what
+    the engine's file is made from, see `formats.registry.base_of`."""
     scope = inventory.scoped(config.scopes)
     palette = config.palette.precisions()
     fitted = sensitivity.palette_columns(scope, palette, config.palette.fit)
@@ -313,7 +318,7 @@ def choices(config: Optimize, inventory: Inventory, folder: Path | None = None) 
         raise ConfigError(
             f"runtime.experts is tensor, block or model, not {config.runtime.experts!r}."
         )
-    demands = registry.demands(config.runtime, inventory, folder)
+    demands = registry.demands(config.runtime, inventory, folder, base)
     groups = demands.groups(scope)
     columns = tuple(p.name for p in palette)
     fitted = sensitivity.agreeing(groups, columns, fitted)
@@ -323,7 +328,7 @@ def choices(config: Optimize, inventory: Inventory, folder: Path | None = None) 
     )
     notes = demands.notes + registry.told(config.runtime, rules)
     notes += sensitivity.unfitting(scope, palette, config.palette.fit) + inventory.notes
-    return Choices(scope, groups, columns, fitted, left, held, notes, demands=demands)
+    return Choices(scope, groups, columns, fitted, left, held, notes, demands=demands, base=base)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,7 +26,7 @@ from optimizer.plan import Inventory, Layer, Plan, Precision, assemble
 from optimizer.quantization.uniform import Rtn
 from optimizer.store import Store
 
-WORDS = 96
+WORDS = 288
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Wide:
     for value in net.parameters():
         if value.ndim == 2:
             torch.nn.init.normal_(value, std=0.06)
-    names = ["<unk>", "<s>", "</s>", *(f"word{i}" for i in range(WORDS - 3))]
-    words = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    fast = byte_tokenizer()
     with quiet():
         net.half().save_pretrained(path)
         fast.save_pretrained(path)
@@ -82,6 +77,23 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Wide:
     inventory = take_inventory(path)
     fingerprint = locate(str(path), Store(store)).fingerprint
     return Wide(path, store, Model.load(path, inventory), inventory, fingerprint)
+
+
+def byte_tokenizer(
+    before: pre_tokenizers.PreTokenizer | None = None, size: int = WORDS
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that splits text as GPT-2 does, or as `before`."""
+    words = Tokenizer(models.BPE(unk_token=None))
+    words.pre_tokenizer = before or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    text = ["the quick brown fox and the lazy dog, then another one: 12345 hello world"] * 3
+    kept = ["<unk>", "<s>", "</s>"]
+    words.train_from_iterator(text, trainers.BpeTrainer(
+        vocab_size=size, special_tokens=kept, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def random_model(kind: str, body: dict, std: float, path: Path, wide: Wide) -> Wide:
@@ -128,11 +140,12 @@ class LlamaCpp:
 
     def log_p(self, prompt: list[int]) -> torch.Tensor:
         """Of the next word [WORDS]."""
-        body = {"prompt": prompt, "n_predict": 1, "n_probs": WORDS}
+        body = {"prompt": prompt, "n_predict": 1, "n_probs": WORDS, "logit_bias": [[PLAIN, 1e4]]}
         top = self.ask("completion", body)["completion_probabilities"][0]["top_logprobs"]
         return torch.tensor([t["logprob"] for t in sorted(top, key=lambda t: t["id"])])
 
 
+PLAIN = 70  # a letter: the server tells probabilities only with what it can write
 IDS = torch.arange(5, 85).view(4, 20)
 FUSED = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2}
 

@@ -3,7 +3,6 @@ llama.cpp (the xllamacpp wheel)."""
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import warnings
@@ -22,6 +21,7 @@ from optimizer.formats import folder, rules
 from optimizer.formats.gguf import writer
 from optimizer.formats.safetensors import compressed_tensors
 from optimizer.formats.torch import packed
+from optimizer.models.model import load_tokenizer
 from optimizer.models.source import PACKED_FILE
 from optimizer.plan import UNTOUCHED, Precision
 from optimizer.quantization.uniform import Rtn
@@ -109,8 +109,9 @@ def test_llama_cpp_computes_what_we_compute(
         noise = float((p * (ours[row] - theirs)).sum())
         moved = float((reference[row].exp() * (reference[row] - theirs)).sum())
         assert noise < 0.002 < moved  # activations in 8 bits; the plan itself moves far more
-    words = engine.ask("tokenize", {"content": "word3 word40"})
-    assert words["tokens"] == [6, 43]
+    text = "the dog 12 café"
+    words = engine.ask("tokenize", {"content": text})
+    assert words["tokens"] == load_tokenizer(wide.folder)(text)["input_ids"]
     types = (tmp_path / "out" / writer.TYPES_FILE).read_text().splitlines()
     assert r"^blk\.0\.attn_q\.weight$=" + writer.carrier(kinds[0], 256) in types
 
@@ -149,11 +150,13 @@ def test_kinds_that_a_format_cannot_hold(wide: Wide) -> None:
     assert "fused" in str(rules.linear_only(replace(stacked, expert=None), G64))
 
 
-def test_unknown_architecture_is_named(wide: Wide, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["OddForCausalLM"]}))
-    plan = wide.plan(uniform(wide, Precision.ggml("q4_k")), "llamacpp")
-    found = writer.check(plan, wide.inventory, profile("llamacpp"), tmp_path, None)
-    assert "OddForCausalLM" in found.errors[0] and "Qwen3ForCausalLM" in found.errors[0]
+def test_an_architecture_that_the_converter_refuses(wide: Wide, tmp_path: Path) -> None:
+    body = {"vocab_size": WORDS, "hidden_size": 64, "num_hidden_layers": 1, "num_heads": 2}
+    model = random_model("xlstm", body | {"embedding_dim": 64}, 0.1, tmp_path / "odd", wide)
+    found = export.check(model.plan({}, "llamacpp"), "gguf", str(wide.store))
+    assert (
+        "xLSTMForCausalLM is not supported" in found.errors[0] and "gguf=FILE" in found.errors[0]
+    )
 
 
 def test_a_full_folder_is_left_alone(wide: Wide, tmp_path: Path) -> None:
@@ -345,4 +348,5 @@ def test_llama_cpp_computes_our_experts(wide: Wide, tmp_path: Path, kind: str) -
 def test_experts_that_llama_cpp_would_weigh_otherwise(wide: Wide, tmp_path: Path) -> None:
     model = mixture("qwen3_moe", tmp_path / "odd", wide, norm_topk_prob=False)
     plan = model.plan({}, "llamacpp")
-    assert "norm_topk_prob" in export.check(plan, "gguf", str(wide.store)).errors[0]
+    found = export.check(plan, "gguf", str(wide.store)).errors[0]
+    assert "llama.cpp computes another model" in found and "gguf=FILE" in found
