@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from optimizer.errors import ModelError
 from optimizer.models.head import batches, head_input
 from optimizer.models.model import Model
+from optimizer.models.watching import first_tensor, rows_of
 from optimizer.plan import Layer
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -27,10 +28,12 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class Batch:
-    """hidden: the next block's input [b, l, width]. calls: what each block gets besides it."""
+    """hidden: the next block's input [b, l, width], or more of them in front (Gemma 3n). calls: what
+    each block gets besides it. windows: b."""
 
     hidden: Tensor
     calls: list[Call]
+    windows: int
 
 
 class Stream:
@@ -63,11 +66,14 @@ class Stream:
         found = [torch.zeros(n, n, device=device) for n in columns]
 
         def add(index: int) -> Callable[..., None]:
-            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                x = args[0].flatten(0, -2).float()
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = rows_of(args, kwargs)
+                if x is None:
+                    return
                 if weights is not None:
                     own = torch.from_numpy(weights[sharing[index][0]][now[0] : now[1]])
-                    x = x * own.to(x).reshape(-1, 1).sqrt()
+                    if own.numel() == len(x):  # else only some tokens visit the layer
+                        x = x * own.to(x).reshape(-1, 1).sqrt()
                 found[index].addmm_(x.T, x)
                 if index == len(modules) - 1:
                     raise _EnoughError
@@ -75,10 +81,12 @@ class Stream:
             return hook
 
         now = [0, 0]  # the windows of the batch that runs
-        handles = [m.register_forward_pre_hook(add(i)) for i, m in enumerate(modules)]
+        handles = [
+            m.register_forward_pre_hook(add(i), with_kwargs=True) for i, m in enumerate(modules)
+        ]
         try:
             for batch in self._batches:
-                now[:] = [now[1], now[1] + len(batch.hidden)]
+                now[:] = [now[1], now[1] + batch.windows]
                 with suppress(_EnoughError):
                     self._run(block, batch)
         finally:
@@ -100,7 +108,7 @@ class Stream:
         own = {names[id(self._model.net.get_parameter(k))]: v for k, v in parameters.items()}
         args, kwargs = batch.calls[block]
         with torch.no_grad():
-            found = torch.func.functional_call(module, own, (batch.hidden, *args), kwargs)
+            found = torch.func.functional_call(module, own, (batch.hidden.clone(), *args), kwargs)
         found = found[0] if isinstance(found, tuple) else found
         wanted = self._run(block, batch)
         return float((found - wanted).norm() / wanted.norm())
@@ -108,7 +116,7 @@ class Stream:
     def _run(self, block: int, batch: Batch) -> Tensor:
         args, kwargs = batch.calls[block]
         with torch.no_grad():
-            found = self.blocks[block](batch.hidden, *args, **kwargs)
+            found = self.blocks[block](batch.hidden.clone(), *args, **kwargs)
         return found[0] if isinstance(found, tuple) else found
 
     def _module(self, layer: Layer) -> nn.Module:
@@ -129,7 +137,7 @@ class Stream:
                 continue
             own, _ = self._record(moved, whole=False)
             if _same(own.calls[0], found[0].calls[0]):
-                own = Batch(own.hidden, found[0].calls)
+                own = Batch(own.hidden, found[0].calls, own.windows)
             else:
                 own, _ = self._record(moved, whole=True)
             found.append(own)
@@ -145,7 +153,7 @@ class Stream:
             kwargs = dict(kwargs)
             hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
             if len(entered) < 2:
-                entered.append(hidden)
+                entered.append(hidden.clone())
             calls.append((rest, kwargs))
             if not whole:
                 raise _EnoughError
@@ -157,7 +165,7 @@ class Stream:
         finally:
             for hook in hooks:
                 hook.remove()
-        return Batch(entered[0], calls), entered
+        return Batch(entered[0], calls, len(ids)), entered
 
     @contextmanager
     def _learning(self) -> Iterator[None]:
@@ -166,19 +174,24 @@ class Stream:
         last: list[Tensor] = []  # kept alive, so that a later tensor can't be taken for it
 
         def see(layer: Layer, block: int) -> Callable[..., None]:
-            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = first_tensor(args, kwargs)
+                if x is None:
+                    return
                 sets = self._shared.setdefault(block, [])
                 if any(layer.name in names for names in sets):
                     return
-                if not sets or last[0] is not args[0]:
+                if not sets or last[0] is not x:
                     sets.append([])
-                last[:] = [args[0]]
+                last[:] = [x]
                 sets[-1].append(layer.name)
 
             return hook
 
         handles = [
-            self._module(layer).register_forward_pre_hook(see(layer, layer.block))
+            self._module(layer).register_forward_pre_hook(
+                see(layer, layer.block), with_kwargs=True
+            )
             for layer in self._watched
             if layer.block is not None
         ]

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.models.model import Model, read
+from optimizer.models.watching import begin_gradients, on_gradient, rows_of
 from optimizer.plan import Layer
 from optimizer.sensitivity import Task
 
@@ -71,6 +72,8 @@ def _add_square(squares: dict[str, Tensor], name: str, gradient: Tensor) -> None
 
 def _diagonal(model: Model, task: Task, layer: Layer, squares: dict[str, Tensor]) -> np.ndarray:
     """sum_ij F_ij dW_ij^2 [precisions]; squares: F of each parameter."""
+    if not all(name in squares for name in layer.parameters):  # no token's loss depends on it
+        return np.zeros(len(task.columns))
     fisher = read(squares.__getitem__, layer)
     return _array([(fisher * e.square_()).sum() for _, e in _errors(model, task, layer)])
 
@@ -116,13 +119,17 @@ def tokenwise(
     seed: Sequence[int],
     weights: np.ndarray | None = None,
 ) -> np.ndarray:
-    """[groups, precisions]; layers whose inputs can't be watched get the diagonal. Memory: inputs and
+    """[groups, precisions]; layers whose inputs can't be watched get the diagonal, and so do those
+    whose module isn't called, or returns more than its product. Memory: inputs and
     output gradients of TOGETHER windows, fp32. Cost: a forward and a backward pass a window, one
     product of its size a precision, and one rounding for every TOGETHER windows."""
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
     squares: dict[str, Tensor] = {}
 
+    met: set[str] = set()
+
     def keep(name: str, x: Tensor, d: Tensor) -> None:
+        met.add(name)
         seen.setdefault(name, []).append((x, d))
 
     layers = [model.layers[name] for name in task.layers]
@@ -146,7 +153,28 @@ def tokenwise(
                 errors = _errors(model, task, model.layers[name])
                 losses[name] += _array([((x @ e.T) * d).sum(-1).square().sum() for _, e in errors])
     losses |= {layer.name: _diagonal(model, task, layer, squares) for layer in unseen}
+    missed = [layer for layer in layers if layer.watchable and layer.name not in met]
+    losses |= unwatched(model, task, missed, (ids, seed, weights))
     return task.collect(losses) / (2 * model.predictions(ids))
+
+
+def unwatched(
+    model: Model,
+    task: Task,
+    missed: Sequence[Layer],
+    text: tuple[np.ndarray, Sequence[int], np.ndarray | None],
+) -> dict[str, np.ndarray]:
+    """The diagonal's losses [precisions], times twice the tokens, of layers that `watching` doesn't
+    see: their module isn't called, since the model reads its weight, or returns other things, too."""
+    if not missed:
+        return {}
+    ids, seed, weights = text
+    squares: dict[str, Tensor] = {}
+    names = {name for x in missed for name in x.parameters}
+    with _gradients(model.net, names, partial(_add_square, squares)):
+        for i, (window, own_seed) in enumerate(_windows(model.net, ids, seed)):
+            likelihood(model, window, own_seed, _row(weights, i)).backward()
+    return {layer.name: _diagonal(model, task, layer, squares) for layer in missed}
 
 
 @contextmanager
@@ -158,19 +186,19 @@ def watching(
     handles: list[Any] = []
 
     def watch(name: str, module: nn.Module) -> None:
-        def forward(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0].detach().flatten(0, -2).float()
-            output.register_hook(lambda d: use(name, x, d.flatten(0, -2).float()))
+        def forward(
+            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
+            x = rows_of(args, kwargs)
+            if x is not None:
+                on_gradient(output, lambda d: use(name, x, d.flatten(0, -2).float()))
 
-        handles.append(module.register_forward_hook(forward))
+        handles.append(module.register_forward_hook(forward, with_kwargs=True))
 
     try:
         for name in names:
             watch(name, model.net.get_submodule(model.layers[name].parameter.rpartition(".")[0]))
-        embeddings: Any = model.net.get_input_embeddings()
-        handles.append(
-            embeddings.register_forward_hook(lambda _m, _a, out: out.requires_grad_(True))
-        )
+        handles.append(begin_gradients(model.net))
         yield
     finally:
         for handle in handles:

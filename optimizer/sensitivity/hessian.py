@@ -25,7 +25,14 @@ from torch import Tensor
 from optimizer.errors import ConfigError
 from optimizer.models.model import Model, read
 from optimizer.sensitivity import Task
-from optimizer.sensitivity.fisher import _array, _errors, _windows, likelihood, watching
+from optimizer.sensitivity.fisher import (
+    _array,
+    _errors,
+    _windows,
+    likelihood,
+    unwatched,
+    watching,
+)
 
 
 def trace(
@@ -103,7 +110,10 @@ def kronecker(model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]) ->
         device = model.net.get_parameter(layer.parameter).device
         factors[layer.name] = [torch.zeros(n, n, device=device) for n in (layer.cols, layer.rows)]
 
+    met: set[str] = set()
+
     def add(name: str, x: Tensor, d: Tensor) -> None:
+        met.add(name)
         inputs, outputs = factors[name]
         inputs.addmm_((x * d.square().sum(-1, keepdim=True)).T, x)
         outputs.addmm_((d * x.square().sum(-1, keepdim=True)).T, d)
@@ -118,4 +128,6 @@ def kronecker(model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]) ->
         losses[layer.name] = _array(
             [((outputs @ e @ inputs) * e).sum() / tau for _, e in _errors(model, task, layer)]
         )
+    missed = [layer for layer in layers if layer.name not in met]
+    losses |= unwatched(model, task, missed, (ids, seed, None))
     return task.collect(losses) / (2 * model.predictions(ids))

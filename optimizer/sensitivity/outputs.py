@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.models.model import Model
+from optimizer.models.watching import begin_gradients, on_gradient
 from optimizer.plan import Layer
 from optimizer.sensitivity.fisher import likelihood
 
@@ -31,7 +32,8 @@ def token_weights(
     track: Callable[[Iterable[Any], str], Iterable[Any]],
     squared: bool,
 ) -> dict[str, np.ndarray]:
-    """Layer -> s [windows, length] fp32 with mean 1; ones for a layer that no gradient reaches.
+    """Layer -> s [windows, length] fp32 with mean 1; ones for a layer that no gradient reaches, that
+    only some tokens visit, or whose module returns more than its product.
     Cost: a forward and a backward pass a window; no gradient of a weight is made."""
     net = model.net
     device = next(net.parameters()).device
@@ -39,17 +41,19 @@ def token_weights(
     now = [0]
 
     def catch(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, outputs: tuple[Tensor, ...]) -> None:
-            lengths = outputs[0].float().norm(dim=-1)
-            found[name][now[0]] = lengths.reshape(-1).cpu().numpy()
+        def use(gradient: Tensor) -> None:
+            lengths = gradient.float().norm(dim=-1).reshape(-1)
+            if len(lengths) == ids.shape[1]:  # else only some tokens visit the layer
+                found[name][now[0]] = lengths.cpu().numpy()
+
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            on_gradient(output, use)
 
         return hook
 
     modules = {x.name: net.get_submodule(x.parameter.rpartition(".")[0]) for x in layers}
-    handles = [m.register_full_backward_hook(catch(name)) for name, m in modules.items()]
-    # weights stay without gradients; the graph begins at the embeddings' output
-    first = net.get_input_embeddings()
-    handles.append(first.register_forward_hook(lambda _m, _i, y: y.requires_grad_(True)))
+    handles = [m.register_forward_hook(catch(name)) for name, m in modules.items()]
+    handles.append(begin_gradients(net))  # weights stay without
     try:
         for now[0] in track(range(len(ids)), "weights of tokens"):
             window = torch.from_numpy(ids[now[0]])[None].to(device)
