@@ -173,9 +173,8 @@ def unwatched(
         return {}
     ids, seed, weights = text
     squares: dict[str, Tensor] = {}
-    with _gradients(
-        model.net, {name for x in missed for name in x.parameters}, partial(_add_square, squares)
-    ):
+    names = {name for x in missed for name in x.parameters}
+    with _gradients(model.net, names, partial(_add_square, squares)):
         for i, (window, own_seed) in enumerate(_windows(model.net, ids, seed)):
             likelihood(model, window, own_seed, _row(weights, i)).backward()
     return {layer.name: _diagonal(model, task, layer, squares) for layer in missed}
