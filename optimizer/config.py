@@ -17,12 +17,14 @@ from optimizer.plan import GGML, Budget, Palette, Policy, parse_size
 from optimizer.search import Search
 from optimizer.sensitivity import Sensitivity
 
+AUTO = "auto"  # decided by `effort` and the kind of model, see optimizer.commands.effort
+
 
 @dataclass(kw_only=True)
 class Quantizer:
-    """How numbers are rounded. name: rtn (to nearest), gptq or awq. clip: also try smaller ranges
-    of a group (not with awq). The rest is gptq's: damping, order (none, columns, groups: see
-    `optimizer.quantization.gptq`), inputs (rounded: from the model as rounded so far;
+    """How numbers are rounded. name: rtn (to nearest), gptq or awq; auto: as `effort` says. clip:
+    also try smaller ranges of a group (not with awq). The rest is gptq's: damping, order (none,
+    columns, groups: see `optimizer.quantization.gptq`), inputs (rounded: from the model as rounded so far;
     reference: from the reference), weighting (of tokens: alike; gradient: as the length of
     the loss's gradient at the layer's output; fisher: as its square)."""
 
@@ -40,7 +42,7 @@ class Quantizer:
 
     def check(self) -> None:
         allowed = {
-            "name": ("rtn", "gptq", "awq"),
+            "name": (AUTO, "rtn", "gptq", "awq"),
             "order": ("none", "columns", "groups"),
             "inputs": ("rounded", "reference"),
             "weighting": ("alike", "gradient", "fisher"),
@@ -81,12 +83,13 @@ class Quantizer:
 @dataclass(kw_only=True)
 class Proof:
     """What is measured after the plan is made. certify: on held-out documents. random: random
-    plans measured on search documents, for the baseline and to check the prediction. tolerance:
+    plans measured on search documents, with all uniform ones, as an experiment's baseline and to
+    check the prediction; 0: only the best uniform plan that fits is measured. tolerance:
     what may be called lossless. domains: see `optimizer.data.domains.parse`. generate: tokens of
     greedy text that are compared, 0 = none."""
 
     certify: bool = True
-    random: int = 32
+    random: int = 0
     tolerance: Tolerance = field(default_factory=Tolerance)
     domains: list[str] = field(default_factory=lambda: list(BUILT_IN))
     generate: int = 0
@@ -123,20 +126,21 @@ class Wandb:
 
 @dataclass(kw_only=True)
 class Optimize:
-    """`mezzotint optimize`."""
+    """`mezzotint optimize`. effort: quick, standard or thorough, see `optimizer.commands.effort`."""
 
     model: str
     revision: str | None = None
-    scope: Any = field(default_factory=lambda: ["blocks"])
+    effort: str = "standard"
+    scope: Any = field(default_factory=lambda: ["all"])
     budget: Budget = field(default_factory=Budget)
     palette: Palette = field(default_factory=Palette)
     policy: Policy = field(default_factory=Policy)
     runtime: Runtime = field(default_factory=Runtime)
-    quantizer: Quantizer = field(default_factory=Quantizer)
+    quantizer: Quantizer = field(default_factory=lambda: Quantizer(name=AUTO))
     data: Data = field(default_factory=Data)
     meaning: Meaning = field(default_factory=Meaning)
-    sensitivity: Sensitivity = field(default_factory=Sensitivity)
-    search: Search = field(default_factory=Search)
+    sensitivity: Sensitivity = field(default_factory=lambda: Sensitivity(estimator=AUTO))
+    search: Search = field(default_factory=lambda: Search(space=AUTO))
     proof: Proof = field(default_factory=Proof)
     wandb: Wandb = field(default_factory=Wandb)
     seed: int = 0
@@ -176,6 +180,11 @@ class Optimize:
         self.proof.check()
         self.wandb.check()
         self.sensitivity.check(self.data.calibration.sequences)
+        if self.sensitivity.estimator == "gain" and self.quantizer.name not in (AUTO, "gptq"):
+            raise ConfigError(
+                "sensitivity=gain foretells what GPTQ leaves of a loss; with quantizer="
+                f"{self.quantizer.name} take sensitivity=fisher or tokenwise."
+            )
         if self.quantizer.calibrated and self.data.search.sequences < 2:
             raise ConfigError(
                 f"The table of quantizer={self.quantizer.name} reads at least two search windows; "

@@ -196,20 +196,20 @@ def _optimize(settings: Any) -> None:
 
     from hydra.core.hydra_config import HydraConfig
 
-    from optimizer.cli import terminal
+    from optimizer.cli import progress, summary, terminal
     from optimizer.commands import optimize
 
     out = terminal.console()
     folder = Path(HydraConfig.get().runtime.output_dir)
     here = Path.cwd()
     folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
-    outcome = optimize.optimize(settings, folder, terminal.Terminal(out))
-    terminal.outcome(out, outcome)
+    outcome = optimize.optimize(settings, folder, progress.Terminal(out))
+    summary.outcome(out, outcome)
     if outcome.run is not None and settings.wandb.mode != "off":
         from optimizer.reports import wandb
 
         for line in wandb.record(outcome.plan, folder, settings.wandb, _sweep()):
-            terminal.Terminal(out).note(line)
+            progress.Terminal(out).note(line)
 
 
 def _sweep() -> str | None:
@@ -228,7 +228,7 @@ def _sweep() -> str | None:
 def _apply(settings: Any) -> None:
     from pathlib import Path
 
-    from optimizer.cli import terminal
+    from optimizer.cli import progress, terminal
     from optimizer.commands import deploy
     from optimizer.plan import Plan
 
@@ -240,7 +240,7 @@ def _apply(settings: Any) -> None:
         settings.store,
         settings.model,
         settings.overwrite,
-        terminal.Terminal(out),
+        progress.Terminal(out),
     )
     out.print(
         f"Wrote {folder}: {plan.bytes['total']} bytes of weights, as promised. Measure it with: "
@@ -265,7 +265,7 @@ def _check(settings: Any) -> None:
 def _export(settings: Any) -> None:
     from pathlib import Path
 
-    from optimizer.cli import terminal
+    from optimizer.cli import progress, terminal
     from optimizer.commands import export
     from optimizer.models.source import PACKED_FILE
     from optimizer.plan import Plan
@@ -280,18 +280,18 @@ def _export(settings: Any) -> None:
         settings.model,
         settings.overwrite,
         given if (given / PACKED_FILE).is_file() else None,
-        terminal.Terminal(out),
+        progress.Terminal(out),
     )
     terminal.verdict(out, verdict)
     out.print(f"Wrote {folder}. Its README.md says how it was made.", soft_wrap=True, markup=False)
 
 
 def _evaluate(settings: Any) -> None:
-    from optimizer.cli import terminal
+    from optimizer.cli import progress, terminal
     from optimizer.commands import deploy
 
     out = terminal.console()
-    terminal.evaluation(out, deploy.evaluate(settings, terminal.Terminal(out)))
+    terminal.evaluation(out, deploy.evaluate(settings, progress.Terminal(out)))
 
 
 def _fit(settings: Any) -> None:
@@ -302,21 +302,21 @@ def _fit(settings: Any) -> None:
 
 
 def _probe(settings: Any) -> None:
-    from optimizer.cli import tables, terminal
+    from optimizer.cli import progress, tables, terminal
     from optimizer.commands import inspect
 
     out = terminal.console()
-    tables.probes(out, inspect.probe(settings, terminal.Terminal(out)))
+    tables.probes(out, inspect.probe(settings, progress.Terminal(out)))
     if settings.out is not None:
         out.print(f"Wrote {settings.out}.", soft_wrap=True, markup=False)
 
 
 def _blur(settings: Any) -> None:
-    from optimizer.cli import tables, terminal
+    from optimizer.cli import progress, tables, terminal
     from optimizer.commands import inspect
 
     out = terminal.console()
-    found = inspect.blur(settings, terminal.Terminal(out))
+    found = inspect.blur(settings, progress.Terminal(out))
     tables.blur(out, found, settings.passages, whole=settings.to == "terminal")
     if settings.to == "html":
         out.print(f"Wrote {settings.out}. Open it in a browser.", soft_wrap=True, markup=False)

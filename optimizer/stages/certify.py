@@ -77,8 +77,9 @@ def check(bench: Bench, asked: Asked) -> None:
         )
     skipped: dict[str, int] = {}
     left_out = []
+    present = _present(bench)
     for domain in asked.texts:
-        if domain.name == LONG and domain.path is None:
+        if domain.path is None and (domain.name == LONG or domain.name in present):
             continue
         windows, reasons = _cut(bench, domain)
         for reason, count in reasons.items():
@@ -112,14 +113,37 @@ def judge(bench: Bench, weights: Weights, heldout: AnyScores, asked: Asked) -> d
     from optimizer.certificate.wording import MAIN
 
     chosen = [] if bench.encoder else asked.texts
-    texts: dict[str, AnyScores] = {MAIN: heldout, **_domain_scores(bench, weights, chosen)}
+    parts = _parts(bench, heldout, chosen)
+    others = [domain for domain in chosen if domain.name not in parts]
+    texts: dict[str, AnyScores] = {
+        MAIN: heldout,
+        **parts,
+        **_domain_scores(bench, weights, others),
+    }
     cuts = {domain.name: domain.weight for domain in chosen}
-    found = tolerance.judge(texts, cuts, _noise(bench), asked.tolerance, asked.seed)
+    found = tolerance.judge(texts, cuts, _noise(bench), asked.tolerance, asked.seed, parts)
     for one in found["documents"]:
-        one["begins"] = _beginning(bench, chosen, one)
+        one["begins"] = _beginning(bench, others, one)
     if asked.generate:
         found["greedy"] = _greedy(bench, weights, asked)
     return found
+
+
+def _parts(bench: Bench, heldout: AnyScores, chosen: Sequence[Domain]) -> Mapping[str, AnyScores]:
+    """The held-out scores by kind of text, where the held-out text has the built-in kinds: they need
+    no reading of their own."""
+    from optimizer.metrics.divergence import Scores
+
+    kinds = np.array(bench.windows("heldout").domains)
+    if not kinds.size or not isinstance(heldout, Scores):
+        return {}
+    names = [domain.name for domain in chosen if domain.path is None]
+    return {name: heldout.only(kinds == name) for name in names if (kinds == name).any()}
+
+
+def _present(bench: Bench) -> set[str]:
+    """Built-in kinds of text of which the held-out windows consist."""
+    return set() if bench.data.source != "bundled" else set(bench.windows("heldout").domains)
 
 
 def _noise(bench: Bench) -> dict[str, AnyScores]:
