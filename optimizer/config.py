@@ -24,8 +24,8 @@ AUTO = "auto"  # decided by `effort` and the kind of model, see optimizer.comman
 class Quantizer:
     """How numbers are rounded. name: rtn (to nearest), gptq or awq; auto: as `effort` says. clip:
     also try smaller ranges of a group (not with awq). The rest is gptq's: damping, order (none,
-    columns, groups: see `optimizer.quantization.gptq`), inputs (rounded: from the model as rounded so far;
-    reference: from the reference), weighting (of tokens: alike; gradient: as the length of
+    columns, groups: see `optimizer.quantization.gptq`), inputs (rounded: from the model as rounded
+    so far; reference: from the reference), weighting (of tokens: alike; gradient: as the length of
     the loss's gradient at the layer's output; fisher: as its square)."""
 
     name: str = "rtn"

@@ -49,9 +49,9 @@ class Data:
 
     source: `bundled` (the texts that come with the program, see `optimizer.data.domains`; sampled
     text where the model can't read them), `self` (sampled from the reference), `text` (a file or a
-    folder of files, see `optimizer.data.documents`), `hub` (a data set id or folder for `datasets.load_dataset`). column:
-    of rows; a list of turns in it, or in `messages`, is a chat. template: chats as the tokenizer's own
-    template writes them, else what was said alone.
+    folder of files, see `optimizer.data.documents`), `hub` (a data set id or folder for
+    `datasets.load_dataset`). column: of rows; a list of turns in it, or in `messages`, is a chat.
+    template: chats as the tokenizer's own template writes them, else what was said alone.
     """
 
     source: str = "bundled"
