@@ -165,7 +165,8 @@ class Optimize:
     def check(self) -> None:
         """What can be wrong before anything is loaded."""
         check_seed("seed", self.seed)
-        self.budget.check()
+        if self.budget.given:  # else one is proposed, see optimizer.commands.advise
+            self.budget.check()
         self.runtime.check(self.palette.precisions())
         self.policy.check()
         self.quantizer.check()
@@ -254,11 +255,13 @@ class Check:
 @dataclass(kw_only=True)
 class Evaluate:
     """`mezzotint evaluate`. model: a packed folder. reference: as Apply.model. tolerance, domains,
-    generate: as in Proof. speed: tokens to decode with both models for their tokens per second, 0:
+    generate: as in Proof. again: measure everything, even if the store has the plan's scores and
+    the packed model agrees with them on some windows. speed: tokens to decode with both models for their tokens per second, 0:
     none. hourly_rate: what the machine costs, for the price of a million tokens."""
 
     model: str
     reference: str | None = None
+    again: bool = False
     speed: int = 0
     hourly_rate: float | None = None
     data: Data = field(default_factory=Data)
@@ -275,6 +278,23 @@ class Evaluate:
         _check_rate(self.hourly_rate)
         if self.hourly_rate is not None and not self.speed:
             raise ConfigError("A price follows from a measured speed. Add speed=64, in tokens.")
+
+
+@dataclass(kw_only=True)
+class Advise:
+    """`mezzotint advise`. contexts: tokens, at most the model's own; kv: bits of the cache;
+    runtime: an engine, whose own memory counts."""
+
+    model: str
+    revision: str | None = None
+    contexts: list[int] = field(default_factory=lambda: [4096, 8192, 32768])
+    kv: int = 16
+    runtime: str = "torch"
+    store: str = "~/.cache/mezzotint"
+
+    def check(self) -> None:
+        if not self.contexts or min(self.contexts) < 1:
+            raise ConfigError(f"contexts is a list of numbers of tokens, not {self.contexts}.")
 
 
 @dataclass(kw_only=True)

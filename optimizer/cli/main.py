@@ -16,12 +16,13 @@ from optimizer.config import conf_folder
 USAGE = """\
 Mezzotint: make a language model fit a memory budget and keep what it means.
 
-  mezzotint optimize model=smollm2 budget.bits=4.5      measure, allocate, prove; writes plan.json
+  mezzotint optimize model=smollm2 budget.size=100MB    measure, allocate, prove; writes plan.json
   mezzotint show plan.json                              heat map, bytes, promise, certificate
   mezzotint apply plan.json out=DIR                     write the packed model
   mezzotint check plan.json to=ENGINE                   would the engine load it, and in what size
   mezzotint export plan.json to=ENGINE out=DIR          write it for vllm, llamacpp, ...
   mezzotint evaluate model=DIR                          packed model against its reference
+  mezzotint advise model=X                              what fits where: machine x context x bits
   mezzotint fit DIR budget=rtx3060_12gb                 memory, longest context, smallest machine
   mezzotint report DIR                                  make a run's report.html again
   mezzotint compare multirun/DAY/TIME                   the runs of a sweep in one table and page
@@ -29,16 +30,18 @@ Mezzotint: make a language model fit a memory budget and keep what it means.
   mezzotint blur plan.json text.txt out=blur.html       where in a text it changed what is said
 
 model=   smollm2, minilm, stories, a folder, a .gguf file, or a hub id
-budget.  bits=4.5 (per weight, scales counted), code_bits=4 (codes alone), size=80MiB (whole file)
+budget.  size=80MB (whole file), bits=4.5 (per weight, scales counted), code_bits=4 (codes alone)
 budget=  a machine (rtx3060_12gb, m2_16gb, pi_zero2w ...) with budget.context, .batch and .kv
-data=    self (default: text sampled from the model), text data.path=FILE, hub data.path=ID
+         none: what fits this machine
+effort=  quick, standard (default) or thorough
+data=    bundled (default), self (sampled from the model), text data.path=FILE, hub data.path=ID
 
 `mezzotint optimize --cfg job` prints every setting, `-m` sweeps over comma-separated values,
 `--config-dir DIR` adds a folder of your own settings. Results: hydra.run.dir=DIR chooses where.
 """
 COMMANDS = (
-    "optimize", "show", "apply", "check", "export", "evaluate", "probe", "blur", "fit", "report",
-    "compare",
+    "optimize", "show", "apply", "check", "export", "evaluate", "probe", "blur", "fit", "advise",
+    "report", "compare",
 )  # fmt: skip
 POSITIONAL = {
     "apply": ["plan"],
@@ -103,6 +106,7 @@ def _dispatch(command: str, rest: list[str]) -> int:
         "export": _export,
         "evaluate": _evaluate,
         "fit": _fit,
+        "advise": _advise,
         "probe": _probe,
         "blur": _blur,
     }
@@ -299,6 +303,13 @@ def _fit(settings: Any) -> None:
     from optimizer.commands import capacity
 
     terminal.fitting(terminal.console(), capacity.answer(settings))
+
+
+def _advise(settings: Any) -> None:
+    from optimizer.cli import terminal
+    from optimizer.commands import advise
+
+    terminal.advice(terminal.console(), advise.advise(settings))
 
 
 def _probe(settings: Any) -> None:

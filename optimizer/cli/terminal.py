@@ -14,6 +14,7 @@ from rich.text import Text
 from optimizer.certificate.wording import unit_of
 from optimizer.cli import certificate
 from optimizer.cli.certificate import human
+from optimizer.commands.advise import Advice
 from optimizer.commands.capacity import Answer
 from optimizer.formats.rules import Verdict
 from optimizer.hardware.memory import mib, usable
@@ -147,6 +148,32 @@ def _cell(precisions: list[Precision]) -> tuple[str, str]:
 
 def _style(shade: int) -> str:
     return f"{'white' if shade < grid.DARK else 'black'} on {grid.COLOURS[shade]}"
+
+
+def advice(out: Console, found: Advice) -> None:
+    """Bits a weight that fit, by machine and context."""
+    size = found.size
+    out.print(
+        f"{found.model}: {(size.weights + size.others) / 1e6:.4g} million weights, "
+        f"{human(size.bytes(16))} at 16 bits, {human(size.bytes(8.375))} at 8, "
+        f"{human(size.bytes(4.375))} at 4. Bits a weight that fit, scales counted:",
+        soft_wrap=True,
+        markup=False,
+    )
+    table = Table()
+    table.add_column("machine")
+    table.add_column("budget=")
+    for context in found.contexts or (0,):
+        table.add_column(f"{context} tokens" if context else "bits", justify="right")
+    rows = ([found.here] if found.here is not None else []) + list(found.rows)
+    for i, row in enumerate(rows):
+        own = found.here is not None and i == 0
+        name = "none" if own else row.machine.name
+        cells = (Text("no" if not bits else f"{bits:.1f}") for bits in row.bits)
+        table.add_row(Text(str(row.machine.budget.device)), name, *cells, end_section=own)
+    out.print(table)
+    if found.here is None:
+        out.print("How much memory this machine has couldn't be found out.")
 
 
 def fitting(out: Console, found: Answer) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from optimizer.config import Evaluate, Quantizer
 from optimizer.data.text import Data, Part
-from optimizer.errors import ConfigError, PlanError
+from optimizer.errors import ConfigError, MezzotintError, PlanError
 from optimizer.hardware import throughput
 from optimizer.hardware.memory import floating
 from optimizer.hardware.throughput import Speed
@@ -25,7 +25,12 @@ from optimizer.store import Store
 
 if TYPE_CHECKING:
     from optimizer.formats.torch import packed
+    from optimizer.metrics.divergence import AnyScores
     from optimizer.models.model import Model
+
+
+SPOT = 2  # windows that a packed model reads where its plan's scores are in the store
+SAME = 1e-4  # nats, and as a share: sums in another order
 
 
 def apply(
@@ -171,7 +176,7 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
     row for the packed model."""
     from optimizer.certificate import comparison
     from optimizer.formats.torch import packed
-    from optimizer.metrics import bootstrap, divergence
+    from optimizer.metrics import bootstrap
     from optimizer.models.kv_cache import rounded
 
     config.check()
@@ -181,7 +186,7 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
     bench = Bench(
         config.reference or str(plan.model["name"]),
         plan.model.get("revision"),
-        config.data,
+        _read(config, plan),
         config.store,
         config.device,
         view,
@@ -193,13 +198,14 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
         _check_speed(config, bench)
     asked = certify.Asked(config.tolerance, config.domains, config.generate, 0, tuned)
     certify.check(bench, asked)
-    windows = bench.windows("heldout")
-    view.stage("the reference reads")
-    teacher = bench.teachers["heldout"] = divergence.teacher(bench.model, windows)
-    view.stage("the packed model reads")
     net = packed.load(folder, device=config.device)
     with rounded(net, plan.kv, floating(plan.runtime)):
-        scores = teacher.score(net)
+        scores = None if config.again else _certified(bench, plan, net)
+        if scores is None:
+            view.stage("the reference reads")
+            teacher = bench.teacher("heldout")
+            view.stage("the packed model reads")
+            scores = teacher.score(net)
     weights = certify.Weights(None, lambda: nullcontext(net), plan.kv, floating(plan.runtime))
     counts = bootstrap.resamples(scores.documents, np.random.default_rng(0))
     found = comparison.describe(scores, counts)
@@ -213,6 +219,41 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
         "speed": _speed(config, plan, bench, view) if config.speed else None,
         "hourly_rate": config.hourly_rate,
     }
+
+
+def _read(config: Evaluate, plan: Plan) -> Data:
+    """The text that was asked for; if none was, the one that the plan was certified on."""
+    if config.data != Data():
+        return config.data
+    try:
+        own = dict(plan.provenance.get("data", {}))
+        parts = {name: Part(**own.pop(name)) for name in config.data.parts if name in own}
+        found = Data(**own, **parts)
+        found.check(None)
+    except (TypeError, MezzotintError):  # of another version, or a text that is gone
+        return config.data
+    return found
+
+
+def _certified(bench: Bench, plan: Plan, net: Any) -> AnyScores | None:
+    """The scores of this very plan on these windows, if the store has them and the packed model gives
+    the same on the first SPOT windows; else None."""
+    from optimizer.metrics import divergence
+
+    kept = bench.store.arrays("scores", certify.certified(bench, plan))
+    if kept is None:
+        return None
+    stored, few = divergence.stored(kept), bench.windows("heldout").head(SPOT)
+    bench.view.stage(f"the packed model reads {SPOT} windows that its plan was certified on")
+    own = divergence.teacher(bench.model, few).score(net)
+    if np.allclose(own.kl, stored.kl[: len(own.kl)], rtol=SAME, atol=SAME):
+        bench.view.note(
+            f"It reads {SPOT} windows as its plan did, so the certificate's scores are its own; "
+            "again=true measures all of them again."
+        )
+        return stored
+    bench.view.note("It doesn't read as its plan did, so everything is measured again.")
+    return None
 
 
 def _check_speed(config: Evaluate, bench: Bench) -> None:

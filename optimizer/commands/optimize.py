@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optimizer import search
-from optimizer.commands import effort
+from optimizer.commands import advise, effort
 from optimizer.commands import notes as remarks
 from optimizer.config import Optimize
 from optimizer.errors import ModelError
@@ -149,6 +149,9 @@ def _checked(config: Optimize, view: View) -> tuple[Optimize, Bench, Choices]:
     config = effort.reading(config)
     _reach_storage(config, root(config.store))
     bench = Bench(config.model, config.revision, config.data, config.store, config.device, view)
+    config, said = advise.propose(config, bench.source.folder)
+    for line in said:
+        view.note(line)
     if bench.encoder:
         config.check_encoder()
     folder, origin = bench.source.folder, gguf_of(bench.source.name)
@@ -165,6 +168,8 @@ def _checked(config: Optimize, view: View) -> tuple[Optimize, Bench, Choices]:
 
         latency.check(chosen, config.runtime.name)
     config, said = effort.settle(config, bench.encoder, lambda: unchained(bench))
+    for line in said:
+        view.note(line)
     return config, bench, replace(chosen, notes=(*chosen.notes, *said))
 
 
@@ -399,6 +404,8 @@ def prove(
             outcome = replace(outcome, plan=_plan(bench, config, chosen, table, assignment))
     mine = replace(found[winner], name="plan")
     mixed = [c for n, c in found.items() if n != "plan" and n not in problem.columns]
+    kept = certify.certified(bench, outcome.plan)
+    bench.store.arrays("scores", kept, mine.scores.arrays)
     found_to_be = comparison.certify(mine, uniforms, mixed, config.seed)
     weights = _weights(bench, chosen.choice(assignment), quantizer)
     found_to_be["meaning"] = certify.judge(bench, weights, mine.scores, _asked(config))

@@ -20,12 +20,13 @@ from optimizer.errors import ConfigError
 from optimizer.metrics import generation
 from optimizer.models.source import context_length
 from optimizer.plan import digest
-from optimizer.stages.session import Bench
+from optimizer.stages.session import SCORES, Bench
 
 if TYPE_CHECKING:
     from optimizer.metrics.divergence import AnyScores, Scores, Teacher
 
 VERSION = 1  # raised when a measurement changes
+NOISE_WINDOWS = 16  # enough for a floor
 LONG_DOCUMENTS, LONG_TOKENS = 8, 1024  # sampled once per model
 BEGINNING = 40  # characters by which a document is named
 
@@ -107,6 +108,11 @@ def _check_encoder(bench: Bench, asked: Asked) -> None:
     )
 
 
+def certified(bench: Bench, plan: Plan) -> str:
+    """Where the store keeps the held-out scores of a plan's joint rounding."""
+    return digest(["certified", SCORES, plan.id, bench.part_key("heldout"), plan.kv])
+
+
 def judge(bench: Bench, weights: Weights, heldout: AnyScores, asked: Asked) -> dict[str, Any]:
     """`tolerance.judge` on everything that was asked for, and the comparison of greedy texts."""
     from optimizer.certificate import equivalence as tolerance
@@ -147,15 +153,16 @@ def _present(bench: Bench) -> set[str]:
 
 
 def _noise(bench: Bench) -> dict[str, AnyScores]:
+    from optimizer.metrics import divergence
     from optimizer.metrics.divergence import stored
 
     def make() -> dict[str, np.ndarray]:
-        teacher = bench.teacher("heldout")
+        few = bench.windows("heldout").head(NOISE_WINDOWS)
         bench.view.stage("the reference against itself")
-        found = teacher.noise(bench.model.net)
+        found = divergence.teacher(bench.model, few, own_head=True).noise(bench.model.net)
         return {f"{n}/{k}": v for n, scores in found.items() for k, v in scores.arrays().items()}
 
-    key = digest(["noise", VERSION, bench.part_key("heldout"), bench.device])
+    key = digest(["noise", VERSION, NOISE_WINDOWS, bench.part_key("heldout"), bench.device])
     kept = bench.store.arrays("scores", key, make)
     assert kept is not None
     names = dict.fromkeys(name.rpartition("/")[0] for name in sorted(kept, reverse=True))
