@@ -227,8 +227,8 @@ def _read(config: Evaluate, plan: Plan) -> Data:
         return config.data
     try:
         own = dict(plan.provenance.get("data", {}))
-        parts = {name: Part(**own.pop(name)) for name in config.data.parts if name in own}
-        found = Data(**own, **parts)
+        own |= {name: Part(**own[name]) for name in config.data.parts if name in own}
+        found = Data(**own)
         found.check(None)
     except (TypeError, MezzotintError):  # of another version, or a text that is gone
         return config.data

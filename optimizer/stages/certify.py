@@ -19,7 +19,7 @@ from optimizer.data.text import Windows
 from optimizer.errors import ConfigError
 from optimizer.metrics import generation
 from optimizer.models.source import context_length
-from optimizer.plan import digest
+from optimizer.plan import Plan, digest
 from optimizer.stages.session import SCORES, Bench
 
 if TYPE_CHECKING:
