@@ -257,7 +257,8 @@ class Evaluate:
     """`mezzotint evaluate`. model: a packed folder. reference: as Apply.model. tolerance, domains,
     generate: as in Proof. again: measure everything, even if the store has the plan's scores and
     the packed model agrees with them on some windows. speed: tokens to decode with both models for
-    their tokens per second, 0: none. hourly_rate: what the machine costs, for the price of a million tokens."""
+    their tokens per second, 0: none. hourly_rate: what the machine costs, for the price of a
+    million tokens."""
 
     model: str
     reference: str | None = None
