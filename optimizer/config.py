@@ -258,11 +258,15 @@ class Evaluate:
     generate: as in Proof. again: measure everything, even if the store has the plan's scores and
     the packed model agrees with them on some windows. speed: tokens to decode with both models for
     their tokens per second, 0: none. hourly_rate: what the machine costs, for the price of a
-    million tokens."""
+    million tokens. tasks: names of lm-evaluation-harness's, asked of both models; limit: questions of
+    a task at most. refusals: ask both models sixty prompts, and which they refuse."""
 
     model: str
     reference: str | None = None
     again: bool = False
+    tasks: Any = field(default_factory=list)
+    limit: int | None = None
+    refusals: bool = False
     speed: int = 0
     hourly_rate: float | None = None
     data: Data = field(default_factory=Data)
@@ -272,8 +276,18 @@ class Evaluate:
     device: str = "cpu"
     store: str = "~/.cache/mezzotint"
 
+    @property
+    def task_names(self) -> list[str]:
+        found = self.tasks if isinstance(self.tasks, list) else str(self.tasks).split(",")
+        if not all(isinstance(name, str) and name.strip() for name in found):
+            raise ConfigError(f"tasks is a name or a list of names, not {self.tasks!r}.")
+        return [name.strip() for name in found]
+
     def check(self) -> None:
         Proof(tolerance=self.tolerance, domains=self.domains, generate=self.generate).check()
+        _ = self.task_names
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit is a number of questions above 0, not {self.limit}.")
         if self.speed < 0:
             raise ConfigError(f"speed is a number of tokens, 0 for none, not {self.speed}.")
         _check_rate(self.hourly_rate)

@@ -43,6 +43,30 @@ def evaluation(out: Console, found: Mapping[str, Any]) -> None:
         soft_wrap=True,
     )
     speed(out, found)
+    questions(out, found)
+
+
+def questions(out: Console, found: Mapping[str, Any]) -> None:
+    """Tasks and refusals, the same questions asked of both models."""
+    for key, title, share in (
+        ("tasks", "Tasks", "right"),
+        ("refusals", "Prompts, and how many are refused", "refused"),
+    ):
+        if not found.get(key):
+            continue
+        table = Table(title=title, title_justify="left")
+        table.add_column("")
+        for name in ("questions", f"reference {share} %", f"packed {share} %", "lost", "won", "p"):
+            table.add_column(name, justify="right")
+        for row in found[key]:
+            shares = (f"{100 * row.reference:.1f}", f"{100 * row.packed:.1f}")
+            flips = (str(row.lost), str(row.won), f"{row.p:.2g}")
+            table.add_row(Text(row.name), str(row.count), *shares, *flips)
+        table.caption = (
+            "lost, won: only the reference, only the packed model; p: McNemar's exact test"
+        )
+        table.caption_justify = "left"
+        out.print(table)
 
 
 def speed(out: Console, found: Mapping[str, Any]) -> None:

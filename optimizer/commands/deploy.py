@@ -198,6 +198,7 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
         _check_speed(config, bench)
     asked = certify.Asked(config.tolerance, config.domains, config.generate, 0, tuned)
     certify.check(bench, asked)
+    tokenizer = _asking(config, bench)
     net = packed.load(folder, device=config.device)
     with rounded(net, plan.kv, floating(plan.runtime)):
         scores = None if config.again else _certified(bench, plan, net)
@@ -218,7 +219,41 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
         "meaning": certify.judge(bench, weights, scores, asked),
         "speed": _speed(config, plan, bench, view) if config.speed else None,
         "hourly_rate": config.hourly_rate,
+        **_asked(config, plan, {"reference": bench.model.net, "packed": net}, tokenizer, view),
     }
+
+
+def _asking(config: Evaluate, bench: Bench) -> Any:
+    """The tokenizer, if questions will be asked; what can be wrong with them ends here."""
+    from optimizer.commands import harness
+    from optimizer.models.model import load_tokenizer
+
+    if not config.task_names and not config.refusals:
+        return None
+    if bench.encoder:
+        raise ConfigError("tasks and refusals are for language models, and this is an encoder.")
+    harness.check(config.task_names)
+    tokenizer = load_tokenizer(bench.source.folder)
+    if config.refusals:
+        harness.check_template(tokenizer, bench.source.name)
+    return tokenizer
+
+
+def _asked(
+    config: Evaluate, plan: Plan, nets: dict[str, Any], tokenizer: Any, view: View
+) -> dict[str, Any]:
+    """What both models answer: to tasks, and to prompts that may be refused."""
+    from optimizer.commands import harness
+    from optimizer.models.kv_cache import rounded
+
+    found: dict[str, Any] = {"tasks": [], "refusals": []}
+    with rounded(nets["packed"], plan.kv, floating(plan.runtime)):
+        if config.task_names:
+            view.stage(f"both answer {', '.join(config.task_names)}")
+            found["tasks"] = harness.compare(nets, tokenizer, config.task_names, config.limit)
+        if config.refusals:
+            found["refusals"] = harness.compare_refusals(nets, tokenizer, view.track)
+    return found
 
 
 def _read(config: Evaluate, plan: Plan) -> Data:

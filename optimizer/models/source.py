@@ -12,8 +12,9 @@ import struct
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,8 +208,14 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     where: dict[str, str] = {"gguf_file": gguf.name}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+        with (
+            quiet(),
+            redirect_stderr(StringIO()),
+        ):  # a bar of tqdm's own, which nothing switches off
+            loaded = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, dtype=torch.float32, **where
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
     except (
         OSError, ValueError, KeyError, NotImplementedError, IndexError, struct.error
     ) as error:  # fmt: skip
