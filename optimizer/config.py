@@ -17,13 +17,15 @@ from optimizer.plan import GGML, Budget, Palette, Policy, parse_size
 from optimizer.search import Search
 from optimizer.sensitivity import Sensitivity
 
+AUTO = "auto"  # decided by `effort` and the kind of model, see optimizer.commands.effort
+
 
 @dataclass(kw_only=True)
 class Quantizer:
-    """How numbers are rounded. name: rtn (to nearest), gptq or awq. clip: also try smaller ranges
-    of a group (not with awq). The rest is gptq's: damping, order (none, columns, groups: see
-    `optimizer.quantization.gptq`), inputs (rounded: from the model as rounded so far;
-    reference: from the reference), weighting (of tokens: alike; gradient: as the length of
+    """How numbers are rounded. name: rtn (to nearest), gptq or awq; auto: as `effort` says. clip:
+    also try smaller ranges of a group (not with awq). The rest is gptq's: damping, order (none,
+    columns, groups: see `optimizer.quantization.gptq`), inputs (rounded: from the model as rounded
+    so far; reference: from the reference), weighting (of tokens: alike; gradient: as the length of
     the loss's gradient at the layer's output; fisher: as its square)."""
 
     name: str = "rtn"
@@ -40,7 +42,7 @@ class Quantizer:
 
     def check(self) -> None:
         allowed = {
-            "name": ("rtn", "gptq", "awq"),
+            "name": (AUTO, "rtn", "gptq", "awq"),
             "order": ("none", "columns", "groups"),
             "inputs": ("rounded", "reference"),
             "weighting": ("alike", "gradient", "fisher"),
@@ -81,12 +83,13 @@ class Quantizer:
 @dataclass(kw_only=True)
 class Proof:
     """What is measured after the plan is made. certify: on held-out documents. random: random
-    plans measured on search documents, for the baseline and to check the prediction. tolerance:
+    plans measured on search documents, with all uniform ones, as an experiment's baseline and to
+    check the prediction; 0: only the best uniform plan that fits is measured. tolerance:
     what may be called lossless. domains: see `optimizer.data.domains.parse`. generate: tokens of
     greedy text that are compared, 0 = none."""
 
     certify: bool = True
-    random: int = 32
+    random: int = 0
     tolerance: Tolerance = field(default_factory=Tolerance)
     domains: list[str] = field(default_factory=lambda: list(BUILT_IN))
     generate: int = 0
@@ -123,21 +126,22 @@ class Wandb:
 
 @dataclass(kw_only=True)
 class Optimize:
-    """`mezzotint optimize`."""
+    """`mezzotint optimize`. effort: quick, standard or thorough, see `optimizer.commands.effort`."""
 
     model: str
     revision: str | None = None
     gguf: str | None = None
-    scope: Any = field(default_factory=lambda: ["blocks"])
+    effort: str = "standard"
+    scope: Any = field(default_factory=lambda: ["all"])
     budget: Budget = field(default_factory=Budget)
     palette: Palette = field(default_factory=Palette)
     policy: Policy = field(default_factory=Policy)
     runtime: Runtime = field(default_factory=Runtime)
-    quantizer: Quantizer = field(default_factory=Quantizer)
+    quantizer: Quantizer = field(default_factory=lambda: Quantizer(name=AUTO))
     data: Data = field(default_factory=Data)
     meaning: Meaning = field(default_factory=Meaning)
-    sensitivity: Sensitivity = field(default_factory=Sensitivity)
-    search: Search = field(default_factory=Search)
+    sensitivity: Sensitivity = field(default_factory=lambda: Sensitivity(estimator=AUTO))
+    search: Search = field(default_factory=lambda: Search(space=AUTO))
     proof: Proof = field(default_factory=Proof)
     wandb: Wandb = field(default_factory=Wandb)
     seed: int = 0
@@ -162,7 +166,8 @@ class Optimize:
     def check(self) -> None:
         """What can be wrong before anything is loaded."""
         check_seed("seed", self.seed)
-        self.budget.check()
+        if self.budget.given:  # else one is proposed, see optimizer.commands.advise
+            self.budget.check()
         self.runtime.check(self.palette.precisions())
         self.policy.check()
         self.quantizer.check()
@@ -177,6 +182,11 @@ class Optimize:
         self.proof.check()
         self.wandb.check()
         self.sensitivity.check(self.data.calibration.sequences)
+        if self.sensitivity.estimator == "gain" and self.quantizer.name not in (AUTO, "gptq"):
+            raise ConfigError(
+                "sensitivity=gain foretells what GPTQ leaves of a loss; with quantizer="
+                f"{self.quantizer.name} take sensitivity=fisher or tokenwise."
+            )
         if self.quantizer.calibrated and self.data.search.sequences < 2:
             raise ConfigError(
                 f"The table of quantizer={self.quantizer.name} reads at least two search windows; "
@@ -249,11 +259,18 @@ class Check:
 @dataclass(kw_only=True)
 class Evaluate:
     """`mezzotint evaluate`. model: a packed folder. reference: as Apply.model. tolerance, domains,
-    generate: as in Proof. speed: tokens to decode with both models for their tokens per second, 0:
-    none. hourly_rate: what the machine costs, for the price of a million tokens."""
+    generate: as in Proof. again: measure everything, even if the store has the plan's scores and
+    the packed model agrees with them on some windows. speed: tokens to decode with both models for
+    their tokens per second, 0: none. hourly_rate: what the machine costs, for the price of a
+    million tokens. tasks: names of lm-evaluation-harness's, asked of both models; limit: questions of
+    a task at most. refusals: ask both models sixty prompts, and which they refuse."""
 
     model: str
     reference: str | None = None
+    again: bool = False
+    tasks: Any = field(default_factory=list)
+    limit: int | None = None
+    refusals: bool = False
     speed: int = 0
     hourly_rate: float | None = None
     data: Data = field(default_factory=Data)
@@ -263,13 +280,40 @@ class Evaluate:
     device: str = "cpu"
     store: str = "~/.cache/mezzotint"
 
+    @property
+    def task_names(self) -> list[str]:
+        found = self.tasks if isinstance(self.tasks, list) else str(self.tasks).split(",")
+        if not all(isinstance(name, str) and name.strip() for name in found):
+            raise ConfigError(f"tasks is a name or a list of names, not {self.tasks!r}.")
+        return [name.strip() for name in found]
+
     def check(self) -> None:
         Proof(tolerance=self.tolerance, domains=self.domains, generate=self.generate).check()
+        _ = self.task_names
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit is a number of questions above 0, not {self.limit}.")
         if self.speed < 0:
             raise ConfigError(f"speed is a number of tokens, 0 for none, not {self.speed}.")
         _check_rate(self.hourly_rate)
         if self.hourly_rate is not None and not self.speed:
             raise ConfigError("A price follows from a measured speed. Add speed=64, in tokens.")
+
+
+@dataclass(kw_only=True)
+class Advise:
+    """`mezzotint advise`. contexts: tokens, at most the model's own; kv: bits of the cache;
+    runtime: an engine, whose own memory counts."""
+
+    model: str
+    revision: str | None = None
+    contexts: list[int] = field(default_factory=lambda: [4096, 8192, 32768])
+    kv: int = 16
+    runtime: str = "torch"
+    store: str = "~/.cache/mezzotint"
+
+    def check(self) -> None:
+        if not self.contexts or min(self.contexts) < 1:
+            raise ConfigError(f"contexts is a list of numbers of tokens, not {self.contexts}.")
 
 
 @dataclass(kw_only=True)

@@ -46,6 +46,8 @@ QUICK = [
     "data.search.length=64",
     "data.heldout.sequences=12",
     "data.heldout.length=64",
+    "scope=[blocks]",
+    "quantizer=rtn",
     "proof.random=4",
     "search=exact",
 ]

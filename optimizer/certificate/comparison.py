@@ -118,7 +118,8 @@ def certify(
 
     uniforms: measured uniform plans, any sizes. The plan is compared with the smallest uniform
     plan of at least its size, with the largest that is no larger than it, and with the straight
-    line between the two at its own size.
+    line between the two at its own size. Where only smaller ones were measured (the best that fits
+    the budget), with the largest of them.
     """
     rng = np.random.default_rng([seed, 77])
     counts = resamples(plan.scores.documents, rng)
@@ -128,6 +129,8 @@ def certify(
     versus: dict[str, Any] = {}
     if above is not None:
         versus["uniform"] = _against(plan, above, counts)
+    elif below is not None:
+        versus["fitting"] = _against(plan, below, counts)
     if above is not None and below is not None and above is not below:
         at = line(below, above, plan.size)
         versus["line"] = {
@@ -166,9 +169,9 @@ def _against(plan: Candidate, other: Candidate, counts: np.ndarray) -> dict[str,
 
 def verdict(versus: Mapping[str, Any], documents: int) -> str:
     """One sentence; never more than the intervals allow."""
-    uniform = versus.get("uniform")
+    uniform = versus.get("uniform") or versus.get("fitting")
     if uniform is None:
-        return "No uniform plan of at least these bytes was measured, so nothing is claimed."
+        return "No uniform plan was measured, so nothing is claimed against one."
     gap, share = uniform["difference"], uniform["ratio"]
     size = uniform["bytes"]
     name = (
@@ -176,6 +179,10 @@ def verdict(versus: Mapping[str, Any], documents: int) -> str:
         if size >= 1e6
         else f"{uniform['name']} ({size / 1e3:.1f} kB)"
     )
+    room = "no more bytes"
+    if "uniform" not in versus:
+        name += ", the largest uniform plan that fits"
+        room = "the same budget"
     if documents < FEW:
         return (
             f"Not enough text to say: {documents} documents; {FEW} or more are needed. Measured "
@@ -186,7 +193,7 @@ def verdict(versus: Mapping[str, Any], documents: int) -> str:
     if gap["high"] < 0:
         return (
             f"Better than {name}: {share['value']:.2f} times its KL "
-            f"(95 %: {share['low']:.2f} to {share['high']:.2f}) in no more bytes."
+            f"(95 %: {share['low']:.2f} to {share['high']:.2f}) in {room}."
         )
     between = versus.get("line")
     if between is not None:

@@ -13,7 +13,7 @@ documents, and McNemar's test flips the signs of whole documents.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
 from typing import TYPE_CHECKING, Any
@@ -77,8 +77,9 @@ def judge(
     noise: Mapping[str, AnyScores],
     tolerance: Tolerance,
     seed: int,
+    parts: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The certificate's answer, as plain JSON.
+    """The certificate's answer, as plain JSON. parts: texts that are parts of the first.
 
     texts: the plan's scores on the held-out text (MAIN, the first) and on domains; weights: of the
     domains, for the weighted mean. noise: the reference against itself on the held-out text.
@@ -98,7 +99,7 @@ def judge(
         "findings": [asdict(finding) for finding in findings],
         "texts": [_row(name, scores, seed) for name, scores in texts.items()],
         "noise": list(floor.values()),
-        "documents": worst_documents(texts),
+        "documents": worst_documents({n: s for n, s in texts.items() if n not in parts}),
         "half_of_loss": concentration(texts[MAIN]),
         "unit": texts[MAIN].unit,
     }

@@ -34,6 +34,39 @@ LABELS = {
 NAMES = {"kl": "KL", "flips": "flips", "accuracy": "change of accuracy"}
 
 
+MARKS = {"within": "\u2713", "over": "\u2717", "open": "?"}
+
+
+def brief(proof: Mapping[str, Any]) -> str:
+    """A certificate in one sentence: the same model or not, and beside which other plan."""
+    same, beside = _same(proof.get("meaning", {})), str(proof["verdict"])
+    return f"{same}; {beside[0].lower()}{beside[1:]}" if same else beside
+
+
+def _same(found: Mapping[str, Any]) -> str:
+    if not found:
+        return ""
+    tolerance = found["tolerance"]
+    if found["state"] == "lossless":
+        return f"Lossless within the tolerance (KL {tolerance['kl']:g})"
+    if found["state"] == "open":
+        return "Not enough text to say whether it is lossless"
+    over = [finding for finding in found["findings"] if finding["state"] == "over"]
+    most = max(over, key=lambda f: f["value"] / f["tolerated"])
+    elsewhere = len({finding["text"] for finding in over}) - 1
+    more = f", and on {elsewhere} more kinds of text" if elsewhere > 1 else ""
+    return (
+        f"Lossy: on {_text(most['text'])} {NAMES[most['measure']]} {_number(most, most['value'])}, "
+        f"tolerated {_number(most, most['tolerated'])}{more}"
+    )
+
+
+def marks(findings: Findings, text: str) -> str:
+    """One text's findings with a mark each: within its tolerance, over it, or not enough text."""
+    mine = [finding for finding in findings if finding["text"] == text]
+    return " ".join(f"{MARKS[f['state']]} {NAMES[f['measure']]}" for f in mine)
+
+
 def in_unit(said: str, unit: str) -> str:
     """A sentence about documents and tokens, as it reads for an encoder's batches and texts."""
     if unit == "token":

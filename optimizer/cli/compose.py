@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from optimizer.config import Apply, Blur, Check, Evaluate, Export, Fit, Optimize, Probe
+from optimizer.config import Advise, Apply, Blur, Check, Evaluate, Export, Fit, Optimize, Probe
 from optimizer.errors import ConfigError
 from optimizer.search import credentials
 from optimizer.store import write_atomically
@@ -17,6 +17,7 @@ COMMANDS: dict[str, type[Any]] = {
     "export": Export,
     "check": Check,
     "fit": Fit,
+    "advise": Advise,
     "probe": Probe,
     "blur": Blur,
 }

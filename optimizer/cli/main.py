@@ -16,12 +16,13 @@ from optimizer.config import conf_folder
 USAGE = """\
 Mezzotint: make a language model fit a memory budget and keep what it means.
 
-  mezzotint optimize model=smollm2 budget.bits=4.5      measure, allocate, prove; writes plan.json
+  mezzotint optimize model=smollm2 budget.size=100MB    measure, allocate, prove; writes plan.json
   mezzotint show plan.json                              heat map, bytes, promise, certificate
   mezzotint apply plan.json out=DIR                     write the packed model
   mezzotint check plan.json to=ENGINE                   would the engine load it, and in what size
   mezzotint export plan.json to=ENGINE out=DIR          write it for vllm, llamacpp, ...
   mezzotint evaluate model=DIR                          packed model against its reference
+  mezzotint advise model=X                              what fits where: machine x context x bits
   mezzotint fit DIR budget=rtx3060_12gb                 memory, longest context, smallest machine
   mezzotint report DIR                                  make a run's report.html again
   mezzotint compare multirun/DAY/TIME                   the runs of a sweep in one table and page
@@ -29,16 +30,18 @@ Mezzotint: make a language model fit a memory budget and keep what it means.
   mezzotint blur plan.json text.txt out=blur.html       where in a text it changed what is said
 
 model=   smollm2, minilm, stories, a folder, a .gguf file, or a hub id
-budget.  bits=4.5 (per weight, scales counted), code_bits=4 (codes alone), size=80MiB (whole file)
+budget.  size=80MB (whole file), bits=4.5 (per weight, scales counted), code_bits=4 (codes alone)
 budget=  a machine (rtx3060_12gb, m2_16gb, pi_zero2w ...) with budget.context, .batch and .kv
-data=    self (default: text sampled from the model), text data.path=FILE, hub data.path=ID
+         none: what fits this machine
+effort=  quick, standard (default) or thorough
+data=    bundled (default), self (sampled from the model), text data.path=FILE, hub data.path=ID
 
 `mezzotint optimize --cfg job` prints every setting, `-m` sweeps over comma-separated values,
 `--config-dir DIR` adds a folder of your own settings. Results: hydra.run.dir=DIR chooses where.
 """
 COMMANDS = (
-    "optimize", "show", "apply", "check", "export", "evaluate", "probe", "blur", "fit", "report",
-    "compare",
+    "optimize", "show", "apply", "check", "export", "evaluate", "probe", "blur", "fit", "advise",
+    "report", "compare",
 )  # fmt: skip
 POSITIONAL = {
     "apply": ["plan"],
@@ -103,6 +106,7 @@ def _dispatch(command: str, rest: list[str]) -> int:
         "export": _export,
         "evaluate": _evaluate,
         "fit": _fit,
+        "advise": _advise,
         "probe": _probe,
         "blur": _blur,
     }
@@ -196,7 +200,7 @@ def _optimize(settings: Any) -> None:
 
     from hydra.core.hydra_config import HydraConfig
 
-    from optimizer.cli import terminal
+    from optimizer.cli import progress, summary, terminal
     from optimizer.commands import optimize
     from optimizer.reports import wandb
 
@@ -205,11 +209,11 @@ def _optimize(settings: Any) -> None:
     here = Path.cwd()
     folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
     with wandb.reach(settings.wandb) as contact:
-        outcome = optimize.optimize(settings, folder, terminal.Terminal(out))
-        terminal.outcome(out, outcome)
+        outcome = optimize.optimize(settings, folder, progress.Terminal(out))
+        summary.outcome(out, outcome)
         if outcome.run is not None and settings.wandb.mode != "off":
             for line in wandb.record(outcome.plan, folder, settings.wandb, _sweep(), contact):
-                terminal.Terminal(out).note(line)
+                progress.Terminal(out).note(line)
 
 
 def _sweep() -> str | None:
@@ -228,7 +232,7 @@ def _sweep() -> str | None:
 def _apply(settings: Any) -> None:
     from pathlib import Path
 
-    from optimizer.cli import terminal
+    from optimizer.cli import progress, terminal
     from optimizer.commands import deploy
     from optimizer.plan import Plan
 
@@ -240,7 +244,7 @@ def _apply(settings: Any) -> None:
         settings.store,
         settings.model,
         settings.overwrite,
-        terminal.Terminal(out),
+        progress.Terminal(out),
     )
     out.print(
         f"Wrote {folder}: {plan.bytes['total']} bytes of weights, as promised. Measure it with: "
@@ -267,7 +271,7 @@ def _check(settings: Any) -> None:
 def _export(settings: Any) -> None:
     from pathlib import Path
 
-    from optimizer.cli import terminal
+    from optimizer.cli import progress, terminal
     from optimizer.commands import export
     from optimizer.models.source import PACKED_FILE
     from optimizer.plan import Plan
@@ -282,7 +286,7 @@ def _export(settings: Any) -> None:
         settings.model,
         settings.overwrite,
         given if (given / PACKED_FILE).is_file() else None,
-        terminal.Terminal(out),
+        progress.Terminal(out),
         settings.gguf,
     )
     terminal.verdict(out, verdict)
@@ -290,11 +294,11 @@ def _export(settings: Any) -> None:
 
 
 def _evaluate(settings: Any) -> None:
-    from optimizer.cli import terminal
+    from optimizer.cli import progress, terminal
     from optimizer.commands import deploy
 
     out = terminal.console()
-    terminal.evaluation(out, deploy.evaluate(settings, terminal.Terminal(out)))
+    terminal.evaluation(out, deploy.evaluate(settings, progress.Terminal(out)))
 
 
 def _fit(settings: Any) -> None:
@@ -304,22 +308,29 @@ def _fit(settings: Any) -> None:
     terminal.fitting(terminal.console(), capacity.answer(settings))
 
 
+def _advise(settings: Any) -> None:
+    from optimizer.cli import terminal
+    from optimizer.commands import advise
+
+    terminal.advice(terminal.console(), advise.advise(settings))
+
+
 def _probe(settings: Any) -> None:
-    from optimizer.cli import tables, terminal
+    from optimizer.cli import progress, tables, terminal
     from optimizer.commands import inspect
 
     out = terminal.console()
-    tables.probes(out, inspect.probe(settings, terminal.Terminal(out)))
+    tables.probes(out, inspect.probe(settings, progress.Terminal(out)))
     if settings.out is not None:
         out.print(f"Wrote {settings.out}.", soft_wrap=True, markup=False)
 
 
 def _blur(settings: Any) -> None:
-    from optimizer.cli import tables, terminal
+    from optimizer.cli import progress, tables, terminal
     from optimizer.commands import inspect
 
     out = terminal.console()
-    found = inspect.blur(settings, terminal.Terminal(out))
+    found = inspect.blur(settings, progress.Terminal(out))
     tables.blur(out, found, settings.passages, whole=settings.to == "terminal")
     if settings.to == "html":
         out.print(f"Wrote {settings.out}. Open it in a browser.", soft_wrap=True, markup=False)

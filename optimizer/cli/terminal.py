@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
 from optimizer.certificate.wording import unit_of
 from optimizer.cli import certificate
 from optimizer.cli.certificate import human
+from optimizer.commands.advise import Advice
 from optimizer.commands.capacity import Answer
-from optimizer.commands.optimize import Outcome
 from optimizer.formats.rules import Verdict
 from optimizer.hardware.memory import mib, usable
 from optimizer.hardware.throughput import price
@@ -33,7 +23,6 @@ from optimizer.plan import Plan, Precision
 from optimizer.reports import heat_map as grid
 from optimizer.reports.html.compare import Sweep, speeds_of
 from optimizer.stages import kv_budget as room
-from optimizer.stages.session import View
 
 BLOCKS_PER_LINE = 32
 
@@ -41,84 +30,6 @@ BLOCKS_PER_LINE = 32
 def console() -> Console:
     found = Console(highlight=False)
     return found if found.is_terminal else Console(highlight=False, width=120)
-
-
-class Terminal(View):
-    """Progress with a remaining time; notes and stages as lines."""
-
-    def __init__(self, out: Console) -> None:
-        self.out = out
-        self._tracking = False
-
-    def stage(self, text: str) -> None:
-        self.out.print(f"{text} ...", style="dim", markup=False)
-
-    def note(self, text: str) -> None:
-        self.out.print(text, soft_wrap=True, markup=False)
-
-    def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:
-        items = list(items)
-        if self._tracking:  # a bar inside a bar would break both
-            yield from items
-            return
-        columns = (
-            TextColumn(f"{text:<32}", markup=False),
-            BarColumn(30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("[dim]left[/dim]"),
-            TimeRemainingColumn(),
-        )
-        self._tracking = True
-        try:
-            with Progress(*columns, console=self.out) as progress:
-                yield from progress.track(items)
-        finally:
-            self._tracking = False
-
-    @contextmanager
-    def meter(self, text: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        columns = (
-            TextColumn(f"{text:<32}", markup=False),
-            BarColumn(30),
-            TextColumn("{task.fields[news]}"),
-            TimeElapsedColumn(),
-            TextColumn("[dim]left[/dim]"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.out, speed_estimate_period=300) as progress:
-            task = progress.add_task(text, total=total, news="")
-            yield lambda done, news: progress.update(task, completed=min(done, total), news=news)
-
-
-def outcome(out: Console, result: Outcome) -> None:
-    """The end of a run: what was gained, what it cost, how sure that is, where the files are."""
-    plan = result.plan
-    out.print()
-    if plan.certificate:
-        out.print(certificate.certificate(plan))
-        out.print()
-        certificate.answer(out, plan)
-    line = (
-        f"Plan {plan.id}: {human(plan.bytes['total'])}, {plan.effective_bits:.3f} bits per "
-        f"weight in scope ({plan.code_bits:.3f} of codes), predicted KL "
-        f"{plan.predicted['kl']:.4f} +- {plan.predicted['stderr']:.4f}."
-    )
-    out.print(line, soft_wrap=True)
-    quality = result.prediction
-    if "spearman" in quality:
-        calibration = quality.get("calibration_plan", math.nan)  # none where no loss was foretold
-        own = "" if math.isnan(calibration) else f", {calibration:.2f} for the plan"
-        out.print(
-            f"The table foretold {quality['plans']:.0f} measured plans with rank correlation "
-            f"{quality['spearman']:.3f}; measured / predicted is {quality['calibration']:.2f} "
-            f"(median){own}.",
-            soft_wrap=True,
-        )
-    for note in result.notes:
-        out.print(f"[yellow]Note:[/yellow] {escape(note)}", soft_wrap=True)
-    files = ", ".join(str(path) for path in result.files.values())
-    out.print(f"Wrote {files} in {result.seconds:.0f} s.", soft_wrap=True, markup=False)
 
 
 def evaluation(out: Console, found: Mapping[str, Any]) -> None:
@@ -132,6 +43,30 @@ def evaluation(out: Console, found: Mapping[str, Any]) -> None:
         soft_wrap=True,
     )
     speed(out, found)
+    questions(out, found)
+
+
+def questions(out: Console, found: Mapping[str, Any]) -> None:
+    """Tasks and refusals, the same questions asked of both models."""
+    for key, title, share in (
+        ("tasks", "Tasks", "right"),
+        ("refusals", "Prompts, and how many are refused", "refused"),
+    ):
+        if not found.get(key):
+            continue
+        table = Table(title=title, title_justify="left")
+        table.add_column("")
+        for name in ("questions", f"reference {share} %", f"packed {share} %", "lost", "won", "p"):
+            table.add_column(name, justify="right")
+        for row in found[key]:
+            shares = (f"{100 * row.reference:.1f}", f"{100 * row.packed:.1f}")
+            flips = (str(row.lost), str(row.won), f"{row.p:.2g}")
+            table.add_row(Text(row.name), str(row.count), *shares, *flips)
+        table.caption = (
+            "lost, won: only the reference, only the packed model; p: McNemar's exact test"
+        )
+        table.caption_justify = "left"
+        out.print(table)
 
 
 def speed(out: Console, found: Mapping[str, Any]) -> None:
@@ -237,6 +172,32 @@ def _cell(precisions: list[Precision]) -> tuple[str, str]:
 
 def _style(shade: int) -> str:
     return f"{'white' if shade < grid.DARK else 'black'} on {grid.COLOURS[shade]}"
+
+
+def advice(out: Console, found: Advice) -> None:
+    """Bits a weight that fit, by machine and context."""
+    size = found.size
+    out.print(
+        f"{found.model}: {(size.weights + size.others) / 1e6:.4g} million weights, "
+        f"{human(size.bytes(16))} at 16 bits, {human(size.bytes(8.375))} at 8, "
+        f"{human(size.bytes(4.375))} at 4. Bits a weight that fit, scales counted:",
+        soft_wrap=True,
+        markup=False,
+    )
+    table = Table()
+    table.add_column("machine")
+    table.add_column("budget=")
+    for context in found.contexts or (0,):
+        table.add_column(f"{context} tokens" if context else "bits", justify="right")
+    rows = ([found.here] if found.here is not None else []) + list(found.rows)
+    for i, row in enumerate(rows):
+        own = found.here is not None and i == 0
+        name = "none" if own else row.machine.name
+        cells = (Text("no" if not bits else f"{bits:.1f}") for bits in row.bits)
+        table.add_row(Text(str(row.machine.budget.device)), name, *cells, end_section=own)
+    out.print(table)
+    if found.here is None:
+        out.print("How much memory this machine has couldn't be found out.")
 
 
 def fitting(out: Console, found: Answer) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from optimizer.config import Evaluate, Quantizer
 from optimizer.data.text import Data, Part
-from optimizer.errors import ConfigError, PlanError
+from optimizer.errors import ConfigError, MezzotintError, PlanError
 from optimizer.hardware import throughput
 from optimizer.hardware.memory import floating
 from optimizer.hardware.throughput import Speed
@@ -25,7 +25,12 @@ from optimizer.store import Store
 
 if TYPE_CHECKING:
     from optimizer.formats.torch import packed
+    from optimizer.metrics.divergence import AnyScores
     from optimizer.models.model import Model
+
+
+SPOT = 2  # windows that a packed model reads where its plan's scores are in the store
+SAME = 1e-4  # nats, and as a share: sums in another order
 
 
 def apply(
@@ -171,7 +176,7 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
     row for the packed model."""
     from optimizer.certificate import comparison
     from optimizer.formats.torch import packed
-    from optimizer.metrics import bootstrap, divergence
+    from optimizer.metrics import bootstrap
     from optimizer.models.kv_cache import rounded
 
     config.check()
@@ -181,7 +186,7 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
     bench = Bench(
         config.reference or str(plan.model["name"]),
         plan.model.get("revision"),
-        config.data,
+        _read(config, plan),
         config.store,
         config.device,
         view,
@@ -193,13 +198,15 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
         _check_speed(config, bench)
     asked = certify.Asked(config.tolerance, config.domains, config.generate, 0, tuned)
     certify.check(bench, asked)
-    windows = bench.windows("heldout")
-    view.stage("the reference reads")
-    teacher = bench.teachers["heldout"] = divergence.teacher(bench.model, windows)
-    view.stage("the packed model reads")
+    tokenizer = _asking(config, bench)
     net = packed.load(folder, device=config.device)
     with rounded(net, plan.kv, floating(plan.runtime)):
-        scores = teacher.score(net)
+        scores = None if config.again else _certified(bench, plan, net)
+        if scores is None:
+            view.stage("the reference reads")
+            teacher = bench.teacher("heldout")
+            view.stage("the packed model reads")
+            scores = teacher.score(net)
     weights = certify.Weights(None, lambda: nullcontext(net), plan.kv, floating(plan.runtime))
     counts = bootstrap.resamples(scores.documents, np.random.default_rng(0))
     found = comparison.describe(scores, counts)
@@ -212,7 +219,76 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
         "meaning": certify.judge(bench, weights, scores, asked),
         "speed": _speed(config, plan, bench, view) if config.speed else None,
         "hourly_rate": config.hourly_rate,
+        **_asked(config, plan, {"reference": bench.model.net, "packed": net}, tokenizer, view),
     }
+
+
+def _asking(config: Evaluate, bench: Bench) -> Any:
+    """The tokenizer, if questions will be asked; what can be wrong with them ends here."""
+    from optimizer.commands import harness
+    from optimizer.models.model import load_tokenizer
+
+    if not config.task_names and not config.refusals:
+        return None
+    if bench.encoder:
+        raise ConfigError("tasks and refusals are for language models, and this is an encoder.")
+    harness.check(config.task_names)
+    tokenizer = load_tokenizer(bench.source.folder)
+    if config.refusals:
+        harness.check_template(tokenizer, bench.source.name)
+    return tokenizer
+
+
+def _asked(
+    config: Evaluate, plan: Plan, nets: dict[str, Any], tokenizer: Any, view: View
+) -> dict[str, Any]:
+    """What both models answer: to tasks, and to prompts that may be refused."""
+    from optimizer.commands import harness
+    from optimizer.models.kv_cache import rounded
+
+    found: dict[str, Any] = {"tasks": [], "refusals": []}
+    with rounded(nets["packed"], plan.kv, floating(plan.runtime)):
+        if config.task_names:
+            view.stage(f"both answer {', '.join(config.task_names)}")
+            found["tasks"] = harness.compare(nets, tokenizer, config.task_names, config.limit)
+        if config.refusals:
+            found["refusals"] = harness.compare_refusals(nets, tokenizer, view.track)
+    return found
+
+
+def _read(config: Evaluate, plan: Plan) -> Data:
+    """The text that was asked for; if none was, the one that the plan was certified on."""
+    if config.data != Data():
+        return config.data
+    try:
+        own = dict(plan.provenance.get("data", {}))
+        own |= {name: Part(**own[name]) for name in config.data.parts if name in own}
+        found = Data(**own)
+        found.check(None)
+    except (TypeError, MezzotintError):  # of another version, or a text that is gone
+        return config.data
+    return found
+
+
+def _certified(bench: Bench, plan: Plan, net: Any) -> AnyScores | None:
+    """The scores of this very plan on these windows, if the store has them and the packed model gives
+    the same on the first SPOT windows; else None."""
+    from optimizer.metrics import divergence
+
+    kept = bench.store.arrays("scores", certify.certified(bench, plan))
+    if kept is None:
+        return None
+    stored, few = divergence.stored(kept), bench.windows("heldout").head(SPOT)
+    bench.view.stage(f"the packed model reads {SPOT} windows that its plan was certified on")
+    own = divergence.teacher(bench.model, few).score(net)
+    if np.allclose(own.kl, stored.kl[: len(own.kl)], rtol=SAME, atol=SAME):
+        bench.view.note(
+            f"It reads {SPOT} windows as its plan did, so the certificate's scores are its own; "
+            "again=true measures all of them again."
+        )
+        return stored
+    bench.view.note("It doesn't read as its plan did, so everything is measured again.")
+    return None
 
 
 def _check_speed(config: Evaluate, bench: Bench) -> None:

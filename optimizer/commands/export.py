@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from optimizer.commands.deploy import check_language_model, check_names, codes_of, reference_of
 from optimizer.config import profile
+from optimizer.data import pairs
 from optimizer.errors import ConfigError, ModelError, PlanError
-from optimizer.formats import recipes, registry
+from optimizer.formats import lm_eval, recipes, registry
 from optimizer.formats.gguf import writer
 from optimizer.formats.gguf.base import Base
 from optimizer.formats.model_card import card
@@ -42,6 +43,7 @@ TARGETS = {
     "autoround": "autoround",
     "gptq": "gptq",
 }
+HARNESS = "lm-eval"  # our probes as its tasks; the plan says nothing about them
 RECIPES = {"llm-compressor": "vllm", "llama-quantize": "llamacpp"}
 ALLOWED = 2.0**-11  # of a weight: an fp16 minimum instead of an integer zero point
 
@@ -85,7 +87,8 @@ def _job(
 ) -> Job:
     known = TARGETS | RECIPES
     if to not in known:
-        raise ConfigError(f"to= is one of {', '.join(known)}, not {to!r}.")
+        names = [*known, *([HARNESS] if command == "export" else [])]
+        raise ConfigError(f"to= is one of {', '.join(names)}, not {to!r}.")
     kept = Store.open(store)
     source, inventory = reference_of(plan, model, kept)
     if to != "torch":
@@ -119,6 +122,9 @@ def export(
 
     view = view or View()
     folders.check_target(out, overwrite)
+    if to == HARNESS:
+        folders.publish(out, lambda draft: lm_eval.write(pairs.built_in(), draft, out))
+        return Verdict(to)
     job = _job("export", plan, to, store, model, gguf)
     verdict = job.check()
     verdict.require()

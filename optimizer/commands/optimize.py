@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optimizer import search
+from optimizer.commands import advise, effort
 from optimizer.commands import notes as remarks
 from optimizer.config import Optimize
 from optimizer.errors import ModelError
@@ -38,11 +39,21 @@ from optimizer.reports.run import (
 from optimizer.search import Problem, exact
 from optimizer.sensitivity import Table
 from optimizer.stages import baselines, certify, kv_budget, objective
-from optimizer.stages.session import Bench, Choices, View, choices, make_quantizer, measure_table
+from optimizer.stages.session import (
+    Bench,
+    Choices,
+    View,
+    choices,
+    make_quantizer,
+    measure_table,
+    unchained,
+)
 from optimizer.store import root, unwritable, write_atomically
 
 if TYPE_CHECKING:
     from optimizer.stages.refine import Refined
+
+TABLE, SEARCH, HELD, NOISE = "table", "search", "held-out text", "noise and domains"
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     run.json and report.html to `out`."""
     begun = time.monotonic()
     view = view or View()
-    bench, chosen = _checked(config, view)
+    config, bench, chosen = _checked(config, view)
     blank = np.zeros((len(chosen.groups), len(chosen.columns)))
     rooms = kv_budget.rooms(config, bench, chosen)
     for one in rooms:
@@ -71,6 +82,8 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
         _pose(replace(config, budget=one.budget), bench.inventory, chosen, blank)
     # an impossible budget ended here
     write_atomically(out / ".writable", b"").unlink()  # an unwritable folder ends here
+    view.expect(_stages(config))
+    view.enter(TABLE)
     table = measure_table(bench, config, chosen)  # KL, for promises
     aimed = objective.losses(bench, config, chosen, table)
     notes = [*chosen.notes, *remarks.unwatched(config, chosen)]
@@ -90,6 +103,7 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     plan = _plan(bench, config, chosen, table, assignment)
     plan.save(out / "plan.json")  # within seconds on a measured model; what follows improves it
     view.note(f"wrote {out / 'plan.json'}: the table's optimum")
+    view.enter(SEARCH)
     refined = _refine(bench, config, chosen, problem, assignment)
     searched: dict[str, np.ndarray] = {}
     if refined is not None:
@@ -112,11 +126,33 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     return _publish(bench, config, chosen, problem, scale, outcome, out)
 
 
-def _checked(config: Optimize, view: View) -> tuple[Bench, Choices]:
-    """The model and its choices. Most that can be wrong ends here."""
+def _stages(config: Optimize) -> dict[str, float]:
+    """The stages of a run with their costs, in forward passes of a token."""
+    parts = config.data.parts
+    tokens = {name: part.sequences * part.length for name, part in parts.items()}
+    calibrated = config.quantizer.calibrated
+    passes = {"gain": 5, "tokenwise": 8}.get(config.sensitivity.estimator, 4)
+    found = {TABLE: float(passes * tokens["calibration"])}
+    if config.search.space != "exact":
+        found[SEARCH] = float(config.search.tokens)
+    if config.proof.certify:
+        plans = 2 + config.proof.random + (4 if config.proof.random else 0)
+        rounding = 3 * tokens["calibration"] if calibrated else 0
+        found[HELD] = float(plans * (rounding + 1.5 * tokens["heldout"]))
+        found[NOISE] = 3.0 * tokens["heldout"]
+    return found
+
+
+def _checked(config: Optimize, view: View) -> tuple[Optimize, Bench, Choices]:
+    """What is meant, the model and its choices. Most that can be wrong ends here."""
     config.check()
+    effort.check(config)
+    config = effort.reading(config)
     _reach_storage(config, root(config.store))
     bench = Bench(config.model, config.revision, config.data, config.store, config.device, view)
+    config, said = advise.propose(config, bench.source.folder)
+    for line in said:
+        view.note(line)
     if bench.encoder:
         config.check_encoder()
     folder = bench.source.folder
@@ -134,7 +170,10 @@ def _checked(config: Optimize, view: View) -> tuple[Bench, Choices]:
         from optimizer.stages import latency
 
         latency.check(chosen, config.runtime.name)
-    return bench, chosen
+    config, said = effort.settle(config, bench.encoder, lambda: unchained(bench))
+    for line in said:
+        view.note(line)
+    return config, bench, replace(chosen, notes=(*chosen.notes, *said))
 
 
 def _uniform(chosen: Choices) -> Iterator[dict[str, Precision]]:
@@ -329,6 +368,7 @@ def prove(
     from optimizer.certificate import comparison
 
     quantizer = make_quantizer(config.quantizer, bench)
+    bench.view.enter(HELD)
     others = baselines.rivals(config, problem)
     rows = baselines.measure(
         bench, config, chosen, table, problem, {**others, **searched, "plan": assignment}
@@ -346,6 +386,7 @@ def prove(
         stored = baselines.tensor_bytes(bench.inventory, choice)
         scores = bench.score(choice, "heldout", quantizer)
         found[name] = comparison.Candidate(name, stored, problem.sizes(held[name]), scores)
+    bench.view.enter(NOISE)
     notes = list(outcome.notes)
     uniforms = [c for n, c in found.items() if n in problem.columns]
     fitting = [c for c in uniforms if baselines.may_be(held[c.name], problem)]
@@ -366,6 +407,8 @@ def prove(
             outcome = replace(outcome, plan=_plan(bench, config, chosen, table, assignment))
     mine = replace(found[winner], name="plan")
     mixed = [c for n, c in found.items() if n != "plan" and n not in problem.columns]
+    kept = certify.certified(bench, outcome.plan)
+    bench.store.arrays("scores", kept, mine.scores.arrays)
     found_to_be = comparison.certify(mine, uniforms, mixed, config.seed)
     weights = _weights(bench, chosen.choice(assignment), quantizer)
     found_to_be["meaning"] = certify.judge(bench, weights, mine.scores, _asked(config))

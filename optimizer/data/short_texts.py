@@ -23,12 +23,13 @@ from optimizer.data.documents import (
     text_files,
 )
 from optimizer.data.domains import HERE
+from optimizer.data.text import OWN as SOURCES
 from optimizer.data.text import Data, Part, Windows, documents_of, texts_of
 from optimizer.errors import TextError
 
 TEXTS = 12  # in a batch; the project's own English sentences are enough for the default parts
 PADDING = -1  # in ids: no token of any vocabulary, so that masks need no tokenizer
-VERSION = 1  # raised when the same texts give other batches
+VERSION = 2  # raised when the same texts give other batches
 OWN = (
     "prose",
     "dialogue",
@@ -64,7 +65,7 @@ def cut(data: Data, tokenizer: Any) -> Cut:
     for document in documents:
         fresh = [text for text in document if text not in seen]
         seen.update(fresh)
-        if data.source == "self":
+        if data.source in SOURCES:
             readable = [text for text in fresh if _readable(tokenizer, text)]
             spelled += len(fresh) - len(readable)
             fresh = readable
@@ -137,7 +138,7 @@ def _readable(tokenizer: Any, text: str) -> bool:
 
 
 def _documents(data: Data) -> Iterator[list[str]]:
-    if data.source == "self":
+    if data.source in SOURCES:
         yield from own()
     elif data.source == "hub":
         yield from (_lines(text) for text in texts_of(data, documents_of(data)))

@@ -28,6 +28,7 @@ from optimizer.data.documents import (
 from optimizer.errors import ConfigError, TextError
 
 VERSION = 1
+OWN = ("bundled", "self")  # sources that need no path
 SAMPLED_TOGETHER = 64  # documents in one generation batch; a killed run loses at most one batch
 SHARES = {"calibration": 2.0, "search": 1.0, "heldout": 1.0}  # fixed, so that a longer search
 # doesn't change the calibration windows, and a measured table stays good
@@ -46,13 +47,14 @@ class Part:
 class Data:
     """Where tokens come from.
 
-    source: `self` (sampled from the reference), `text` (a file or a folder of files, see
-    `optimizer.data.documents`), `hub` (a data set id or folder for `datasets.load_dataset`). column:
-    of rows; a list of turns in it, or in `messages`, is a chat. template: chats as the tokenizer's own
-    template writes them, else what was said alone.
+    source: `bundled` (the texts that come with the program, see `optimizer.data.domains`; sampled
+    text where the model can't read them), `self` (sampled from the reference), `text` (a file or a
+    folder of files, see `optimizer.data.documents`), `hub` (a data set id or folder for
+    `datasets.load_dataset`). column: of rows; a list of turns in it, or in `messages`, is a chat.
+    template: chats as the tokenizer's own template writes them, else what was said alone.
     """
 
-    source: str = "self"
+    source: str = "bundled"
     path: str | None = None
     name: str | None = None
     split: str = "train"
@@ -69,8 +71,8 @@ class Data:
 
     def check(self, context: int | None) -> None:
         """Everything that can be wrong before any work. context: the model's longest input."""
-        if self.source not in ("self", "text", "hub"):
-            raise ConfigError(f"data.source is self, text or hub, not {self.source!r}.")
+        if self.source not in ("bundled", "self", "text", "hub"):
+            raise ConfigError(f"data.source is bundled, self, text or hub, not {self.source!r}.")
         check_seed("data.seed", self.seed)
         for name, part in self.parts.items():
             if part.sequences < 1 or part.length < 2:
@@ -83,7 +85,7 @@ class Data:
                     f"Windows must fit the model's context of {context} tokens; data.{name}.length "
                     f"is {part.length}. Lower it."
                 )
-        if self.source == "self":
+        if self.source in OWN:
             return
         if self.path is None:
             raise ConfigError(f"data={self.source} needs data.path. For example data.path=my.txt")
@@ -123,17 +125,19 @@ def check_seed(name: str, seed: int) -> None:
 
 @dataclass(frozen=True)
 class Windows:
-    """ids: int64 [windows, length]; documents: int64 [windows], the document of each window."""
+    """ids: int64 [windows, length]; documents: int64 [windows], the document of each window;
+    domains: the kind of text of each window, () where it isn't known."""
 
     ids: np.ndarray
     documents: np.ndarray
+    domains: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
         return int(self.ids.size)
 
     def head(self, windows: int) -> Windows:
-        return Windows(self.ids[:windows], self.documents[:windows])
+        return Windows(self.ids[:windows], self.documents[:windows], self.domains[:windows])
 
 
 Tokens = dict[str, Windows]

@@ -60,6 +60,10 @@ class Scores:
     def mean_kl(self) -> float:
         return float(self.kl.mean(dtype=np.float64))
 
+    def only(self, windows: np.ndarray) -> Scores:
+        """Of some windows; bool [windows]."""
+        return Scores(**{k: v[windows] for k, v in vars(self).items()})
+
     def after(self, position: int) -> Scores:
         """Only the predictions that have at least `position` tokens before them."""
         cut = {k: v[:, position - 1 :] for k, v in vars(self).items() if k != "documents"}

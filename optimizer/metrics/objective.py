@@ -24,7 +24,12 @@ from typing import Any
 
 from optimizer.errors import ConfigError
 
-BY_TOKEN = ("fisher", "directional", "tokenwise")  # estimators that can weigh single tokens
+BY_TOKEN = (
+    "fisher",
+    "gain",
+    "directional",
+    "tokenwise",
+)  # estimators that can weigh single tokens
 
 
 @dataclass(kw_only=True)
@@ -55,7 +60,7 @@ class Meaning:
                 f"meaning.level is a share of the tokens between 0 and 1, such as 0.99, not "
                 f"{self.level}."
             )
-        if self.cvar and estimator not in BY_TOKEN:
+        if self.cvar and estimator not in ("auto", *BY_TOKEN):
             raise ConfigError(
                 "Only Fisher information weighs single tokens: meaning.cvar above 0 needs "
                 f"sensitivity={', '.join(BY_TOKEN[:-1])} or {BY_TOKEN[-1]}, not {estimator}."

@@ -11,9 +11,10 @@ import re
 import struct
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,20 @@ class Source:
     folder: Path
     fingerprint: str
     revision: str | None = None
+
+
+def configured(name: str, store: Store, revision: str | None = None) -> Path:
+    """A folder with config.json; of a hub id nothing else is fetched. Raises ModelError."""
+    path = Path(name).expanduser()
+    if path.exists() or name in ("smollm2", "minilm", "stories") or not HUB_ID.fullmatch(name):
+        folder = _folder(name, store, revision)
+    else:
+        folder = _downloaded(name, revision, ["config.json"])
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} holds no config.json, so {name} has no size. Give a model folder."
+        )
+    return folder
 
 
 def locate(name: str, store: Store, revision: str | None = None) -> Source:
@@ -137,12 +152,12 @@ def _wheel_file(module: str, pattern: str, distribution: str) -> Path:
     )
 
 
-def _downloaded(name: str, revision: str | None) -> Path:
+def _downloaded(name: str, revision: str | None, wanted: Sequence[str] = NEEDED) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -204,8 +219,14 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     where: dict[str, str] = {"gguf_file": gguf.name}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+        with (
+            quiet(),
+            redirect_stderr(StringIO()),
+        ):  # a bar of tqdm's own, which nothing switches off
+            loaded = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, dtype=torch.float32, **where
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
     except (
         OSError, ValueError, KeyError, NotImplementedError, IndexError, struct.error
     ) as error:  # fmt: skip

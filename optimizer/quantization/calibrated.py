@@ -22,6 +22,7 @@ from torch import Tensor
 from optimizer.models.blockwise import Stream
 from optimizer.plan import Inventory, Precision, digest
 from optimizer.quantization import ggml
+from optimizer.quantization.gain import gain
 from optimizer.quantization.ggml import Blocks
 from optimizer.quantization.gptq import Gptq
 from optimizer.quantization.uniform import Codes, Given, Rtn
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from optimizer.store import Store
 
 VERSION = 2  # raised when codes change
+GAINS = 1  # raised when the foretold gains change
 GRIDS = 1  # the same for grids
 SEED = 0  # of the labels that weigh tokens
 Parts = dict[str, Tensor]  # a layer's packed tensors by suffix
@@ -159,6 +161,31 @@ class Calibrated:
             return self._jointly(choice)
         self.prepare({name: [precision] for name, precision in choice.items()})
         return self
+
+    def gains(self, names: Sequence[str]) -> dict[str, float]:
+        """What this method leaves of the loss of rounding to nearest, layer by layer, see
+        `quantization.gain`; 1 for layers whose inputs can't be watched. Costs a pass over the
+        calibration tokens and their Hessians if new. The model must hold its own weights."""
+        material = self._material
+
+        def make() -> dict[str, float]:
+            model = material.model
+            stream = Stream(model, material.calibration())
+            found: dict[str, float] = {}
+            for block in material.track(range(len(stream.blocks)), "what gptq gains"):
+                sets = stream.inputs(block)
+                if sets:
+                    hessians = stream.hessians(block, sets)
+                    for own, hessian in zip(sets, hessians, strict=True):
+                        order = self._method.order_of(hessian.diagonal())
+                        found |= dict.fromkeys(own, gain(hessian, self._method.damping, order))
+                stream.advance(block)
+            return found
+
+        settings = [self._method.damping, self._method.order]
+        key = digest(["gains", GAINS, material.calibration_key, *settings])
+        kept = material.store.json("gains", key, make)
+        return {name: float(kept.get(name, 1.0)) for name in names}
 
     # ------------------------------------------------------------ each layer by itself
 

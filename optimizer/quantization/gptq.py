@@ -74,6 +74,10 @@ class Gptq:
                 done |= dict(zip(part, better, strict=True))
         return [done[i] for i in range(len(jobs))]
 
+    def order_of(self, loudness: Tensor) -> Tensor:
+        """Columns in the order in which they are rounded [cols], whole groups not counted."""
+        return self._order(loudness, None)
+
     def _order(self, loudness: Tensor, group: int | None) -> Tensor:
         """Columns in the order in which they are rounded [cols]."""
         cols = len(loudness)

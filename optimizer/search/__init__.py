@@ -58,7 +58,7 @@ class Search:
         self.storage = credentials.hidden(self.storage)
 
     def check(self) -> None:
-        if self.space not in ("exact", *SPACES):
+        if self.space not in ("auto", "exact", *SPACES):
             raise ConfigError(f"search.space is exact, {', '.join(SPACES)}, not {self.space!r}.")
         if self.sampler not in SAMPLERS:
             raise ConfigError(f"search.sampler is {', '.join(SAMPLERS)}, not {self.sampler!r}.")

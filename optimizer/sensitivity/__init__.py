@@ -21,7 +21,7 @@ from optimizer.plan import GGML, UNTOUCHED, Precision
 if TYPE_CHECKING:
     from optimizer.models.model import Model, Rounder
 
-ESTIMATORS = ("fisher", "directional", "tokenwise", "hessian", "kronecker")
+ESTIMATORS = ("auto", "fisher", "gain", "directional", "tokenwise", "hessian", "kronecker")
 
 
 @dataclass(kw_only=True)
@@ -38,7 +38,8 @@ class Measured:
 
 @dataclass(kw_only=True)
 class Sensitivity:
-    """estimator: fisher (diagonal), directional, tokenwise, hessian (Hutchinson's trace) or kronecker.
+    """estimator: auto (as `effort` says), fisher (diagonal), gain (the same times what GPTQ gains, see
+    `optimizer.quantization.gain`), directional, tokenwise, hessian (Hutchinson's trace) or kronecker.
 
     chunks: the calibration windows are scored in this many parts; the parts' spread gives the
     standard errors, and a killed run loses at most one part. probes: Hutchinson vectors per
@@ -74,8 +75,12 @@ class Sensitivity:
         if self.estimator in BY_TOKEN:
             from optimizer.sensitivity import fisher
 
-            work = {"fisher": fisher.diagonal, "directional": fisher.directional,
-                    "tokenwise": fisher.tokenwise}[self.estimator]  # fmt: skip
+            work = {
+                "fisher": fisher.diagonal,
+                "gain": fisher.diagonal,
+                "directional": fisher.directional,
+                "tokenwise": fisher.tokenwise,
+            }[self.estimator]
             return work(model, task, ids, seed, weights)
         from optimizer.sensitivity import hessian
 
@@ -130,6 +135,13 @@ class Table:
             samples[:, group] += mean - loss[group]
             loss[group], stderr[group] = mean, error
         return Table(self.groups, self.columns, loss, stderr, samples)
+
+    def scaled(self, rows: np.ndarray) -> Table:
+        """Each group's losses times a factor [groups]."""
+        wide = rows[:, None]
+        return Table(
+            self.groups, self.columns, self.loss * wide, self.stderr * wide, self.samples * wide
+        )
 
     def predict(self, columns: np.ndarray) -> tuple[float, float]:
         """One column index per group -> predicted loss and its standard error."""

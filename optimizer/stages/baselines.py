@@ -34,7 +34,10 @@ def may_be(assignment: np.ndarray, problem: Problem) -> bool:
 
 
 def rivals(config: Optimize, problem: Problem) -> dict[str, np.ndarray]:
-    """Name -> assignment of every plan that the search must beat."""
+    """Name -> assignment of every plan that the search must beat. Without random plans that is the
+    largest uniform plan that fits, or where none does, the smallest."""
+    if not config.proof.random:
+        return _nearest(problem)
     found = {name: problem.uniform(i) for i, name in enumerate(problem.columns) if name != "none"}
     ends = exact.first_last_high(problem)
     if ends is not None:
@@ -43,6 +46,18 @@ def rivals(config: Optimize, problem: Problem) -> dict[str, np.ndarray]:
     for i in range(config.proof.random):
         found[f"random {i}"] = exact.random_plan(problem, rng)
     return found
+
+
+def _nearest(problem: Problem) -> dict[str, np.ndarray]:
+    uniform = {n: problem.uniform(i) for i, n in enumerate(problem.columns) if n != "none"}
+    fitting = {name: x for name, x in uniform.items() if may_be(x, problem)}
+    if fitting:
+        name = max(fitting, key=lambda n: problem.sizes(fitting[n]))
+    elif uniform:
+        name = min(uniform, key=lambda n: problem.sizes(uniform[n]))
+    else:
+        return {}
+    return {name: uniform[name]}
 
 
 def worth_measuring(name: str, assignment: np.ndarray, problem: Problem, mine: np.ndarray) -> bool:
@@ -71,6 +86,8 @@ def measure(
     problem: Problem,
     plans: Mapping[str, np.ndarray],
 ) -> list[Row]:
+    """Each plan beside what the table foretold: on search documents, or where there are no random
+    plans, on the held-out ones, which are scored anyway."""
     from optimizer.certificate import comparison
     from optimizer.metrics import bootstrap
 
@@ -78,10 +95,11 @@ def measure(
     described = config.quantizer.described(bench.calibration_key)
     weights = problem.weights.sum()
     rows = []
+    part = "check" if config.proof.random else "heldout"
     for name in bench.view.track(list(plans), "measuring plans"):
         choice = chosen.choice(plans[name])
         size = sum(x.bytes(choice[x.name]) for x in chosen.scope)
-        scores = bench.score(choice, "check", quantizer)
+        scores = bench.score(choice, part, quantizer)
         counts = bootstrap.resamples(scores.documents, np.random.default_rng([config.seed, 78]))
         measures = {k: asdict(v) for k, v in comparison.describe(scores, counts).items()}
         layers = {x.name: "none" for x in bench.inventory.layers}

@@ -19,13 +19,14 @@ from optimizer.data.text import Windows
 from optimizer.errors import ConfigError
 from optimizer.metrics import generation
 from optimizer.models.source import context_length
-from optimizer.plan import digest
-from optimizer.stages.session import Bench
+from optimizer.plan import Plan, digest
+from optimizer.stages.session import SCORES, Bench
 
 if TYPE_CHECKING:
     from optimizer.metrics.divergence import AnyScores, Scores, Teacher
 
 VERSION = 1  # raised when a measurement changes
+NOISE_WINDOWS = 16  # enough for a floor
 LONG_DOCUMENTS, LONG_TOKENS = 8, 1024  # sampled once per model
 BEGINNING = 40  # characters by which a document is named
 
@@ -77,8 +78,9 @@ def check(bench: Bench, asked: Asked) -> None:
         )
     skipped: dict[str, int] = {}
     left_out = []
+    present = _present(bench)
     for domain in asked.texts:
-        if domain.name == LONG and domain.path is None:
+        if domain.path is None and (domain.name == LONG or domain.name in present):
             continue
         windows, reasons = _cut(bench, domain)
         for reason, count in reasons.items():
@@ -106,32 +108,61 @@ def _check_encoder(bench: Bench, asked: Asked) -> None:
     )
 
 
+def certified(bench: Bench, plan: Plan) -> str:
+    """Where the store keeps the held-out scores of a plan's joint rounding."""
+    return digest(["certified", SCORES, plan.id, bench.part_key("heldout"), plan.kv])
+
+
 def judge(bench: Bench, weights: Weights, heldout: AnyScores, asked: Asked) -> dict[str, Any]:
     """`tolerance.judge` on everything that was asked for, and the comparison of greedy texts."""
     from optimizer.certificate import equivalence as tolerance
     from optimizer.certificate.wording import MAIN
 
     chosen = [] if bench.encoder else asked.texts
-    texts: dict[str, AnyScores] = {MAIN: heldout, **_domain_scores(bench, weights, chosen)}
+    parts = _parts(bench, heldout, chosen)
+    others = [domain for domain in chosen if domain.name not in parts]
+    texts: dict[str, AnyScores] = {
+        MAIN: heldout,
+        **parts,
+        **_domain_scores(bench, weights, others),
+    }
     cuts = {domain.name: domain.weight for domain in chosen}
-    found = tolerance.judge(texts, cuts, _noise(bench), asked.tolerance, asked.seed)
+    found = tolerance.judge(texts, cuts, _noise(bench), asked.tolerance, asked.seed, parts)
     for one in found["documents"]:
-        one["begins"] = _beginning(bench, chosen, one)
+        one["begins"] = _beginning(bench, others, one)
     if asked.generate:
         found["greedy"] = _greedy(bench, weights, asked)
     return found
 
 
+def _parts(bench: Bench, heldout: AnyScores, chosen: Sequence[Domain]) -> Mapping[str, AnyScores]:
+    """The held-out scores by kind of text, where the held-out text has the built-in kinds: they need
+    no reading of their own."""
+    from optimizer.metrics.divergence import Scores
+
+    kinds = np.array(bench.windows("heldout").domains)
+    if not kinds.size or not isinstance(heldout, Scores):
+        return {}
+    names = [domain.name for domain in chosen if domain.path is None]
+    return {name: heldout.only(kinds == name) for name in names if (kinds == name).any()}
+
+
+def _present(bench: Bench) -> set[str]:
+    """Built-in kinds of text of which the held-out windows consist."""
+    return set() if bench.data.source != "bundled" else set(bench.windows("heldout").domains)
+
+
 def _noise(bench: Bench) -> dict[str, AnyScores]:
+    from optimizer.metrics import divergence
     from optimizer.metrics.divergence import stored
 
     def make() -> dict[str, np.ndarray]:
-        teacher = bench.teacher("heldout")
+        few = bench.windows("heldout").head(NOISE_WINDOWS)
         bench.view.stage("the reference against itself")
-        found = teacher.noise(bench.model.net)
+        found = divergence.teacher(bench.model, few, own_head=True).noise(bench.model.net)
         return {f"{n}/{k}": v for n, scores in found.items() for k, v in scores.arrays().items()}
 
-    key = digest(["noise", VERSION, bench.part_key("heldout"), bench.device])
+    key = digest(["noise", VERSION, NOISE_WINDOWS, bench.part_key("heldout"), bench.device])
     kept = bench.store.arrays("scores", key, make)
     assert kept is not None
     names = dict.fromkeys(name.rpartition("/")[0] for name in sorted(kept, reverse=True))

@@ -119,7 +119,8 @@ def _cuts(bench: Bench, entries: Sequence[str]) -> dict[Domain, Windows]:
 
             cut = domains.cut(domain, load_tokenizer(bench.source.folder), length, bench.data)
             empty = Windows(np.zeros((0, 2), np.int64), np.zeros(0, np.int64))
-            return dict(vars(cut.windows or empty))
+            windows = cut.windows or empty
+            return {"ids": windows.ids, "documents": windows.documents}
 
         kept = bench.store.arrays("tokens", key, make)
         assert kept is not None

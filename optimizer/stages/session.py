@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 from optimizer import sensitivity
 from optimizer.config import Optimize, Quantizer
 from optimizer.data.text import Data, Tokens, Windows
-from optimizer.errors import ConfigError, ModelError
+from optimizer.errors import ConfigError, ModelError, TextError
 from optimizer.formats import registry
 from optimizer.formats.gguf.base import Base
 from optimizer.formats.rules import Demands
@@ -40,6 +40,12 @@ SCORES = 5  # the same for scores: they say since then which model found the tru
 
 class View:
     """What a person sees while it runs; this one shows nothing."""
+
+    def expect(self, stages: Mapping[str, float]) -> None:
+        """A run's stages in order, with what each costs in a unit of their own."""
+
+    def enter(self, stage: str) -> None:
+        """One of the expected stages begins."""
 
     def stage(self, text: str) -> None:
         pass
@@ -155,12 +161,20 @@ class Bench:
 
             said: list[str] = []
             parts = texts.cut(self.data, load_tokenizer(self.source.folder), said.append)
-            found = {f"{name}.{k}": v for name, w in parts.items() for k, v in vars(w).items()}
+            found = {
+                f"{name}.{k}": v
+                for name, w in parts.items()
+                for k, v in (("ids", w.ids), ("documents", w.documents))
+            }
             return found | {"said": np.frombuffer("\n".join(said).encode(), np.uint8)}
 
         if self.encoder:
             return self._texts(keep)
-        if self.data.source != "self":
+        if self.data.source == "bundled":
+            mixed = self._bundled()
+            if mixed is not None:
+                return mixed
+        elif self.data.source != "self":
             kept = keep(self.tokens_key, cut)
             if "said" in kept and kept["said"].size:
                 self.view.note(kept["said"].tobytes().decode())
@@ -170,6 +184,41 @@ class Bench:
             }
 
         return texts.sample(self.data, LazyModel(self), keep, self.view.track)
+
+    def _bundled(self) -> Tokens | None:
+        """The texts that come with the program; None, with a word, where the model can't read them,
+        or where there are fewer than a part asks for by default."""
+        from optimizer.data import domains
+
+        def cut() -> dict[str, Any]:
+            from optimizer.models.model import load_tokenizer
+
+            try:
+                parts = domains.bundled(self.data, load_tokenizer(self.source.folder))
+            except (ModelError, TextError) as error:
+                return {"why": str(error)}
+            return {
+                name: {
+                    "ids": w.ids.tolist(),
+                    "documents": w.documents.tolist(),
+                    "domains": w.domains,
+                }
+                for name, w in parts.items()
+            }
+
+        key = digest(["bundled", domains.VERSION, domains.content(), self.tokens_key])
+        kept = self.store.json("tokens", key, cut)
+        if "why" in kept:
+            self.view.note(f"{kept['why']} So text is sampled from the model instead.")
+            return None
+        return {
+            name: Windows(
+                np.array(w["ids"], np.int64),
+                np.array(w["documents"], np.int64),
+                tuple(w["domains"]),
+            )
+            for name, w in kept.items()
+        }
 
     def _texts(self, keep: Callable[[str, Any], dict[str, np.ndarray]]) -> Tokens:
         """Batches of texts for an encoder, and a word on those that were left out or cut."""
@@ -346,8 +395,9 @@ class Reading:
 def read_part(config: Optimize) -> str:
     """On which part of the tokens a table is measured. Rounding that was fitted to the calibration
     windows loses less on them than elsewhere (GPTQ on SmolLM2: half as much, and the layers with the
-    most columns least), so its table reads search windows."""
-    return "search" if config.quantizer.calibrated else "calibration"
+    most columns least), so its table reads search windows; a foretold gain rounds nothing."""
+    fitted = config.quantizer.calibrated and config.sensitivity.estimator != "gain"
+    return "search" if fitted else "calibration"
 
 
 def read_for(bench: Bench, config: Optimize) -> Windows:
@@ -360,6 +410,8 @@ def measure_table(
 ) -> Table:
     """The sensitivity table in nats of mean KL, chunk by chunk from the store or made now."""
     settings = config.sensitivity
+    if settings.estimator == "gain":
+        return _foretold(bench, config, chosen, reading)
     fitted = [[chosen.fitted[g[0], c].name for c in chosen.columns] for g in chosen.groups]
     estimator = [settings.estimator, settings.chunks, settings.probes]
     windows = read_for(bench, config)
@@ -391,6 +443,36 @@ def measure_table(
         samples.append(found["loss"])
     table = Table.from_samples(task, np.array(samples))
     return table if reading else _measured_rows(bench, config, task, table, key)
+
+
+def _foretold(bench: Bench, config: Optimize, chosen: Choices, reading: Reading | None) -> Table:
+    """The diagonal table of rounding to nearest, times what GPTQ gains in each group. Layers of a
+    group that read the same inputs gain the same; else the mean is taken."""
+    quantizer = make_quantizer(config.quantizer, bench)
+    nearest = replace(
+        config,
+        quantizer=Quantizer(name="rtn", clip=config.quantizer.clip),
+        sensitivity=replace(config.sensitivity, estimator="fisher"),
+    )
+    table = measure_table(bench, nearest, chosen, reading)
+    gains = quantizer.gains([name for group in chosen.groups for name in group])
+    return table.scaled(np.array([np.mean([gains[n] for n in g]) for g in chosen.groups]))
+
+
+def unchained(bench: Bench) -> str | None:
+    """Why a quantizer that rounds block after block can't round this model; None: it can."""
+
+    def make() -> str:
+        from optimizer.models.blockwise import Stream
+
+        try:
+            Stream(bench.model, bench.calibration()[:1])
+        except ModelError as error:
+            return str(error)
+        return ""
+
+    key = digest(["chain", VERSION, bench.source.fingerprint])
+    return str(bench.store.json("chains", key, make)) or None
 
 
 def _part(key: str, index: Any) -> str:

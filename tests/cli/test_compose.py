@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from optimizer import config
 from optimizer.cli import compose as composing
+from optimizer.commands import effort
 from optimizer.config import Apply, Evaluate, Optimize, conf_folder
 from optimizer.data.text import Data, Part
 from optimizer.errors import ConfigError
@@ -30,6 +31,7 @@ NEEDED = {
     "check": ["plan=plan.json", "to=vllm"],
     "export": ["plan=plan.json", "to=vllm", "out=exported"],
     "fit": ["plan=run"],
+    "advise": ["model=stories"],
     "probe": ["plan=plan.json"],
     "blur": ["plan=plan.json", "text=text.txt"],
 }
@@ -197,10 +199,53 @@ def test_everything_is_checked_before_anything_is_loaded(
         found.check()
 
 
-def test_gptq_brings_its_own_sensitivity_which_may_be_replaced() -> None:
-    assert composed("optimize", "quantizer=gptq").sensitivity.estimator == "tokenwise"
-    own = composed("optimize", "quantizer=gptq", "sensitivity=fisher").sensitivity
-    assert own.estimator == composed("optimize").sensitivity.estimator == "fisher"
+@pytest.mark.parametrize(
+    ("words", "encoder", "meant"),
+    [
+        ([], False, ("gptq", "gain", "exact")),
+        ([], True, ("rtn", "fisher", "exact")),
+        (["effort=quick"], False, ("rtn", "fisher", "exact")),
+        (["effort=thorough"], False, ("gptq", "gain", "moves")),
+        (["effort=thorough"], True, ("rtn", "fisher", "moves")),
+        (["quantizer=awq"], False, ("awq", "tokenwise", "exact")),
+        (["quantizer=rtn", "effort=thorough", "search=exact"], False, ("rtn", "fisher", "exact")),
+        (["quantizer=gptq", "sensitivity=fisher"], False, ("gptq", "fisher", "exact")),
+    ],
+)
+def test_what_an_effort_means(words: list[str], encoder: bool, meant: tuple[str, ...]) -> None:
+    asked = composed("optimize", *words)
+    asked.check()
+    found, said = effort.settle(asked, encoder, lambda: None)
+    assert (found.quantizer.name, found.sensitivity.estimator, found.search.space) == meant
+    assert not said
+    found.check()
+
+
+def test_a_model_that_gptq_cannot_round_is_rounded_to_nearest_and_says_so() -> None:
+    found, said = effort.settle(composed("optimize"), False, lambda: "its blocks are no chain.")
+    assert (found.quantizer.name, found.sensitivity.estimator) == ("rtn", "fisher")
+    assert said == [
+        "Rounded to nearest, because gptq can't be used here: its blocks are no chain."
+    ]
+
+
+def test_a_quick_run_reads_fewer_windows_unless_a_number_was_chosen() -> None:
+    def read(*words: str) -> int:
+        return effort.reading(composed("optimize", *words)).data.calibration.sequences
+
+    assert read("effort=quick") < read() == read("effort=thorough") == 64
+    assert read("effort=quick", "data.calibration.sequences=50") == 50
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["sensitivity=gain", "quantizer=rtn"], "sensitivity=gain foretells")],
+)
+def test_a_foretold_table_needs_gptq(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        composed("optimize", *words).check()
+    with pytest.raises(ConfigError, match="effort is one of quick, standard, thorough"):
+        effort.check(composed("optimize", "effort=lazy"))
 
 
 def test_runtimes_fuse_what_their_engines_fuse() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from optimizer.cli import terminal
+from optimizer.cli import progress, summary, terminal
 from optimizer.commands.optimize import Outcome
 from optimizer.plan import Plan
 
@@ -15,7 +15,7 @@ ODD = "my [red]model[/x]"
 
 def said(result: Outcome) -> str:
     out = Console(file=io.StringIO(), width=400, highlight=False)
-    terminal.outcome(out, result)
+    summary.outcome(out, result)
     return out.file.getvalue()
 
 
@@ -25,7 +25,7 @@ def test_brackets_in_names_are_text(run_folder: Path) -> None:
     assert f"Wrote {ODD}/plan.json" in found and f"Note: about {ODD}" in found
     out = Console(file=io.StringIO(), width=400, highlight=False)
     terminal.show(out, replace(plan, model={**plan.model, "name": ODD}))
-    view = terminal.Terminal(out)
+    view = progress.Terminal(out)
     view.stage(f"finding {ODD}")
     view.note(f"kept in {ODD}")
     list(view.track([1], ODD))

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from optimizer.commands import optimize
-from optimizer.config import Optimize, Proof
+from optimizer.config import Optimize, Proof, Quantizer
 from optimizer.data.text import Data, Part
 from optimizer.errors import BudgetError, StorageError
 from optimizer.models.source import Source
@@ -37,6 +37,8 @@ def settings(source: Source, store: Path, **changes: Any) -> Optimize:
         "model": str(source.folder),
         "budget": Budget(bits=4),
         "data": Data(calibration=SHORT, search=SHORT, heldout=SHORT),
+        "scope": ["blocks"],
+        "quantizer": Quantizer(),
         "sensitivity": Sensitivity(chunks=4),
         "proof": Proof(random=2),
         "search": Search(space="exact"),

@@ -19,6 +19,7 @@ from optimizer.plan import UNTOUCHED, Budget, Palette
 from optimizer.quantization import awq, folding
 from optimizer.quantization.uniform import Rtn
 from optimizer.search import Search
+from optimizer.sensitivity import Sensitivity
 from optimizer.stages.session import Bench, View, make_quantizer
 from tests.quantization.test_calibrated import P3, Made, everything, kl, logits, small
 
@@ -154,7 +155,9 @@ def test_a_plan_is_packed_as_it_was_certified(store: Path, source: object, tmp_p
         model="stories",
         budget=Budget(bits=4.0),
         palette=Palette(bits=[2, 3, 4, 5], group_size=32),
+        scope=["blocks"],
         quantizer=Quantizer(name="awq"),
+        sensitivity=Sensitivity(),
         data=Data(calibration=part, search=part, heldout=part),
         search=Search(space="exact"),
         proof=Proof(random=0),

@@ -338,7 +338,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Optimize:
         model="stories",
         budget=Budget(code_bits=3.0),
         palette=Palette(bits=[2, 3, 4], group_size=32),
+        scope=["blocks"],
         quantizer=Quantizer(name="gptq", clip=True),
+        sensitivity=Sensitivity(),
         data=Data(
             source="text",
             path=str(folder / "text.txt"),

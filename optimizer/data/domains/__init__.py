@@ -1,9 +1,10 @@
 """Domains: kinds of text of which a plan must not lose one silently.
 
-Five short sets are the project's own (MIT, see README.md beside this file); `long` is sampled from
-the reference, because only the model's own text is as long as its context. Users name their own
-files. The certificate reads them. Those of `meaning.domains` are tuned on with every second document
-and certified with the others.
+Ten sets come with the program (written for it or in the public domain, see README.md beside this
+file); `long` is sampled from the reference, because only the model's own text is as long as its
+context. Users name their own files. With `data=bundled` a run is calibrated and searched on every
+second document of the ten sets and certified on the others. Otherwise the certificate reads them
+beside its held-out text; those of `meaning.domains` are tuned on with the same half.
 """
 
 from __future__ import annotations
@@ -18,15 +19,20 @@ from typing import Any
 import numpy as np
 
 from optimizer.data.documents import by_template, read_documents, text_files
-from optimizer.data.text import Data, Windows, documents_of, encode, text_prefix
+from optimizer.data.text import Data, Part, Tokens, Windows, documents_of, encode, text_prefix
 from optimizer.errors import ConfigError, TextError
 
 HERE = Path(__file__).parent
-BUILT_IN = ("prose", "dialogue", "code", "mathematics", "russian")
+# name -> share of a bundled run's windows
+MIXTURE = {
+    "prose": 3, "dialogue": 1, "code": 2, "mathematics": 1, "russian": 1, "german": 1, "french": 1,
+    "spanish": 1, "italian": 1, "chinese": 1,
+}  # fmt: skip
+BUILT_IN = tuple(MIXTURE)
 LONG = "long"
-VERSION = 2  # raised when the same text gives other windows
+VERSION = 3  # raised when the same text gives other windows
 SHORTEST = 32  # tokens of a document; shorter ones are skipped
-MOST = 64  # windows of a domain
+MOST = 16  # windows of a domain
 UNKNOWN = 0.1  # share of unknown tokens above which a document counts as not representable
 ENTRY = re.compile(r"\s*([\w-]+)\s*(?:=\s*(.*?)\s*)?(?:\*\s*([+-]?[0-9.][\w.+-]*)\s*)?$")
 
@@ -102,6 +108,24 @@ def cut(domain: Domain, tokenizer: Any, longest: int, data: Data) -> Cut:
     was tuned on. So are repeated ones, which could be in both halves. Raises TextError for a user's
     own file that gives fewer than two documents, or four where they are halved.
     """
+    documents, skipped = _readable(domain, tokenizer, data)
+    needed, word = (2, "two") if domain.half is None else (4, "four")
+    if len(documents) >= needed:
+        documents = documents if domain.half is None else documents[domain.half :: 2]
+        return Cut(_windows(documents, text_prefix(tokenizer), longest), skipped)
+    if domain.path is not None:
+        why = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "no more"
+        raise TextError(
+            f"A domain needs at least {word} documents of {SHORTEST} tokens; {domain.path} "
+            f"has {len(documents)} (skipped: {why}). Give more text, or leave {domain.name} out."
+        )
+    return Cut(None, skipped)
+
+
+def _readable(
+    domain: Domain, tokenizer: Any, data: Data
+) -> tuple[list[list[int]], dict[str, int]]:
+    """Token ids of the documents that take part, and how many don't, by reason."""
     own, start = _marks(data, tokenizer), text_prefix(tokenizer)
     reasons = ("also in data.path", "repeated", "not representable", "too short")
     skipped, seen = dict.fromkeys(reasons, 0), set[str]()
@@ -119,18 +143,77 @@ def cut(domain: Domain, tokenizer: Any, longest: int, data: Data) -> Cut:
         else:
             documents.append(ids)
             seen.add(_mark(text))
-    skipped = {reason: count for reason, count in skipped.items() if count}
-    needed, word = (2, "two") if domain.half is None else (4, "four")
-    if len(documents) >= needed:
-        documents = documents if domain.half is None else documents[domain.half :: 2]
-        return Cut(_windows(documents, start, longest), skipped)
-    if domain.path is not None:
-        why = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "no more"
+    return documents, {reason: count for reason, count in skipped.items() if count}
+
+
+# ---------------------------------------------------------------- a run's own text
+
+
+def bundled(data: Data, tokenizer: Any) -> Tokens:
+    """The ten sets -> windows for every part. Documents with even numbers are shared by calibration
+    (two of three) and search, the others are held out. Windows are drawn from the sets in turn, by
+    their shares, so that the first windows of a part are a mixture, too; a set that the model can't
+    read leaves its share to the others. Raises TextError if there is too little text."""
+    start, none = text_prefix(tokenizer), Data(source="self")
+    pools: dict[str, dict[str, list[list[int]]]] = {name: {} for name in data.parts}
+    for name in BUILT_IN:
+        documents, _ = _readable(Domain(name), tokenizer, none)
+        tuned = documents[::2]
+        pools["calibration"][name] = [d for i, d in enumerate(tuned) if i % 3 != 2]
+        pools["search"][name] = tuned[2::3]
+        pools["heldout"][name] = documents[1::2]
+    return {
+        name: _mixed(pools[name], part, start, name, data.seed)
+        for name, part in data.parts.items()
+    }
+
+
+def _mixed(
+    pools: dict[str, list[list[int]]], part: Part, start: list[int], name: str, seed: int
+) -> Windows:
+    """part.sequences windows; pools: documents of each set."""
+    body = part.length - len(start)
+    rng = np.random.default_rng([seed, part.length])
+    queues = {kind: _turns(documents, body, rng) for kind, documents in pools.items()}
+    have = sum(map(len, queues.values()))
+    if have < part.sequences:
         raise TextError(
-            f"A domain needs at least {word} documents of {SHORTEST} tokens; {domain.path} "
-            f"has {len(documents)} (skipped: {why}). Give more text, or leave {domain.name} out."
+            f"data.{name} needs {part.sequences} windows of {part.length} tokens, and the bundled "
+            f"texts that this model can read give {have}. Lower data.{name}.sequences or "
+            f"data.{name}.length, take data=self, or give a text of your own with data=text."
         )
-    return Cut(None, skipped)
+    taken = dict.fromkeys(queues, 0)
+    rows: list[tuple[str, int, list[int]]] = []
+    while len(rows) < part.sequences:
+        open_ = [kind for kind in queues if taken[kind] < len(queues[kind])]
+        kind = min(open_, key=lambda k: (taken[k] + 0.5) / MIXTURE[k])
+        rows.append((kind, *queues[kind][taken[kind]]))
+        taken[kind] += 1
+    numbers: dict[tuple[str, int], int] = {}
+    documents = [numbers.setdefault((kind, owner), len(numbers)) for kind, owner, _ in rows]
+    ids = np.array([start + row for _, _, row in rows], dtype=np.int64)
+    kinds = tuple(kind for kind, _, _ in rows)
+    return Windows(ids, np.array(documents, dtype=np.int64), kinds)
+
+
+def _turns(
+    documents: list[list[int]], body: int, rng: np.random.Generator
+) -> list[tuple[int, list[int]]]:
+    """(document, window) of a set, each document's first window before any second one."""
+    order = rng.permutation(len(documents)).tolist()
+    rows = [
+        (turn, place, number, documents[number][first : first + body])
+        for place, number in enumerate(order)
+        for turn, first in enumerate(range(0, len(documents[number]) - body + 1, body))
+    ]
+    return [(number, row) for _, _, number, row in sorted(rows, key=lambda r: r[:2])]
+
+
+def content() -> str:
+    """Hash of the bundled texts."""
+    return hashlib.sha256(
+        "".join(h for n in BUILT_IN for h in Domain(n).key()).encode()
+    ).hexdigest()
 
 
 def _windows(documents: Sequence[list[int]], start: list[int], longest: int) -> Windows:

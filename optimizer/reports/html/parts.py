@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from optimizer.certificate.wording import in_short, in_unit, in_words, unit_of
+from optimizer.certificate.wording import brief, in_unit, in_words, marks, unit_of
 from optimizer.plan import Plan, Precision
 from optimizer.reports import heat_map
 from optimizer.reports.html import chart
@@ -283,13 +283,13 @@ def certificate(plan: Plan) -> str:
             f"of {between['kl']:.4f}; the plan has {between['ratio']['value']:.2f} times that.</p>"
         )
     return (
-        f"{_meaning(proof.get('meaning', {}))}"
-        f"<p><b>{escape(proof['verdict'])}</b></p><p>{words}</p>{line}"
+        f"<p><b>{escape(brief(proof))}</b></p>"
         "<div class=wide><table class=cards>"
         f"<caption>{escape(proof['interval'])} in brackets</caption><thead><tr><th scope=col>plan"
         f"</th><th scope=col>size</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         f"<p class=hint>Lower is better, except {BETTER[unit]}. &ldquo;plan&rdquo; is the chosen "
-        "one.</p>"
+        f"one.</p><details><summary>In words</summary><p>{words}</p>{line}</details>"
+        f"{_meaning(proof.get('meaning', {}))}"
     )
 
 
@@ -325,30 +325,28 @@ def _meaning(found: Mapping[str, Any]) -> str:
     """Whether it is the reference within the tolerance; empty for plans of earlier versions."""
     if not found:
         return ""
-    states: dict[str, set[str]] = {}
-    for finding in found["findings"]:
-        states.setdefault(finding["text"], set()).add(finding["state"])
     unit = unit_of(found)
     names = _measures(found["texts"][0], unit)
     names.pop("perplexity", None)
     head = "".join(f"<th scope=col>{title}</th>" for title, _, _ in names.values())
     rows = [*found["texts"], *found["noise"]]
-    body = "".join(_text_row(row, names, states.get(row["name"], set())) for row in rows)
-    words = " ".join(in_words(found))
+    body = "".join(_text_row(row, names, marks(found["findings"], row["name"])) for row in rows)
+    words = "".join(f"<p>{escape(line)}</p>" for line in (found["verdict"], *in_words(found)))
     return (
-        f"<p><b>{escape(found['verdict'])}</b></p><p>{escape(words)}</p><div class=wide>"
+        f"<div class=wide>"
         "<table class=cards>"
         "<caption>By text; below, the reference against itself, which is the noise that no plan can "
         "beat</caption><thead><tr><th scope=col>text</th>"
         f"<th scope=col>{in_unit('documents', unit)}</th><th scope=col>within tolerance</th>{head}"
-        f"</tr></thead><tbody>{body}</tbody></table></div>"
+        f"</tr></thead><tbody>{body}</tbody></table></div><p class=hint>\u2713 within its tolerance, "
+        f"\u2717 over it, ? not enough text to say.</p><details><summary>In words</summary>{words}"
+        "</details>"
     )
 
 
 def _text_row(
-    row: Mapping[str, Any], names: Mapping[str, tuple[str, str, int]], states: set[str]
+    row: Mapping[str, Any], names: Mapping[str, tuple[str, str, int]], short: str
 ) -> str:
-    short = in_short(states)
     cells = [_named("documents", row["documents"])]
     cells += [_named("within tolerance", short) if short else "<td></td>", *_values(row, names)]
     return f"<tr><th scope=row>{escape(str(row['name']))}</th>{''.join(cells)}</tr>"
@@ -410,7 +408,9 @@ def _data_seed(run: Run) -> Any:
 
 def _text(run: Run) -> str:
     data = run.config.get("data", {})
-    if data.get("source") == "self":
+    if data.get("source") == "bundled" and run.unit != "text":
+        return "the bundled texts"
+    if data.get("source") in ("self", "bundled"):
         own = "the project's own sentences"
         return own if run.unit == "text" else "sampled from the reference itself"
     return f"{data.get('source')}: {data.get('path')}"

@@ -1,0 +1,194 @@
+"""What a person sees while it runs: on a terminal bars, elsewhere a line each half minute; both say
+which stage of how many it is and how long all of it may still take."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from optimizer.stages.session import View
+
+EVERY = 30.0  # seconds between two lines where output is no terminal
+
+
+class Whole:
+    """How far a run has come. expected: stages in order, each with its cost in any one unit; the
+    time that is left is what the finished share took, scaled."""
+
+    def __init__(self, expected: Mapping[str, float], clock: Callable[[], float]) -> None:
+        self._costs = dict(expected)
+        self._clock, self._since = clock, clock()
+        self.now, self.share = "", 0.0
+
+    def enter(self, stage: str) -> None:
+        if stage in self._costs:
+            self.now, self.share = stage, 0.0
+
+    @property
+    def place(self) -> str:
+        """`2 of 6`; empty before the first stage and where stages aren't known."""
+        if self.now not in self._costs:
+            return ""
+        return f"{list(self._costs).index(self.now) + 1} of {len(self._costs)}"
+
+    @property
+    def left(self) -> float | None:
+        """Seconds; None before there is anything to go by."""
+        if self.now not in self._costs:
+            return None
+        names = list(self._costs)
+        done = sum(self._costs[name] for name in names[: names.index(self.now)])
+        done += self.share * self._costs[self.now]
+        total = sum(self._costs.values())
+        if done < 0.02 * total:
+            return None
+        return (self._clock() - self._since) * (total - done) / done
+
+    @property
+    def told(self) -> str:
+        left = self.left
+        return "" if left is None else f"about {duration(left)} left in all"
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `3 min`, `2 h 10 min`: no more exact than a guess."""
+    if seconds < 90:
+        return f"{max(round(seconds / 10) * 10, 10):.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class Left(ProgressColumn):
+    """The whole run's remaining time."""
+
+    def __init__(self, whole: Whole) -> None:
+        super().__init__()
+        self._whole = whole
+
+    def render(self, task: Task) -> Text:  # noqa: ARG002
+        return Text(self._whole.told, "dim")
+
+
+class Terminal(View):
+    """Progress with a remaining time; notes and stages as lines."""
+
+    def __init__(self, out: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self.out, self._clock = out, clock
+        self._tracking = False
+        self._whole = Whole({}, clock)
+        self._last = clock()
+
+    def expect(self, stages: Mapping[str, float]) -> None:
+        self._whole = Whole(stages, self._clock)
+
+    def enter(self, stage: str) -> None:
+        self._whole.enter(stage)
+
+    def stage(self, text: str) -> None:
+        self.out.print(f"{text} ...", style="dim", markup=False)
+
+    def note(self, text: str) -> None:
+        self.out.print(text, soft_wrap=True, markup=False)
+
+    def _titled(self, text: str) -> str:
+        place = self._whole.place
+        return f"stage {place}: {text}" if place else text
+
+    def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:
+        items = list(items)
+        if self._tracking or not items:  # a bar inside a bar would break both
+            yield from items
+            return
+        self._tracking = True
+        try:
+            with self._shown(text, len(items)) as tell:
+                for i, item in enumerate(items):
+                    self._whole.share = i / len(items)
+                    yield item
+                    tell(i + 1, "")
+        finally:
+            self._tracking = False
+
+    @contextmanager
+    def meter(self, text: str, total: int) -> Iterator[Callable[[int, str], None]]:
+        def follow(tell: Callable[[int, str], None]) -> Callable[[int, str], None]:
+            def both(done: int, news: str) -> None:
+                self._whole.share = min(done / total, 1.0) if total else 1.0
+                tell(done, news)
+
+            return both
+
+        with self._shown(text, total, counted=False) as tell:
+            yield follow(tell)
+
+    @contextmanager
+    def _shown(
+        self, text: str, total: int, counted: bool = True
+    ) -> Iterator[Callable[[int, str], None]]:
+        shown = self._bar if self.out.is_terminal else self._lines
+        with shown(self._titled(text), total, counted) as tell:
+            yield tell
+
+    @contextmanager
+    def _bar(self, text: str, total: int, counted: bool) -> Iterator[Callable[[int, str], None]]:
+        columns = (
+            TextColumn(f"{text:<40}", markup=False),
+            BarColumn(24),
+            MofNCompleteColumn() if counted else TextColumn("{task.fields[news]}"),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left[/dim]"),
+            TimeRemainingColumn(),
+            Left(self._whole),
+        )
+        with Progress(*columns, console=self.out, speed_estimate_period=300) as progress:
+            task = progress.add_task(text, total=total, news="")
+            yield lambda done, news: progress.update(task, completed=min(done, total), news=news)
+
+    @contextmanager
+    def _lines(
+        self,
+        text: str,
+        total: int,
+        counted: bool,  # noqa: ARG002
+    ) -> Iterator[Callable[[int, str], None]]:
+        """A line at once, and then one each EVERY seconds, from a thread beside: a single step may
+        take longer than that."""
+        begun, ended = self._clock(), threading.Event()
+        state = [0, ""]
+
+        def line() -> str:
+            took = f"{self._clock() - begun:.0f} s"
+            parts = [f"{text}: {state[0]} of {total}", str(state[1]), took, self._whole.told]
+            return ", ".join(part for part in parts if part)
+
+        def tell(done: int, news: str) -> None:
+            state[:] = [min(done, total), news]
+
+        def speak() -> None:
+            while not ended.wait(EVERY):
+                self.out.print(line(), soft_wrap=True, markup=False)
+
+        self.out.print(f"{text} ...", style="dim", markup=False)
+        speaker = threading.Thread(target=speak, daemon=True)
+        speaker.start()
+        try:
+            yield tell
+        finally:
+            ended.set()
+            speaker.join()

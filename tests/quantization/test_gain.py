@@ -1,0 +1,46 @@
+"""What GPTQ gains, foretold from the Hessian, against what it does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from optimizer.plan import Precision
+from optimizer.quantization.gain import gain
+from optimizer.quantization.gptq import Gptq
+from optimizer.quantization.uniform import Rtn
+
+COLS, ROWS, TOKENS = 96, 64, 4000
+METHOD = Gptq(damping=0.01, order="columns")
+
+
+def hessian(shared: float) -> torch.Tensor:
+    """Of inputs that have a share of their variance in common with eight directions."""
+    torch.manual_seed(5)
+    mixed = torch.randn(TOKENS, 8) @ torch.randn(8, COLS) / 8**0.5
+    x = shared**0.5 * mixed + (1 - shared) ** 0.5 * torch.randn(TOKENS, COLS)
+    return x.T @ x
+
+
+def foretold(h: torch.Tensor) -> float:
+    return gain(h, METHOD.damping, METHOD.order_of(h.diagonal()))
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("bits", [3, 5])
+def test_the_gain_is_what_gptq_leaves_of_the_loss(shared: float, bits: int) -> None:
+    h, weight = hessian(shared), torch.randn(ROWS, COLS)
+    precision = Precision("int", bits, 32)
+
+    def loss(codes: object) -> float:
+        error = codes.decode() - weight  # type: ignore[attr-defined]
+        return float(((error @ h) * error).sum())
+
+    left = loss(METHOD.solve([(weight, precision)], h)[0]) / loss(Rtn().encode(weight, precision))
+    assert foretold(h) == pytest.approx(left, rel=0.2)
+
+
+def test_inputs_that_know_nothing_of_each_other_gain_nothing() -> None:
+    assert foretold(torch.eye(COLS)) == pytest.approx(1.0)
+    gains = [foretold(hessian(shared)) for shared in (0.0, 0.5, 0.8, 0.95)]
+    assert gains == sorted(gains, reverse=True) and 0 < gains[-1] < 0.2
