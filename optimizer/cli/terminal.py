@@ -98,6 +98,8 @@ def verdict(out: Console, found: Verdict) -> None:
     for key, stored in sorted(found.stored.items()):
         if key != stored:
             out.print(f"  {key} is stored as {stored}")
+    for reader in found.readers:
+        out.print(f"Read back: {escape(reader)}.", soft_wrap=True)
     for note in found.notes:
         out.print(f"[yellow]Note:[/yellow] {escape(note)}", soft_wrap=True)
 

@@ -6,10 +6,12 @@ weight with the plan's, and only then show it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from optimizer.commands.deploy import check_language_model, check_names, codes_of, reference_of
@@ -133,6 +135,8 @@ def export(
         return verdict
     tensors = _stored(job, packed, Store.open(store, view.note), view)
 
+    readers: list[str] = []
+
     def fill(draft: Path) -> None:
         view.stage(f"writing for {job.engine}")
         if job.engine == "torch":
@@ -142,12 +146,14 @@ def export(
             return
         _write(job, tensors, draft)
         view.stage("reading it back")
-        _compare(job, tensors, draft, verdict)
-        (draft / "README.md").write_text(card(plan, verdict), encoding="utf-8")
+        own = _compare(job, tensors, draft, verdict)
+        readers.extend(_read_back(job, tensors, own, draft))
+        found = replace(verdict, readers=tuple(readers))
+        (draft / "README.md").write_text(card(plan, found), encoding="utf-8")
         folders.seal(plan, draft, {"engine": job.engine})
 
     folders.publish(out, fill)
-    return verdict
+    return replace(verdict, readers=tuple(readers))
 
 
 def _recipe(job: Job, to: str, draft: Path) -> None:
@@ -186,8 +192,37 @@ def _write(job: Job, tensors: Mapping[str, Tensor], draft: Path) -> None:
         CHECKPOINTS[job.engine].write(plan, inventory, tensors, folder, draft, *more)
 
 
-def _compare(job: Job, tensors: Mapping[str, Tensor], draft: Path, verdict: Verdict) -> None:
-    """Every quantized weight in the file against the plan's own. Raises PlanError."""
+def _read_back(
+    job: Job, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], draft: Path
+) -> list[str]:
+    """Who read the draft besides our own reader, or why nobody did; `own`: layer -> what that found.
+    Raises PlanError where the engine's code finds another model."""
+    from optimizer.formats.safetensors import read_back
+    from optimizer.formats.torch import packed
+
+    if job.engine == "vllm":
+        settings = json.loads((draft / "config.json").read_text(encoding="utf-8"))
+        return [read_back.by_compressed_tensors(draft, own, settings["quantization_config"])]
+    if job.engine not in read_back.NEEDS:
+        return []
+    why = read_back.lacking(job.engine, job.inventory)
+    if why is not None:
+        return [why]
+    with TemporaryDirectory(dir=draft.parent, prefix="reference-") as folder:
+        packed.put(dict(tensors), job.plan, job.inventory, job.source.folder, Path(folder))
+        net = packed.load(folder)
+        words = net.get_output_embeddings().weight.shape[0]
+        wanted = read_back.log_probabilities(net, read_back.window(words))
+        del net
+    halves = job.loading is None or job.loading.halves(job.plan)
+    return [read_back.by_transformers(job.engine, draft, wanted, halves)]
+
+
+def _compare(
+    job: Job, tensors: Mapping[str, Tensor], draft: Path, verdict: Verdict
+) -> Mapping[str, Tensor]:
+    """Every quantized weight in the file against the plan's own; returns what our reader found. Raises
+    PlanError."""
     from optimizer.quantization.uniform import Codes
 
     backend: Any = CHECKPOINTS.get(job.engine, writer)
@@ -195,8 +230,8 @@ def _compare(job: Job, tensors: Mapping[str, Tensor], draft: Path, verdict: Verd
     size = file.stat().st_size
     if size != verdict.bytes:
         raise PlanError(
-            f"The {job.engine} file must have {verdict.bytes} bytes and has {size}. This is a "
-            "fault of the exporter; please report it with plan.json."
+            f"The {job.engine} file must have {verdict.bytes} bytes and has {size}. Nothing was kept; "
+            "export to=torch, which holds every plan."
         )
     more: list[Any] = [] if job.loading is None else [job.loading]
     more += [] if job.base is None else [job.base]
@@ -213,6 +248,7 @@ def _compare(job: Job, tensors: Mapping[str, Tensor], draft: Path, verdict: Verd
         off = float((read - own)[there].abs().max())
         if not off <= allowed * float(own.abs().max()):
             raise PlanError(
-                f"Read back, {layer.name} differs from the plan's weights by up to {off:g}. This "
-                "is a fault of the exporter; please report it with plan.json."
+                f"Read back, {layer.name} differs from the plan's weights by up to {off:g}. Nothing "
+                "was kept; export to=torch, which holds every plan."
             )
+    return found

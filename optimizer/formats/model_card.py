@@ -49,6 +49,8 @@ def card(plan: Plan, verdict: Verdict) -> str:
         stored = "16 bits, untouched" if key == "none" else verdict.stored.get(key, key)
         lines.append(f"| {key} | {count} | {stored} |")
     lines += ["", "## What was lost", "", *_loss(plan)]
+    if verdict.readers:
+        lines += ["", "## Read back", "", *(f"- {reader}" for reader in verdict.readers)]
     if verdict.notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in verdict.notes)]
     lines += [

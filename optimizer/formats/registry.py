@@ -69,6 +69,8 @@ def demands(
         return compressed_tensors.demands(runtime, inventory, loading(folder, inventory))
     together = joined(runtime, folder)
     holds = HOLDS.get(runtime.name, rules.anything)
+    if runtime.name == "autoround" and folder is not None:
+        holds = autoround.holds(loading(folder, inventory))
     return Demands(runtime, together.groups, holds, notes=together.notes)
 
 

@@ -9,7 +9,7 @@ that disagree.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,22 @@ from optimizer.formats import rules
 from optimizer.formats.rules import Demands, Verdict
 from optimizer.formats.safetensors import checkpoint, gptq
 from optimizer.formats.safetensors.checkpoint import module, untouched
+from optimizer.formats.safetensors.loader import Loading
 from optimizer.plan import Inventory, Layer, Plan, Precision
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def holds(loading: Loading) -> Callable[[Layer, Precision], str | None]:
+    """loading: transformers', which puts packed modules in the place of Linear ones."""
+
+    def reason(layer: Layer, precision: Precision) -> str | None:
+        if layer.name in loading.bare:
+            return "its model's class in transformers touches its weight while it is loaded"
+        return gptq.shaped(layer, precision)
+
+    return reason
 
 
 def check(plan: Plan, inventory: Inventory, demands: Demands) -> Verdict:

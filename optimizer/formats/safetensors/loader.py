@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimizer.plan import Inventory, Layer
+from optimizer.plan import Inventory, Layer, Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +38,11 @@ class Loading:
     bare: frozenset[str] = frozenset()
     refused: Mapping[str, str] = field(default_factory=dict)
     split: frozenset[str] = frozenset()
+
+    def halves(self, plan: Plan) -> bool:
+        """Whether transformers unpacks some layers of the plan at once, and so to 16 bits."""
+        at_once = self.bare | self.merged
+        return any(plan.choice[name].kind != "none" for name in at_once)
 
     def reason(self, layer: Layer) -> str | None:
         """Why the layer can't be quantized; None where it can."""
