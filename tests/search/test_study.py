@@ -19,7 +19,17 @@ import pytest
 from optuna.trial import TrialState
 
 from optimizer.errors import ConfigError, StorageError
-from optimizer.search import SAMPLERS, SPACES, Problem, Search, Third, exact, pictures, spaces
+from optimizer.search import (
+    SAMPLERS,
+    SPACES,
+    Problem,
+    Search,
+    Third,
+    exact,
+    pictures,
+    samplers,
+    spaces,
+)
 from optimizer.search import storage as storages
 from optimizer.search import study as studies
 from optimizer.search.pareto import nondominated
@@ -452,7 +462,7 @@ def test_every_sampler_samples_the_whole_space_jointly(
 
     studies._sampler = watched
     try:
-        for _ in range(14):
+        for _ in range(samplers.POPULATION + 1 if sampler == "nsgaii" else 8):
             study.run(space(name, posed, exact.solve(posed)), hidden_loss(posed), TOKENS)
     finally:
         studies._sampler = inner
