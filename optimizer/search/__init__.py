@@ -184,7 +184,9 @@ class Problem:
         return np.argsort(self.size.sum(0), kind="stable")
 
     def uniform(self, column: int) -> np.ndarray:
-        return np.full(len(self.groups), column)
+        """That column wherever it is allowed, elsewhere the largest that is: an engine that keeps
+        embeddings untouched has uniform plans, too."""
+        return np.asarray(np.where(self.free[:, column], column, self.largest))
 
     def toll(self, pull: float) -> np.ndarray:
         """The third objective as a loss [G, P] for a solver: at pull 1, the way from the dearest plan

@@ -37,7 +37,7 @@ def test_bits_and_bytes_are_each_others_inverse() -> None:
     assert LLAMA.bits(LLAMA.bytes(4.375)) == pytest.approx(4.375, abs=1e-6)
 
 
-@pytest.mark.parametrize(("memory", "taken"), [("16GiB", 8), ("8GiB", 5), ("6GiB", 3)])
+@pytest.mark.parametrize(("memory", "taken"), [("12GiB", 8), ("8GiB", 6), ("6GiB", 4)])
 def test_a_run_without_a_budget_takes_the_largest_that_fits(
     memory: str, taken: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
