@@ -151,6 +151,7 @@ def _checked(config: Optimize, view: View) -> tuple[Optimize, Bench, Choices]:
     _reach_storage(config, root(config.store))
     bench = Bench(config.model, config.revision, config.data, config.store, config.device, view)
     config, said = advise.propose(config, bench.source.folder)
+    config.budget.check()
     for line in said:
         view.note(line)
     if bench.encoder:

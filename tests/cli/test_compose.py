@@ -171,7 +171,7 @@ def test_a_wrong_palette_is_explained(palette: Palette, words: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"budget": Budget()}, "Exactly one of"),
+        ({"budget": Budget(bits=4, size="1MB")}, "Exactly one of"),
         ({"sensitivity": Sensitivity(estimator="x")}, "estimator"),
         ({"data": Data(source="x")}, "data.source"),
         ({"quantizer": config.Quantizer(name="x")}, "quantizer.name"),
