@@ -3,6 +3,7 @@ nothing is left behind."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -120,3 +121,35 @@ def test_a_hundred_kills_change_no_plan_and_leave_no_file(
         for file in (tmp_path / "packed-unhurt").iterdir():
             assert (tmp_path / f"packed-{k}" / file.name).read_bytes() == file.read_bytes()
     assert left(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_identical_searches_at_once_end_as_one_alone_does(
+    tmp_path: Path, store: Path, source: Source
+) -> None:
+    """Three at once on one store, then one more, as after a kill behind the search's end."""
+
+    def start(name: str, kept: str) -> subprocess.Popen[bytes]:
+        call = ["optimize", "model=stories", "budget.bits=4.5", *QUICK[:-1], *SEARCH, "wandb=off"]
+        call += [
+            "proof.certify=false",
+            f"store={tmp_path / kept}",
+            f"hydra.run.dir={tmp_path / name}",
+        ]
+        return subprocess.Popen(
+            [sys.executable, "-m", "optimizer", *call],
+            stdout=(tmp_path / f"{name}.log").open("wb"), stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    for kept in ("one", "many"):
+        shutil.copytree(store / "models", tmp_path / kept / "models")
+    assert start("alone", "one").wait() == 0
+    together = [start(f"together {k}", "many") for k in range(3)]
+    assert [run.wait() for run in together] == [0, 0, 0]
+    assert start("later", "many").wait() == 0
+    expected = (tmp_path / "alone" / "search.csv").read_text()
+    layers = json.loads((tmp_path / "alone" / "plan.json").read_text())["layers"]
+    for name in ("together 0", "together 1", "together 2", "later"):
+        assert (tmp_path / name / "search.csv").read_text() == expected
+        assert json.loads((tmp_path / name / "plan.json").read_text())["layers"] == layers
+    assert any("waiting for it" in (tmp_path / f"together {k}.log").read_text() for k in range(3))

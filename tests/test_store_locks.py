@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from optimizer.errors import StorageError
-from optimizer.store import Store
+from optimizer.store import Store, alone
 
 WORKER = """
 import sys, time
 from pathlib import Path
-from optimizer.store import Store
+from optimizer.store import Store, alone
 folder = Path(sys.argv[1])
 def make():
     with (folder / "made").open("a") as file:
@@ -69,3 +69,26 @@ def test_a_store_that_cannot_be_written_is_an_error_of_the_user(tmp_path):
     (tmp_path / "kind").write_text("in the way")
     with pytest.raises(StorageError):
         Store(tmp_path).json("kind", "key", lambda: 1)
+
+
+def test_who_waits_for_another_process_is_told_and_no_lock_stays(tmp_path):
+    command = [sys.executable, "-c", WORKER, str(tmp_path)]
+    root = str(Path(__file__).parents[1])
+    told = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as job:
+        while not (tmp_path / "made").exists():
+            assert job.poll() is None
+        with alone(tmp_path / "store" / "kind" / "key.json", lambda: told.append(1)):
+            assert (tmp_path / "store" / "kind" / "key.json").exists()
+    assert told == [1]
+    assert [p.name for p in (tmp_path / "store" / "kind").iterdir()] == ["key.json"]
+
+
+def test_what_the_dead_left_is_swept(tmp_path):
+    kind = tmp_path / "kind"
+    kind.mkdir()
+    for name in (".key.json.lock", ".key.json.mezzotint-abcdefgh", "key.json", ".other"):
+        (kind / name).write_text("")
+    with alone(kind / "held"):
+        Store.open(str(tmp_path))
+        assert sorted(p.name for p in kind.iterdir()) == [".held.lock", ".other", "key.json"]
