@@ -97,16 +97,20 @@ def test_vllm_finds_joined_layers_under_its_own_names(wide: Wide) -> None:
     assert any(precision_in(config, f"model.layers.{b}.self_attn.qkv_proj")[0] != config["bits"]
                for b in range(3))  # fmt: skip
     # block 1 must not be taken for block 11
-    rule = gptq.pattern("model.layers.1.mlp.down_proj", None)
+    rule = gptq.pattern("model.layers.1.mlp.down_proj", None, {})
     assert not re.match(rule, "model.layers.11.mlp.down_proj")
 
 
 def test_experts_have_one_rule_for_a_block(wide: Wide) -> None:
     layer = replace(wide.inventory.layers[1], kind="experts", expert=3, role="gate_proj")
-    rule = gptq.pattern("model.layers.2.mlp.experts.3.gate_proj", layer)
+    rule = gptq.pattern("model.layers.2.mlp.experts.3.gate_proj", layer, {})
     for name in ("model.layers.2.mlp.experts", "model.layers.2.mlp.experts.11.down_proj"):
         assert re.match(rule, name)
     assert not re.match(rule, "model.layers.2.mlp.gate")
+    fused = replace(layer, expert=None, role="gate_up_proj")
+    rule = gptq.pattern("model.layers.2.feed_forward.experts.gate_up_proj", fused, {})
+    assert re.match(rule, "model.layers.2.feed_forward.experts")
+    assert not re.match(rule, "model.layers.2.feed_forward.shared_expert.up_proj")
 
 
 @pytest.mark.parametrize("to", FORMATS)

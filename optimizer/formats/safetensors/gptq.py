@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +25,14 @@ from optimizer.formats import rules
 from optimizer.formats.rules import Demands, Verdict
 from optimizer.formats.safetensors import checkpoint
 from optimizer.formats.safetensors.checkpoint import FILE, module, unstream, untouched, words
+from optimizer.formats.safetensors.joined import architecture, declared
 from optimizer.plan import Inventory, Layer, Plan, Precision
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+USUAL = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 WORD = 32  # codes that fill whole words, whatever their bits
-JOINED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
-          "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}  # fmt: skip
 IN_VLLM = (4, 8)
 
 
@@ -74,8 +74,8 @@ def scheme(precision: Precision) -> dict[str, Any]:
     return {"bits": precision.bits, "group_size": precision.group_size or -1, "sym": True}
 
 
-def config(plan: Plan, inventory: Inventory) -> dict[str, Any]:
-    """The `quantization_config` of config.json."""
+def config(plan: Plan, inventory: Inventory, folder: Path | None = None) -> dict[str, Any]:
+    """The `quantization_config` of config.json. folder: the model's, for vLLM's names."""
     base = commonest(plan, inventory)
     head = [x for x in rules.quantized(plan, inventory) if x.kind == "head"]
     return {
@@ -85,33 +85,43 @@ def config(plan: Plan, inventory: Inventory) -> dict[str, Any]:
         "desc_act": False,
         "lm_head": bool(head),
         "pack_dtype": "int32",
-        "dynamic": dynamic(plan, inventory, base),
+        "dynamic": dynamic(plan, inventory, base, spellings(folder)),
     }
 
 
-def dynamic(plan: Plan, inventory: Inventory, base: Precision) -> dict[str, dict[str, Any]]:
+def dynamic(
+    plan: Plan, inventory: Inventory, base: Precision, spelled: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, Any]]:
     """Rules for what differs from `base`: `+:` gives another precision, `-:` leaves 16 bits."""
     rules_of: dict[str, dict[str, Any]] = {}
     for layer in rules.quantized(plan, inventory):
         precision = plan.choice[layer.name]
         if precision != base:
-            rules_of["+:" + pattern(module(layer.name), layer)] = scheme(precision)
+            rules_of["+:" + pattern(module(layer.name), layer, spelled)] = scheme(precision)
     layers = {module(layer.name): layer for layer in inventory.layers}
     for name in untouched(plan, inventory):
         if name != "lm_head":  # `lm_head` of the config says that
-            rules_of["-:" + pattern(name, layers.get(name))] = {}
+            rules_of["-:" + pattern(name, layers.get(name), spelled)] = {}
     return rules_of
 
 
-def pattern(name: str, layer: Layer | None) -> str:
-    """An anchored expression that finds a module under the checkpoint's name and under vLLM's."""
+def pattern(name: str, layer: Layer | None, spelled: Mapping[str, Sequence[str]]) -> str:
+    """An anchored expression that finds a module by the checkpoint's name and by vLLM's. spelled:
+    see `spellings`."""
     if layer is not None and layer.kind == "experts":  # one precision for all of a block
-        return rf"^{re.escape(name.rsplit('.', 2)[0])}(?:\..*)?$"
+        inside = 1 if layer.expert is None else 2  # .gate_up_proj, or .7.gate_proj
+        return rf"^{re.escape(name.rsplit('.', inside)[0])}(?:\..*)?$"
     parent, _, role = name.rpartition(".")
-    if role not in JOINED:
+    if role not in spelled:
         return f"^{re.escape(name)}$"
-    spellings = [r for r, joined in JOINED.items() if joined == JOINED[role]] + [JOINED[role]]
-    return rf"^{re.escape(parent)}\.(?:{'|'.join(spellings)})$"
+    return rf"^{re.escape(parent)}\.(?:{'|'.join(spelled[role])})$"
+
+
+def spellings(folder: Path | None) -> dict[str, list[str]]:
+    """Role -> all names by which vLLM may ask for it: the roles that it is joined with, and the joined
+    matrix's own. folder: of a model, whose architecture joins more than the usual."""
+    known = {} if folder is None else declared()[1].get(architecture(folder), {})
+    return {role: [*parts, whole] for whole, parts in (USUAL | known).items() for role in parts}
 
 
 def sizes(layer: Layer, precision: Precision) -> dict[str, tuple[str, list[int]]]:
@@ -135,7 +145,7 @@ def write(
     def make(layer: Layer, precision: Precision) -> dict[str, Tensor]:
         return tensors(layer, precision, packed)
 
-    found = config(plan, inventory)
+    found = config(plan, inventory, folder)
     checkpoint.write(plan, inventory, packed, make, found, folder, out)
     # GPTQModel looks for its settings here first
     text = json.dumps(found, indent=2) + "\n"
