@@ -1,8 +1,9 @@
 """Searches on the measured loss at equal evaluated tokens, on the same windows, from the same
 table; every final plan measured on held-out documents.
 
-Usage: compare.py MODEL TEXT TOKENS OUT_FOLDER BITS... -> OUT_FOLDER/BITS-SEED-TOKENS-METHOD.json, one
-per run; runs whose file exists are skipped. TEXT is a file, or self. collect.py joins them.
+Usage: compare.py MODEL TEXT TOKENS OUT_FOLDER TERMS BUDGET... -> one JSON file per run in OUT_FOLDER;
+runs whose file exists are skipped. TEXT is a file, or self. TERMS: blocks (rtn, budgets in code bits)
+or all (everything in scope, gptq, budgets in MB). collect.py joins them.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import numpy as np
 
 from optimizer.certificate import comparison
 from optimizer.commands import optimize
-from optimizer.config import Optimize
+from optimizer.config import Optimize, Quantizer
 from optimizer.data.text import Data
 from optimizer.metrics import bootstrap
 from optimizer.metrics.divergence import Teacher
 from optimizer.plan import Budget, Palette
 from optimizer.search import Problem, Search, exact, starts
+from optimizer.sensitivity import Sensitivity
 from optimizer.stages import refine
 from optimizer.stages.prefix import Prefix, Shortcut
 from optimizer.stages.session import Bench, View, choices, make_quantizer, measure_table
@@ -140,13 +142,18 @@ def methods() -> Iterator[tuple[str, str]]:
 class Race:
     """All methods on one model, text and table."""
 
-    def __init__(self, model: str, text: str, tokens: int) -> None:
+    def __init__(self, model: str, text: str, tokens: int, terms: str) -> None:
         store = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")
         data = Data() if text == "self" else Data(source="text", path=text)
         self.tokens = tokens
+        self.terms = terms
+        own = {"scope": ["all"], "quantizer": Quantizer(name="gptq")}
+        if terms == "blocks":  # as in the tables of 2026-11-24
+            own = {"scope": ["blocks"], "quantizer": Quantizer(name="rtn"),
+                   "sensitivity": Sensitivity(estimator="fisher")}  # fmt: skip
         self.base = Optimize(
-            model=model, budget=Budget(code_bits=4), palette=Palette(bits=[2, 3, 4, 5, 6, 8]),
-            data=data, store=store,
+            model=model, budget=self.budget(4), palette=Palette(bits=[2, 3, 4, 5, 6, 8]),
+            data=data, store=store, **own,
         )  # fmt: skip
         self.bench = Bench(model, None, data, store, "cpu", View())
         self.chosen = choices(self.base, self.bench.inventory)
@@ -154,9 +161,12 @@ class Race:
         self.quantizer = make_quantizer(self.base.quantizer, self.bench)
         self.teacher = Teacher(self.bench.model.net, self.bench.windows("search"))
 
+    def budget(self, number: float) -> Budget:
+        return Budget(code_bits=number) if self.terms == "blocks" else Budget(size=f"{number:g}MB")
+
     def run(self, bits: float, method: str, sampler: str, seed: int) -> dict[str, object]:
         """The found plan on held-out documents, and how the search went."""
-        config = replace(self.base, budget=Budget(code_bits=bits), seed=seed)
+        config = replace(self.base, budget=self.budget(bits), seed=seed)
         problem = optimize._pose(config, self.bench.inventory, self.chosen, self.table.loss)
         start = exact.solve(problem)
         began = time.process_time()
@@ -193,9 +203,9 @@ class Race:
         return plan, meter.spent, meter.curve
 
 
-def main(model: str, text: str, tokens: int, out: Path, budgets: list[float]) -> None:
+def main(model: str, text: str, tokens: int, out: Path, terms: str, budgets: list[float]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    race = Race(model, text, tokens)
+    race = Race(model, text, tokens, terms)
     for bits in budgets:
         for seed in SEEDS:
             for method, sampler in methods():
@@ -211,4 +221,4 @@ def main(model: str, text: str, tokens: int, out: Path, budgets: list[float]) ->
 
 if __name__ == "__main__":
     own = sys.argv
-    main(own[1], own[2], int(own[3]), Path(own[4]), [float(b) for b in own[5:]])
+    main(own[1], own[2], int(own[3]), Path(own[4]), own[5], [float(b) for b in own[6:]])
