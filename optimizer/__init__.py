@@ -56,12 +56,15 @@ def load(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     fast: bool = False,
+    steady: bool = False,
 ) -> Any:
     """A packed folder -> a transformers model in eval mode.
 
     It unpacks each layer as it runs and computes in fp32: the certificate's own numbers. fast:
     compute in bf16 and, on a CPU, multiply packed weights where PyTorch can.
+    steady: have this process give freed memory back to the system at once (Linux with glibc), so that
+    it holds no more than the plan says; off, the process's allocator stays as it is.
     Raises MezzotintError if a file was changed since it was packed.
     """
     packed = import_module("optimizer.formats.torch.packed")
-    return packed.load(folder, dtype, device, fast)
+    return packed.load(folder, dtype, device, fast, steady)

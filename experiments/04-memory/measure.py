@@ -83,7 +83,7 @@ def main() -> None:
     tidy()
     start = read()[0]
     plan = Plan.load(folder)
-    net = packed.load(folder, dtype=getattr(torch, dtype), device=device)
+    net = packed.load(folder, dtype=getattr(torch, dtype), device=device, steady=True)
     while_loading = read()[1]
     tidy()
     loaded = read()[0]

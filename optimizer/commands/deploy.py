@@ -199,7 +199,7 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
     asked = certify.Asked(config.tolerance, config.domains, config.generate, 0, tuned)
     certify.check(bench, asked)
     tokenizer = _asking(config, bench)
-    net = packed.load(folder, device=config.device)
+    net = packed.load(folder, device=config.device, steady=True)
     with rounded(net, plan.kv, floating(plan.runtime)):
         scores = None if config.again else _certified(bench, plan, net)
         if scores is None:
@@ -313,7 +313,7 @@ def _speed(config: Evaluate, plan: Plan, bench: Bench, view: View) -> Speed:
     from optimizer.formats.torch import packed
     from optimizer.models.kv_cache import BITS, Cache
 
-    net = packed.load(Path(config.model), device=config.device, fast=True)
+    net = packed.load(Path(config.model), device=config.device, fast=True, steady=True)
 
     def cache(model: Any) -> Any:
         if model is net and plan.kv in BITS:

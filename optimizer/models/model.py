@@ -90,8 +90,7 @@ class Model:
         self.inventory = inventory
         self.checkpoint = checkpoint
         self.layers = {layer.name: layer for layer in inventory.layers}
-        self._stash: dict[str, Tensor] = {}
-        self._now: dict[str, Precision] = {}
+        self._rounding: Rounding | None = None  # the one change of weights that may be open
 
     @classmethod
     def load(
@@ -139,8 +138,12 @@ class Model:
 
     def reference(self, name: str) -> Tensor:
         """The layer's own matrix [rows, cols], fp32, also while it is rounded."""
-        stashed = self._stash.get(name)
-        return self.weight(name) if stashed is None else stashed.float()
+        return self.weight(name) if self._rounding is None else self._rounding.original(name)
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether any layer holds other weights than its own now."""
+        return self._rounding is not None and self._rounding.active
 
     @contextmanager
     def rounded(
@@ -148,41 +151,58 @@ class Model:
     ) -> Iterator[Rounding]:
         """Inside, the layers hold rounded weights; afterwards, and after an exception, their
         own again, bit for bit. `set` on the yielded value changes only what differs."""
-        rounding = Rounding(self, quantizer)
+        if self._rounding is not None:
+            raise RuntimeError(
+                "The model's weights are rounded already. Close that change before another begins, or "
+                "`set` other precisions on it."
+            )
+        self._rounding = rounding = Rounding(self, quantizer)
         try:
             rounding.set(choice or {})
             yield rounding
         finally:
             rounding.set({})
-            self._stash.clear()
-
-    def _change(self, name: str, precision: Precision, quantizer: Rounder) -> None:
-        layer = self.layers[name]
-        if name not in self._stash:
-            self._stash[name] = read(self.parameter, layer).to(DTYPES[layer.dtype], copy=True)
-        weight = self._stash[name].float()
-        if precision.kind != "none":
-            weight = quantizer.round(weight, precision, name)
-        write(self.parameter, layer, weight)
-        self._now[name] = precision
+            self._rounding = None
 
 
 class Rounding:
-    """An open change of weights; see `Model.rounded`."""
+    """An open change of weights; see `Model.rounded`. It keeps the weights that it replaced."""
 
     def __init__(self, model: Model, quantizer: Rounder) -> None:
-        self._model, self._quantizer = model, quantizer
+        self._parameter, self._layers, self._quantizer = model.parameter, model.layers, quantizer
+        self._stash: dict[str, Tensor] = {}
+        self._now: dict[str, Precision] = {}
+
+    @property
+    def active(self) -> bool:
+        """Whether any layer is rounded."""
+        return any(precision.kind != "none" for precision in self._now.values())
+
+    def original(self, name: str) -> Tensor:
+        """The layer's own matrix [rows, cols], fp32."""
+        if name in self._stash:
+            return self._stash[name].float()
+        return read(self._parameter, self._layers[name])
 
     def set(self, choice: Mapping[str, Precision]) -> None:
         """Make the model's layers what `choice` says; layers that it doesn't name, untouched."""
-        unknown = choice.keys() - self._model.layers.keys()
+        unknown = choice.keys() - self._layers.keys()
         if unknown:
             raise PlanError(f"The model has no layer {sorted(unknown)[0]}.")
-        now = self._model._now
-        for name in {**now, **choice}:
+        for name in {**self._now, **choice}:
             wanted = choice.get(name, UNTOUCHED)
-            if now.get(name, UNTOUCHED) != wanted:
-                self._model._change(name, wanted, self._quantizer)
+            if self._now.get(name, UNTOUCHED) != wanted:
+                self._change(name, wanted)
+
+    def _change(self, name: str, precision: Precision) -> None:
+        layer = self._layers[name]
+        if name not in self._stash:
+            self._stash[name] = read(self._parameter, layer).to(DTYPES[layer.dtype], copy=True)
+        weight = self._stash[name].float()
+        if precision.kind != "none":
+            weight = self._quantizer.round(weight, precision, name)
+        write(self._parameter, layer, weight)
+        self._now[name] = precision
 
 
 def _loaded(folder: Path) -> Any:

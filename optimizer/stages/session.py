@@ -268,8 +268,7 @@ class Bench:
             yield
             return
         net, bits, floating = self.model.net, self.cache.bits, self.cache.floating
-        now = self.model._now
-        with rounded(net, bits, floating, lambda: any(p.kind != "none" for p in now.values())):
+        with rounded(net, bits, floating, lambda: self.model.is_rounded):
             yield
 
     @property

@@ -281,3 +281,14 @@ def test_the_file_is_let_go(packed_folder):
     net = packed.load(packed_folder)
     assert str(packed_folder) not in Path("/proc/self/maps").read_text()
     assert net is not None
+
+
+def test_loading_leaves_the_allocator_alone_unless_asked(
+    folder: tuple[Plan, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(packed, "steady_memory", lambda: asked.append(True))
+    optimizer.load(folder[1])
+    assert not asked
+    optimizer.load(folder[1], steady=True)
+    assert asked == [True]

@@ -135,7 +135,7 @@ def test_rounding_changes_what_it_should_and_restores_all(small: Small) -> None:
             assert torch.equal(model.weight(name), expected), name
             assert torch.equal(expected, own[name]) == (precision == UNTOUCHED)
     assert_same(model, before)
-    assert not model._stash
+    assert not model.is_rounded
 
 
 class Interrupted(Exception):
@@ -306,3 +306,16 @@ def test_what_is_no_causal_language_model(copy: Path, kind: str) -> None:
 def test_a_folder_without_a_tokenizer(llama: Small) -> None:
     with pytest.raises(ModelError, match="data=self"):
         load_tokenizer(llama.folder)
+
+
+def test_a_change_of_weights_within_another_is_refused(llama: Small) -> None:
+    """Two open changes would restore each other's rounded weights as the model's own."""
+    choice = mixed(llama.inventory.layers)
+    before = {name: value.clone() for name, value in llama.model.net.named_parameters()}
+    with pytest.raises(RuntimeError, match="rounded already"), llama.model.rounded(Rtn(), choice):
+        assert llama.model.is_rounded
+        with llama.model.rounded(Rtn(), choice):
+            pass
+    assert all(torch.equal(value, before[n]) for n, value in llama.model.net.named_parameters())
+    with llama.model.rounded(Rtn(), choice):  # and it can be changed again afterwards
+        pass

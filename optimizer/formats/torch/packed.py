@@ -138,18 +138,20 @@ def load(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     fast: bool = False,
+    steady: bool = False,
 ) -> Any:
     """A packed folder -> a working transformers model in eval mode, `generate()` included.
 
     Weights stay packed in memory, are unpacked for each use and compute in fp32, which gives the
     certificate's own numbers. fast: compute in bf16 and, on a CPU, multiply packed where PyTorch
     can. dtype: another arithmetic; only bf16 multiplies packed.
+    steady: on a CPU, see `steady_memory`, which holds for the whole process.
     Raises PlanError if anything in the folder was changed.
     """
     folder = Path(folder)
     dtype = dtype or (torch.bfloat16 if fast else torch.float32)
     plan = verify(folder)
-    if torch.device(device).type == "cpu":
+    if steady and torch.device(device).type == "cpu":
         steady_memory()
     net: Any = skeleton(folder)
     inventory = read_inventory(folder)
