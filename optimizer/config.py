@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,71 +13,12 @@ from optimizer.data.text import Data, check_seed
 from optimizer.errors import ConfigError
 from optimizer.formats.runtime import Runtime
 from optimizer.metrics.objective import Meaning
-from optimizer.plan import GGML, Budget, Palette, Policy, parse_size
+from optimizer.plan import Budget, Palette, Policy, parse_size
+from optimizer.quantization.methods import Auto
 from optimizer.search import Search
-from optimizer.sensitivity import Sensitivity
+from optimizer.sensitivity import AutoEstimator
 
 AUTO = "auto"  # decided by `effort` and the kind of model, see optimizer.commands.effort
-
-
-@dataclass(kw_only=True)
-class Quantizer:
-    """How numbers are rounded. name: rtn (to nearest), gptq or awq; auto: as `effort` says. clip:
-    also try smaller ranges of a group (not with awq). The rest is gptq's: damping, order (none,
-    columns, groups: see `optimizer.quantization.gptq`), inputs (rounded: from the model as rounded
-    so far; reference: from the reference), weighting (of tokens: alike; gradient: as the length of
-    the loss's gradient at the layer's output; fisher: as its square)."""
-
-    name: str = "rtn"
-    clip: bool = False
-    damping: float = 0.05
-    order: str = "columns"
-    inputs: str = "rounded"
-    weighting: str = "alike"
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether the codes depend on calibration tokens."""
-        return self.name in ("gptq", "awq")
-
-    def check(self) -> None:
-        allowed = {
-            "name": (AUTO, "rtn", "gptq", "awq"),
-            "order": ("none", "columns", "groups"),
-            "inputs": ("rounded", "reference"),
-            "weighting": ("alike", "gradient", "fisher"),
-        }
-        for key, values in allowed.items():
-            if getattr(self, key) not in values:
-                raise ConfigError(
-                    f"quantizer.{key} is one of {', '.join(values)}, not {getattr(self, key)!r}."
-                )
-        if self.name == "awq" and self.clip:
-            raise ConfigError(
-                "quantizer=awq has no clipping in this version; quantizer.clip must be false."
-            )
-        if not 0 < self.damping < 1:
-            raise ConfigError(
-                f"quantizer.damping is a share of the mean diagonal between 0 and 1, such as 0.05, "
-                f"not {self.damping}."
-            )
-
-    def described(self, tokens: str | None) -> dict[str, Any]:
-        """For plans: only what matters to this quantizer. tokens: the key of those that it is
-        calibrated with."""
-        if not self.calibrated:
-            return {"name": self.name} | ({"clip": True} if self.clip else {})
-        if self.name == "awq":
-            return {"name": self.name, "tokens": tokens}
-        found = asdict(self) | {"tokens": tokens}
-        if self.weighting == "alike":  # as in plans and stores from before there was a choice
-            del found["weighting"]
-        return found
-
-    def key(self, tokens: str | None) -> Any:
-        """For the store. Plain rtn is its name, as in entries made before it had settings."""
-        plain = not self.calibrated and not self.clip
-        return self.name if plain else self.described(tokens)
 
 
 @dataclass(kw_only=True)
@@ -137,10 +78,10 @@ class Optimize:
     palette: Palette = field(default_factory=Palette)
     policy: Policy = field(default_factory=Policy)
     runtime: Runtime = field(default_factory=Runtime)
-    quantizer: Quantizer = field(default_factory=lambda: Quantizer(name=AUTO))
+    quantizer: Any = field(default_factory=Auto)  # a `quantization.methods.Quantizer`
     data: Data = field(default_factory=Data)
     meaning: Meaning = field(default_factory=Meaning)
-    sensitivity: Sensitivity = field(default_factory=lambda: Sensitivity(estimator=AUTO))
+    sensitivity: Any = field(default_factory=AutoEstimator)  # a `sensitivity.Estimator`
     search: Search = field(default_factory=lambda: Search(space=AUTO))
     proof: Proof = field(default_factory=Proof)
     wandb: Wandb = field(default_factory=Wandb)
@@ -155,14 +96,6 @@ class Optimize:
             raise ConfigError(f"scope is a pattern or a list of patterns, not {self.scope!r}.")
         return list(found)
 
-    def _check_kinds(self) -> None:
-        blocks = [p.name for p in self.palette.precisions() if p.kind in GGML]
-        if self.quantizer.name == "awq" and blocks:
-            raise ConfigError(
-                f"llama.cpp's blocks ({blocks[0]}) are rounded by rtn or gptq; quantizer=awq knows "
-                "integer groups only. Take quantizer=gptq, or a palette of integers."
-            )
-
     def check(self) -> None:
         """What can be wrong before anything is loaded."""
         check_seed("seed", self.seed)
@@ -171,8 +104,8 @@ class Optimize:
         self.runtime.check(self.palette.precisions())
         self.policy.check()
         self.quantizer.check()
-        self._check_kinds()
-        self.meaning.check(self.sensitivity.estimator)
+        self.quantizer.check_palette(self.palette.precisions())
+        self.meaning.check(self.sensitivity.estimator, self.sensitivity.by_token)
         if any(d.name == texts.LONG and d.path is None for d in texts.parse(self.meaning.domains)):
             raise ConfigError(
                 f"{texts.LONG} is sampled for the certificate alone, and meaning.domains holds it. "

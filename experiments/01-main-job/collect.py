@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from optimizer.certificate import comparison
-from optimizer.config import Quantizer
 from optimizer.data.text import Data
 from optimizer.metrics import bootstrap
 from optimizer.plan import Plan
-from optimizer.stages.session import Bench, View, make_quantizer
+from optimizer.quantization.methods import Rtn, bind
+from optimizer.stages.session import Bench, View
 
 
 def main(runs: Path, text: str, out: Path) -> None:
@@ -31,7 +31,7 @@ def main(runs: Path, text: str, out: Path) -> None:
     choices = uniform | {name: plan.choice for name, plan in plans.items()}
     rows = []
     for name, choice in choices.items():
-        scores = bench.score(choice, "heldout", make_quantizer(Quantizer(), bench))
+        scores = bench.score(choice, "heldout", bind(Rtn(), bench))
         counts = bootstrap.resamples(scores.documents, np.random.default_rng(0))
         found = {k: asdict(v) for k, v in comparison.describe(scores, counts).items()}
         bits = [

@@ -19,8 +19,9 @@ import torch
 from optimizer.config import Optimize
 from optimizer.data.text import Data
 from optimizer.plan import Budget, Palette
+from optimizer.quantization.methods import bind
 from optimizer.sensitivity import Task, fisher
-from optimizer.stages.session import Bench, View, choices, make_quantizer
+from optimizer.stages.session import Bench, View, choices
 
 
 def peak() -> int:
@@ -37,9 +38,7 @@ def main(what: str, text: str) -> None:
     ids = bench.windows("calibration").ids
     chosen = choices(config, bench.inventory)
     model = bench.model
-    task = Task(
-        chosen.groups, chosen.columns, chosen.fitted, make_quantizer(config.quantizer, bench)
-    )
+    task = Task(chosen.groups, chosen.columns, chosen.fitted, bind(config.quantizer, bench))
     scored = sum(model.layers[name].weights for name in task.layers)
     begun = time.perf_counter()
     if what == "table":

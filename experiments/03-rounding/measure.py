@@ -30,13 +30,14 @@ from torch import Tensor
 
 from optimizer.certificate.comparison import describe
 from optimizer.commands import optimize
-from optimizer.config import Optimize, Quantizer
+from optimizer.config import Optimize
 from optimizer.data.text import Data, Part
 from optimizer.metrics.bootstrap import resamples
 from optimizer.plan import Budget, Palette, Plan, Precision, stored_bytes
+from optimizer.quantization.methods import Awq, Gptq, Quantizer, Rtn, bind, of_plan
 from optimizer.search import exact
-from optimizer.sensitivity import Sensitivity
-from optimizer.stages.session import Bench, Choices, View, choices, make_quantizer, measure_table
+from optimizer.sensitivity import estimator as estimator_of
+from optimizer.stages.session import Bench, Choices, View, choices, measure_table
 
 RESULTS = Path(__file__).parent / "results.csv"
 FIELDS = ["model", "method", "plan", "code_bits", "kl", "flips", "seconds", "kl_low", "kl_high",
@@ -51,11 +52,10 @@ def group_of(model: str) -> int:
 def quantizer(method: str) -> Quantizer:
     name, *rest = method.split("-")
     if name == "rtn":
-        return Quantizer(name="rtn", clip="clip" in rest)
+        return Rtn(clip="clip" in rest)
     if name == "awq":
-        return Quantizer(name="awq")
-    return Quantizer(
-        name="gptq",
+        return Awq()
+    return Gptq(
         order=rest[0],
         clip="clip" in rest,
         inputs="reference" if "reference" in rest else "rounded",
@@ -71,7 +71,7 @@ def configuration(model: str, text: str, method: str, estimator: str, bits: floa
         palette=Palette(group_size=group_of(model)),
         quantizer=quantizer(method),
         data=Data(source="text", path=text, heldout=Part(sequences=12, length=256)),
-        sensitivity=Sensitivity(estimator=estimator),
+        sensitivity=estimator_of(estimator)(),
         store=os.environ["MEZZOTINT_STORE"],
     )
 
@@ -89,12 +89,12 @@ class Lines(View):
 def timing(model: str, text: str, method: str) -> None:
     """Seconds of rounding the first block, all six precisions from one Hessian and each alone."""
     from optimizer.models.blockwise import Stream
-    from optimizer.quantization.gptq import Gptq
+    from optimizer.quantization.gptq import Solver
 
     config = configuration(model, text, method, "fisher", 8)
     bench = Bench(model, None, config.data, config.store, "cpu", Lines())
     settings, size = config.quantizer, group_of(model)
-    solver = Gptq(settings.damping, settings.order, settings.clip)
+    solver = Solver(settings.damping, settings.order, settings.clip)
     stream = Stream(bench.model, bench.calibration())
     sets = stream.inputs(0)
     hessians = stream.hessians(0, sets)
@@ -118,12 +118,12 @@ def main(model: str, text: str, kind: str, method: str, *rest: str) -> None:
         chosen = choices(configuration(model, text, "rtn", "fisher", 8), bench.inventory)
         for bits in rest:
             choice = uniform(model, chosen, bits)
-            score(bench, make_quantizer(quantizer(method), bench), choice, model, method, "uniform",
+            score(bench, bind(quantizer(method), bench), choice, model, method, "uniform",
                   bits)  # fmt: skip
     elif kind == "saved":
         plan, bench = Plan.load(rest[0]), bench_of(model, text)
         settings = {k: v for k, v in plan.quantizer.items() if k != "tokens"}
-        rounder = make_quantizer(Quantizer(**settings), bench)
+        rounder = bind(of_plan(settings), bench)
         score(bench, rounder, plan.choice, model, method, "searched", f"{plan.code_bits:.3g}")
     elif kind == "tokens":
         bench = bench_of(model, text)
@@ -168,7 +168,7 @@ def planned(
             }
             used = stored_bytes(bench.inventory, choice)["total"]
             print(f"{used} of {size} bytes; {outside}", flush=True)
-        score(bench, make_quantizer(quantizer(method), bench), choice, model, method, name, bits)
+        score(bench, bind(quantizer(method), bench), choice, model, method, name, bits)
 
 
 def given(model: str, text: str, tool: str, bits: str, file: str) -> None:

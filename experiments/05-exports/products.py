@@ -10,7 +10,7 @@ import torch
 
 from optimizer.formats.torch.kernels import Product
 from optimizer.plan import Precision
-from optimizer.quantization.uniform import Codes, Rtn
+from optimizer.quantization.uniform import Codes, Nearest
 
 ROUNDS = 9
 
@@ -31,7 +31,7 @@ def main() -> None:
         weight = torch.randn(rows, cols) * 0.05
         dense = weight.bfloat16()
         ways: list[Callable] = [lambda x, dense=dense: torch.nn.functional.linear(x, dense)]
-        found = [Rtn().codes(weight, Precision("int", bits, 64)) for bits in (4, 8)]
+        found = [Nearest().codes(weight, Precision("int", bits, 64)) for bits in (4, 8)]
         ways += [Product(codes) for codes in found]
         ways += [unpacked(codes.pack(), codes.precision, cols) for codes in found]
         for tokens in (1, 8, 64):

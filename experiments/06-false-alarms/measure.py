@@ -20,12 +20,12 @@ import numpy as np
 from optimizer.certificate import equivalence
 from optimizer.certificate.tolerance import Tolerance
 from optimizer.certificate.wording import FEW, MAIN
-from optimizer.config import Quantizer
 from optimizer.data.text import Data, Part
 from optimizer.metrics.bootstrap import per_document
 from optimizer.metrics.divergence import COLUMNS, Scores, Teacher, TopTeacher
 from optimizer.plan import Precision
-from optimizer.stages.session import Bench, View, make_quantizer
+from optimizer.quantization.methods import Rtn, bind
+from optimizer.stages.session import Bench, View
 
 HERE = Path(__file__).parent
 WORK = HERE / "work"
@@ -75,7 +75,7 @@ def score(model: str, text: str | None = None) -> None:
     teacher = Teacher(bench.model.net, windows)
     bench.view.stage("noise")
     pool = dict(teacher.noise(bench.model.net))
-    quantizer = make_quantizer(Quantizer(), bench)
+    quantizer = bind(Rtn(), bench)
     for name, choice in bench.view.track(list(damages(bench, GROUP[model]).items()), "damages"):
         with bench.model.rounded(quantizer.rounder(choice), choice):
             pool[name] = teacher.score(bench.model.net)
@@ -150,7 +150,7 @@ def topk(model: str, text: str | None = None) -> None:
     windows = bench.windows("heldout").head(16)
     exact = Teacher(bench.model.net, windows)
     tops = {k: TopTeacher(bench.model.net, windows, k) for k in (32, 128, 512, 2048)}
-    quantizer = make_quantizer(Quantizer(), bench)
+    quantizer = bind(Rtn(), bench)
     layers = [layer.name for layer in bench.inventory.scoped(["blocks"])]
     rows: list[list[Any]] = [
         ["bits", "k", "bytes", "bytes_exact", "kl", "kl_exact", "worst_token"]

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from optimizer.certificate import comparison
-from optimizer.config import Quantizer
 from optimizer.data.text import Data
 from optimizer.metrics import bootstrap
 from optimizer.models.model import load_tokenizer
 from optimizer.plan import Precision
-from optimizer.stages.session import Bench, View, make_quantizer
+from optimizer.quantization.methods import Rtn, bind
+from optimizer.stages.session import Bench, View
 
 
 def bench_of(text: str) -> Bench:
@@ -43,7 +43,7 @@ def give(text: str, out: Path) -> None:
 
 def take(text: str, plans: Path, out: Path) -> None:
     bench, found = bench_of(text), json.loads(plans.read_text())
-    quantizer = make_quantizer(Quantizer(), bench)
+    quantizer = bind(Rtn(), bench)
     for bits, plan in found["plans"].items():
         weights = {x.name: x.weights for x in bench.inventory.layers}
         choice = {name: Precision("int", b, 64, False) for name, b in plan.items()}

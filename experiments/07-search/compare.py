@@ -26,11 +26,12 @@ from optimizer.data.text import Data
 from optimizer.metrics import bootstrap
 from optimizer.metrics.divergence import Teacher
 from optimizer.plan import Budget, Palette
+from optimizer.quantization.methods import bind
 from optimizer.search import Problem, Search, exact, starts
 from optimizer.sensitivity import Sensitivity
 from optimizer.stages import refine
 from optimizer.stages.prefix import Prefix, Shortcut
-from optimizer.stages.session import Bench, View, choices, make_quantizer, measure_table
+from optimizer.stages.session import Bench, View, choices, measure_table
 
 SEEDS = (0, 1, 2)
 FIRST = 4  # windows before a random plan may be dropped
@@ -158,7 +159,7 @@ class Race:
         self.bench = Bench(model, None, data, store, "cpu", View())
         self.chosen = choices(self.base, self.bench.inventory)
         self.table = measure_table(self.bench, self.base, self.chosen)
-        self.quantizer = make_quantizer(self.base.quantizer, self.bench)
+        self.quantizer = bind(self.base.quantizer, self.bench)
         self.teacher = Teacher(self.bench.model.net, self.bench.windows("search"))
 
     def budget(self, number: float) -> Budget:

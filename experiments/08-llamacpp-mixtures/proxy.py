@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from optimizer.config import Optimize, Quantizer
+from optimizer.config import Optimize
 from optimizer.data.text import Data, Part
 from optimizer.plan import Budget, Layer, Palette, Precision, assemble
+from optimizer.quantization.methods import method
 from optimizer.stages.session import Bench, View, choices, measure_table
 
 BESIDES = 1_910_000  # bytes of a GGUF file that aren't layers
@@ -60,7 +61,7 @@ def main(limit: str, embedding: str, quantizer: str, text: str, out: str) -> Non
     assemble(
         bench.inventory, bench.inventory.scoped(["all"]), choice | {tied.name: own},
         model={"name": source.name, "fingerprint": source.fingerprint}, runtime="llamacpp",
-        quantizer=Quantizer(name=quantizer).described(bench.calibration_key),
+        quantizer=method(quantizer)().described(bench.calibration_key),
         predicted={"kl": float(loss[rows, picked].sum()), "stderr": 0.0},
         provenance={"data": asdict(data)},
     ).save(Path(out))  # fmt: skip

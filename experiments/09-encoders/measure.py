@@ -30,8 +30,9 @@ from optimizer.metrics.bootstrap import resamples
 from optimizer.models.embedding import embed
 from optimizer.models.model import load_tokenizer
 from optimizer.plan import Budget, Plan, Precision
+from optimizer.quantization.methods import bind
 from optimizer.search import Search
-from optimizer.stages.session import Bench, Choices, View, choices, make_quantizer, measure_table
+from optimizer.stages.session import Bench, Choices, View, choices, measure_table
 
 HERE = Path(__file__).parent
 FILE = HERE / "results.csv"
@@ -134,7 +135,7 @@ def sts(bench: Bench, name: str, choice: Choice, path: str) -> dict[str, float]:
     scores = np.array([float(p["score"]) for p in pairs])
     kept = HERE / "work" / f"sts-{name}.npy"
     if not kept.exists():
-        with bench.model.rounded(make_quantizer(config_of().quantizer, bench), choice):
+        with bench.model.rounded(bind(config_of().quantizer, bench), choice):
             found = cosines(bench, pairs)
         kept.parent.mkdir(exist_ok=True)
         np.save(kept, found)
@@ -155,7 +156,7 @@ def sts(bench: Bench, name: str, choice: Choice, path: str) -> dict[str, float]:
 
 def judged(bench: Bench, chosen: Choices, name: str, choice: Choice) -> dict[str, float]:
     """Held-out measures, and the KL over that of the straight line between uniform plans."""
-    quantizer = make_quantizer(config_of().quantizer, bench)
+    quantizer = bind(config_of().quantizer, bench)
 
     def candidate(own: Choice) -> Candidate:
         size = stored(chosen, own) if own else 0

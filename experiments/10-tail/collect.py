@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from optimizer.config import Quantizer
 from optimizer.data.text import Data
 from optimizer.metrics import bootstrap
 from optimizer.plan import Plan
-from optimizer.stages.session import Bench, View, make_quantizer
+from optimizer.quantization.methods import Rtn, bind
+from optimizer.stages.session import Bench, View
 
 
 def tail(kl: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -40,7 +40,7 @@ def main(runs: Path, here: Path) -> None:
         settings = plan.provenance["data"]
         data = Data(source="text", path=settings["path"])
         bench = Bench("smollm2", None, data, store, "cpu", View())
-        quantizer = make_quantizer(Quantizer(), bench)
+        quantizer = bind(Rtn(), bench)
         scores = bench.score(plan.choice, "heldout", quantizer)
         base = bench.score(plans[f"{bits}-0"].choice, "heldout", quantizer)
         counts = bootstrap.resamples(scores.documents, np.random.default_rng(0))[:500]

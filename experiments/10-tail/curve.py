@@ -26,9 +26,10 @@ from optimizer.metrics.objective import Meaning
 from optimizer.models.model import load_tokenizer
 from optimizer.models.source import context_length
 from optimizer.plan import Budget, Palette, digest
+from optimizer.quantization.methods import bind
 from optimizer.search import exact
 from optimizer.stages import objective
-from optimizer.stages.session import Bench, View, choices, make_quantizer, measure_table
+from optimizer.stages.session import Bench, View, choices, measure_table
 
 HERE = Path(__file__).parent
 WEIGHTS = {
@@ -103,7 +104,7 @@ def main(model: str, text: str, bits: list[float]) -> None:
     data = Data(source="text", path=text)
     config = Optimize(model=model, budget=Budget(code_bits=4), palette=palette, data=data)
     bench = Bench(model, None, data, store, "cpu", View())
-    chosen, quantizer = choices(config, bench.inventory), make_quantizer(config.quantizer, bench)
+    chosen, quantizer = choices(config, bench.inventory), bind(config.quantizer, bench)
     plain = measure_table(bench, config, chosen)
     entries = list(domains.BUILT_IN)
     judge = Judge(bench, entries)

@@ -24,8 +24,9 @@ from optimizer.commands import optimize
 from optimizer.config import Optimize
 from optimizer.data.text import Data, Part
 from optimizer.plan import Budget, Palette
+from optimizer.quantization.methods import bind
 from optimizer.search import Problem, exact
-from optimizer.stages.session import Bench, View, choices, make_quantizer, measure_table
+from optimizer.stages.session import Bench, View, choices, measure_table
 
 TOGETHER = 8  # windows of a backward pass
 BUDGETS = (3.0, 3.5, 4.0, 5.0)
@@ -42,7 +43,7 @@ def setup(text: str, windows: int = 64, length: int = 128):
 
 def sample(text: str, out: str, windows: int = 256, length: int = 64, draws: int = 8) -> None:
     config, bench, chosen = setup(text, windows, length)
-    net, quantizer = bench.model.net, make_quantizer(config.quantizer, bench)
+    net, quantizer = bench.model.net, bind(config.quantizer, bench)
     layers = [bench.model.layers[group[0]] for group in chosen.groups]
     errors, inputs, now, found = {}, {}, {}, []
     for x in layers:
@@ -161,7 +162,7 @@ def report(text: str, file: str) -> None:
     share = signal / np.sqrt(
         signal**2 + noise**2 / 2
     )  # so that the cross terms have the signal's size
-    quantizer = make_quantizer(config.quantizer, bench)
+    quantizer = bind(config.quantizer, bench)
     for bits in BUDGETS:
         posed = optimize._pose(
             replace(config, budget=Budget(code_bits=bits)), bench.inventory, chosen, table

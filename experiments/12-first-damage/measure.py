@@ -22,7 +22,6 @@ import torch
 from scipy.stats import t as student
 
 from optimizer.certificate import pairs as damage
-from optimizer.config import Quantizer
 from optimizer.data import domains
 from optimizer.data import pairs as probes
 from optimizer.data.domains import Domain
@@ -33,7 +32,8 @@ from optimizer.metrics.divergence import Scores, Teacher
 from optimizer.models.model import load_tokenizer
 from optimizer.models.source import context_length
 from optimizer.plan import Precision, digest
-from optimizer.stages.session import Bench, View, make_quantizer
+from optimizer.quantization.methods import Rtn, bind
+from optimizer.stages.session import Bench, View
 
 HERE = Path(__file__).parent
 BITS = (8, 6, 5, 4, 3)
@@ -49,7 +49,7 @@ class Work:
     def __init__(self, model: str, text: str) -> None:
         store = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")
         self.bench = Bench(model, None, Data(source="text", path=text), store, "cpu", View())
-        self.quantizer = make_quantizer(Quantizer(), self.bench)
+        self.quantizer = bind(Rtn(), self.bench)
         tokenizer = load_tokenizer(self.bench.source.folder)
         self.context = context_length(self.bench.source.folder)
         self.texts: dict[str, Windows] = {"en": self.bench.windows("heldout")}

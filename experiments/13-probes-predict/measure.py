@@ -32,8 +32,9 @@ from optimizer.metrics.divergence import Scores, Teacher
 from optimizer.models.model import load_tokenizer
 from optimizer.models.source import context_length
 from optimizer.plan import Budget, Palette, Precision, digest
+from optimizer.quantization.methods import bind
 from optimizer.search import exact
-from optimizer.stages.session import Bench, View, choices, make_quantizer, measure_table
+from optimizer.stages.session import Bench, View, choices, measure_table
 
 HERE = Path(__file__).parent
 PROBES = {"en": 8, "ru": 4}  # pairs of each phenomenon
@@ -128,7 +129,7 @@ class Work:
             store=store,
         )
         self.bench = Bench(model, None, self.config.data, store, "cpu", View())
-        self.quantizer = make_quantizer(self.config.quantizer, self.bench)
+        self.quantizer = bind(self.config.quantizer, self.bench)
         own = [
             p
             for language, most in PROBES.items()

@@ -21,24 +21,25 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.commands import optimize
-from optimizer.config import Optimize, Proof, Quantizer
+from optimizer.config import Optimize, Proof
 from optimizer.data.text import Data, Part, encode, read_documents, text_prefix
 from optimizer.metrics.divergence import Teacher
 from optimizer.models.model import load_tokenizer
 from optimizer.plan import Budget
+from optimizer.quantization.methods import Gptq, Quantizer, Rtn, bind
 from optimizer.search import Search
-from optimizer.sensitivity import Sensitivity
-from optimizer.stages.session import Bench, View, make_quantizer
+from optimizer.sensitivity import estimator as estimator_of
+from optimizer.stages.session import Bench, View
 
 WINDOWS, LENGTH = 12, 256  # of each judge
-ALIKE = Quantizer(name="gptq", weighting="alike")
-GRADIENT = Quantizer(name="gptq", weighting="gradient")
+ALIKE = Gptq(weighting="alike")
+GRADIENT = Gptq(weighting="gradient")
 # name -> (quantizer, estimator, search, windows of calibration, scope)
 COMBINATIONS: dict[str, tuple[Quantizer, str, Search, int, str]] = {
-    "blocks rtn fisher": (Quantizer(), "fisher", Search(space="exact"), 64, "blocks"),
-    "rtn fisher 16": (Quantizer(), "fisher", Search(space="exact"), 16, "all"),
-    "rtn fisher": (Quantizer(), "fisher", Search(space="exact"), 64, "all"),
-    "rtn moves": (Quantizer(), "fisher", Search(space="moves"), 64, "all"),
+    "blocks rtn fisher": (Rtn(), "fisher", Search(space="exact"), 64, "blocks"),
+    "rtn fisher 16": (Rtn(), "fisher", Search(space="exact"), 16, "all"),
+    "rtn fisher": (Rtn(), "fisher", Search(space="exact"), 64, "all"),
+    "rtn moves": (Rtn(), "fisher", Search(space="moves"), 64, "all"),
     "gptq-alike fisher 32": (ALIKE, "fisher", Search(space="exact"), 32, "all"),
     "gptq-alike fisher": (ALIKE, "fisher", Search(space="exact"), 64, "all"),
     "gptq-alike tokenwise": (ALIKE, "tokenwise", Search(space="exact"), 64, "all"),
@@ -117,12 +118,12 @@ def main(model: str, size: str, folder: str, out: str, *names: str) -> None:
         clock = Clock()
         config = Optimize(
             model=model, scope=scope, budget=Budget(size=size), quantizer=quantizer, data=data,
-            sensitivity=Sensitivity(estimator=estimator, chunks=8), search=space, store=store,
+            sensitivity=estimator_of(estimator)(chunks=8), search=space, store=store,
             proof=Proof(certify=False),
         )  # fmt: skip
         made = optimize.optimize(config, target.parent / "run", clock).plan
         bench = Bench(model, None, data, store, "cpu", clock)
-        rounder = make_quantizer(quantizer, bench).rounder(made.choice, joint=True)
+        rounder = bind(quantizer, bench).rounder(made.choice, joint=True)
         bench.model  # noqa: B018  (loaded here, so that no stage pays for it)
         spent = clock.end()
         for stage, seconds in spent.items():

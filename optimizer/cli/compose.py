@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from optimizer.config import Advise, Apply, Blur, Check, Evaluate, Export, Fit, Optimize, Probe
+from optimizer.config import (
+    Advise,
+    Apply,
+    Blur,
+    Check,
+    Evaluate,
+    Export,
+    Fit,
+    Optimize,
+    Probe,
+    conf_folder,
+)
 from optimizer.errors import ConfigError
+from optimizer.quantization.methods import method, methods
 from optimizer.search import credentials
+from optimizer.sensitivity import estimator, estimators
 from optimizer.store import write_atomically
 
+# groups whose type depends on a name: the key that holds it, all classes, and the one of a name
+METHODS: dict[str, tuple[str, Callable[[], dict[str, Any]], Callable[[Any], Any]]] = {
+    "quantizer": ("name", methods, method),
+    "sensitivity": ("estimator", estimators, estimator),
+}
 COMMANDS: dict[str, type[Any]] = {
     "optimize": Optimize,
     "apply": Apply,
@@ -24,11 +44,22 @@ COMMANDS: dict[str, type[Any]] = {
 
 
 def register() -> None:
-    """Give Hydra the schemas, so that types and unknown keys are checked while it composes."""
+    """Give Hydra the schemas, so that types and unknown keys are checked while it composes, and the
+    methods of other packages as choices of their group."""
     from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
 
+    store = ConfigStore.instance()
     for name, schema in COMMANDS.items():
-        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+        node = OmegaConf.structured(schema)
+        if schema is Optimize:  # their types depend on their names, see `build`
+            node.quantizer, node.sensitivity = {}, {}
+        store.store(name=f"{name}_schema", node=node)
+    for group, (key, classes, _) in METHODS.items():
+        for name, made in classes().items():
+            if not (conf_folder() / group / f"{name}.yaml").is_file():
+                values: Any = OmegaConf.to_container(OmegaConf.structured(made))
+                store.store(group=group, name=name, node={**values, key: name})
 
 
 def hide_passwords(cfg: Any) -> None:
@@ -60,6 +91,27 @@ def build(command: str, cfg: Any) -> Any:
             f"`mezzotint {command}` needs {', '.join(missing)}. Add for example {missing[0]}=..."
         )
     try:
-        return OmegaConf.to_object(cfg)
+        if COMMANDS[command] is not Optimize:
+            return OmegaConf.to_object(cfg)
+        made = {group: _method(group, cfg[group]) for group in METHODS}
+        settings: Any = OmegaConf.to_object(cfg)
+        return replace(settings, **made)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from None
+
+
+def _method(group: str, cfg: Any) -> Any:
+    """What a group says -> the dataclass that its name stands for."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    key, _, find = METHODS[group]
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    made = find(values.pop(key, next(iter(METHODS[group][1]()))))
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(made), values))
+    except OmegaConfBaseException as error:
+        said = str(error).splitlines()[0]
+        where = f"{group}.{error.full_key}" if getattr(error, "full_key", None) else group
+        known = ", ".join(f.name for f in fields(made) if f.init)
+        raise ConfigError(f"{where}: {said}. {made.__name__} has {known}.") from None

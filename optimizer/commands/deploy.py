@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimizer.config import Evaluate, Quantizer
+from optimizer.config import Evaluate
 from optimizer.data.text import Data, Part
 from optimizer.errors import ConfigError, MezzotintError, PlanError
 from optimizer.hardware import throughput
@@ -19,8 +19,9 @@ from optimizer.hardware.memory import floating
 from optimizer.hardware.throughput import Speed
 from optimizer.models.source import PACKED_FILE, Source, context_length, is_encoder, locate
 from optimizer.plan import Inventory, Plan
+from optimizer.quantization.methods import bind, of_plan
 from optimizer.stages import certify
-from optimizer.stages.session import Bench, View, make_quantizer
+from optimizer.stages.session import Bench, View
 from optimizer.store import Store
 
 if TYPE_CHECKING:
@@ -75,9 +76,7 @@ def quantizer_of(
     plan: Plan, source: Source, inventory: Inventory, store: Store, view: View
 ) -> Any:
     """The plan's quantizer, bound to its own model and calibration tokens."""
-    known = {f.name for f in fields(Quantizer)}
-    settings = {key: value for key, value in plan.quantizer.items() if key in known}
-    return make_quantizer(Quantizer(**settings), Recipe(plan, source, inventory, store, view))
+    return bind(of_plan(plan.quantizer), Recipe(plan, source, inventory, store, view))
 
 
 class Recipe:

@@ -15,9 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from optimizer.config import AUTO, Optimize, Quantizer
+from optimizer.config import AUTO, Optimize
 from optimizer.data.text import Part
 from optimizer.errors import ConfigError
+from optimizer.quantization.methods import Gptq, Rtn
+from optimizer.sensitivity import estimator
 
 EFFORTS = ("quick", "standard", "thorough")
 QUICK_WINDOWS = 24  # of calibration, in place of the default number
@@ -44,16 +46,16 @@ def settle(
     refusal: why gptq can't round this model, or None; asked only if gptq would be chosen."""
     quantizer, notes = config.quantizer, []
     if quantizer.name == AUTO:
-        quantizer = Quantizer(name="rtn", clip=quantizer.clip)
+        quantizer = Rtn(clip=quantizer.clip)
         why = None if encoder or config.effort == "quick" else refusal()
         if why is not None:
             notes.append(f"Rounded to nearest, because gptq can't be used here: {why}")
         elif not encoder and config.effort != "quick":
-            quantizer = Quantizer(name="gptq", clip=quantizer.clip)
+            quantizer = Gptq(clip=quantizer.clip)
     sensitivity, search = config.sensitivity, config.search
     if sensitivity.estimator == AUTO:
-        usual = {"gptq": "gain", "awq": "tokenwise"}.get(quantizer.name, "fisher")
-        sensitivity = replace(sensitivity, estimator=usual)
+        suiting = estimator(quantizer.estimator)
+        sensitivity = suiting(chunks=sensitivity.chunks, measured=sensitivity.measured)
     if search.space == AUTO:
         search = replace(search, space="moves" if config.effort == "thorough" else "exact")
     settled = replace(config, quantizer=quantizer, sensitivity=sensitivity, search=search)

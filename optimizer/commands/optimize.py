@@ -24,6 +24,7 @@ from optimizer.config import Optimize
 from optimizer.errors import ModelError
 from optimizer.formats import registry
 from optimizer.plan import Budget, Inventory, Plan, Precision, assemble
+from optimizer.quantization.methods import bind
 from optimizer.reports import html as page
 from optimizer.reports.run import (
     FRONT_ROWS,
@@ -39,15 +40,7 @@ from optimizer.reports.run import (
 from optimizer.search import Problem, exact
 from optimizer.sensitivity import Table
 from optimizer.stages import baselines, certify, kv_budget, objective
-from optimizer.stages.session import (
-    Bench,
-    Choices,
-    View,
-    choices,
-    make_quantizer,
-    measure_table,
-    unchained,
-)
+from optimizer.stages.session import Bench, Choices, View, choices, measure_table, unchained
 from optimizer.store import root, unwritable, write_atomically
 
 if TYPE_CHECKING:
@@ -368,7 +361,7 @@ def prove(
     measured on search documents only."""
     from optimizer.certificate import comparison
 
-    quantizer = make_quantizer(config.quantizer, bench)
+    quantizer = bind(config.quantizer, bench)
     bench.view.enter(HELD)
     others = baselines.rivals(config, problem)
     rows = baselines.measure(

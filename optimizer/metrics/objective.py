@@ -45,7 +45,8 @@ class Meaning:
     probes: float = 0.0
     pairs: str | None = None
 
-    def check(self, estimator: str) -> None:
+    def check(self, estimator: str, by_token: bool) -> None:
+        """Raises ConfigError. by_token: whether the estimator of that name can weigh tokens."""
         for key in ("cvar", "domain", "probes"):
             value = getattr(self, key)
             if not 0 <= value < float("inf"):
@@ -60,7 +61,7 @@ class Meaning:
                 f"meaning.level is a share of the tokens between 0 and 1, such as 0.99, not "
                 f"{self.level}."
             )
-        if self.cvar and estimator not in ("auto", *BY_TOKEN):
+        if self.cvar and not by_token:
             raise ConfigError(
                 "Only Fisher information weighs single tokens: meaning.cvar above 0 needs "
                 f"sensitivity={', '.join(BY_TOKEN[:-1])} or {BY_TOKEN[-1]}, not {estimator}."

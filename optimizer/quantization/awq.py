@@ -22,7 +22,7 @@ from torch import Tensor
 
 from optimizer.plan import Precision
 from optimizer.quantization.gptq import Job
-from optimizer.quantization.uniform import Codes, Rtn
+from optimizer.quantization.uniform import Codes, Nearest
 
 STEPS = 20
 REACH = 16.0  # s lies within 1/REACH and REACH: a row's scales stay normal numbers of fp16
@@ -58,7 +58,7 @@ class Scaled:
 
 def scale(weight: Tensor, precision: Precision, inputs: Tensor) -> Scaled:
     """Round W S."""
-    codes = Rtn().codes(weight * inputs, precision)
+    codes = Nearest().codes(weight * inputs, precision)
     return Scaled(codes, inputs, torch.ones(len(weight)))
 
 
@@ -88,5 +88,5 @@ def search(jobs: Sequence[Job], hessian: Tensor, r: Tensor) -> Tensor:
 
 
 def _loss(weight: Tensor, precision: Precision, s: Tensor, hessian: Tensor) -> float:
-    error = Rtn().round(weight * s, precision) / s - weight
+    error = Nearest().round(weight * s, precision) / s - weight
     return float(((error @ hessian) * error).sum())

@@ -10,7 +10,7 @@ process, gets the same bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,15 +24,15 @@ from optimizer.plan import Inventory, Precision, digest
 from optimizer.quantization import ggml
 from optimizer.quantization.gain import gain
 from optimizer.quantization.ggml import Blocks
-from optimizer.quantization.gptq import Gptq
-from optimizer.quantization.uniform import Codes, Given, Rtn
+from optimizer.quantization.gptq import Solver
+from optimizer.quantization.methods import Gptq, Quantizer
+from optimizer.quantization.uniform import Codes, Given, Nearest
 from optimizer.sensitivity.outputs import token_weights
 
 if TYPE_CHECKING:
     from optimizer.models.model import Model, Rounder, Rounding
     from optimizer.store import Store
 
-VERSION = 2  # raised when codes change
 GAINS = 1  # raised when the foretold gains change
 GRIDS = 1  # the same for grids
 SEED = 0  # of the labels that weigh tokens
@@ -55,7 +55,7 @@ class Material(Protocol):
 
 
 @dataclass
-class Keeping(Rtn):
+class Keeping(Nearest):
     """`quantizer=rtn`. Grids of llama.cpp's blocks are kept by the weights' content: a table asks for
     each of them once a chunk, a search once a plan, and the search for scales is most of the work."""
 
@@ -106,16 +106,15 @@ def _content(weight: Tensor) -> str:
 
 
 class Calibrated:
-    """`quantizer=gptq`. chained: inputs come from the model as rounded so far. weighting: how much
-    a token counts, see `config.Quantizer`."""
+    """`quantizer=gptq`, bound to a model."""
 
     name = "gptq"
 
-    def __init__(
-        self, method: Gptq, chained: bool, material: Material, weighting: str = "alike"
-    ) -> None:
-        self._method, self._chained, self._material = method, chained, material
-        self._weighting, self._nearest = weighting, Rtn()
+    def __init__(self, settings: Gptq, material: Material) -> None:
+        self._settings: Quantizer = settings
+        self._method = Solver(settings.damping, settings.order, settings.clip)
+        self._chained, self._weighting = settings.inputs == "rounded", settings.weighting
+        self._material, self._nearest = material, Nearest()
 
     def _unpacked(self, parts: Parts, precision: Precision, cols: int) -> Codes | Blocks:
         return Codes.unpack(parts, precision, cols)
@@ -129,13 +128,9 @@ class Calibrated:
         return Given(find)
 
     @cached_property
-    def key(self) -> list[Any]:
+    def key(self) -> Any:
         """What determines the codes, besides weights and precisions."""
-        guided = {"alike": [], "fisher": ["guided"]}.get(self._weighting, [self._weighting])
-        return [
-            "gptq", VERSION, self._material.calibration_key, vars(self._method), *guided,
-            self._chained,
-        ]  # fmt: skip
+        return self._settings.key(self._material.calibration_key)
 
     @cached_property
     def _weights(self) -> dict[str, np.ndarray] | None:
@@ -151,7 +146,7 @@ class Calibrated:
             return token_weights(material.model, layers, ids, SEED, material.track, squared)
 
         own = ["token weights"] if squared else ["token weights", self._weighting]
-        key = digest([*own, VERSION, material.calibration_key, SEED])
+        key = digest([*own, Gptq.VERSION, material.calibration_key, SEED])
         return material.store.arrays("weights", key, make)
 
     def rounder(self, choice: Mapping[str, Precision], joint: bool = True) -> Rounder:
@@ -269,7 +264,11 @@ class Calibrated:
         return {layer.name: layer.cols for layer in layers if layer.watchable}
 
     def _alone(self, layer: str, precision: Precision) -> str:
-        return digest([*self.key[:-1], "alone", layer, precision.name])
+        settings = self._settings  # a layer by itself has the reference's inputs anyway
+        if isinstance(settings, Gptq):
+            settings = replace(settings, inputs="reference")
+        key = settings.key(self._material.calibration_key)
+        return digest([key, "alone", layer, precision.name])
 
     # ------------------------------------------------------------ a whole choice
 
@@ -301,7 +300,7 @@ class Calibrated:
             block: [pair for pair in named if (places[pair[0]] or 0) <= block]
             for block in sorted(b for b in blocks if b is not None)
         }
-        return {block: digest([*self.key, "joint", pairs]) for block, pairs in before.items()}
+        return {block: digest([self.key, "joint", pairs]) for block, pairs in before.items()}
 
     def _walk(
         self,

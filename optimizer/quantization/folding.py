@@ -19,14 +19,13 @@ from optimizer.plan import Inventory, Layer, Precision
 from optimizer.quantization import awq
 from optimizer.quantization.awq import Scaled
 from optimizer.quantization.calibrated import Calibrated, Material, Parts
-from optimizer.quantization.gptq import Gptq
+from optimizer.quantization.methods import Awq, Gptq
 from optimizer.quantization.uniform import Codes, Given
 
 if TYPE_CHECKING:
     from optimizer.models.blockwise import Stream
     from optimizer.models.model import Model, Rounder, Rounding
 
-VERSION = 1  # raised when codes change
 UNMOVED = 1e-3  # a block's output may move by this share of itself when 1/s is folded
 NORMS = {
     ("k_proj", "q_proj", "v_proj"): ("input_layernorm",),
@@ -171,12 +170,9 @@ class ActivationAware(Calibrated):
 
     name = "awq"
 
-    def __init__(self, material: Material) -> None:
-        super().__init__(Gptq(), True, material)
-
-    @cached_property
-    def key(self) -> list[Any]:
-        return ["awq", VERSION, self._material.calibration_key, True]
+    def __init__(self, settings: Awq, material: Material) -> None:
+        super().__init__(Gptq(weighting="alike"), material)
+        self._settings = settings
 
     def _unpacked(self, parts: Parts, precision: Precision, cols: int) -> Any:
         return Scaled.unpack(parts, precision, cols)

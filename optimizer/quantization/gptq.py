@@ -27,7 +27,7 @@ from optimizer.errors import ModelError
 from optimizer.plan import GGML, Precision
 from optimizer.quantization import ggml, ggml_native, lattice
 from optimizer.quantization.ggml import Blocks, Grid
-from optimizer.quantization.uniform import Codes, Levels, Rtn, clipped, levels_of
+from optimizer.quantization.uniform import Codes, Levels, Nearest, clipped, levels_of
 
 BLOCK = 128  # columns whose errors reach the columns behind them as one matrix product
 UNIT = 16  # columns that share their scale in every type of ggml
@@ -37,7 +37,7 @@ Solved = tuple[list[Codes | Blocks], list[Tensor]]  # of each job; losses [rows]
 
 
 @dataclass(frozen=True)
-class Gptq:
+class Solver:
     """damping: added to H's diagonal, as a share of its mean; times ten until H factors.
 
     order: `none`; `columns`, the loudest inputs first, whose group scales then have to be those
@@ -97,7 +97,7 @@ class Gptq:
         """Rows that are better off rounded to nearest get that: below 2 bits a few are, where the
         corrections leave the range of the levels."""
         weight, precision = job
-        nearest = Rtn(clip=self.clip).encode(weight, precision)
+        nearest = Nearest(clip=self.clip).encode(weight, precision)
         error = (nearest.decode() - weight.float())[:, order]
         keep = (losses <= (error @ root).square_().sum(1)).unsqueeze(1)
         if isinstance(codes, Blocks) or isinstance(nearest, Blocks):

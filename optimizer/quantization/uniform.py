@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -28,13 +28,41 @@ CACHED = 2**17  # weights that are rounded at a time: what stays in a CPU's cach
 SHRINKS = [1 - i / 20 for i in range(1, 11)]
 
 
+class Independent:
+    """Rounds each layer by itself with a function: weight [rows, cols], precision, layer's name ->
+    `Codes` or `ggml.Blocks`. This is what a model, a table and a packer call."""
+
+    def __init__(self, quantize: Callable[[Tensor, Precision, str], Codes | ggml.Blocks]) -> None:
+        self._quantize = quantize
+
+    def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:
+        """W' [rows, cols] fp32, exactly what the packed layer unpacks to."""
+        if precision.kind == "none":
+            return weight.float()
+        return self.encode(weight, precision, layer).decode().to(weight.device)
+
+    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes | ggml.Blocks:
+        """The layer's codes."""
+        return self._quantize(weight, precision, layer)
+
+    def changed(self, name: str, value: Tensor) -> Tensor:  # noqa: ARG002
+        """What a tensor that isn't quantized, such as a norm, becomes beside these codes."""
+        return value
+
+    def rounder(self, choice: Mapping[str, Precision], joint: bool = True) -> Self:  # noqa: ARG002
+        """What rounds the layers of `choice`; here always each by itself."""
+        return self
+
+    def prepare(self, wanted: Mapping[str, Sequence[Precision]]) -> None:
+        """Nothing has to be made before `round`."""
+
+
 @dataclass(kw_only=True)
-class Rtn:
-    """Round to nearest; no data needed. `quantizer=rtn`.
+class Nearest(Independent):
+    """Round to nearest; no data needed.
 
     clip: try group ranges shrunk to half in steps of 1/20 and keep the one with the least squared
-    error. Every method takes the layer's name and does nothing with it: a quantizer that knows
-    layers apart has the same methods.
+    error.
     """
 
     name: ClassVar[str] = "rtn"
@@ -83,17 +111,6 @@ class Rtn:
         levels = self._levels(w, precision)
         return levels.codes(levels.nearest(w).view(weight.shape), precision)
 
-    def changed(self, name: str, value: Tensor) -> Tensor:  # noqa: ARG002
-        """What a tensor that isn't quantized, such as a norm, becomes beside these codes."""
-        return value
-
-    def rounder(self, choice: Mapping[str, Precision], joint: bool = True) -> Rtn:  # noqa: ARG002
-        """What rounds the layers of `choice`; here always each by itself."""
-        return self
-
-    def prepare(self, wanted: Mapping[str, Sequence[Precision]]) -> None:
-        """Nothing has to be made before `round`."""
-
     def _levels(self, w: Tensor, precision: Precision) -> Levels:
         return (
             clipped(w, precision, torch.ones_like(w[:1])) if self.clip else levels_of(w, precision)
@@ -104,7 +121,7 @@ class Given:
     """Codes that were made beforehand, by layer. Layers without any are rounded to nearest."""
 
     def __init__(self, find: Callable[[str, Precision], Codes | ggml.Blocks | None]) -> None:
-        self._find, self._other = find, Rtn()
+        self._find, self._other = find, Nearest()
 
     def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:
         codes = self._find(layer, precision)

@@ -262,13 +262,23 @@ def overrides(config: Mapping[str, Any]) -> list[str]:
     """The words after `mezzotint optimize` that make this configuration: what differs from the
     defaults, as Hydra reads it."""
     from optimizer.config import Optimize
+    from optimizer.quantization.methods import method
+    from optimizer.sensitivity import estimator
 
-    model = config.get("model")
-    default = _flat(asdict(Optimize(model="")))
-    found = [f"model={_written(model)}"]
+    quantizer, sensitivity = config.get("quantizer", {}), config.get("sensitivity", {})
+    made = method(quantizer.get("name", "rtn"))()
+    default = asdict(Optimize(model="", quantizer=made))
+    found = [f"model={_written(config.get('model'))}"]
+    if made.name != asdict(Optimize(model=""))["quantizer"]["name"]:
+        found.append(f"quantizer={made.name}")
+    other = sensitivity.get("estimator", default["sensitivity"]["estimator"])
+    if other != default["sensitivity"]["estimator"]:
+        default["sensitivity"] = asdict(estimator(other)())
+        found.append(f"sensitivity={other}")
+    usual = _flat(default)
     for key, value in _flat(config).items():
         own = key in ("model", "store", "device") or key.startswith("wandb")
-        if not own and value != default.get(key, None):
+        if not own and value != usual.get(key, None):
             found.append(f"{key}={_written(value)}")
     return found
 

@@ -10,9 +10,10 @@ import numpy as np
 
 from optimizer.config import Optimize
 from optimizer.plan import Inventory, Precision, identity, stored_bytes
+from optimizer.quantization.methods import bind
 from optimizer.search import Problem, exact
 from optimizer.sensitivity import Table
-from optimizer.stages.session import Bench, Choices, make_quantizer
+from optimizer.stages.session import Bench, Choices
 from optimizer.store import write_atomically
 
 
@@ -91,7 +92,7 @@ def measure(
     from optimizer.certificate import comparison
     from optimizer.metrics import bootstrap
 
-    quantizer = make_quantizer(config.quantizer, bench)
+    quantizer = bind(config.quantizer, bench)
     described = config.quantizer.described(bench.calibration_key)
     weights = problem.weights.sum()
     rows = []

@@ -19,8 +19,9 @@ from optimizer.hardware import memory
 from optimizer.hardware.geometry import geometry
 from optimizer.hardware.throughput import Traffic, active_share
 from optimizer.plan import Budget, stored_bytes
+from optimizer.quantization.methods import bind
 from optimizer.search import Problem
-from optimizer.stages.session import Bench, Choices, Kept, make_quantizer
+from optimizer.stages.session import Bench, Choices, Kept
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def settle(
     if len(found) == 1:
         bench.cache = Kept(found[0].kv, floating)
         return Settled(found[0], *solve(found[0].budget))
-    quantizer = make_quantizer(config.quantizer, bench)
+    quantizer = bind(config.quantizer, bench)
     tried, solved = [], []
     for room in bench.view.track(found, "caches with their plans"):
         problem, assignment = solve(room.budget)

@@ -33,12 +33,12 @@ from optimizer.errors import TextError
 from optimizer.metrics.objective import Meaning, Objective
 from optimizer.models.source import context_length
 from optimizer.plan import Precision, digest
+from optimizer.quantization.methods import bind
 from optimizer.sensitivity import Table, Task
 from optimizer.stages.session import (
     Bench,
     Choices,
     Reading,
-    make_quantizer,
     measure_table,
     read_for,
     read_part,
@@ -92,7 +92,7 @@ def _tail(bench: Bench, config: Optimize, chosen: Choices) -> Reading:
     level, ids = config.meaning.level, read_for(bench, config).ids
 
     def weights() -> np.ndarray:
-        quantizer = make_quantizer(config.quantizer, bench)
+        quantizer = bind(config.quantizer, bench)
         kl = bench.score(_uniform(chosen)[1], read_part(config), quantizer).kl[: len(ids)]
         alone = Objective(1.0, level, float(np.quantile(kl, level)))
         found = alone.weights(kl) - 1
@@ -154,7 +154,7 @@ def _worst_domain(
 ) -> Domain:
     """Of the highest weighted KL at the uniform plan."""
     name, choice = _uniform(chosen)
-    quantizer = make_quantizer(config.quantizer, bench)
+    quantizer = bind(config.quantizer, bench)
     key = digest(["domain losses", VERSION, bench.source.fingerprint, quantizer.key, name,
                   [layer.name for layer in chosen.scope],
                   [cut.ids.tolist() for cut in cuts.values()]])  # fmt: skip
@@ -222,7 +222,7 @@ def _margins_table(bench: Bench, config: Optimize, chosen: Choices) -> np.ndarra
     from optimizer.sensitivity import fisher
 
     jobs = _jobs(bench, config)[0][:TABLE_PAIRS]
-    quantizer = make_quantizer(config.quantizer, bench)
+    quantizer = bind(config.quantizer, bench)
     task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
     fitted = [[chosen.fitted[g[0], c].name for c in chosen.columns] for g in chosen.groups]
     key = digest(["margins", VERSION, bench.source.fingerprint, [asdict(job) for job in jobs],

@@ -21,11 +21,12 @@ from optimizer.config import Optimize
 from optimizer.errors import ConfigError
 from optimizer.metrics.objective import Objective
 from optimizer.plan import Precision, digest
+from optimizer.quantization.methods import bind
 from optimizer.search import Problem, Search, starts
 from optimizer.search.surrogate import Seen, Slope, believe
 from optimizer.sensitivity import Task
 from optimizer.stages.objective import Beside, own_head
-from optimizer.stages.session import Bench, Choices, make_quantizer
+from optimizer.stages.session import Bench, Choices
 from optimizer.stages.trials import history, shown, volume
 from optimizer.store import alone
 
@@ -91,7 +92,7 @@ def refine(
     bench.view.note(f"trials are kept in {where}; optuna-dashboard shows them live")
     with _in_turn(bench, settings, journal.with_name(name)):
         study = Study.open(settings, problem, name, journal, config.seed, bench.view.note)
-        quantizer = make_quantizer(config.quantizer, bench)
+        quantizer = bind(config.quantizer, bench)
         quantizer.prepare(_offered(chosen))  # all codes, while the model holds its own weights
         with bench.model.rounded(quantizer) as rounding:
             scout = Scout(bench, config, chosen, problem, study, used, rounding, beside)
@@ -162,7 +163,7 @@ def _name(bench: Bench, config: Optimize, problem: Problem, beside: Beside) -> s
     content = [
         STUDY_VERSION, spaces.VERSION, search.sampler, samplers.SETTINGS, search.prune, search.first,
         bench.part_key("calibration"), bench.part_key("search"),
-        make_quantizer(config.quantizer, bench).key,
+        bind(config.quantizer, bench).key,
         problem.groups, problem.columns, problem.limit, problem.unit, problem.free.tolist(),
         config.search.space, config.search.front, config.seed,
         tried_on(config.search, *bench.windows("search").ids.shape),
@@ -192,7 +193,7 @@ class Scout:
 
         self.bench, self.config, self.chosen = bench, config, chosen
         self.problem, self.study, self.used = problem, study, used
-        self.quantizer, self.rounding = make_quantizer(config.quantizer, bench), rounding
+        self.quantizer, self.rounding = bind(config.quantizer, bench), rounding
         self.task = Task(chosen.groups, chosen.columns, chosen.fitted, self.quantizer)
         self.teacher = teacher(bench.model, bench.windows("search"), own_head(bench, chosen))
         self.shortcut = Shortcut(bench.model, self.teacher)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optimizer import sensitivity
-from optimizer.config import Optimize, Quantizer
+from optimizer.config import Optimize
 from optimizer.data.text import Data, Tokens, Windows
 from optimizer.errors import ConfigError, ModelError, TextError
 from optimizer.formats import registry
@@ -25,6 +25,7 @@ from optimizer.formats.rules import Demands
 from optimizer.formats.runtime import Runtime
 from optimizer.models.source import Source, context_length, is_encoder, locate
 from optimizer.plan import Inventory, Layer, Policy, Precision, digest, glob, policy
+from optimizer.quantization.methods import Rtn, bind
 from optimizer.sensitivity import Table, Task
 from optimizer.store import Store
 
@@ -412,11 +413,10 @@ def measure_table(
     if settings.estimator == "gain":
         return _foretold(bench, config, chosen, reading)
     fitted = [[chosen.fitted[g[0], c].name for c in chosen.columns] for g in chosen.groups]
-    estimator = [settings.estimator, settings.chunks, settings.probes]
     windows = read_for(bench, config)
-    quantizer = make_quantizer(config.quantizer, bench)
+    quantizer = bind(config.quantizer, bench)
     key = digest(
-        ["table", VERSION, bench.key_of(windows), estimator, chosen.groups,
+        ["table", VERSION, bench.key_of(windows), settings.key, chosen.groups,
          chosen.columns, fitted, quantizer.key, config.seed,
          *([] if reading is None else [reading.key])]
     )  # fmt: skip
@@ -447,11 +447,13 @@ def measure_table(
 def _foretold(bench: Bench, config: Optimize, chosen: Choices, reading: Reading | None) -> Table:
     """The diagonal table of rounding to nearest, times what GPTQ gains in each group. Layers of a
     group that read the same inputs gain the same; else the mean is taken."""
-    quantizer = make_quantizer(config.quantizer, bench)
+    quantizer = bind(config.quantizer, bench)
     nearest = replace(
         config,
-        quantizer=Quantizer(name="rtn", clip=config.quantizer.clip),
-        sensitivity=replace(config.sensitivity, estimator="fisher"),
+        quantizer=Rtn(clip=config.quantizer.clip),
+        sensitivity=sensitivity.Fisher(
+            chunks=config.sensitivity.chunks, measured=config.sensitivity.measured
+        ),
     )
     table = measure_table(bench, nearest, chosen, reading)
     gains = quantizer.gains([name for group in chosen.groups for name in group])
@@ -507,43 +509,3 @@ def _measured_rows(bench: Bench, config: Optimize, task: Task, table: Table, key
         assert found is not None
         rows[i] = (found["loss"], found["stderr"])
     return table.with_rows(rows)
-
-
-class LazyQuantizer:
-    """A quantizer made at its first use: a finished table or score doesn't need torch."""
-
-    def __init__(self, settings: Quantizer, material: Any) -> None:
-        self._settings, self._material = settings, material
-
-    @property
-    def key(self) -> Any:
-        """What determines the codes, besides weights and precisions."""
-        tokens = self._material.calibration_key if self._settings.calibrated else None
-        return self._settings.key(tokens)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._made, name)
-
-    @cached_property
-    def _made(self) -> Any:
-        settings = self._settings
-        if not settings.calibrated:
-            from optimizer.quantization.calibrated import Keeping
-
-            return Keeping(clip=settings.clip, store=self._material.store)
-        if settings.name == "awq":
-            from optimizer.quantization.folding import ActivationAware
-
-            return ActivationAware(self._material)
-        from optimizer.quantization.calibrated import Calibrated
-        from optimizer.quantization.gptq import Gptq
-
-        method = Gptq(settings.damping, settings.order, settings.clip)
-        chained = settings.inputs == "rounded"
-        return Calibrated(method, chained, self._material, settings.weighting)
-
-
-def make_quantizer(settings: Quantizer, material: Any) -> Any:
-    """material: the bench, or whatever has its model, tokens and store; see `rounding.Material`."""
-    settings.check()
-    return LazyQuantizer(settings, material)

@@ -18,7 +18,9 @@ from optimizer.data.text import Data, Part
 from optimizer.errors import ConfigError
 from optimizer.formats.runtime import Runtime
 from optimizer.plan import Budget, Palette, Precision
-from optimizer.sensitivity import Measured, Sensitivity
+from optimizer.quantization.methods import Gptq
+from optimizer.sensitivity import Measured
+from optimizer.sensitivity.estimators import Fisher
 from tests.conftest import Command
 
 CONF = conf_folder().resolve()
@@ -172,16 +174,16 @@ def test_a_wrong_palette_is_explained(palette: Palette, words: str) -> None:
     ("changes", "words"),
     [
         ({"budget": Budget(bits=4, size="1MB")}, "Exactly one of"),
-        ({"sensitivity": Sensitivity(estimator="x")}, "estimator"),
+        ({"sensitivity": Fisher(chunks=1)}, "chunks"),
         ({"data": Data(source="x")}, "data.source"),
-        ({"quantizer": config.Quantizer(name="x")}, "quantizer.name"),
+        ({"quantizer": Gptq(order="x")}, "quantizer.order"),
         ({"proof": config.Proof(random=-1)}, "proof.random"),
         ({"scope": []}, "scope is"),
         ({"scope": [3]}, "scope is"),
         ({"palette": Palette(bits=[99])}, "palette.bits"),
         (
             {
-                "quantizer": config.Quantizer(name="gptq"),
+                "quantizer": Gptq(),
                 "data": Data(search=Part(sequences=1, length=8)),
             },
             "at least two search windows",

@@ -18,13 +18,15 @@ import numpy as np
 import pytest
 
 from optimizer.commands import optimize
-from optimizer.config import Optimize, Proof, Quantizer
+from optimizer.config import Optimize, Proof
 from optimizer.data.text import Data, Part
 from optimizer.errors import BudgetError, StorageError
 from optimizer.models.source import Source
 from optimizer.plan import Budget, Palette, Plan
+from optimizer.quantization.methods import Rtn, bind
 from optimizer.search import Search
-from optimizer.sensitivity import Measured, Sensitivity
+from optimizer.sensitivity import Measured
+from optimizer.sensitivity.estimators import Directional, Fisher
 from optimizer.stages import refine, session
 from optimizer.stages.session import View
 from tests.conftest import QUICK
@@ -38,8 +40,8 @@ def settings(source: Source, store: Path, **changes: Any) -> Optimize:
         "budget": Budget(bits=4),
         "data": Data(calibration=SHORT, search=SHORT, heldout=SHORT),
         "scope": ["blocks"],
-        "quantizer": Quantizer(),
-        "sensitivity": Sensitivity(chunks=4),
+        "quantizer": Rtn(),
+        "sensitivity": Fisher(chunks=4),
         "proof": Proof(random=2),
         "search": Search(space="exact"),
         "store": str(store),
@@ -209,7 +211,7 @@ def test_a_damaged_entry_of_the_store_is_made_again(source: Source, tmp_path: Pa
     [
         {"seed": 1},
         {"data": Data(calibration=SHORT, search=SHORT, heldout=SHORT, seed=1)},
-        {"sensitivity": Sensitivity(chunks=4, estimator="directional")},
+        {"sensitivity": Directional(chunks=4)},
         {"palette": Palette(group_size=32)},
         {"scope": ["all"]},
     ],
@@ -254,7 +256,7 @@ def test_a_plan_that_is_not_better_is_replaced_by_the_uniform_one(
 
 def test_measured_rows_reach_the_table(source: Source, tmp_path: Path) -> None:
     measured = Measured(groups=["*.0.self_attn.q_proj"], at="int4_g64")
-    config = settings(source, tmp_path / "s", sensitivity=Sensitivity(chunks=4, measured=measured))
+    config = settings(source, tmp_path / "s", sensitivity=Fisher(chunks=4, measured=measured))
     view = Seen()
     optimize.optimize(config, tmp_path / "r", view)
     assert "measuring single groups" in view.stages
@@ -327,7 +329,7 @@ def test_scores_are_kept_by_content(source: Source, tmp_path: Path) -> None:
     view = View()
     table = session.Bench(config.model, None, config.data, config.store, "cpu", view)
     chosen = session.choices(config, table.inventory)
-    quantizer = session.make_quantizer(config.quantizer, table)
+    quantizer = bind(config.quantizer, table)
     choice = chosen.choice(np.zeros(len(chosen.groups), dtype=int))
     first = table.score(choice, "search", quantizer)
     kept = tmp_path / "s" / "scores"

@@ -23,7 +23,7 @@ from transformers import (
 from optimizer.models.model import Model, take_inventory
 from optimizer.models.source import locate, quiet
 from optimizer.plan import Inventory, Layer, Plan, Precision, assemble
-from optimizer.quantization.uniform import Rtn
+from optimizer.quantization.uniform import Nearest
 from optimizer.store import Store
 
 WORDS = 288
@@ -52,7 +52,7 @@ class Wide:
 
     def log_p(self, plan: Plan | None, ids: torch.Tensor) -> torch.Tensor:
         choice = {} if plan is None else plan.choice
-        with self.model.rounded(Rtn(), choice), torch.inference_mode():
+        with self.model.rounded(Nearest(), choice), torch.inference_mode():
             return torch.log_softmax(self.model.net(input_ids=ids).logits, -1)
 
 

@@ -18,7 +18,7 @@ from optimizer.commands import export
 from optimizer.errors import PlanError
 from optimizer.formats.safetensors import gptq
 from optimizer.plan import UNTOUCHED, Precision
-from optimizer.quantization.uniform import Rtn
+from optimizer.quantization.uniform import Nearest
 from tests.formats.conftest import G64, Wide, dealt, uniform
 
 SYMMETRIC = [Precision("int", b, g, True) for b, g in ((3, 64), (5, 32), (2, 128), (6, 64))]
@@ -80,7 +80,7 @@ def test_every_weight_is_the_plans(wide: Wide, tmp_path: Path, to: str) -> None:
             assert torch.equal(parts[layer.name].float(), own)
         else:
             assert group == (precision.group_size or -1)
-            wanted = Rtn().round(own, precision)
+            wanted = Nearest().round(own, precision)
             assert np.array_equal(weight(parts, name, bits), wanted.numpy())
     assert (tmp_path / "out" / "manifest.json").exists()
     assert plan.id in (tmp_path / "out" / "README.md").read_text()

@@ -24,7 +24,7 @@ from optimizer.formats.torch import packed
 from optimizer.models.model import load_tokenizer
 from optimizer.models.source import PACKED_FILE
 from optimizer.plan import UNTOUCHED, Precision
-from optimizer.quantization.uniform import Rtn
+from optimizer.quantization.uniform import Nearest
 from tests.formats.conftest import G64, IDS, WORDS, LlamaCpp, Wide, dealt, random_model, uniform
 
 SYMMETRIC = [Precision("int", b, g, True) for b, g in ((3, 64), (5, 32), (2, 128), (6, 64))]
@@ -63,7 +63,7 @@ def test_the_bit_stream_is_the_packages_own(wide: Wide) -> None:
     for bits in range(2, 9):
         for symmetric in (True, False):
             precision = Precision("int", bits, 32, symmetric)
-            codes = Rtn().encode(wide.model.weight(layer.name), precision)
+            codes = Nearest().encode(wide.model.weight(layer.name), precision)
             stored = {f"{layer.name}.{k}": v for k, v in codes.pack().items()}
             ours = compressed_tensors._compressed(layer, precision, stored)
             stem = layer.name.removesuffix(".weight")

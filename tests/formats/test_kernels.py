@@ -12,7 +12,7 @@ import optimizer
 from optimizer.formats.torch import kernels, packed
 from optimizer.models.model import Model
 from optimizer.plan import Inventory, Precision
-from optimizer.quantization.uniform import Rtn
+from optimizer.quantization.uniform import Nearest
 from tests.conftest import ARCHITECTURES, build, opened, planned
 
 KINDS = [
@@ -25,7 +25,7 @@ KINDS = [
 def test_a_product_has_the_packed_weights(precision: Precision) -> None:
     torch.manual_seed(1)
     cols = 192 if precision.group_size == 96 else 256
-    codes = Rtn().codes(torch.randn(48, cols) * 0.1 + 0.03, precision)
+    codes = Nearest().codes(torch.randn(48, cols) * 0.1 + 0.03, precision)
     assert kernels.fits(precision, 48, cols, torch.bfloat16, "cpu")
     product, exact = kernels.Product(codes), codes.decode()
     # scales of 8 bits, results of 8 bits, and in two products each has its own
@@ -98,7 +98,7 @@ def test_rows_of_a_packed_matrix(precision: Precision) -> None:
     """What an embedding looks up is what the head multiplies by; 8 bits round their sum elsewhere."""
     torch.manual_seed(2)
     cols = 192 if precision.group_size == 96 else 256
-    codes = Rtn().codes(torch.randn(256, cols) * 0.1 + 0.03, precision)
+    codes = Nearest().codes(torch.randn(256, cols) * 0.1 + 0.03, precision)
     product, ids = kernels.Product(codes), torch.tensor([[0, 63, 64], [200, 255, 7]])
     found, whole = product.lookup(ids), product.weight()[ids]
     assert found.shape == (2, 3, cols)

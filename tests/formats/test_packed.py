@@ -20,7 +20,7 @@ from optimizer.formats.folder import sha256
 from optimizer.formats.torch import packed
 from optimizer.models.model import Model
 from optimizer.plan import Plan, Precision
-from optimizer.quantization.uniform import Rtn
+from optimizer.quantization.uniform import Nearest
 from tests.conftest import Small, largest_file, mixed, planned
 
 
@@ -50,7 +50,7 @@ def logits(net: Any) -> Tensor:
 
 
 def rounded_logits(small: Small, choice: dict[str, Precision]) -> Tensor:
-    with small.model.rounded(Rtn(), choice):
+    with small.model.rounded(Nearest(), choice):
         return logits(small.model.net)
 
 
@@ -98,7 +98,7 @@ def test_it_generates_what_the_rounded_model_generates(
     prompt = IDS[:1, :4]
     mask = torch.ones_like(prompt)
     found = optimizer.load(out).generate(prompt, attention_mask=mask, **settings)
-    with small.model.rounded(Rtn(), plan.choice):
+    with small.model.rounded(Nearest(), plan.choice):
         expected = small.model.net.generate(prompt, attention_mask=mask, **settings)
     assert found.shape == (1, 10)
     assert torch.equal(found, expected)

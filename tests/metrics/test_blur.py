@@ -19,7 +19,7 @@ from optimizer.metrics import blur
 from optimizer.models.model import Model, load_tokenizer
 from optimizer.models.stories import corpus
 from optimizer.plan import Precision
-from optimizer.quantization.uniform import Rtn
+from optimizer.quantization.uniform import Nearest
 from optimizer.reports.html import blur_map as page
 from tests.certificate.test_pairs import story_plan
 from tests.conftest import Command
@@ -42,7 +42,7 @@ def found(stories: Model, source: Any) -> blur.Map:
     def holding(choice: Any) -> Any:
         class Held:
             def __enter__(self) -> Any:
-                self.inner = stories.rounded(Rtn(), choice)
+                self.inner = stories.rounded(Nearest(), choice)
                 self.inner.__enter__()
                 return stories.net
 
@@ -127,7 +127,7 @@ def test_kl_and_words_are_those_of_the_models(found: blur.Map, stories: Model) -
     for token, begin in ((0, 0), (20, 0), (62, 0), (80, second)):
         ids = [1, *found.ids[begin:token].tolist()]
         p = log_p(ids)
-        with stories.rounded(Rtn(), choice):
+        with stories.rounded(Nearest(), choice):
             q = log_p(ids)
         kl = float((p.exp() * (p - q)).sum())
         assert found.plan.kl[token] == pytest.approx(kl, abs=1e-4)

@@ -16,7 +16,7 @@ from optimizer.metrics import divergence
 from optimizer.metrics.divergence import Scores, Teacher, TopTeacher
 from optimizer.models.model import Model
 from optimizer.plan import Precision
-from optimizer.quantization.uniform import Rtn
+from optimizer.quantization.uniform import Nearest
 from tests.conftest import GLU, Small, build, opened
 
 LOW = Precision("int", 3, 32)
@@ -59,7 +59,7 @@ def assert_agree(scores: Scores, expected: dict[str, np.ndarray]) -> None:
 def scored(model: Model, text: Windows, choice: dict[str, Precision], **more: bool) -> None:
     teacher = Teacher(model.net, text, **more)
     reference = logits(model.net, text.ids)
-    with model.rounded(Rtn(), choice):
+    with model.rounded(Nearest(), choice):
         scores = teacher.score(model.net)
         expected = naive(reference, logits(model.net, text.ids), text.ids)
     assert expected["kl"].mean() > 1e-3
@@ -79,7 +79,7 @@ def test_single_windows_agree_with_full_logits(small: Small, own_head: bool) -> 
     teacher = Teacher(model.net, text, own_head)
     reference = logits(model.net, text.ids)
     choice = dict.fromkeys((x.name for x in small.inventory.scoped(["blocks"])), LOW)
-    with model.rounded(Rtn(), choice):
+    with model.rounded(Nearest(), choice):
         found = [teacher.window(model.net, i) for i in range(len(text.ids))]
         expected = naive(reference, logits(model.net, text.ids), text.ids)["kl"]
     assert expected.mean() > 1e-3
@@ -137,7 +137,7 @@ def test_how_the_work_is_cut_does_not_count(
 
     def run() -> Scores:
         teacher = Teacher(stories.net, text)
-        with stories.rounded(Rtn(), choice):
+        with stories.rounded(Nearest(), choice):
             return teacher.score(stories.net)
 
     whole = run()
@@ -206,7 +206,7 @@ def test_the_top_k_teacher_is_the_kl_of_merged_distributions(stories: Model, k: 
     text = windows(80)
     exact, top = Teacher(stories.net, text), TopTeacher(stories.net, text, k)
     reference = logits(stories.net, text.ids)
-    with stories.rounded(Rtn(), dict.fromkeys(list(stories.layers)[1:], LOW)):
+    with stories.rounded(Nearest(), dict.fromkeys(list(stories.layers)[1:], LOW)):
         found = top.kl(stories.net)
         whole = exact.score(stories.net).kl
         expected = merged_kl(reference, logits(stories.net, text.ids), k)
@@ -219,7 +219,7 @@ def test_the_top_k_teacher_is_the_kl_of_merged_distributions(stories: Model, k: 
 def test_all_tokens_in_the_top_is_exact(stories: Model) -> None:
     text = windows(80)
     exact, top = Teacher(stories.net, text), TopTeacher(stories.net, text)
-    with stories.rounded(Rtn(), dict.fromkeys(list(stories.layers)[1:], LOW)):
+    with stories.rounded(Nearest(), dict.fromkeys(list(stories.layers)[1:], LOW)):
         assert np.allclose(top.kl(stories.net), exact.score(stories.net).kl, atol=2e-6)
     vocabulary, positions = stories.net.config.vocab_size, 5 * 8
     assert top.bytes == positions * (8 * vocabulary + 4)

@@ -27,7 +27,7 @@ from optimizer.models.embedding import TEMPERATURE, embed
 from optimizer.models.model import Model, take_inventory
 from optimizer.models.source import fingerprint, is_encoder, pooling, quiet
 from optimizer.plan import Precision
-from optimizer.quantization.uniform import Rtn
+from optimizer.quantization.uniform import Nearest
 from optimizer.sensitivity import Task
 from optimizer.sensitivity.fisher import diagonal, directional
 from optimizer.sensitivity.slope import slopes
@@ -136,7 +136,7 @@ def test_scores_are_what_they_are_defined_to_be(model: Model) -> None:
     text = windows()
     teacher = Teacher(model.net, text, "mean")
     before = embeddings(model, text)
-    with model.rounded(Rtn(), rounded(model)):
+    with model.rounded(Nearest(), rounded(model)):
         scores = teacher.score(model.net)
         after = embeddings(model, text)
     assert scores.flip.max() == 1 and scores.overlap.min() < 1  # or nothing is compared
@@ -162,7 +162,7 @@ def test_scores_are_what_they_are_defined_to_be(model: Model) -> None:
 def test_a_trial_and_a_certificate_measure_the_same(model: Model) -> None:
     text = windows()
     teacher = Teacher(model.net, text, "mean")
-    with model.rounded(Rtn(), rounded(model)):
+    with model.rounded(Nearest(), rounded(model)):
         scores = teacher.score(model.net)
         single = [teacher.window(model.net, w) for w in range(3)]
     assert np.allclose(single, scores.kl.mean(1), rtol=1e-4)
@@ -184,7 +184,7 @@ def test_the_shortcut_gives_what_a_whole_pass_gives(model: Model) -> None:
     whole = Prefix({})
     for w in range(3):
         shortcut.window(w, None, whole)
-    with model.rounded(Rtn(), last):
+    with model.rounded(Nearest(), last):
         for w in range(3):
             expected = teacher.window(model.net, w)
             assert expected > 1e-4
@@ -197,7 +197,7 @@ def test_the_shortcut_gives_what_a_whole_pass_gives(model: Model) -> None:
 def task(model: Model, *columns: Precision) -> Task:
     names = list(rounded(model))
     fitted = {(n, c.name): c for n in names for c in columns}
-    return Task(tuple((n,) for n in names), tuple(c.name for c in columns), fitted, Rtn())
+    return Task(tuple((n,) for n in names), tuple(c.name for c in columns), fitted, Nearest())
 
 
 def test_fisher_foretells_the_loss_of_one_layer(model: Model) -> None:
@@ -208,7 +208,7 @@ def test_fisher_foretells_the_loss_of_one_layer(model: Model) -> None:
     teacher = divergence.teacher(model, text)
     measured = []
     for group in wanted.groups:
-        with model.rounded(Rtn(), {group[0]: six}):
+        with model.rounded(Nearest(), {group[0]: six}):
             measured.append(teacher.score(model.net).mean_kl)
     assert predicted.sum() == pytest.approx(sum(measured), rel=0.2)
     assert np.corrcoef(np.log(predicted), np.log(measured))[0, 1] > 0.9
@@ -218,7 +218,7 @@ def test_slopes_are_the_derivative_of_the_measured_loss(model: Model) -> None:
     text, wanted = windows(), task(model, LOW)
     teacher = Teacher(model.net, text, "mean")
     layer = model.layers[wanted.groups[4][0]]
-    with model.rounded(Rtn(), rounded(model)):
+    with model.rounded(Nearest(), rounded(model)):
         own = model.weight(layer.name).clone()
         found = slopes(model, wanted, teacher, [np.arange(3)])[0, 4, 0]
         losses = []
@@ -377,10 +377,10 @@ def test_other_encoders(kind: str, sizes: dict[str, Any], layers: int, tmp_path:
     choice = {x.name: five for x in net.inventory.layers if x.block is not None}
     assert len(choice) == layers
     names = tuple(choice)
-    wanted = Task((names,), (five.name,), {(n, five.name): five for n in names}, Rtn())
+    wanted = Task((names,), (five.name,), {(n, five.name): five for n in names}, Nearest())
     predicted = diagonal(net, wanted, text.ids, [0])[0, 0]
     teacher = divergence.teacher(net, text)
-    with net.rounded(Rtn(), choice):
+    with net.rounded(Nearest(), choice):
         measured = teacher.score(net.net).mean_kl
     print(kind, measured, predicted)
     assert measured > 1e-4 and 0.5 < measured / predicted < 2
@@ -452,7 +452,7 @@ def test_the_packed_encoder_computes_what_was_certified(
     plan = optimizer.Plan.load(tmp_path / "run" / "plan.json")
     net = optimizer.load(tmp_path / "packed")
     ids = torch.from_numpy(windows().ids[0]).view(TEXTS, -1)
-    with model.rounded(Rtn(), plan.choice), torch.no_grad():
+    with model.rounded(Nearest(), plan.choice), torch.no_grad():
         expected = encoder.embed(model.net, ids, "mean")
     with torch.no_grad():
         assert torch.allclose(encoder.embed(net, ids, "mean"), expected, atol=1e-5)

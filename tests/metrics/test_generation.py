@@ -8,7 +8,7 @@ from optimizer.data.text import Windows
 from optimizer.metrics import generation
 from optimizer.models.model import Model
 from optimizer.plan import Precision
-from optimizer.quantization.uniform import Rtn
+from optimizer.quantization.uniform import Nearest
 
 
 def test_where_texts_part() -> None:
@@ -60,6 +60,8 @@ def test_continuations_are_the_most_probable_tokens_one_by_one(stories: Model) -
             scores[:, stories.net.generation_config.eos_token_id] = -torch.inf
             ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1)
     assert np.array_equal(found, ids[:, 5:].numpy())
-    with stories.rounded(Rtn(), dict.fromkeys(list(stories.layers)[1:], Precision("int", 2, 32))):
+    with stories.rounded(
+        Nearest(), dict.fromkeys(list(stories.layers)[1:], Precision("int", 2, 32))
+    ):
         other = generation.continuations(stories.net, begun, 7)
     assert generation.first_difference(found, other).min() < 7

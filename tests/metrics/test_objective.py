@@ -19,6 +19,7 @@ from optimizer.metrics.bootstrap import cvar
 from optimizer.metrics.objective import Meaning, Objective
 from optimizer.models.source import Source
 from optimizer.plan import Budget
+from optimizer.quantization.methods import bind
 from optimizer.search import Search
 from optimizer.sensitivity import Task, fisher
 from optimizer.stages import session
@@ -56,7 +57,7 @@ def test_fisher_counts_tokens_by_their_weights(source: Source, tmp_path: Path) -
     config = settings(source, tmp_path / "s", budget=Budget(bits=4))
     made = session.Bench(config.model, None, config.data, config.store, "cpu", session.View())
     chosen = session.choices(config, made.inventory)
-    quantizer = session.make_quantizer(config.quantizer, made)
+    quantizer = bind(config.quantizer, made)
     task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
     ids = made.calibration()[:4]
     first, second = np.ones(ids.shape), np.ones(ids.shape)

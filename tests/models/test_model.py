@@ -20,7 +20,8 @@ from optimizer.errors import ModelError, PlanError
 from optimizer.models.model import Model, load_tokenizer, read, take_inventory, write
 from optimizer.models.source import quiet
 from optimizer.plan import UNTOUCHED, Precision, fuse
-from optimizer.quantization.uniform import Rtn
+from optimizer.quantization.methods import Rtn
+from optimizer.quantization.uniform import Nearest
 from tests.conftest import Small, build, mixed, opened
 
 
@@ -129,9 +130,9 @@ def test_rounding_changes_what_it_should_and_restores_all(small: Small) -> None:
     model, choice = small.model, mixed(small.inventory.layers)
     before = state(model)
     own = {name: model.weight(name).clone() for name in choice}
-    with model.rounded(Rtn(), choice):
+    with model.rounded(Nearest(), choice):
         for name, precision in choice.items():
-            expected = Rtn().round(own[name], precision)
+            expected = Nearest().round(own[name], precision)
             assert torch.equal(model.weight(name), expected), name
             assert torch.equal(expected, own[name]) == (precision == UNTOUCHED)
     assert_same(model, before)
@@ -144,12 +145,12 @@ class Interrupted(Exception):
 
 def test_an_exception_inside_restores_all(small: Small) -> None:
     before = state(small.model)
-    with pytest.raises(Interrupted), small.model.rounded(Rtn(), mixed(small.inventory.layers)):
+    with pytest.raises(Interrupted), small.model.rounded(Nearest(), mixed(small.inventory.layers)):
         raise Interrupted
     assert_same(small.model, before)
 
 
-class BreaksAtThird(Rtn):
+class BreaksAtThird(Nearest):
     """A quantizer that fails in the middle of the work."""
 
     left = 2
@@ -177,12 +178,12 @@ def test_set_goes_from_one_plan_to_another(llama: Small) -> None:
     first, second, *_ = (x.name for x in llama.inventory.layers)
     low, high = Precision("int", 2, 32), Precision("int", 6, 32)
     own = {name: model.weight(name).clone() for name in (first, second)}
-    with model.rounded(Rtn()) as rounding:
+    with model.rounded(Nearest()) as rounding:
         assert_same(model, before)
         rounding.set({first: low})
         rounding.set({first: high, second: low})
-        assert torch.equal(model.weight(first), Rtn().round(own[first], high)), "rounded twice"
-        assert torch.equal(model.weight(second), Rtn().round(own[second], low))
+        assert torch.equal(model.weight(first), Nearest().round(own[first], high)), "rounded twice"
+        assert torch.equal(model.weight(second), Nearest().round(own[second], low))
         rounding.set({second: low})
         assert torch.equal(model.weight(first), own[first])
         rounding.set({})
@@ -194,7 +195,7 @@ def test_an_unknown_layer_is_refused_and_nothing_stays(llama: Small) -> None:
     before = state(llama.model)
     choice = {"nowhere.weight": Precision("int", 4, 32)}
     words = r"no layer nowhere\.weight"
-    with pytest.raises(PlanError, match=words), llama.model.rounded(Rtn(), choice):
+    with pytest.raises(PlanError, match=words), llama.model.rounded(Nearest(), choice):
         pass
     assert_same(llama.model, before)
 
@@ -312,10 +313,13 @@ def test_a_change_of_weights_within_another_is_refused(llama: Small) -> None:
     """Two open changes would restore each other's rounded weights as the model's own."""
     choice = mixed(llama.inventory.layers)
     before = {name: value.clone() for name, value in llama.model.net.named_parameters()}
-    with pytest.raises(RuntimeError, match="rounded already"), llama.model.rounded(Rtn(), choice):
+    with (
+        pytest.raises(RuntimeError, match="rounded already"),
+        llama.model.rounded(Nearest(), choice),
+    ):
         assert llama.model.is_rounded
-        with llama.model.rounded(Rtn(), choice):
+        with llama.model.rounded(Nearest(), choice):
             pass
     assert all(torch.equal(value, before[n]) for n, value in llama.model.net.named_parameters())
-    with llama.model.rounded(Rtn(), choice):  # and it can be changed again afterwards
+    with llama.model.rounded(Nearest(), choice):  # and it can be changed again afterwards
         pass

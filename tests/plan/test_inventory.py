@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from optimizer.errors import ConfigError
 from optimizer.plan import UNTOUCHED, Inventory, Layer, Precision, fuse, glob, packed_bytes
-from optimizer.quantization.uniform import Rtn
+from optimizer.quantization.uniform import Nearest
 
 KINDS = [("int", bits) for bits in range(1, 9)] + [("ternary", 2)]
 
@@ -27,7 +27,7 @@ def test_bytes_are_those_of_the_stored_tensors(
     precision: Precision, rows: int, groups: int
 ) -> None:
     cols = groups * (precision.group_size or 7)
-    stored = Rtn().encode(torch.randn(rows, cols), precision).pack()
+    stored = Nearest().encode(torch.randn(rows, cols), precision).pack()
     promised = precision.parts(rows, cols)
     assert {k: tuple(v.shape) for k, v in stored.items()} == {
         k: s for k, (_, s) in promised.items()

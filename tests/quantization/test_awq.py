@@ -10,20 +10,22 @@ import pytest
 import torch
 
 from optimizer.commands import deploy, optimize
-from optimizer.config import Optimize, Proof, Quantizer
+from optimizer.config import Optimize, Proof
 from optimizer.data.text import Data, Part
 from optimizer.errors import ConfigError
 from optimizer.formats.torch import packed
 from optimizer.models.blockwise import Stream
 from optimizer.plan import UNTOUCHED, Budget, Palette
 from optimizer.quantization import awq, folding
-from optimizer.quantization.uniform import Rtn
+from optimizer.quantization.uniform import Nearest
 from optimizer.search import Search
-from optimizer.sensitivity import Sensitivity
-from optimizer.stages.session import Bench, View, make_quantizer
+from optimizer.stages.session import Bench, View
+from tests.cli.test_compose import composed
 from tests.quantization.test_calibrated import P3, Made, everything, kl, logits, small
 
 from optimizer.store import Store  # isort: skip
+from optimizer.quantization.methods import Awq, bind
+from optimizer.sensitivity.estimators import Fisher
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def material(tmp_path: Path) -> Made:
 
 
 def quantizer(material: Any) -> Any:
-    return make_quantizer(Quantizer(name="awq"), material)
+    return bind(Awq(), material)
 
 
 def loud_inputs(cols: int = 64) -> torch.Tensor:
@@ -49,7 +51,7 @@ def test_scaling_lowers_the_error_of_the_outputs() -> None:
     s = awq.search([(weight, P3)], hessian, awq.loudness(hessian))
     scaled = awq.scale(weight, P3, s)
     own = (x @ (scaled.decode() - weight).T).square().mean()
-    nearest = (x @ (Rtn().round(weight, P3) - weight).T).square().mean()
+    nearest = (x @ (Nearest().round(weight, P3) - weight).T).square().mean()
     assert own < 0.6 * nearest
     assert s[::16].min() > s[1:16].max()
     assert float(s.max()) <= awq.REACH and float(s.min()) >= 1 / awq.REACH
@@ -86,7 +88,7 @@ def test_it_beats_rounding_to_nearest_and_restores_every_bit(material: Made) -> 
     before = {n: p.detach().clone() for n, p in model.net.named_parameters()}
     choice, reference = everything(model), logits(model.net)
     found = {}
-    for name, made in (("awq", quantizer(material)), ("rtn", Rtn())):
+    for name, made in (("awq", quantizer(material)), ("rtn", Nearest())):
         with model.rounded(made.rounder(choice), choice):
             found[name] = kl(reference, logits(model.net))
     assert found["awq"] < 0.7 * found["rtn"]
@@ -138,15 +140,15 @@ def test_untouched_layers_are_not_scaled(material: Made) -> None:
     rounder = quantizer(material).rounder(choice)
     for name in (q.replace("q_proj", "k_proj"), up.replace("up_proj", "down_proj")):
         weight = model.weight(name)
-        assert torch.equal(rounder.round(weight, P3, name), Rtn().round(weight, P3))
+        assert torch.equal(rounder.round(weight, P3, name), Nearest().round(weight, P3))
     norm = torch.ones(64, dtype=torch.float16)
     assert torch.equal(rounder.changed("model.layers.0.input_layernorm.weight", norm), norm)
     assert not torch.equal(rounder.changed("model.layers.1.input_layernorm.weight", norm), norm)
 
 
-def test_clipping_is_refused() -> None:
-    with pytest.raises(ConfigError, match="clip"):
-        Quantizer(name="awq", clip=True).check()
+def test_there_is_no_clipping() -> None:
+    with pytest.raises(ConfigError, match=r"quantizer\.clip|clip"):
+        composed("optimize", "quantizer=awq", "+quantizer.clip=true")
 
 
 def test_a_plan_is_packed_as_it_was_certified(store: Path, source: object, tmp_path: Path) -> None:
@@ -156,8 +158,8 @@ def test_a_plan_is_packed_as_it_was_certified(store: Path, source: object, tmp_p
         budget=Budget(bits=4.0),
         palette=Palette(bits=[2, 3, 4, 5], group_size=32),
         scope=["blocks"],
-        quantizer=Quantizer(name="awq"),
-        sensitivity=Sensitivity(),
+        quantizer=Awq(),
+        sensitivity=Fisher(),
         data=Data(calibration=part, search=part, heldout=part),
         search=Search(space="exact"),
         proof=Proof(random=0),
@@ -168,7 +170,7 @@ def test_a_plan_is_packed_as_it_was_certified(store: Path, source: object, tmp_p
     folder = deploy.apply(plan, tmp_path / "packed", settings.store)
     bench = Bench("stories", None, settings.data, settings.store, "cpu", View())
     ids = torch.from_numpy(bench.windows("heldout").ids)
-    made = make_quantizer(settings.quantizer, bench)
+    made = bind(settings.quantizer, bench)
     with bench.model.rounded(made.rounder(plan.choice), plan.choice), torch.no_grad():
         expected = bench.model.net(ids).logits
     with torch.no_grad():

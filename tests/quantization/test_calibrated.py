@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimizer.commands import deploy, export, optimize
-from optimizer.config import Optimize, Proof, Quantizer, profile
+from optimizer.config import Optimize, Proof, profile
 from optimizer.data.text import Data, Part
 from optimizer.errors import ConfigError, PlanError, TextError
 from optimizer.formats.gguf import writer
@@ -25,10 +25,12 @@ from optimizer.models.stories import corpus
 from optimizer.plan import GGML, Budget, Inventory, Palette, Plan, Precision
 from optimizer.quantization import ggml
 from optimizer.quantization.calibrated import Keeping
-from optimizer.quantization.uniform import Rtn
+from optimizer.quantization.methods import Awq, Gptq, Rtn, bind
+from optimizer.quantization.uniform import Nearest
 from optimizer.search import Search
-from optimizer.sensitivity import Sensitivity, Task
-from optimizer.stages.session import Bench, View, choices, make_quantizer, measure_table
+from optimizer.sensitivity import Task
+from optimizer.sensitivity.estimators import Fisher, Tokenwise
+from optimizer.stages.session import Bench, View, choices, measure_table
 from optimizer.store import Store
 
 torch.set_num_threads(1)
@@ -89,7 +91,7 @@ def made(tmp_path: Path) -> Maker:
 
 
 def gptq(material: Any, **settings: Any) -> Any:
-    return make_quantizer(Quantizer(name="gptq", clip=True, **settings), material)
+    return bind(Gptq(clip=True, **settings), material)
 
 
 def everything(model: Model, precision: Precision = P3) -> dict[str, Precision]:
@@ -198,9 +200,9 @@ def test_guided_codes_are_others_and_still_better_than_nearest(
     material = made("llama")
     model, choice = material.model, everything(material.model)
     reference = logits(model.net)
-    with model.rounded(Rtn(), choice):
+    with model.rounded(Nearest(), choice):
         nearest = kl(reference, logits(model.net))
-    guided = make_quantizer(Quantizer(name="gptq", weighting=weighting), material)
+    guided = bind(Gptq(weighting=weighting), material)
     rounder, plain = guided.rounder(choice), gptq(material).rounder(choice)
     with model.rounded(rounder, choice):
         assert kl(reference, logits(model.net)) < 0.85 * nearest
@@ -230,7 +232,7 @@ def test_a_model_moves_less_than_with_nearest(kind: str, inputs: str, made: Make
     material = made(kind)
     model, choice = material.model, everything(material.model)
     reference = logits(model.net)
-    with model.rounded(Rtn(), choice):
+    with model.rounded(Nearest(), choice):
         nearest = kl(reference, logits(model.net))
     rounder = gptq(material, inputs=inputs).rounder(choice)
     with model.rounded(rounder, choice):
@@ -245,7 +247,7 @@ def test_blocks_of_llama_cpp_are_calibrated_too(kind: str, made: Maker) -> None:
     model, precision = material.model, Precision.ggml(kind)
     choice = {x.name: precision for x in model.inventory.scoped(["blocks"])}
     reference = logits(model.net)
-    with model.rounded(Rtn(), choice):
+    with model.rounded(Nearest(), choice):
         nearest = kl(reference, logits(model.net))
     with model.rounded(gptq(material).rounder(choice), choice):
         assert kl(reference, logits(model.net)) < 0.9 * nearest
@@ -276,7 +278,7 @@ def test_what_has_no_watched_input_is_rounded_to_nearest(made: Maker) -> None:
     rounder = gptq(material).rounder(choice)
     for layer in layers:
         own = material.model.weight(layer.name)
-        nearest = Rtn().round(own, P3)
+        nearest = Nearest().round(own, P3)
         same = torch.equal(rounder.round(own, P3, layer.name), nearest)
         assert same == (layer.kind not in ("linear", "conv1d")), layer.name
 
@@ -339,8 +341,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Optimize:
         budget=Budget(code_bits=3.0),
         palette=Palette(bits=[2, 3, 4], group_size=32),
         scope=["blocks"],
-        quantizer=Quantizer(name="gptq", clip=True),
-        sensitivity=Sensitivity(),
+        quantizer=Gptq(clip=True),
+        sensitivity=Fisher(),
         data=Data(
             source="text",
             path=str(folder / "text.txt"),
@@ -366,29 +368,29 @@ def test_apply_packs_the_codes_that_were_certified(
     folder = deploy.apply(plan, tmp_path / "packed", settings.store)
     bench = Bench("stories", None, settings.data, settings.store, "cpu", View())
     net, ids = packed.load(folder), torch.from_numpy(bench.windows("heldout").ids)
-    quantizer = make_quantizer(settings.quantizer, bench)
+    quantizer = bind(settings.quantizer, bench)
     with bench.model.rounded(quantizer.rounder(plan.choice), plan.choice), torch.no_grad():
         expected, found = bench.model.net(ids).logits, net(ids).logits
     assert torch.allclose(expected, found, atol=1e-4)
-    with bench.model.rounded(Rtn(), plan.choice), torch.no_grad():
+    with bench.model.rounded(Nearest(), plan.choice), torch.no_grad():
         assert not torch.allclose(bench.model.net(ids).logits, found, atol=1e-2)
 
 
 def test_a_gguf_holds_the_codes_that_were_certified(settings: Optimize, tmp_path: Path) -> None:
     own = replace(
         settings, palette=Palette(bits=["q4_0", "q5_0"]), runtime=profile("llamacpp"),
-        scope=["all"], budget=Budget(bits=5.0), quantizer=Quantizer(name="gptq"),
+        scope=["all"], budget=Budget(bits=5.0), quantizer=Gptq(),
     )  # fmt: skip
     made_for = optimize.optimize(own, tmp_path / "run").plan
     assert set(made_for.layers.values()) == {"q4_0", "q5_0"}
     export.export(made_for, "gguf", tmp_path / "gguf", own.store)
     bench = Bench("stories", None, own.data, own.store, "cpu", View())
-    rounder = make_quantizer(own.quantizer, bench).rounder(made_for.choice)
+    rounder = bind(own.quantizer, bench).rounder(made_for.choice)
     found = writer.decode(tmp_path / "gguf", made_for, bench.inventory)
     for name, precision in made_for.choice.items():
         weight = bench.model.weight(name)
         assert torch.equal(found[name], rounder.round(weight, precision, name)), name
-    assert not torch.equal(found[name], Rtn().round(weight, precision))
+    assert not torch.equal(found[name], Nearest().round(weight, precision))
 
 
 def test_apply_again_and_from_the_text_alone_gives_the_same_bytes(
@@ -429,29 +431,29 @@ def test_the_table_is_made_with_the_quantizers_own_errors(settings: Optimize) ->
 
     bench = Bench("stories", None, settings.data, settings.store, "cpu", View())
     chosen = choices(settings, bench.inventory)
-    quantizer = make_quantizer(settings.quantizer, bench)
+    quantizer = bind(settings.quantizer, bench)
     name = chosen.scope[3].name
     quantizer.prepare({name: [chosen.fitted[name, c] for c in chosen.columns]})
     task = Task(((name,),), chosen.columns, chosen.fitted, quantizer)
     for column, error in _errors(bench.model, task, bench.model.layers[name]):
         own = bench.model.weight(name)
-        nearest = Rtn().round(own, chosen.fitted[name, column])
+        nearest = Nearest().round(own, chosen.fitted[name, column])
         assert not torch.equal(error, nearest - own)
 
 
 def test_the_table_reads_other_text_than_the_rounding_was_fitted_to(settings: Optimize) -> None:
     """On its own few windows the fitted rounding seems to lose much less."""
     few = replace(settings.data, calibration=Part(sequences=4, length=48))
-    config = replace(settings, data=few, sensitivity=Sensitivity(estimator="tokenwise", chunks=2))
+    config = replace(settings, data=few, sensitivity=Tokenwise(chunks=2))
     bench = Bench("stories", None, few, settings.store, "cpu", View())
     chosen = choices(config, bench.inventory)
     table = measure_table(bench, config, chosen)
-    quantizer = make_quantizer(config.quantizer, bench)
+    quantizer = bind(config.quantizer, bench)
     task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
     own = config.sensitivity.score(bench.model, task, bench.calibration(), [0, 0])
     assert table.loss.sum() > 1.15 * own.sum()
-    nearest = replace(config, quantizer=Quantizer())
-    task = Task(chosen.groups, chosen.columns, chosen.fitted, Rtn())
+    nearest = replace(config, quantizer=Rtn())
+    task = Task(chosen.groups, chosen.columns, chosen.fitted, Nearest())
     own = config.sensitivity.score(bench.model, task, bench.calibration(), [0, 0])
     assert measure_table(bench, nearest, chosen).loss.sum() == pytest.approx(own.sum(), rel=0.3)
 
@@ -459,7 +461,6 @@ def test_the_table_reads_other_text_than_the_rounding_was_fitted_to(settings: Op
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"name": "best"},
         {"order": "rows"},
         {"damping": 0.0},
         {"inputs": "none"},
@@ -468,11 +469,11 @@ def test_the_table_reads_other_text_than_the_rounding_was_fitted_to(settings: Op
 )
 def test_wrong_settings_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"quantizer.{next(iter(wrong))}"):
-        Quantizer(**wrong).check()
+        Gptq(**wrong).check()
 
 
 def test_awq_refuses_blocks_of_llama_cpp(settings: Optimize) -> None:
-    palette, awq = Palette(bits=["q4_0"]), Quantizer(name="awq")
+    palette, awq = Palette(bits=["q4_0"]), Awq()
     with pytest.raises(ConfigError, match="rtn or gptq"):
         replace(settings, palette=palette, quantizer=awq).check()
 
@@ -486,7 +487,7 @@ def test_grids_of_blocks_are_searched_for_once(
     weight, precision = torch.randn(300, 512) * 0.1, Precision.ggml(kind)
     monkeypatch.setattr(ggml, "CHUNK", 2**16)  # several slices
     store = Store(tmp_path)
-    plain, first = Rtn().round(weight, precision), Keeping(store=store)
+    plain, first = Nearest().round(weight, precision), Keeping(store=store)
     assert torch.equal(first.round(weight, precision, "layer"), plain)
     monkeypatch.setattr(ggml, "fit", lambda *_: pytest.fail("searched again"))
     again = Keeping(store=Store(tmp_path))

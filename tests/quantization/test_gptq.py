@@ -11,8 +11,8 @@ from torch import Tensor
 from optimizer.errors import ModelError
 from optimizer.plan import GGML, Precision
 from optimizer.quantization.ggml import Blocks
-from optimizer.quantization.gptq import Gptq, factors
-from optimizer.quantization.uniform import Rtn
+from optimizer.quantization.gptq import Solver, factors
+from optimizer.quantization.uniform import Nearest
 
 torch.set_num_threads(1)
 
@@ -48,9 +48,9 @@ def loss(rounded: Tensor, own: Tensor, hessian: Tensor) -> float:
 @pytest.mark.parametrize("seed", range(3))
 def test_correlated_inputs_lose_less_than_nearest(order: str, seed: int) -> None:
     w, hessian = weight(seed), correlated(seed)
-    found = Gptq(order=order, clip=True).solve([(w, p) for p in ALL], hessian)
+    found = Solver(order=order, clip=True).solve([(w, p) for p in ALL], hessian)
     for precision, codes in zip(ALL, found, strict=True):
-        nearest = loss(Rtn().round(w, precision), w, hessian)
+        nearest = loss(Nearest().round(w, precision), w, hessian)
         share = 0.8 if precision.bits > 1 and precision.kind == "int" else 1.0
         assert loss(codes.decode(), w, hessian) < share * nearest, precision.name
 
@@ -58,9 +58,9 @@ def test_correlated_inputs_lose_less_than_nearest(order: str, seed: int) -> None
 @pytest.mark.parametrize("order", ORDERS)
 def test_independent_equal_inputs_round_to_nearest(order: str) -> None:
     w = weight()
-    found = Gptq(order=order).solve([(w, p) for p in ALL], 7.5 * torch.eye(COLS))
+    found = Solver(order=order).solve([(w, p) for p in ALL], 7.5 * torch.eye(COLS))
     for precision, codes in zip(ALL, found, strict=True):
-        expected = Rtn().encode(w, precision)
+        expected = Nearest().encode(w, precision)
         assert torch.equal(codes.codes, expected.codes), precision.name
         assert torch.equal(codes.scales, expected.scales)
         if expected.zeros is not None:
@@ -70,7 +70,7 @@ def test_independent_equal_inputs_round_to_nearest(order: str) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("precision", ALL, ids=lambda p: p.name)
 def test_many_jobs_are_solved_as_each_alone(order: str, precision: Precision) -> None:
-    hessian, method = correlated(1), Gptq(order=order)
+    hessian, method = correlated(1), Solver(order=order)
     own, other = weight(1), weight(2, rows=5)
     together = method.solve([(other, INTS[0]), (own, precision), (other, precision)], hessian)
     alone = method.solve([(own, precision)], hessian)[0]
@@ -82,7 +82,7 @@ def test_many_jobs_are_solved_as_each_alone(order: str, precision: Precision) ->
 def test_codes_are_what_packing_stores(order: str) -> None:
     w, hessian = weight(), correlated(3)
     for precision, codes in zip(
-        ALL, Gptq(order=order).solve([(w, p) for p in ALL], hessian), strict=True
+        ALL, Solver(order=order).solve([(w, p) for p in ALL], hessian), strict=True
     ):
         back = type(codes).unpack(codes.pack(), precision, COLS)
         assert torch.equal(back.decode(), codes.decode()), precision.name
@@ -96,11 +96,11 @@ def test_an_input_that_was_never_seen_is_rounded_to_nearest_and_disturbs_nobody(
     w, hessian = weight(), correlated(4)
     hessian[7], hessian[:, 7] = 0, 0
     precision = Precision("int", 4, 16)
-    codes = Gptq(order="columns").solve([(w, precision)], hessian)[0]
-    assert torch.equal(codes.decode()[:, 7], Rtn().round(w, precision)[:, 7])
+    codes = Solver(order="columns").solve([(w, precision)], hessian)[0]
+    assert torch.equal(codes.decode()[:, 7], Nearest().round(w, precision)[:, 7])
     moved = w.clone()
     moved[:, 7] *= 0.5  # stays within its group's range, so scales don't change
-    again = Gptq(order="columns").solve([(moved, precision)], hessian)[0]
+    again = Solver(order="columns").solve([(moved, precision)], hessian)[0]
     others = [i for i in range(COLS) if i != 7]
     rows = [i for i in range(len(w)) if torch.equal(codes.scales[i], again.scales[i])]
     assert len(rows) > len(w) // 2
@@ -114,7 +114,7 @@ def test_an_input_that_was_never_seen_is_rounded_to_nearest_and_disturbs_nobody(
 )
 def test_singular_hessians_end_in_finite_codes(hessian: Tensor) -> None:
     w = weight()
-    for codes in Gptq(damping=1e-7).solve([(w, p) for p in ALL], hessian):
+    for codes in Solver(damping=1e-7).solve([(w, p) for p in ALL], hessian):
         assert bool(torch.isfinite(codes.decode()).all())
 
 
@@ -123,9 +123,9 @@ def test_no_row_loses_more_than_rounded_to_nearest(order: str) -> None:
     w, hessian = weight(8), correlated(8)
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(COLS)
     for precision, codes in zip(
-        ALL, Gptq(order=order).solve([(w, p) for p in ALL], hessian), strict=True
+        ALL, Solver(order=order).solve([(w, p) for p in ALL], hessian), strict=True
     ):
-        mine, nearest = codes.decode() - w, Rtn().round(w, precision) - w
+        mine, nearest = codes.decode() - w, Nearest().round(w, precision) - w
         worst = [((e @ damped) * e).sum(1) for e in (mine, nearest)]
         assert bool((worst[0] <= worst[1] * 1.001).all()), precision.name
 
@@ -133,8 +133,8 @@ def test_no_row_loses_more_than_rounded_to_nearest(order: str) -> None:
 def test_few_tokens_still_lose_less_than_nearest() -> None:
     w, hessian = weight(), correlated(5, tokens=12)  # rank 12 of 96
     precision = Precision("int", 3, 16)
-    codes = Gptq().solve([(w, precision)], hessian)[0]
-    assert loss(codes.decode(), w, hessian) < 0.5 * loss(Rtn().round(w, precision), w, hessian)
+    codes = Solver().solve([(w, precision)], hessian)[0]
+    assert loss(codes.decode(), w, hessian) < 0.5 * loss(Nearest().round(w, precision), w, hessian)
 
 
 def test_the_factor_is_that_of_the_inverse() -> None:
@@ -159,18 +159,18 @@ def test_inputs_that_are_not_finite_are_refused() -> None:
     hessian = correlated(7)
     hessian[3, 3] = float("nan")
     with pytest.raises(ModelError, match="finite"):
-        Gptq().solve([(weight(), Precision("int", 4, 16))], hessian)
+        Solver().solve([(weight(), Precision("int", 4, 16))], hessian)
 
 
 def test_clipping_never_loses_more_on_the_range_it_is_given() -> None:
     w = weight()
     w[:, ::16] *= 12  # one outlier a group
     for precision in INTS:
-        plain = (Rtn().round(w, precision) - w).square().sum()
-        clipped = (Rtn(clip=True).round(w, precision) - w).square().sum()
+        plain = (Nearest().round(w, precision) - w).square().sum()
+        clipped = (Nearest(clip=True).round(w, precision) - w).square().sum()
         assert clipped <= plain * 1.00001
     low, w = Precision("int", 2, 48), weight()
-    losses = [float((Rtn(clip=c).round(w, low) - w).square().sum()) for c in (True, False)]
+    losses = [float((Nearest(clip=c).round(w, low) - w).square().sum()) for c in (True, False)]
     assert losses[0] < 0.8 * losses[1]
 
 
@@ -188,12 +188,12 @@ def test_blocks_of_ggml_lose_less_than_nearest_inside_their_own_grid(order: str)
     w, hessian = wide(9)
     kinds = [Precision.ggml(kind) for kind in GGML]
     mixed = [*kinds, Precision("int", 4, 32)]
-    found = Gptq(order=order).solve([(w, p) for p in mixed], hessian)
+    found = Solver(order=order).solve([(w, p) for p in mixed], hessian)
     for precision, blocks in zip(kinds, found, strict=False):
         assert isinstance(blocks, Blocks)
         assert blocks.precision == precision
-        nearest = loss(Rtn().round(w, precision), w, hessian)
+        nearest = loss(Nearest().round(w, precision), w, hessian)
         assert loss(blocks.decode(), w, hessian) < 0.8 * nearest, precision.name
-        assert torch.equal(blocks.open()[0].step, Rtn().encode(w, precision).open()[0].step)
-    alone = Gptq(order=order).solve([(w, kinds[-1])], hessian)[0]
+        assert torch.equal(blocks.open()[0].step, Nearest().encode(w, precision).open()[0].step)
+    alone = Solver(order=order).solve([(w, kinds[-1])], hessian)[0]
     assert torch.equal(alone.decode(), found[len(kinds) - 1].decode())

@@ -15,8 +15,8 @@ from optimizer.models.model import Model
 from optimizer.plan import Inventory, Precision
 from optimizer.quantization.calibrated import Calibrated
 from optimizer.quantization.folding import ActivationAware
-from optimizer.quantization.gptq import Gptq
-from optimizer.quantization.uniform import Rtn
+from optimizer.quantization.methods import Gptq
+from optimizer.quantization.uniform import Nearest
 from optimizer.sensitivity import Task, fisher, hessian
 from optimizer.sensitivity.outputs import token_weights
 from optimizer.store import Store
@@ -67,7 +67,7 @@ def odd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def task_of(odd: Given) -> Task:
     layers = [x for x in odd.inventory.layers if x.watchable and x.cols % 32 == 0]
     fitted = {(x.name, P.name): P for x in layers}
-    return Task(tuple((x.name,) for x in layers), (P.name,), fitted, Rtn())
+    return Task(tuple((x.name,) for x in layers), (P.name,), fitted, Nearest())
 
 
 def logits(odd: Given) -> torch.Tensor:
@@ -81,8 +81,8 @@ def test_gptq_is_better_than_nearest(odd: Given) -> None:
     """Mean squared change of the logits on the calibration windows."""
     choice = dict.fromkeys(task_of(odd).layers, P)
     rounders = {
-        "rtn": Rtn(),
-        "gptq": Calibrated(Gptq(), True, odd, "gradient").rounder(choice),
+        "rtn": Nearest(),
+        "gptq": Calibrated(Gptq(order="groups"), odd).rounder(choice),
         "awq": ActivationAware(odd).rounder(choice),
     }
     own, moved = logits(odd), {}

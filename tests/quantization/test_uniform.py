@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from optimizer.plan import Precision
-from optimizer.quantization.uniform import CACHED, Codes, Rtn, pack, unpack
+from optimizer.quantization.uniform import CACHED, Codes, Nearest, pack, unpack
 from tests.plan.test_inventory import KINDS, precisions
 
 
@@ -36,7 +36,9 @@ def coded(draw: st.DrawFn) -> tuple[Precision, np.ndarray]:
 def test_a_large_layer_is_rounded_in_pieces_as_one() -> None:
     weight = torch.randn(CACHED // 64 + 3, 64, generator=torch.Generator().manual_seed(0))
     precision = Precision("int", 3, 32)
-    assert torch.equal(Rtn().round(weight, precision), Rtn().codes(weight, precision).decode())
+    assert torch.equal(
+        Nearest().round(weight, precision), Nearest().codes(weight, precision).decode()
+    )
 
 
 @given(coded())
@@ -68,8 +70,8 @@ def test_what_is_stored_unpacks_to_what_was_scored(
     array = data.draw(hnp.arrays(np.float32, (2, cols), elements=values))
     weight = torch.from_numpy(array)
     before = weight.clone()
-    rounded = Rtn().round(weight, precision)
-    codes = Rtn().encode(weight, precision)
+    rounded = Nearest().round(weight, precision)
+    codes = Nearest().encode(weight, precision)
     assert torch.equal(weight, before), "the quantizer wrote to its input"
     assert torch.equal(codes.decode(), rounded)
     assert torch.equal(Codes.unpack(codes.pack(), precision, cols).decode(), rounded)
@@ -82,8 +84,8 @@ def test_rounding_is_the_nearest_of_the_levels(
     """Brute force: all 2^b values that a group's scale and zero point can express."""
     precision = Precision("int", bits, group, symmetric)
     weight = data.draw(hnp.arrays(np.float32, (2, 12), elements=values))
-    codes = Rtn().encode(torch.from_numpy(weight), precision)
-    rounded = Rtn().round(torch.from_numpy(weight), precision).numpy()
+    codes = Nearest().encode(torch.from_numpy(weight), precision)
+    rounded = Nearest().round(torch.from_numpy(weight), precision).numpy()
     scales = codes.scales.double().repeat_interleave(12 // codes.scales.shape[1], 1).numpy()
     if codes.zeros is None:
         zeros = np.full_like(scales, 2 ** (bits - 1))
@@ -98,7 +100,7 @@ def test_rounding_is_the_nearest_of_the_levels(
 def test_the_error_is_at_most_a_step(bits: int, data: st.DataObject) -> None:
     """Half a step inside the range, up to one at its ends: the zero point is rounded too."""
     weight = data.draw(hnp.arrays(np.float32, (1, 16), elements=values))
-    rounded = Rtn().round(torch.from_numpy(weight), Precision("int", bits)).numpy()
+    rounded = Nearest().round(torch.from_numpy(weight), Precision("int", bits)).numpy()
     span = max(weight.max(), 0) - min(weight.min(), 0)
     assert np.abs(rounded - weight).max() <= 1.02 * span / (2**bits - 1) + 1e-6
 
@@ -106,7 +108,7 @@ def test_the_error_is_at_most_a_step(bits: int, data: st.DataObject) -> None:
 def test_asymmetric_rounding_by_hand() -> None:
     """min -1, max 2, 2 bits: s = 1, z = 1, levels -1 0 1 2."""
     weight = torch.tensor([[-1.0, -0.4, 0.6, 2.0]])
-    codes = Rtn().encode(weight, Precision("int", 2))
+    codes = Nearest().encode(weight, Precision("int", 2))
     assert codes.codes.tolist() == [[0, 1, 2, 3]]
     assert codes.scales.tolist() == [[1.0]] and codes.zeros is not None
     assert codes.zeros.tolist() == [[1]]
@@ -115,13 +117,15 @@ def test_asymmetric_rounding_by_hand() -> None:
 
 def test_one_bit_keeps_signs_and_the_mean_size() -> None:
     weight = torch.tensor([[-3.0, 1.0, 0.0, 4.0]])
-    assert Rtn().round(weight, Precision("int", 1, None, True)).tolist() == [[-2, 2, 2, 2]]
+    assert Nearest().round(weight, Precision("int", 1, None, True)).tolist() == [[-2, 2, 2, 2]]
 
 
 def test_ternary_drops_the_small_and_averages_the_rest() -> None:
     """Mean size 2, threshold 1.4: 3 and -4 stay, their mean 3.5."""
     weight = torch.tensor([[3.0, -4.0, 0.5, -0.5]])
-    assert Rtn().round(weight, Precision("ternary", 2, None, True)).tolist() == [[3.5, -3.5, 0, 0]]
+    assert Nearest().round(weight, Precision("ternary", 2, None, True)).tolist() == [
+        [3.5, -3.5, 0, 0]
+    ]
 
 
 @pytest.mark.parametrize(("kind", "bits"), KINDS)
@@ -129,7 +133,7 @@ def test_ternary_drops_the_small_and_averages_the_rest() -> None:
 def test_constant_and_extreme_groups_stay_finite(kind: str, bits: int, fill: float) -> None:
     weight = torch.full((2, 8), fill)
     for symmetric in {True, kind == "ternary" or bits == 1}:
-        rounded = Rtn().round(weight, Precision(kind, bits, 4, symmetric))
+        rounded = Nearest().round(weight, Precision(kind, bits, 4, symmetric))
         assert torch.isfinite(rounded).all()
         assert (rounded - weight).abs().max() <= 0.51 * abs(fill) + 1e-6
 
@@ -139,7 +143,7 @@ def test_a_group_does_not_hear_its_neighbours() -> None:
     loud = weight.clone()
     loud[:, 32:] *= 50
     precision = Precision("int", 4, 32)
-    a, b = Rtn().round(weight, precision), Rtn().round(loud, precision)
+    a, b = Nearest().round(weight, precision), Nearest().round(loud, precision)
     assert torch.equal(a[:, :32], b[:, :32])
     assert not torch.equal(a[:, 32:], b[:, 32:])
 
@@ -148,7 +152,7 @@ def test_more_bits_are_closer() -> None:
     weight = torch.randn(8, 64)
 
     def error(precision: Precision) -> float:
-        return float((Rtn().round(weight, precision) - weight).norm())
+        return float((Nearest().round(weight, precision) - weight).norm())
 
     errors = [error(Precision("int", bits, 32)) for bits in range(2, 9)]
     assert errors == sorted(errors, reverse=True)
@@ -159,4 +163,6 @@ def test_more_bits_are_closer() -> None:
 def test_sixteen_bit_weights_round_as_their_fp32_values(dtype: torch.dtype) -> None:
     weight: Tensor = torch.randn(4, 32).to(dtype)
     precision = Precision("int", 3, 16)
-    assert torch.equal(Rtn().round(weight, precision), Rtn().round(weight.float(), precision))
+    assert torch.equal(
+        Nearest().round(weight, precision), Nearest().round(weight.float(), precision)
+    )

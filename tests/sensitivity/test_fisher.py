@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimizer.models.model import Model
 from optimizer.plan import Inventory, Layer, Precision
-from optimizer.sensitivity import Sensitivity, Task
+from optimizer.sensitivity import Task
+from optimizer.sensitivity import estimator as estimator_of
 from optimizer.sensitivity.fisher import (
     TOGETHER,
     diagonal,
@@ -346,7 +347,7 @@ ESTIMATORS = ("fisher", "directional", "tokenwise", "hessian", "kronecker")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_scoring_leaves_the_model_as_it_was(tiny: Model, estimator: str) -> None:
     before = {k: v.clone() for k, v in tiny.net.state_dict().items()}
-    score = Sensitivity(estimator=estimator).score
+    score = estimator_of(estimator)().score
     first = score(tiny, task(), window(4, 2), [1])
     assert np.array_equal(first, score(tiny, task(), window(4, 2), [1])), "not repeatable"
     assert not np.array_equal(first, score(tiny, task(), window(4, 2), [2]))
@@ -364,6 +365,6 @@ class Broken(Nudge):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_failure_leaves_no_gradients_on(tiny: Model, estimator: str) -> None:
     with pytest.raises(ZeroDivisionError):
-        Sensitivity(estimator=estimator).score(tiny, task(quantizer=Broken()), window(4), [1])
+        estimator_of(estimator)().score(tiny, task(quantizer=Broken()), window(4), [1])
     assert all(p.grad is None and not p.requires_grad for p in tiny.net.parameters())
     assert not any(module._forward_hooks for module in tiny.net.modules())

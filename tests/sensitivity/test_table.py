@@ -12,8 +12,10 @@ from optimizer.errors import ConfigError
 from optimizer.metrics.divergence import Teacher
 from optimizer.models.model import Model
 from optimizer.plan import Palette, Precision, fuse
-from optimizer.quantization.uniform import Rtn
-from optimizer.sensitivity import Sensitivity, Table, Task, chunks, palette_columns
+from optimizer.quantization.uniform import Nearest
+from optimizer.sensitivity import Table, Task, chunks, palette_columns
+from optimizer.sensitivity import estimator as estimator_of
+from optimizer.sensitivity.estimators import Estimator, Fisher
 from optimizer.sensitivity.measured import WINDOWS, measure
 from tests.conftest import Small
 
@@ -31,7 +33,7 @@ def test_chunks_are_even_and_cover_all(windows: int, count: int) -> None:
 def example(samples: np.ndarray) -> Table:
     groups = tuple((f"layer{i}",) for i in range(samples.shape[1]))
     columns = tuple(f"p{i}" for i in range(samples.shape[2]))
-    return Table.from_samples(Task(groups, columns, {}, Rtn()), samples)
+    return Table.from_samples(Task(groups, columns, {}, Nearest()), samples)
 
 
 def test_the_table_is_the_chunks_mean_with_its_standard_error() -> None:
@@ -85,12 +87,11 @@ def test_the_remedy_for_a_group_size_works(llama: Small) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (Sensitivity(estimator="magic"), "estimator is one of fisher"),
-        (Sensitivity(chunks=1), "at least two chunks"),
-        (Sensitivity(chunks=9), r"sensitivity\.chunks=9 with data\.calibration\.sequences=8"),
+        (Fisher(chunks=1), "at least two chunks"),
+        (Fisher(chunks=9), r"sensitivity\.chunks=9 with data\.calibration\.sequences=8"),
     ],
 )
-def test_wrong_settings(settings: Sensitivity, words: str) -> None:
+def test_wrong_settings(settings: Estimator, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         settings.check(8)
 
@@ -104,7 +105,7 @@ def task(model: Model, scope: str = "blocks", experts: str = "tensor") -> Task:
     layers = model.inventory.scoped([scope])
     palette = Palette(bits=[3, 4, 6, 16], group_size=32).precisions()
     fitted = palette_columns(layers, palette, nearest=False)
-    return Task(fuse(layers, [], experts), tuple(p.name for p in palette), fitted, Rtn())
+    return Task(fuse(layers, [], experts), tuple(p.name for p in palette), fitted, Nearest())
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -114,9 +115,9 @@ def test_every_estimator_fills_the_same_table(small: Small, estimator: str) -> N
     experts = any(x.kind == "experts" for x in small.inventory.layers)
     if estimator == "kronecker" and experts:
         with pytest.raises(ConfigError, match="sensitivity=fisher"):
-            Sensitivity(estimator=estimator).score(small.model, work, ids, [0])
+            estimator_of(estimator)().score(small.model, work, ids, [0])
         return
-    table = Sensitivity(estimator=estimator).score(small.model, work, ids, [0])
+    table = estimator_of(estimator)().score(small.model, work, ids, [0])
     assert table.shape == (len(work.groups), 4) and table.dtype == np.float64
     assert np.isfinite(table).all() and (table >= 0).all()
     assert (table[:, 3] == 0).all(), "untouched costs nothing"
@@ -127,7 +128,7 @@ def test_every_estimator_fills_the_same_table(small: Small, estimator: str) -> N
 def test_embeddings_and_heads_are_scored_too(small: Small, estimator: str) -> None:
     ids = np.random.default_rng(2).integers(96, size=(2, 12))
     work = task(small.model, "all")
-    table = Sensitivity(estimator=estimator).score(small.model, work, ids, [0])
+    table = estimator_of(estimator)().score(small.model, work, ids, [0])
     row = [i for i, g in enumerate(work.groups) if small.model.layers[g[0]].kind == "embedding"]
     assert row and (table[row, 0] > 0).any()
 
@@ -149,7 +150,7 @@ def text(stories: Model) -> Windows:
 
 def true_loss(model: Model, text: Windows, choice: dict[str, Precision]) -> float:
     teacher = Teacher(model.net, text)
-    with model.rounded(Rtn(), choice):
+    with model.rounded(Nearest(), choice):
         return teacher.score(model.net).mean_kl
 
 
@@ -165,7 +166,7 @@ def foretold(model: Model, text: Windows, estimator: str) -> tuple[np.ndarray, n
     """Predicted and true losses of plans from mostly three bits to mostly six, on the very
     windows that were scored."""
     work = task(model)
-    settings = Sensitivity(estimator=estimator)
+    settings = estimator_of(estimator)()
     runs = chunks(len(text.ids), 4)
     parts = [settings.score(model, work, text.ids[c], [0, c.start]) for c in runs]
     table = Table.from_samples(work, np.array(parts))

@@ -24,6 +24,7 @@ from optimizer.models.model import load_tokenizer
 from optimizer.models.source import Source
 from optimizer.models.stories import corpus
 from optimizer.plan import Budget
+from optimizer.quantization.methods import bind
 from optimizer.search import Search
 from optimizer.sensitivity import Task, fisher, slope
 from optimizer.stages import certify, objective, session
@@ -109,7 +110,7 @@ def test_the_probes_table_is_the_mean_square_of_a_margins_change(
     jobs, _ = objective._jobs(made, config)
     group, column = 5, chosen.columns.index("int8_g64")
     (name,) = chosen.groups[group]
-    quantizer = session.make_quantizer(config.quantizer, made)
+    quantizer = bind(config.quantizer, made)
     one = replace(chosen, groups=(chosen.groups[group],), columns=("int8_g64",))
     task = Task(one.groups, one.columns, one.fitted, quantizer)
     draws = [objective._signed(made.model.net, jobs, np.random.default_rng(i)) for i in range(40)]
@@ -179,7 +180,7 @@ def test_what_is_beside_the_windows_adds_up_to_the_objective(
     odd = teachers["odd"]
     count = len(odd.windows.ids)
     first = -(-count // 2)
-    with made.model.rounded(session.make_quantizer(config.quantizer, made), low(chosen, 2)):
+    with made.model.rounded(bind(config.quantizer, made), low(chosen, 2)):
         now = margins.measure(made.model.net, jobs)
         kl = np.array([odd.window(made.model.net, i) for i in range(count)])
         trials = [beside.loss(i) for i in range(USED)]
@@ -204,7 +205,7 @@ def test_what_is_beside_the_windows_adds_up_to_the_objective(
 def test_the_slope_knows_what_is_beside(source: Source, texts: Path, tmp_path: Path) -> None:
     config = asked(source, tmp_path / "s", texts, domain=2.0, probes=2.0)
     made, chosen = opened(config)
-    quantizer = session.make_quantizer(config.quantizer, made)
+    quantizer = bind(config.quantizer, made)
     task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
     beside = Beside(made, config, chosen, USED)
     teacher = Teacher(made.model.net, made.windows("search"))

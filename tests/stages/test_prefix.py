@@ -11,7 +11,7 @@ from torch import nn
 from optimizer.metrics.divergence import Teacher
 from optimizer.models.blockwise import blocks_of
 from optimizer.models.model import Model
-from optimizer.quantization.uniform import Rtn
+from optimizer.quantization.uniform import Nearest
 from optimizer.stages.prefix import Prefix, Shortcut
 from tests.conftest import Small, mixed
 from tests.metrics.test_divergence import windows
@@ -38,7 +38,7 @@ def test_a_window_that_starts_at_a_door_gives_the_whole_passs_loss(small: Small)
     last = [x.name for x in small.inventory.layers if x.block == 1]
     after = {name: before[name] for name in before if name not in last}
     known = Prefix(before)
-    with model.rounded(Rtn(), before) as rounding:
+    with model.rounded(Nearest(), before) as rounding:
         for window in range(3):
             shortcut.window(window, None, known)
         rounding.set(after)
@@ -61,7 +61,7 @@ def test_blocks_before_the_first_change_do_not_run_again(stories: Model) -> None
     after = {n: p for n, p in before.items() if n != last}
     assert shortcut.first(before, after) == count - 1
     known, own = Prefix(before), Prefix(after)
-    with counted(stories) as ran, stories.rounded(Rtn(), before) as rounding:
+    with counted(stories) as ran, stories.rounded(Nearest(), before) as rounding:
         shortcut.window(0, None, known)
         assert ran == list(range(count))
         ran.clear()

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from optimizer.commands import optimize
-from optimizer.config import Optimize, Quantizer
+from optimizer.config import Optimize
 from optimizer.data.text import Part
 from optimizer.errors import ConfigError, StorageError
 from optimizer.models.source import Source
 from optimizer.plan import Budget
+from optimizer.quantization.methods import Gptq, bind
 from optimizer.search import SPACES, Search
 from optimizer.sensitivity import slope
 from optimizer.stages import objective, refine, session
@@ -45,7 +46,7 @@ def test_a_searched_plan_fits_and_the_second_run_measures_nothing(
 
 
 def test_the_search_works_with_gptq(source: Source, tmp_path: Path) -> None:
-    config = searched(source, tmp_path / "s", quantizer=Quantizer(name="gptq"))
+    config = searched(source, tmp_path / "s", quantizer=Gptq())
     assert optimize.optimize(config, tmp_path / "r").plan.effective_bits <= 3.6
 
 
@@ -121,7 +122,7 @@ def test_the_slope_is_the_losss_derivative(source: Source, tmp_path: Path) -> No
     config = settings(source, tmp_path / "s", budget=Budget(bits=3.6))
     table = session.Bench(config.model, None, config.data, config.store, "cpu", session.View())
     chosen = session.choices(config, table.inventory)
-    quantizer = session.make_quantizer(config.quantizer, table)
+    quantizer = bind(config.quantizer, table)
     task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
     teacher = Teacher(table.model.net, table.windows("search"))
     low, high = chosen.columns.index("int3_g64"), chosen.columns.index("int8_g64")

@@ -43,7 +43,7 @@ from optimizer.models.model import Model, finite, places, skeleton, unmatrix
 from optimizer.models.source import PACKED_FILE, POOLING, is_encoder, pooling
 from optimizer.plan import UNTOUCHED, Inventory, Layer, Other, Place, Plan, Precision
 from optimizer.quantization.ggml import Blocks
-from optimizer.quantization.uniform import Codes, Rtn
+from optimizer.quantization.uniform import Codes, Nearest
 
 __all__ = ["check_target", "load", "pack", "save", "verify"]
 
@@ -78,7 +78,7 @@ def pack(
 ) -> dict[str, Tensor]:
     """The plan's stored tensors by name, as packed.safetensors holds them; what isn't quantized is
     the checkpoint's own, bit for bit, but for what the codes' scales went into."""
-    encoder = encoder or Rtn()
+    encoder = encoder or Nearest()
     choice, inventory = plan.choice, model.inventory
     tensors: dict[str, Tensor] = {}
     for layer in track(inventory.layers, "packing layers"):
@@ -315,7 +315,7 @@ def linear(weight: Tensor, precision: Precision, tied: bool, device: str) -> Cal
     layer = Layer("own", rows, cols, "linear", "own", None, "weight", shape, tied=tied)
     untouched = precision.kind == "none"
     stored = {"own": weight.bfloat16()} if untouched else {
-        f"own.{suffix}": part for suffix, part in Rtn().encode(weight, precision).pack().items()
+        f"own.{suffix}": part for suffix, part in Nearest().encode(weight, precision).pack().items()
     }  # fmt: skip
 
     def make() -> Any:

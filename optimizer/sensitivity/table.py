@@ -1,0 +1,156 @@
+"""What each choice would cost: table[group, precision] in nats per token, with standard errors.
+
+Every estimator fills the same table. Nothing here loads torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optimizer.errors import ConfigError
+from optimizer.plan import GGML, UNTOUCHED, Precision
+
+if TYPE_CHECKING:
+    from optimizer.models.model import Rounder
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be scored: groups of layers x a palette, rounded by a quantizer.
+
+    groups: lists of layer names. palette: column names -> precision; `fitted` gives the
+    precision that a column means for one layer (its group size may have been adapted).
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    columns: tuple[str, ...]
+    fitted: dict[tuple[str, str], Precision]  # (layer, column) -> precision
+    quantizer: Rounder
+
+    @property
+    def layers(self) -> list[str]:
+        return [name for group in self.groups for name in group]
+
+    def collect(self, losses: dict[str, np.ndarray]) -> np.ndarray:
+        """Layer -> losses [precisions] to [groups, precisions]: layers of a group add up."""
+        return np.array([np.sum([losses[name] for name in group], 0) for group in self.groups])
+
+
+@dataclass(frozen=True)
+class Table:
+    """loss, stderr: [groups, precisions], nats per token. samples [chunks, groups, precisions]
+    are the chunks' own estimates; they share their weights with all groups, so a plan's standard
+    error counts the correlation between groups."""
+
+    groups: tuple[tuple[str, ...], ...]
+    columns: tuple[str, ...]
+    loss: np.ndarray
+    stderr: np.ndarray
+    samples: np.ndarray
+
+    @classmethod
+    def from_samples(cls, task: Task, samples: np.ndarray) -> Table:
+        spread = samples.std(0, ddof=1) / np.sqrt(len(samples))
+        return cls(task.groups, task.columns, samples.mean(0), spread, samples)
+
+    def with_rows(self, rows: dict[int, tuple[np.ndarray, np.ndarray]]) -> Table:
+        """Replace groups' (loss, stderr) by measured ones."""
+        loss, stderr, samples = self.loss.copy(), self.stderr.copy(), self.samples.copy()
+        for group, (mean, error) in rows.items():
+            samples[:, group] += mean - loss[group]
+            loss[group], stderr[group] = mean, error
+        return Table(self.groups, self.columns, loss, stderr, samples)
+
+    def scaled(self, rows: np.ndarray) -> Table:
+        """Each group's losses times a factor [groups]."""
+        wide = rows[:, None]
+        return Table(
+            self.groups, self.columns, self.loss * wide, self.stderr * wide, self.samples * wide
+        )
+
+    def predict(self, columns: np.ndarray) -> tuple[float, float]:
+        """One column index per group -> predicted loss and its standard error."""
+        rows = np.arange(len(self.groups))
+        per_chunk = self.samples[:, rows, columns].sum(1)
+        error = per_chunk.std(ddof=1) / np.sqrt(len(per_chunk))
+        return float(self.loss[rows, columns].sum()), float(error)
+
+
+def chunks(windows: int, count: int) -> list[slice]:
+    """`windows` cut into `count` runs of almost equal length."""
+    edges = np.linspace(0, windows, count + 1).round().astype(int)
+    return [slice(int(a), int(b)) for a, b in pairwise(edges)]
+
+
+def palette_columns(
+    layers: Sequence[Any], palette: Sequence[Precision], fit: str
+) -> dict[tuple[str, str], Precision]:
+    """(layer, column) -> precision. fit: see `Palette`. Raises ConfigError where a group divides no
+    layer at all, or with `strict` where it doesn't divide one."""
+    fitted = {}
+    for precision in palette:
+        odd = [layer for layer in layers if not precision.fits(layer.cols)]
+        if odd and (fit == "strict" or (fit == "untouched" and len(odd) == len(layers))):
+            raise ConfigError(
+                f"A group must divide a layer's columns: groups of {precision.group_size} don't "
+                f"divide the {odd[0].cols} columns of {odd[0].name}. {_remedy(layers, precision)}"
+            )
+        for layer in layers:
+            fits = fit == "nearest" or precision.fits(layer.cols)
+            fitted[layer.name, precision.name] = (
+                precision.nearest(layer.cols) if fits else UNTOUCHED
+            )
+    return fitted
+
+
+def agreeing(
+    groups: Sequence[Sequence[str]],
+    columns: Sequence[str],
+    fitted: dict[tuple[str, str], Precision],
+) -> dict[tuple[str, str], Precision]:
+    """With a whole group untouched where one of its layers is: an engine loads them alike."""
+    bare = {
+        (name, column)
+        for group in groups
+        for column in columns
+        if any(fitted[x, column].kind == "none" for x in group)
+        for name in group
+    }
+    return {key: UNTOUCHED if key in bare else p for key, p in fitted.items()}
+
+
+def unfitting(layers: Sequence[Any], palette: Sequence[Precision], fit: str) -> tuple[str, ...]:
+    """A word on the layers that stay untouched since no group divides them, for each length."""
+    if fit != "untouched":
+        return ()
+    notes = []
+    for size in sorted({p.group_size for p in palette if p.group_size is not None}):
+        odd = [layer for layer in layers if layer.cols % size]
+        if odd:
+            more = f" and {len(odd) - 1} more" * (len(odd) > 1)
+            notes.append(
+                f"Groups of {size} don't divide the {odd[0].cols} columns of {odd[0].name}{more}: "
+                "untouched in every precision with such groups. palette.fit=nearest rounds them in "
+                "other groups."
+            )
+    return tuple(notes)
+
+
+def _remedy(layers: Sequence[Any], precision: Precision) -> str:
+    """What would divide every layer; the blocks of llama.cpp have the length that they have."""
+    if precision.kind in GGML:
+        return (
+            f"Leave {precision.name} out of palette.bits, or set palette.fit=nearest to take what "
+            "llama.cpp falls back to."
+        )
+    common = precision.nearest(math.gcd(*(layer.cols for layer in layers)))
+    return (
+        f"Set palette.group_size to a divisor of all ({common.group_size} is the nearest), or "
+        "palette.fit=nearest to take the nearest divisor for each layer."
+    )

@@ -1,0 +1,134 @@
+"""One truth about a method: what conf/ says and what Python says are the same."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pytest
+
+from optimizer.config import Optimize
+from optimizer.errors import ConfigError
+from optimizer.formats.runtime import Runtime
+from optimizer.metrics.objective import Meaning
+from optimizer.plan import Budget, Palette, Policy
+from optimizer.quantization.methods import (
+    Auto,
+    Awq,
+    Gptq,
+    Quantizer,
+    Rtn,
+    method,
+    methods,
+    of_plan,
+)
+from optimizer.search import Search
+from optimizer.sensitivity import (
+    Directional,
+    Fisher,
+    Hessian,
+    Kronecker,
+    Measured,
+    Tokenwise,
+    estimators,
+)
+from optimizer.sensitivity.estimators import AutoEstimator, Gain
+from tests.cli.test_compose import CHOICES, composed
+
+TWINS: dict[tuple[str, str], Any] = {
+    ("quantizer", "auto"): Auto(),
+    ("quantizer", "rtn"): Rtn(),
+    ("quantizer", "gptq"): Gptq(),
+    ("quantizer", "awq"): Awq(),
+    ("sensitivity", "auto"): AutoEstimator(),
+    ("sensitivity", "gain"): Gain(),
+    ("sensitivity", "fisher"): Fisher(),
+    ("sensitivity", "directional"): Directional(),
+    ("sensitivity", "tokenwise"): Tokenwise(),
+    ("sensitivity", "hessian"): Hessian(),
+    ("sensitivity", "kronecker"): Kronecker(),
+    ("palette", "default"): Palette(),
+    ("policy", "free"): Policy(),
+    ("runtime", "torch"): Runtime(),
+    ("meaning", "mean"): Meaning(),
+    ("search", "moves"): Search(),
+    ("search", "exact"): Search(space="exact"),
+}
+
+
+@pytest.mark.parametrize(("group", "choice"), TWINS)
+def test_the_command_line_and_python_mean_the_same(group: str, choice: str) -> None:
+    found, twin = getattr(composed("optimize", f"{group}={choice}"), group), TWINS[group, choice]
+    assert type(found) is type(twin) and found == twin
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_quantizer_and_estimator_has_a_twin(group: str, choice: str) -> None:
+    if group in ("quantizer", "sensitivity"):
+        assert (group, choice) in TWINS
+
+
+@pytest.mark.parametrize("made", [Rtn(), Gptq(), Awq()])
+def test_a_quantizer_brings_the_sensitivity_that_suits_it(made: Quantizer) -> None:
+    found = composed("optimize", f"quantizer={made.name}")
+    plain = Optimize(model="stories", budget=Budget(bits=4.5), quantizer=made)
+    assert found.quantizer == plain.quantizer and found.sensitivity == plain.sensitivity
+
+
+def test_every_registered_method_has_a_file_of_its_own() -> None:
+    assert set(methods()) == {choice for group, choice in CHOICES if group == "quantizer"}
+    assert set(estimators()) == {choice for group, choice in CHOICES if group == "sensitivity"}
+
+
+@pytest.mark.parametrize("made", [Rtn(clip=True), Gptq(order="groups"), Awq()])
+def test_a_plan_names_a_method_and_its_values(made: Quantizer) -> None:
+    assert of_plan(made.described("tokens")) == made
+
+
+def test_plans_from_before_there_was_a_weighting_mean_that_tokens_count_alike() -> None:
+    old = {"name": "gptq", "damping": 0.01, "order": "groups", "clip": False, "inputs": "rounded"}
+    assert of_plan(old | {"tokens": "t"}) == Gptq(damping=0.01, order="groups", weighting="alike")
+
+
+def test_a_field_that_is_added_changes_the_key() -> None:
+    @dataclass(kw_only=True)
+    class One(Quantizer):
+        name: str = field(default="one", init=False)
+
+    plain = One()
+
+    @dataclass(kw_only=True)
+    class Two(Quantizer):
+        name: str = field(default="one", init=False)
+        strength: float = 0.5
+
+    Two.__name__ = "One"
+    assert plain.key(None) != Two().key(None)
+    assert Two().key(None) != Two(strength=0.6).key(None)
+    before = plain.key(None)
+    One.VERSION = 2
+    assert plain.key(None) != before
+
+
+@pytest.mark.parametrize("made", [Fisher(), Hessian()])
+def test_an_estimators_key_has_its_settings_and_not_what_is_measured_beside(made: Any) -> None:
+    other = type(made)(chunks=made.chunks + 1)
+    assert other.key != made.key
+    assert type(made)(measured=Measured(groups=["*"])).key == made.key
+    assert len({str(e().key) for e in estimators().values()}) == len(estimators())
+
+
+def test_an_unknown_method_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="rtn, gptq, awq, not 'best'"):
+        method("best")
+
+
+def test_a_value_of_another_type_names_its_key() -> None:
+    with pytest.raises(ConfigError, match=r"quantizer\.damping"):
+        composed("optimize", "quantizer=gptq", "quantizer.damping=much")
+    with pytest.raises(ConfigError, match="probes"):
+        composed("optimize", "sensitivity=hessian", "sensitivity.probes=many")
+
+
+def test_settings_are_written_with_their_names() -> None:
+    assert asdict(Gptq())["name"] == "gptq" and asdict(Tokenwise())["estimator"] == "tokenwise"
