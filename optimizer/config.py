@@ -11,6 +11,7 @@ from optimizer.data import domains as texts
 from optimizer.data.domains import BUILT_IN
 from optimizer.data.text import Data, check_seed
 from optimizer.errors import ConfigError
+from optimizer.formats.format import format_of
 from optimizer.formats.runtime import Runtime
 from optimizer.metrics.objective import Meaning
 from optimizer.plan import Budget, Palette, Policy, parse_size
@@ -348,9 +349,11 @@ def conf_folder() -> Path:
 
 
 def profile(name: str) -> Runtime:
-    """The rules of an engine from conf/runtime/."""
+    """The rules of an engine from conf/runtime/, or its format's own. Raises ConfigError."""
     from omegaconf import OmegaConf
 
+    if not (conf_folder() / "runtime" / f"{name}.yaml").is_file():
+        return format_of(name).runtime()
     values: Any = OmegaConf.to_container(
         OmegaConf.load(conf_folder() / "runtime" / f"{name}.yaml")
     )

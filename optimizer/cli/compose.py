@@ -20,6 +20,7 @@ from optimizer.config import (
     conf_folder,
 )
 from optimizer.errors import ConfigError
+from optimizer.formats.format import formats
 from optimizer.quantization.methods import method, methods
 from optimizer.search import credentials
 from optimizer.sensitivity import estimator, estimators
@@ -55,6 +56,9 @@ def register() -> None:
         if schema is Optimize:  # their types depend on their names, see `build`
             node.quantizer, node.sensitivity = {}, {}
         store.store(name=f"{name}_schema", node=node)
+    for name, form in formats().items():
+        if not (conf_folder() / "runtime" / f"{name}.yaml").is_file():
+            store.store(group="runtime", name=name, node=form().runtime())
     for group, (key, classes, _) in METHODS.items():
         for name, made in classes().items():
             if not (conf_folder() / group / f"{name}.yaml").is_file():

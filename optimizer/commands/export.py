@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -19,13 +18,10 @@ from optimizer.config import profile
 from optimizer.data import pairs
 from optimizer.errors import ConfigError, ModelError, PlanError
 from optimizer.formats import lm_eval, recipes, registry
-from optimizer.formats.gguf import writer
-from optimizer.formats.gguf.base import Base
+from optimizer.formats.format import Format, Subject, format_of, formats
 from optimizer.formats.model_card import card
-from optimizer.formats.registry import CHECKPOINTS
 from optimizer.formats.rules import Verdict
-from optimizer.formats.safetensors import checkpoint
-from optimizer.formats.safetensors.loader import Loading, loading
+from optimizer.formats.safetensors.loader import loading
 from optimizer.models.source import PACKED_FILE, Source
 from optimizer.plan import Inventory, Plan
 from optimizer.stages.session import View
@@ -34,20 +30,9 @@ from optimizer.store import Store
 if TYPE_CHECKING:
     from torch import Tensor
 
-# what `to=` may say -> the runtime profile whose rules it must meet
-TARGETS = {
-    "torch": "torch",
-    "vllm": "vllm",
-    "compressed-tensors": "vllm",
-    "transformers": "transformers",
-    "llamacpp": "llamacpp",
-    "gguf": "llamacpp",
-    "autoround": "autoround",
-    "gptq": "gptq",
-}
+ALIASES = {"compressed-tensors": "vllm", "gguf": "llamacpp"}
 HARNESS = "lm-eval"  # our probes as its tasks; the plan says nothing about them
 RECIPES = {"llm-compressor": "vllm", "llama-quantize": "llamacpp"}
-ALLOWED = 2.0**-11  # of a weight: an fp16 minimum instead of an integer zero point
 
 
 @dataclass(frozen=True)
@@ -58,22 +43,21 @@ class Job:
     source: Source
     inventory: Inventory
     engine: str
-    base: Base | None
+    base: Any = None  # see `Format.base`
     refused: str | None = None  # why there is no base
 
-    @cached_property
-    def loading(self) -> Loading | None:
-        """What transformers does to the layers, where it is the engine."""
-        return (
-            loading(self.source.folder, self.inventory) if self.engine == "transformers" else None
-        )
+    @property
+    def subject(self) -> Subject:
+        return Subject(self.inventory, self.source.folder, self.base)
+
+    @property
+    def format(self) -> Format:
+        return format_of(self.engine)
 
     def check(self) -> Verdict:
         if self.refused is not None:
             return Verdict(self.engine, (self.refused,))
-        return registry.check(
-            self.plan, self.inventory, profile(self.engine), self.source.folder, self.base
-        )
+        return registry.check(self.plan, profile(self.engine), self.subject)
 
 
 def check(
@@ -87,7 +71,7 @@ def check(
 def _job(
     command: str, plan: Plan, to: str, store: str, model: str | None, gguf: str | None
 ) -> Job:
-    known = TARGETS | RECIPES
+    known = {name: name for name in formats()} | ALIASES | RECIPES
     if to not in known:
         names = [*known, *([HARNESS] if command == "export" else [])]
         raise ConfigError(f"to= is one of {', '.join(names)}, not {to!r}.")
@@ -144,12 +128,12 @@ def export(
 
             torch_backend.put(tensors, plan, job.inventory, job.source.folder, draft)
             return
-        _write(job, tensors, draft)
+        job.format.write(plan, job.subject, tensors, draft)
         view.stage("reading it back")
         own = _compare(job, tensors, draft, verdict)
         readers.extend(_read_back(job, tensors, own, draft))
         found = replace(verdict, readers=tuple(readers))
-        (draft / "README.md").write_text(card(plan, found), encoding="utf-8")
+        (draft / "README.md").write_text(card(plan, found, job.format.run), encoding="utf-8")
         folders.seal(plan, draft, {"engine": job.engine})
 
     folders.publish(out, fill)
@@ -182,16 +166,6 @@ def _stored(job: Job, packed: Path | None, store: Store, view: View) -> dict[str
     return torch_backend.pack(job.plan, reference, view.track, encoder)
 
 
-def _write(job: Job, tensors: Mapping[str, Tensor], draft: Path) -> None:
-    plan, inventory, folder = job.plan, job.inventory, job.source.folder
-    if job.engine == "llamacpp":
-        assert job.base is not None
-        writer.write(plan, inventory, tensors, job.base, draft)
-    else:
-        more = [] if job.loading is None else [job.loading]
-        CHECKPOINTS[job.engine].write(plan, inventory, tensors, folder, draft, *more)
-
-
 def _read_back(
     job: Job, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], draft: Path
 ) -> list[str]:
@@ -214,7 +188,9 @@ def _read_back(
         words = net.get_output_embeddings().weight.shape[0]
         wanted = read_back.log_probabilities(net, read_back.window(words))
         del net
-    halves = job.loading is None or job.loading.halves(job.plan)
+    halves = job.engine != "transformers" or loading(job.source.folder, job.inventory).halves(
+        job.plan
+    )
     return [read_back.by_transformers(job.engine, draft, wanted, halves)]
 
 
@@ -225,18 +201,13 @@ def _compare(
     PlanError."""
     from optimizer.quantization.uniform import Codes
 
-    backend: Any = CHECKPOINTS.get(job.engine, writer)
-    file = draft / (writer.FILE if backend is writer else checkpoint.FILE)
-    size = file.stat().st_size
+    size = (draft / job.format.file).stat().st_size
     if size != verdict.bytes:
         raise PlanError(
             f"The {job.engine} file must have {verdict.bytes} bytes and has {size}. Nothing was kept; "
             "export to=torch, which holds every plan."
         )
-    more: list[Any] = [] if job.loading is None else [job.loading]
-    more += [] if job.base is None else [job.base]
-    found = backend.decode(draft, job.plan, job.inventory, *more)
-    allowed = ALLOWED if backend is writer else 0.0
+    found = job.format.read_back(draft, job.plan, job.subject)
     for layer in job.inventory.layers:
         precision = job.plan.choice[layer.name]
         if precision.kind == "none":
@@ -246,7 +217,7 @@ def _compare(
         read = found[layer.name]
         there = ~read.isnan().all(1)  # a GGUF leaves out words beyond its vocabulary
         off = float((read - own)[there].abs().max())
-        if not off <= allowed * float(own.abs().max()):
+        if not off <= job.format.allowed * float(own.abs().max()):
             raise PlanError(
                 f"Read back, {layer.name} differs from the plan's weights by up to {off:g}. Nothing "
                 "was kept; export to=torch, which holds every plan."

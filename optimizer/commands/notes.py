@@ -9,6 +9,7 @@ import numpy as np
 
 from optimizer.config import Optimize
 from optimizer.formats import registry
+from optimizer.formats.format import Subject, format_of
 from optimizer.plan import UNTOUCHED, Inventory, Plan
 from optimizer.search import Problem, exact
 from optimizer.stages.session import Bench, Choices
@@ -105,11 +106,12 @@ def outside(inventory: Inventory, chosen: Choices, plan: Plan, total: int) -> li
 def file(config: Optimize, bench: Bench, chosen: Choices, plan: Plan) -> list[str]:
     """What the plan weighs in its engine's own format, and what of that is out of scope."""
     runtime = config.runtime
-    verdict = registry.check(plan, bench.inventory, runtime, bench.source.folder, chosen.base)
+    subject = Subject(bench.inventory, bench.source.folder, chosen.base)
+    verdict = registry.check(plan, runtime, subject)
     if verdict.errors or verdict.bytes is None:
         return [f"{runtime.name} would not run this plan: {' '.join(verdict.errors)}"]
     left = outside(bench.inventory, chosen, plan, verdict.bytes)
-    if runtime.name not in registry.HOLDS:
+    if not format_of(runtime.name).larger:
         return left
     return [
         *left,

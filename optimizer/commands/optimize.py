@@ -23,6 +23,7 @@ from optimizer.commands import notes as remarks
 from optimizer.config import Optimize
 from optimizer.errors import ModelError
 from optimizer.formats import registry
+from optimizer.formats.format import Subject
 from optimizer.plan import Budget, Inventory, Plan, Precision, assemble
 from optimizer.quantization.methods import bind
 from optimizer.reports import html as page
@@ -156,7 +157,7 @@ def _checked(config: Optimize, view: View) -> tuple[Optimize, Bench, Choices]:
     chosen = choices(config, bench.inventory, folder, base)
     if config.budget.size is not None:
         every = _uniform(chosen)
-        over = registry.overhead(bench.inventory, config.runtime, every, folder, base)
+        over = registry.overhead(config.runtime, Subject(bench.inventory, folder, base), every)
         chosen = replace(chosen, overhead=over)
     if config.proof.certify:
         certify.check(bench, _asked(config))

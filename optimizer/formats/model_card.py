@@ -10,19 +10,9 @@ from optimizer.certificate.wording import LABELS, in_unit, unit_of
 from optimizer.formats.rules import Verdict
 from optimizer.plan import Plan
 
-RUN = {
-    "torch": "optimizer.load(THIS_FOLDER)  # Python, pip install mezzotint; a transformers model",
-    "vllm": "vllm serve THIS_FOLDER",
-    "transformers": "AutoModelForCausalLM.from_pretrained(THIS_FOLDER)  # pip install "
-    "compressed-tensors",
-    "autoround": "AutoModelForCausalLM.from_pretrained(THIS_FOLDER)  # pip install auto-round",
-    "gptq": "GPTQModel.load(THIS_FOLDER)  # pip install gptqmodel; or vllm serve THIS_FOLDER",
-    "llamacpp": "llama-server --model THIS_FOLDER/model.gguf",
-}
 
-
-def card(plan: Plan, verdict: Verdict) -> str:
-    """Markdown."""
+def card(plan: Plan, verdict: Verdict, run: str) -> str:
+    """Markdown. run: how a person starts the engine."""
     name = str(plan.model["name"])
     lines = [
         f"# {name}, quantized by a plan",
@@ -32,7 +22,7 @@ def card(plan: Plan, verdict: Verdict) -> str:
         f"{plan.provenance.get('versions', {}).get('mezzotint', '')} from plan {plan.id}.",
         "",
         "```",
-        RUN[verdict.engine],
+        run,
         "```",
         "",
         "## How it was made",

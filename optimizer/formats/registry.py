@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,64 +14,32 @@ import numpy as np
 
 from optimizer.errors import ConfigError
 from optimizer.formats import rules
-from optimizer.formats.gguf import base as gguf_base
-from optimizer.formats.gguf import writer
-from optimizer.formats.gguf.base import Base
+from optimizer.formats.format import Subject, format_of
 from optimizer.formats.rules import Demands, Verdict
 from optimizer.formats.runtime import Runtime
-from optimizer.formats.safetensors import autoround, compressed_tensors, gptq
 from optimizer.formats.safetensors.joined import joined
-from optimizer.formats.safetensors.loader import loading
 from optimizer.models.source import Source
 from optimizer.plan import Inventory, Layer, Plan, Precision, Rule, assemble
 from optimizer.store import Store
 
-# the engines that load safetensors -> the module that writes their format
-CHECKPOINTS: dict[str, Any] = {
-    "vllm": compressed_tensors,
-    "transformers": compressed_tensors,
-    "autoround": autoround,
-    "gptq": gptq,
-}
-# a layer and what it would become -> None, or why the engine can't hold it; torch holds everything,
-# and what transformers holds depends on the model's class
-HOLDS: dict[str, Callable[[Layer, Precision], str | None]] = {
-    "vllm": rules.linear_only,
-    "transformers": rules.linear_only,
-    "autoround": gptq.shaped,
-    "gptq": gptq.shaped,
-    "llamacpp": writer.holds,
-}
-
 
 def base_of(
     runtime: Runtime, source: Source, inventory: Inventory, store: Store, given: str | None
-) -> Base | None:
+) -> Any:
     """What the engine's file is made from, where it isn't made from the plan alone: llama.cpp's.
-    given: the user's own GGUF. Raises ModelError where the engine can't hold this model."""
-    if runtime.name == "llamacpp":
-        return gguf_base.find(source, inventory, store, given)
-    if given is not None:
-        raise ConfigError(
-            f"gguf= is for runtime=llamacpp and to=gguf, not for {runtime.name}. Leave it out."
-        )
-    return None
+    given: the user's own file. Raises ModelError where the engine can't hold this model."""
+    return format_of(runtime.name).base(source, inventory, store, given)
 
 
 def demands(
-    runtime: Runtime, inventory: Inventory, folder: Path | None = None, base: Base | None = None
+    runtime: Runtime, inventory: Inventory, folder: Path | None = None, base: Any = None
 ) -> Demands:
     """What the engine asks of plans for this model. folder: the model's; None: what it asks of any.
     base: see `base_of`."""
-    if base is not None:
-        return writer.demands(runtime, base)
-    if runtime.name == "transformers" and folder is not None:
-        return compressed_tensors.demands(runtime, inventory, loading(folder, inventory))
-    together = joined(runtime, folder)
-    holds = HOLDS.get(runtime.name, rules.anything)
-    if runtime.name == "autoround" and folder is not None:
-        holds = autoround.holds(loading(folder, inventory))
-    return Demands(runtime, together.groups, holds, notes=together.notes)
+    found = format_of(runtime.name)
+    if folder is None:
+        return Demands(runtime, joined(runtime, None).groups, found.holds)
+    return found.demands(runtime, Subject(inventory, folder, base))
 
 
 def offered(
@@ -174,50 +142,30 @@ def told(runtime: Runtime, found: Sequence[Rule]) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def check(
-    plan: Plan, inventory: Inventory, runtime: Runtime, folder: Path, base: Base | None = None
-) -> Verdict:
-    """Whether the engine would load and run the plan, and its file's exact bytes. folder: the
-    reference's; base: see `base_of`."""
-    return checker(inventory, runtime, folder, base)(plan)
-
-
-def checker(
-    inventory: Inventory, runtime: Runtime, folder: Path, base: Base | None = None
-) -> Callable[[Plan], Verdict]:
-    """`check` for many plans of one model."""
-    if runtime.name == "llamacpp":
-        if base is None:
-            raise ConfigError("A GGUF is made from a base file; see formats.registry.base_of.")
-        return lambda plan: writer.check(plan, inventory, runtime, base)
-    if runtime.name not in CHECKPOINTS:
-        return lambda plan: rules.packed(plan, runtime)
-    if runtime.name == "transformers":
-        found = loading(folder, inventory)
-        asked = compressed_tensors.demands(runtime, inventory, found)
-        return lambda plan: compressed_tensors.check(plan, inventory, asked, found)
-    own, module = demands(runtime, inventory, folder), CHECKPOINTS[runtime.name]
-    return lambda plan: module.check(plan, inventory, own)
+def check(plan: Plan, runtime: Runtime, subject: Subject) -> Verdict:
+    """Whether the engine would load and run the plan, and its file's exact bytes."""
+    return format_of(runtime.name).checker(runtime, subject)(plan)
 
 
 def overhead(
-    inventory: Inventory,
-    runtime: Runtime,
-    choices: Iterable[Mapping[str, Precision]],
-    folder: Path,
-    base: Base | None = None,
+    runtime: Runtime, subject: Subject, choices: Iterable[Mapping[str, Precision]]
 ) -> int:
     """The most bytes by which the engine's file exceeds our packed one in any of these choices: its
     vocabulary, indices, wider scales."""
-    if runtime.name not in HOLDS:
+    engine = format_of(runtime.name)
+    if not engine.larger:
         return 0
-    most, verdict = 0, checker(inventory, runtime, folder, base)
+    most, verdict, inventory = 0, engine.checker(runtime, subject), subject.inventory
     for choice in choices:
         plan = assemble(
-            inventory, [x for x in inventory.layers if x.name in choice], choice,
-            model={"name": str(folder), "fingerprint": ""}, runtime=runtime.name,
-            quantizer={"name": "rtn"}, predicted={"kl": 0.0, "stderr": 0.0},
-        )  # fmt: skip
+            inventory,
+            [x for x in inventory.layers if x.name in choice],
+            choice,
+            model={"name": str(subject.folder), "fingerprint": ""},
+            runtime=runtime.name,
+            quantizer={"name": "rtn"},
+            predicted={"kl": 0.0, "stderr": 0.0},
+        )
         size = verdict(plan).bytes
         most = max(most, 0 if size is None else size - plan.bytes["total"])
     return most

@@ -13,6 +13,7 @@ from optimizer import search
 from optimizer.commands import export, notes, optimize
 from optimizer.errors import ConfigError
 from optimizer.formats import registry
+from optimizer.formats.format import Subject
 from optimizer.models.source import locate
 from optimizer.plan import Budget, Inventory, Plan, assemble
 from optimizer.stages.session import Choices, choices
@@ -101,9 +102,8 @@ def test_a_size_is_that_of_the_engines_file(wide: Wide, runtime: str) -> None:
     """Whatever the table says: plans fill the budget, and no file is larger."""
     config = composed("optimize", f"runtime={runtime}", "scope=all")
     found = choices(config, wide.inventory, wide.folder)
-    over = registry.overhead(
-        wide.inventory, config.runtime, optimize._uniform(found), wide.folder, None
-    )
+    subject = Subject(wide.inventory, wide.folder)
+    over = registry.overhead(config.runtime, subject, optimize._uniform(found))
     assert (over == 0) == (runtime == "torch")
     rng, size = np.random.default_rng(0), 1_250_000
     for seed in range(6):

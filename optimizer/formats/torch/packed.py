@@ -32,6 +32,7 @@ from optimizer.formats.folder import (
     save_tensors,
     seal,
 )
+from optimizer.formats.format import Torch
 from optimizer.formats.model_card import card
 from optimizer.formats.runtime import Runtime
 from optimizer.formats.torch import kernels
@@ -117,7 +118,7 @@ def put(
         (out / POOLING).write_text(text + "\n", encoding="utf-8")
     text = json.dumps(inventory.to_json()) + "\n"
     (out / INVENTORY).write_text(text, encoding="utf-8")
-    text = card(plan, rules.packed(plan, Runtime()))
+    text = card(plan, rules.packed(plan, Runtime()), Torch.run)
     (out / "README.md").write_text(text, encoding="utf-8")
     seal(plan, out, {"engine": "torch"})
 
