@@ -104,7 +104,7 @@ ESTIMATORS = ("fisher", "directional", "tokenwise", "hessian", "kronecker")
 def task(model: Model, scope: str = "blocks", experts: str = "tensor") -> Task:
     layers = model.inventory.scoped([scope])
     palette = Palette(bits=[3, 4, 6, 16], group_size=32).precisions()
-    fitted = palette_columns(layers, palette, nearest=False)
+    fitted = palette_columns(layers, palette, "strict")
     return Task(fuse(layers, [], experts), tuple(p.name for p in palette), fitted, Nearest())
 
 
