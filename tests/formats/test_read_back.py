@@ -92,9 +92,9 @@ def test_transformers_computes_the_plan(
 
 
 def compressed() -> Any:
-    from optimizer.quantization.uniform import Rtn
+    from optimizer.quantization.uniform import Nearest
 
-    return Rtn()
+    return Nearest()
 
 
 def test_what_transformers_would_decode_wrongly_is_refused(

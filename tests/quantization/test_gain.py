@@ -7,11 +7,11 @@ import torch
 
 from optimizer.plan import Precision
 from optimizer.quantization.gain import gain
-from optimizer.quantization.gptq import Gptq
-from optimizer.quantization.uniform import Rtn
+from optimizer.quantization.gptq import Solver
+from optimizer.quantization.uniform import Nearest
 
 COLS, ROWS, TOKENS = 96, 64, 4000
-METHOD = Gptq(damping=0.01, order="columns")
+METHOD = Solver(damping=0.01, order="columns")
 
 
 def hessian(shared: float) -> torch.Tensor:
@@ -36,7 +36,9 @@ def test_the_gain_is_what_gptq_leaves_of_the_loss(shared: float, bits: int) -> N
         error = codes.decode() - weight  # type: ignore[attr-defined]
         return float(((error @ h) * error).sum())
 
-    left = loss(METHOD.solve([(weight, precision)], h)[0]) / loss(Rtn().encode(weight, precision))
+    left = loss(METHOD.solve([(weight, precision)], h)[0]) / loss(
+        Nearest().encode(weight, precision)
+    )
     assert foretold(h) == pytest.approx(left, rel=0.2)
 
 
