@@ -22,7 +22,8 @@ from typing import Any
 
 from optimizer.commands import optimize
 from optimizer.config import Optimize, Proof
-from optimizer.data.text import Data, Part, encode, read_documents, text_prefix
+from optimizer.data.documents import read_documents
+from optimizer.data.text import Data, Part, encode, text_prefix
 from optimizer.metrics.divergence import Teacher
 from optimizer.models.model import load_tokenizer
 from optimizer.plan import Budget
@@ -42,6 +43,9 @@ COMBINATIONS: dict[str, tuple[Quantizer, str, Search, int, str]] = {
     "rtn moves": (Rtn(), "fisher", Search(space="moves"), 64, "all"),
     "gptq-alike fisher 32": (ALIKE, "fisher", Search(space="exact"), 32, "all"),
     "gptq-alike fisher": (ALIKE, "fisher", Search(space="exact"), 64, "all"),
+    "gptq-alike gain 32": (ALIKE, "gain", Search(space="exact"), 32, "all"),
+    "gptq-alike gain": (ALIKE, "gain", Search(space="exact"), 64, "all"),
+    "gptq gain": (GRADIENT, "gain", Search(space="exact"), 64, "all"),
     "gptq-alike tokenwise": (ALIKE, "tokenwise", Search(space="exact"), 64, "all"),
     "gptq tokenwise": (GRADIENT, "tokenwise", Search(space="exact"), 64, "all"),
     "gptq moves": (GRADIENT, "tokenwise", Search(space="moves"), 64, "all"),

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from optimizer.cli import progress
+from optimizer.cli.progress import Terminal, Whole, duration
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_what_is_left_of_all_of_it() -> None:
+    clock = Clock()
+    whole = Whole({"table": 1.0, "search": 2.0, "proof": 1.0}, clock)
+    assert whole.left is None and whole.place == "" and whole.told == ""
+    whole.enter("table")
+    whole.share, clock.now = 0.5, 10.0
+    assert whole.place == "1 of 3"
+    assert whole.left == pytest.approx(70.0)  # an eighth took 10 s
+    whole.enter("search")
+    clock.now = 20.0
+    assert whole.place == "2 of 3" and whole.left == pytest.approx(60.0)
+    whole.enter("nothing of the kind")
+    assert whole.place == "2 of 3"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(3, "10 s"), (44, "40 s"), (100, "2 min"), (5340, "89 min"), (7800, "2 h 10 min")],
+)
+def test_durations_are_no_more_exact_than_a_guess(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+def test_without_a_terminal_a_line_comes_while_a_step_takes_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.02)
+    out = Console(file=io.StringIO(), width=200)
+    view = Terminal(out)
+    view.expect({"table": 1.0, "proof": 1.0})
+    view.enter("table")
+    for item in view.track([1, 2], "sensitivity"):
+        if item == 2:
+            deadline = time.monotonic() + 5
+            while "1 of 2" not in out.file.getvalue() and time.monotonic() < deadline:
+                time.sleep(0.01)
+    said = out.file.getvalue()
+    assert "stage 1 of 2: sensitivity ..." in said
+    assert "stage 1 of 2: sensitivity: 1 of 2" in said and "left in all" in said
+
+
+def test_a_meter_counts_what_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.02)
+    out = Console(file=io.StringIO(), width=200)
+    with Terminal(out).meter("trials", 100) as tell:
+        tell(40, "best 0.01")
+        deadline = time.monotonic() + 5
+        while "40 of 100" not in out.file.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert "trials: 40 of 100, best 0.01" in out.file.getvalue()
+
+
+def test_a_stage_that_fails_ends_its_line() -> None:
+    out = Console(file=io.StringIO(), width=200)
+    with pytest.raises(ZeroDivisionError):
+        for _ in Terminal(out).track([1], "work"):
+            raise ZeroDivisionError
+    view = Terminal(out)
+    assert list(view.track([1, 2], "work")) == [1, 2]
