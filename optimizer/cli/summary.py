@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +22,7 @@ SHOWN = {
     "token": {"kl": "KL (nats/token)", "flips": "flips %", "perplexity": "perplexity"},
     "text": {"kl": "KL (nats/text)", "flips": "other nearest %", "cosine": "cosines change by"},
 }
+NOTES = 3  # that are shown; all of them are in the report
 PERCENT = ("flips",)
 DIGITS = {"kl": 4, "flips": 1, "perplexity": 2, "cosine": 4}
 
@@ -43,6 +45,8 @@ def outcome(out: Console, result: Outcome) -> None:
             f"{unit_of(promise)}; nothing was measured on held-out text.",
             soft_wrap=True,
         )
+    for note in result.notes[:NOTES]:
+        out.print(f"[yellow]Note:[/yellow] {escape(note)}", soft_wrap=True)
     for line in onward(result):
         out.print(line, soft_wrap=True, markup=False)
 
@@ -125,8 +129,8 @@ def onward(result: Outcome) -> list[str]:
         "      mezzotint evaluate model=packed",
     ]
     if "report" in result.files:
-        count = len(result.notes)
-        more = f", with {count} {'note' if count == 1 else 'notes'}" if count else ""
+        count = len(result.notes) - NOTES
+        more = f", with {count} more {'note' if count == 1 else 'notes'}" if count > 0 else ""
         lines.append(
             f"Everything else{more}: {result.files['report']} (made in {_minutes(result.seconds)})"
         )

@@ -16,7 +16,7 @@ from optimizer.plan import Plan
 def said(plan: Plan, folder: Path, width: int = 100) -> str:
     out = Console(file=io.StringIO(), width=width, highlight=False)
     files = {"plan": folder / "plan.json", "report": folder / "report.html"}
-    summary.outcome(out, Outcome(plan, files, notes=["a", "b"], seconds=150.0))
+    summary.outcome(out, Outcome(plan, files, notes=list("abcde"), seconds=150.0))
     return out.file.getvalue()
 
 
@@ -32,7 +32,7 @@ def test_a_run_ends_on_one_screen(run_folder: Path) -> None:
         "this plan", "everywhere", "reference",
         f"mezzotint apply {run_folder}/plan.json out=packed",
         "mezzotint evaluate model=packed",
-        "with 2 notes", "report.html (made in 2.5 min)",
+        "Note: c", "with 2 more notes", "report.html (made in 2.5 min)",
     ):  # fmt: skip
         assert words in text, words
 

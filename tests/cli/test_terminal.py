@@ -22,7 +22,7 @@ def said(result: Outcome) -> str:
 def test_brackets_in_names_are_text(run_folder: Path) -> None:
     plan = Plan.load(run_folder)
     found = said(Outcome(plan, {"plan": Path(ODD) / "plan.json"}, notes=[f"about {ODD}"]))
-    assert f"Wrote {ODD}/plan.json" in found and f"Note: about {ODD}" in found
+    assert f"apply '{ODD}/plan.json' out=packed" in found and f"Note: about {ODD}" in found
     out = Console(file=io.StringIO(), width=400, highlight=False)
     terminal.show(out, replace(plan, model={**plan.model, "name": ODD}))
     view = progress.Terminal(out)
@@ -31,11 +31,3 @@ def test_brackets_in_names_are_text(run_folder: Path) -> None:
     list(view.track([1], ODD))
     for words in (f"for {ODD} (", f"finding {ODD} ...", f"kept in {ODD}"):
         assert words in out.file.getvalue()
-
-
-def test_no_ratio_is_told_where_no_loss_was_foretold(run_folder: Path) -> None:
-    quality = {"plans": 9.0, "spearman": 0.5, "calibration": 2.0}
-    plan = Plan.load(run_folder)
-    assert "is 2.00 (median)." in said(Outcome(plan, {}, prediction=quality))
-    quality["calibration_plan"] = 3.0
-    assert "is 2.00 (median), 3.00 for the plan." in said(Outcome(plan, {}, prediction=quality))

@@ -145,7 +145,7 @@ def test_an_engine_holds_a_palette_of_nothing_but_untouched(llama: Small, runtim
 
 def remarked(mezzotint: Command, folder: Path, *arguments: str) -> str:
     ended = mezzotint(
-        "optimize", *arguments, *QUICK, "proof.certify=false", f"hydra.run.dir={folder}"
+        "optimize", *QUICK, *arguments, "proof.certify=false", f"hydra.run.dir={folder}"
     )
     assert ended.code == 0, ended.err
     return " ".join(ended.out.split())
