@@ -23,7 +23,7 @@ import transformers
 
 import optimizer
 from optimizer import Budget, MezzotintError, Plan
-from optimizer.config import Proof
+from optimizer.config import Proof, Quantizer
 from optimizer.data.text import Data, Part
 from optimizer.models.checkpoint import open_checkpoint
 from optimizer.models.model import Model, take_inventory
@@ -31,6 +31,7 @@ from optimizer.models.source import quiet
 from optimizer.plan import Palette
 from optimizer.quantization.uniform import Rtn
 from optimizer.search import Search
+from optimizer.sensitivity import Sensitivity
 from tests.architectures import zoo
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -90,6 +91,8 @@ def planned(folder: Path, draft: Path) -> Plan:
         scope=["all"],
         palette=Palette(bits=[2, 3, 4, 8], group_size=16),
         data=SMALL,
+        quantizer=Quantizer(name="rtn"),
+        sensitivity=Sensitivity(estimator="fisher"),
         search=Search(space="exact"),
         proof=Proof(certify=False, random=0, domains=[]),
         store=str(draft / "store"),
@@ -154,7 +157,7 @@ def save(rows: list[Row]) -> None:
 def render(data: dict[str, Any]) -> str:
     """The page in Markdown."""
     rows = data["rows"]
-    causal = [row for row in rows if row["kind"] not in zoo.ENCODERS]
+    causal = [row for row in rows if not row["kind"].endswith(zoo.ENCODER)]
     lines = [
         "# Support matrix",
         "",
@@ -189,7 +192,7 @@ def _rendered(row: dict[str, Any]) -> str:
 
 def main(words: list[str]) -> None:
     if words != ["render"]:
-        for kind in words or [*zoo.kinds(), *(k for k in zoo.ENCODERS if k not in zoo.CAUSAL)]:
+        for kind in words or [*zoo.kinds(), *zoo.encoders()]:
             row = measure(kind)
             print(row.kind, row.outcome, row.why, flush=True)
             save([row])

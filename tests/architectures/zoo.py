@@ -91,7 +91,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "num_buckets": 4,
     },
     "xlnet": {"n_ctx": OUT, "max_position_embeddings": OUT},
-    "xlstm": {"qk_head_dim": OUT, "v_head_dim": OUT},
     "xmod": {"default_language": "en_XX"},
     "youtu": LATENT,
     "zamba": {
@@ -108,13 +107,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 
-# encoders -> what their configs ask for besides
-ENCODERS: dict[str, dict[str, Any]] = {
-    kind: {}
-    for kind in """albert bert camembert convbert data2vec-text deberta deberta-v2 distilbert electra
-        ernie esm eurobert fnet ibert layoutlm mobilebert modernbert mpnet nomic_bert nystromformer
-        rembert roberta roberta-prelayernorm roformer squeezebert xlm-roberta xlm-roberta-xl""".split()
-}
+ENCODER = " encoder"  # ends the names of those that are built without a head that predicts tokens
+ENCODERS = """albert bert camembert convbert data2vec-text deberta deberta-v2 distilbert electra ernie
+    esm eurobert fnet ibert layoutlm mobilebert modernbert mpnet nomic_bert nystromformer rembert
+    roberta roberta-prelayernorm roformer squeezebert xlm-roberta xlm-roberta-xl"""
 
 
 def kinds() -> list[str]:
@@ -122,10 +118,15 @@ def kinds() -> list[str]:
     return sorted(CAUSAL)
 
 
+def encoders() -> list[str]:
+    return [kind + ENCODER for kind in ENCODERS.split()]
+
+
 def config(kind: str) -> Any:
     """Raises whatever the architecture's own code raises."""
+    kind = kind.removesuffix(ENCODER)
     given = _sizes(AutoConfig.for_model(kind))
-    _merge(given, SPECIAL.get(kind, {}) | ENCODERS.get(kind, {}))
+    _merge(given, SPECIAL.get(kind, {}))
     return AutoConfig.for_model(kind, **{k: v for k, v in given.items() if v is not OUT})
 
 
@@ -163,7 +164,7 @@ def build(kind: str) -> Any:
     """The model with random weights, large enough for rounding to matter."""
     torch.manual_seed(7)
     with quiet():
-        factory = AutoModel if kind in ENCODERS else AutoModelForCausalLM
+        factory = AutoModel if kind.endswith(ENCODER) else AutoModelForCausalLM
         net = factory.from_config(config(kind)).float().eval()
     rng = torch.Generator().manual_seed(7)
     with torch.no_grad():
