@@ -1,0 +1,203 @@
+"""The support matrix: every architecture through optimize, apply and load.
+
+    python -m tests.architectures.matrix [KIND ...]     measures; without names, all of them
+    python -m tests.architectures.matrix render         writes docs/support-matrix.md from the data
+
+A row is exact if the loaded model gives the logits of the reference rounded in place, bit for bit, the
+file has the bytes that the plan promises, and every tensor of the checkpoint is accounted for. With
+`scope=all`, so that nothing is left to hope.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import optimizer
+from optimizer import Budget, MezzotintError, Plan
+from optimizer.config import Proof, Quantizer
+from optimizer.data.text import Data, Part
+from optimizer.models.checkpoint import open_checkpoint
+from optimizer.models.model import Model, take_inventory
+from optimizer.models.source import quiet
+from optimizer.plan import Palette
+from optimizer.quantization.uniform import Rtn
+from optimizer.search import Search
+from optimizer.sensitivity import Sensitivity
+from tests.architectures import zoo
+
+DOCS = Path(__file__).parents[2] / "docs"
+DATA, PAGE = DOCS / "support-matrix.json", DOCS / "support-matrix.md"
+IDS = torch.arange(5, 29).view(2, 12)
+SMALL = Data(
+    calibration=Part(sequences=8, length=16),
+    search=Part(sequences=2, length=16),
+    heldout=Part(sequences=2, length=16),
+)
+LEAST = 1e-3  # what rounding moves logits by, at least
+
+
+@dataclass(frozen=True)
+class Row:
+    """class_: transformers' class. outcome: `exact`, `refused`, `not built` or `WRONG`; why: the
+    sentence. share: of the checkpoint's numbers that are in layers. notes: what the inventory says."""
+
+    kind: str
+    class_: str
+    outcome: str
+    why: str = ""
+    share: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+def measure(kind: str) -> Row:
+    """One architecture. Never raises."""
+    try:
+        net = zoo.build(kind)
+    except Exception as error:  # noqa: BLE001  each architecture's own
+        return Row(kind, str(zoo.CAUSAL.get(kind, kind)), "not built", _line(error))
+    name = type(net).__name__
+    with tempfile.TemporaryDirectory() as draft:
+        folder = Path(draft) / "model"
+        try:
+            with quiet():
+                net.to(torch.bfloat16).save_pretrained(folder)
+            del net
+            return _measured(kind, name, folder, Path(draft))
+        except MezzotintError as error:
+            return Row(kind, name, "refused", _line(error).replace(str(folder), "the model"))
+        except Exception as error:  # noqa: BLE001  what the matrix is there to find
+            return Row(kind, name, "WRONG", f"{type(error).__name__}: {_line(error)}")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def planned(folder: Path, draft: Path) -> Plan:
+    """`optimize` with everything in scope and no more text than it takes."""
+    return optimizer.optimize(
+        str(folder),
+        draft / "run",
+        budget=Budget(bits=5),
+        scope=["all"],
+        palette=Palette(bits=[2, 3, 4, 8], group_size=16),
+        data=SMALL,
+        quantizer=Quantizer(name="rtn"),
+        sensitivity=Sensitivity(estimator="fisher"),
+        search=Search(space="exact"),
+        proof=Proof(certify=False, random=0, domains=[]),
+        store=str(draft / "store"),
+    )
+
+
+def _measured(kind: str, name: str, folder: Path, draft: Path) -> Row:
+    plan = planned(folder, draft)
+    packed = optimizer.apply(plan, draft / "packed", store=str(draft / "store"))
+    inventory = take_inventory(folder)
+    model = Model.load(folder, inventory)
+    before = logits(model)
+    with model.rounded(Rtn(), plan.choice):
+        rounded = logits(model)
+    model.net = optimizer.load(packed)
+    found = logits(model)
+    faults = []
+    if not torch.equal(found, rounded):
+        faults.append(f"logits are off by {float((found - rounded).abs().max()):.2g}")
+    if not float((rounded - before).abs().max()) > LEAST:
+        faults.append("nothing was rounded")
+    if (packed / "packed.safetensors").stat().st_size != plan.bytes["total"]:
+        faults.append("the file has other bytes than promised")
+    stored = open_checkpoint(folder).tensors
+    told = [x.name for x in (*inventory.layers, *inventory.others)]
+    told += [left for left, _ in inventory.left_out]
+    if sorted(told) != sorted(stored):
+        faults.append(f"unaccounted: {sorted(set(told) ^ set(stored))[:3]}")
+    share = sum(x.weights for x in inventory.layers) / sum(prod(x.shape) for x in stored.values())
+    outcome = "WRONG" if faults else "exact"
+    return Row(kind, name, outcome, "; ".join(faults), round(share, 3), inventory.notes)
+
+
+def logits(model: Model) -> Any:
+    with torch.no_grad():
+        if model.pooling is not None:
+            return model.net(input_ids=IDS, attention_mask=torch.ones_like(IDS))[0]
+        return model.net(input_ids=IDS, use_cache=False).logits
+
+
+# ---------------------------------------------------------------- data and page
+
+
+def load() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(DATA.read_text(encoding="utf-8"))
+    return found
+
+
+def save(rows: list[Row]) -> None:
+    """Add the rows to the data, in place of older ones."""
+    old = load()["rows"] if DATA.exists() else []
+    every = {row["kind"]: row for row in old} | {row.kind: asdict(row) for row in rows}
+    data = {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__.partition("+")[0],
+        "rows": [every[kind] for kind in sorted(every)],
+    }
+    DOCS.mkdir(exist_ok=True)
+    DATA.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def render(data: dict[str, Any]) -> str:
+    """The page in Markdown."""
+    rows = data["rows"]
+    causal = [row for row in rows if not row["kind"].endswith(zoo.ENCODER)]
+    lines = [
+        "# Support matrix",
+        "",
+        f"Every model type that transformers {data['transformers']} maps to a causal language model, "
+        "and common encoders, built small with random weights and put through `optimize`, `apply` and "
+        "`load` with `scope=all`. *Exact*: the loaded model gives the logits of the reference rounded "
+        "in place bit for bit, the file has the promised bytes, and every tensor of the checkpoint is "
+        "accounted for. Made by `python -m tests.architectures.matrix`; the data is in "
+        "[support-matrix.json](support-matrix.json).",
+        "",
+        f"Of {len(causal)} causal model types {_count(causal, 'exact')} are exact, "
+        f"{_count(causal, 'refused')} are refused with the reason below, and "
+        f"{_count(causal, 'not built')} couldn't be built small.",
+        "",
+        "| model type | class | torch | share that can be rounded | remarks |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [_rendered(row) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _count(rows: list[dict[str, Any]], outcome: str) -> int:
+    return sum(row["outcome"] == outcome for row in rows)
+
+
+def _rendered(row: dict[str, Any]) -> str:
+    share = f"{row['share']:.0%}" if row["outcome"] == "exact" else ""
+    remarks = row["why"] or " ".join(row["notes"])
+    cells = (row["kind"], row["class_"], row["outcome"], share, remarks)
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def main(words: list[str]) -> None:
+    if words != ["render"]:
+        for kind in words or [*zoo.kinds(), *zoo.encoders()]:
+            row = measure(kind)
+            print(row.kind, row.outcome, row.why, flush=True)
+            save([row])
+    PAGE.write_text(render(load()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

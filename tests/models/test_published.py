@@ -1,0 +1,111 @@
+"""What a checkpoint is stored as: quantized ones are named and refused, FP8 is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from optimizer.errors import ModelError
+from optimizer.models.published import unscaled
+from optimizer.models.source import locate
+from optimizer.store import Store
+from tests.conftest import Small
+
+MARKS: list[dict[str, Any]] = [
+    {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    {"quant_method": "awq", "bits": 4},
+    {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    {"quant_method": "mxfp4"},
+    {"quant_algo": "NVFP4"},
+]
+
+
+@pytest.fixture
+def copy(llama: Small, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama.folder, tmp_path / "copy"))
+
+
+def marked(folder: Path, settings: dict[str, Any]) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"quantization_config": settings}))
+
+
+@pytest.mark.parametrize("settings", MARKS, ids=lambda s: next(iter(s.values())))
+def test_a_quantized_checkpoint_is_named(copy: Path, settings: dict[str, Any]) -> None:
+    marked(copy, settings)
+    name = next(iter(settings.values()))
+    with pytest.raises(ModelError, match=rf"quantized already \({name}.*16-bit model"):
+        locate(str(copy), Store(copy.parent / "store"))
+
+
+def test_codes_without_a_word_in_the_config_are_seen(copy: Path) -> None:
+    file = copy / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.qweight"] = torch.zeros(8, 8, dtype=torch.int32)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="qweight holds codes"):
+        locate(str(copy), Store(copy.parent / "store"))
+
+
+def in_fp8(folder: Path, block: int) -> dict[str, Tensor]:
+    """Turn the folder's projections into FP8 with scales of blocks; what they stand for."""
+    file = folder / "model.safetensors"
+    tensors, meant = load_file(file), {}
+    for name in [n for n in tensors if "_proj" in n]:
+        w = tensors[name].float()
+        rows, cols = (-(-n // block) for n in w.shape)
+        scale = torch.rand(rows, cols) + 0.5
+        wide = scale.repeat_interleave(block, 0).repeat_interleave(block, 1)
+        wide = wide[: w.shape[0], : w.shape[1]]
+        tensors[name] = (w / wide).to(torch.float8_e4m3fn)
+        tensors[name + "_scale_inv"] = scale
+        meant[name] = (tensors[name].float() * wide).bfloat16()
+    save_file(tensors, file, metadata={"format": "pt"})
+    marked(folder, {"quant_method": "fp8", "weight_block_size": [block, block]})
+    return meant
+
+
+def test_fp8_is_the_reference_in_bfloat16(copy: Path) -> None:
+    meant = in_fp8(copy, 32)
+    store = Store(copy.parent / "store")
+    source = locate(str(copy), store)
+    made = load_file(source.folder / "model.safetensors")
+    assert all(torch.equal(made[name], value) for name, value in meant.items())
+    assert not any("scale" in name for name in made)
+    assert "quantization_config" not in json.loads((source.folder / "config.json").read_text())
+    assert locate(str(copy), store).fingerprint == source.fingerprint
+
+
+def test_fp8_without_a_scale_is_refused(copy: Path) -> None:
+    in_fp8(copy, 32)
+    file = copy / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight_scale_inv"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"none for model\.layers\.1"):
+        locate(str(copy), Store(copy.parent / "store"))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (6, 1), (6,), (2, 3), (1, 3)])
+def test_scales_of_every_shape(shape: tuple[int, ...]) -> None:
+    codes = torch.randn(6, 12).to(torch.float8_e4m3fn)
+    scale = torch.rand(shape) + 0.5
+    grid = scale.reshape(shape + (1,) * (2 - len(shape)))
+    wide = grid.repeat_interleave(6 // grid.shape[0], 0).repeat_interleave(12 // grid.shape[1], 1)
+    assert torch.equal(unscaled("w", codes, scale), (codes.float() * wide).bfloat16())
+
+
+def test_a_last_block_may_be_shorter() -> None:
+    codes, scale = torch.ones(300, 130).to(torch.float8_e4m3fn), torch.rand(3, 2)
+    found = unscaled("w", codes, scale)
+    assert torch.equal(found[255], scale[1].bfloat16()[torch.arange(130) // 128])
+    assert torch.equal(found[256], scale[2].bfloat16()[torch.arange(130) // 128])
