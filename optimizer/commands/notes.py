@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import numpy as np
 from optimizer.config import Optimize
 from optimizer.formats import registry
 from optimizer.formats.format import Subject, format_of
-from optimizer.plan import UNTOUCHED, Inventory, Plan
+from optimizer.plan import UNTOUCHED, Inventory, Plan, policy
 from optimizer.search import Problem, exact
 from optimizer.stages.session import Bench, Choices
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from optimizer.stages.refine import Refined
 
 LARGE = 0.2  # a share of the file that is worth a word
+PRICED = 32  # pins whose price is told; each takes an exact solution
 
 
 def unwatched(config: Optimize, chosen: Choices) -> list[str]:
@@ -73,12 +75,33 @@ def price_of_policy(
     limit = problem.sizes(assignment)
     rival = exact.solve(replace(problem, allowed=chosen.held, limit=limit))
     own, free = problem.losses(assignment), problem.losses(rival)
-    pins = f" with {len(config.policy.pins)} pins" if config.policy.pins else ""
+    pins = f" with {len(config.policy.listed)} pins" if config.policy.listed else ""
     return [
         f"policy={config.policy.name}{pins}: predicted KL {own:.4f}; the free plan of the same "
         f"bytes has {free:.4f}, so the policy costs {own - free:.4f} ({own / max(free, 1e-12):.3g} "
-        "times), by the table."
+        "times), by the table.",
+        *_prices(config, chosen, problem, assignment),
     ]
+
+
+def _prices(
+    config: Optimize, chosen: Choices, problem: Problem, assignment: np.ndarray
+) -> Iterator[str]:
+    """What each pin cost: against the best plan of the same bytes that keeps all others."""
+    own, limit = problem.losses(assignment), problem.sizes(assignment)
+    assert chosen.held is not None
+    for i, pin in enumerate(config.policy.listed[:PRICED]):
+        others = [p for j, some in enumerate(chosen.pins) if j != i for p in some]
+        left = policy.allowed(
+            replace(config.policy, pins=others),
+            chosen.scope,
+            chosen.groups,
+            chosen.columns,
+            chosen.fitted,
+        )
+        rival = exact.solve(replace(problem, allowed=chosen.held & left, limit=limit))
+        free = problem.losses(rival)
+        yield f"The pin {pin!r} costs {own - free:.4f} nats of {own:.4f}, by the table."
 
 
 def outside(inventory: Inventory, chosen: Choices, plan: Plan, total: int) -> list[str]:

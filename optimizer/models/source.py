@@ -228,7 +228,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
     except (
-        OSError, ValueError, KeyError, NotImplementedError, IndexError, struct.error
+        OSError, ValueError, KeyError, RuntimeError, IndexError, TypeError, struct.error
     ) as error:  # fmt: skip
         raise ModelError(
             f"{gguf} couldn't be read as a GGUF language model ({error}). It may be cut off, or "

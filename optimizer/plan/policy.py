@@ -1,8 +1,9 @@
 """What a person has decided before the search: which groups may take which columns.
 
 A pin is `GLOB = PRECISION`, `GLOB >= BITS` or `GLOB <= BITS`; a precision is a column's name
-(int4_g64), a number of bits, `ternary`, or 16 (untouched). `policy=hybrid` pins embeddings, the
-head and the blocks at both ends to 16: lossless at the inputs and outputs, quantized inside.
+(int4_g64), a number of bits, `ternary`, or 16 (untouched). For pins in an engine's names,
+see `pins`. `policy=hybrid` pins embeddings, the head and the blocks at both ends to 16: lossless
+at the inputs and outputs, quantized inside.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -25,15 +27,24 @@ class Policy:
 
     name: str = "free"
     ends: int = 1
-    pins: list[str] = field(default_factory=list)
+    pins: Any = field(default_factory=list)
+
+    @property
+    def listed(self) -> list[str]:
+        """The pins, also where one is given without a list: `policy.pins=@FILE`."""
+        found = self.pins if isinstance(self.pins, list) else [self.pins]
+        if not all(isinstance(pin, str) for pin in found):
+            raise ConfigError(f"policy.pins is a list of texts, not {self.pins!r}.")
+        return list(found)
 
     def check(self) -> None:
         if self.name not in ("free", "hybrid"):
             raise ConfigError(f"policy.name is free or hybrid, not {self.name!r}.")
         if self.ends < 0:
             raise ConfigError(f"policy.ends is a number of blocks, not {self.ends}.")
-        for pin in self.pins:
-            _parsed(pin)
+        for pin in self.listed:
+            if not pin.startswith("@"):
+                parsed(pin)
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ def allowed(
     """bool [G, P]. engine: rules that hold anyway. Raises ConfigError for pins that match nothing or
     leave nothing, naming those that contradict each other."""
     precisions = [fitted[scope[0].name, column] for column in columns]
-    pins = [_rule(pin, scope, columns, precisions) for pin in policy.pins]
+    pins = [_rule(pin, scope, columns, precisions) for pin in policy.listed]
     rules = [*engine, *_hybrid(policy, scope, precisions), *pins]
     found = np.ones((len(groups), len(columns)), dtype=bool)
     for i, group in enumerate(groups):
@@ -89,7 +100,7 @@ def _hybrid(policy: Policy, scope: Sequence[Layer], precisions: Sequence[Precisi
     return [Rule(text, frozenset(outer), untouched)]
 
 
-def _parsed(pin: str) -> tuple[str, str, str]:
+def parsed(pin: str) -> tuple[str, str, str]:
     match = PIN.fullmatch(pin)
     if match is None:
         raise ConfigError(
@@ -103,7 +114,7 @@ def _parsed(pin: str) -> tuple[str, str, str]:
 def _rule(
     pin: str, scope: Sequence[Layer], columns: Sequence[str], precisions: Sequence[Precision]
 ) -> Rule:
-    pattern, sign, value = _parsed(pin)
+    pattern, sign, value = parsed(pin)
     layers = frozenset(layer.name for layer in scope if glob(pattern).fullmatch(layer.name))
     if not layers:
         raise ConfigError(

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from optimizer.plan import GGML, Precision
 from optimizer.quantization import ggml_native
-from optimizer.quantization.ggml_native import NATIVE
 
+NATIVE = ggml_native.NATIVE  # kinds that llama.cpp's own functions round
 STRETCHES = 7  # tried ranges per sub-block
 CHUNK = 2**20  # weights at a time: the search stays in the cache
 CURVED = ("iq4_nl", "iq4_xs")  # kinds whose levels aren't evenly spaced

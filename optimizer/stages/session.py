@@ -5,7 +5,7 @@ each made once and kept under a content key. Nothing here depends on a budget.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -25,6 +25,7 @@ from optimizer.formats.rules import Demands
 from optimizer.formats.runtime import Runtime
 from optimizer.models.source import Source, context_length, is_encoder, locate
 from optimizer.plan import Inventory, Layer, Policy, Precision, digest, glob, policy
+from optimizer.plan.pins import translated
 from optimizer.quantization.methods import Rtn, bind
 from optimizer.sensitivity import Table, Task
 from optimizer.store import Store
@@ -345,6 +346,7 @@ class Choices:
     overhead: int = 0
     demands: Demands = field(default_factory=lambda: Demands(Runtime()))
     base: Base | None = None
+    pins: Sequence[Sequence[str]] = ()
 
     def choice(self, assignment: np.ndarray) -> dict[str, Precision]:
         """Column index per group -> precision per layer."""
@@ -372,12 +374,20 @@ def choices(
     columns = tuple(p.name for p in palette)
     fitted = sensitivity.agreeing(groups, columns, fitted)
     rules = registry.offered(demands, inventory, scope, columns, fitted)
+    pins = translated(
+        config.policy.listed,
+        [layer.name for layer in scope],
+        None if base is None else {name: p.layers for name, p in base.placed.pieces.items()},
+    )
+    own = replace(config.policy, pins=[pin for some in pins for pin in some])
     left, held = (
-        policy.allowed(p, scope, groups, columns, fitted, rules) for p in (config.policy, Policy())
+        policy.allowed(p, scope, groups, columns, fitted, rules) for p in (own, Policy())
     )
     notes = demands.notes + registry.told(config.runtime, rules)
     notes += sensitivity.unfitting(scope, palette, config.palette.fit) + inventory.notes
-    return Choices(scope, groups, columns, fitted, left, held, notes, demands=demands, base=base)
+    return Choices(
+        scope, groups, columns, fitted, left, held, notes, demands=demands, base=base, pins=pins
+    )
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,7 @@ ALIKE = (
 )
 ALIKE_QUANTIZED = 0.1  # the same where llama.cpp also rounds activations to 8 bits; .004 seen
 WINDOW, LONGEST = 64, 640  # tokens that are compared; at most, for a sliding window
-COMPARED = 2 * 10**9  # weights up to which probabilities are compared
-FULL = 6 * 10**8  # weights up to which transformers computes in fp32 for that
+COMPARED = 10**9  # weights up to which probabilities are compared: transformers takes 4 bytes each
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,9 @@ def _converted(subject: Subject) -> Path:
 
 
 def _outtype(inventory: Inventory) -> str:
-    return {"F16": "f16", "BF16": "bf16"}.get(inventory.dtype, "f32")
+    """16 bits, unless a matrix has more."""
+    own = {layer.dtype for layer in inventory.layers}
+    return {"F16": "f16", "BF16": "bf16"}.get(inventory.dtype, "f32") if len(own) == 1 else "f32"
 
 
 # ---------------------------------------------------------------- whose rows
@@ -239,8 +240,7 @@ def _compare_probabilities(subject: Subject, tokenizer: Any, file: Path, told: M
     quantized = any(t not in ("F32", "F16", "BF16") for t in _types(file))
     ids = list(_window(subject, tokenizer))
     positions = sorted({7, len(ids) // 3, 2 * len(ids) // 3, len(ids) - 1})
-    full = subject.weights <= FULL
-    model = Model.load(subject.source.folder, subject.inventory, full=full)
+    model = Model.load(subject.source.folder, subject.inventory)
     with torch.inference_mode(), quiet():
         logits = model.net(input_ids=torch.tensor([ids])).logits[0, positions].float()
     log_p = torch.log_softmax(logits, -1).double().numpy()
@@ -248,7 +248,7 @@ def _compare_probabilities(subject: Subject, tokenizer: Any, file: Path, told: M
     log_q = llamacpp.log_probabilities(file, ids, positions, log_p.shape[1])
     losses = [divergence(p, q) for p, q in zip(log_p, log_q, strict=True)]
     worst = max(losses)
-    if not worst <= (ALIKE_QUANTIZED if quantized or not full else ALIKE):
+    if not worst <= (ALIKE_QUANTIZED if quantized else ALIKE):
         raise ModelError(
             f"llama.cpp computes another model from {file.name} ({told.architecture}) than "
             f"transformers from {subject.source.folder}: after {positions[losses.index(worst)] + 1} "

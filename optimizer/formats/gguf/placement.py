@@ -174,7 +174,7 @@ def place(
             index = Index([x for x in layers if x.cols == cols], read, sorted(kinds))
             found = {name: _piece(t, index, kind) for name, t in own.items()}
             pieces |= {name: piece for name, piece in found.items() if piece is not None}
-    return _closed(pieces, tensors, layers)
+    return _closed(pieces, layers)
 
 
 def _piece(tensor: Any, index: Index, kind: str) -> Piece | None:
@@ -204,9 +204,7 @@ def numbers(tensor: Any, kind: str) -> tuple[np.ndarray, str]:
     return bits_of(torch.from_numpy(values), kind), kind
 
 
-def _closed(
-    pieces: Mapping[str, Piece], tensors: Mapping[str, Any], layers: Sequence[Layer]
-) -> Placement:
+def _closed(pieces: Mapping[str, Piece], layers: Sequence[Layer]) -> Placement:
     """Only layers of which all rows are in tensors that may be retyped, and only tensors of such
     layers. Rows that the file leaves out are allowed for words (padding of the vocabulary)."""
     sizes = {layer.name: layer.rows for layer in layers}
@@ -224,9 +222,9 @@ def _closed(
         if layer in refused or rows.all() or (layer in words and rows.any()):
             continue
         refused[layer] = (
-            "its GGUF file holds it changed by more than the order of its rows"
-            if len(tensors)
-            else "its GGUF file is empty"
+            "its GGUF file holds only some of its rows as they are"
+            if rows.any()
+            else "its GGUF file doesn't hold it, or changed by more than the order of its rows"
         )
     while bad := [n for n, p in left.items() if any(layer in refused for layer in p.layers)]:
         for name in bad:
