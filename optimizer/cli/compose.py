@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from optimizer.config import (
 )
 from optimizer.errors import ConfigError
 from optimizer.formats.format import formats
+from optimizer.metrics.objective import Meaning
+from optimizer.person.settings import Judge, Learn, Overlay
 from optimizer.quantization.methods import method, methods
 from optimizer.search import credentials
 from optimizer.sensitivity import estimator, estimators
@@ -41,7 +44,25 @@ COMMANDS: dict[str, type[Any]] = {
     "advise": Advise,
     "probe": Probe,
     "blur": Blur,
+    "judge": Judge,
+    "overlay": Overlay,
+    "learn": Learn,
 }
+
+
+def objective(words: list[str]) -> list[str]:
+    """Words of the command line in which `meaning=FILE` became what the file says; a name of conf/ is
+    left. Raises ConfigError."""
+    found = []
+    for word in words:
+        file = word.removeprefix("meaning=").strip("'\"")
+        named = file.endswith((".yaml", ".yml")) or "/" in file
+        if not word.startswith("meaning=") or not named:
+            found.append(word)
+            continue
+        for key, value in asdict(Meaning.load(file)).items():
+            found.append(f"meaning.{key}={json.dumps(value, ensure_ascii=False)}")
+    return found
 
 
 def register() -> None:

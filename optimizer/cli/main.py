@@ -28,6 +28,9 @@ Mezzotint: make a language model fit a memory budget and keep what it means.
   mezzotint compare multirun/DAY/TIME                   the runs of a sweep in one table and page
   mezzotint probe plan.json                             which distinctions of meaning it lost
   mezzotint blur plan.json text.txt out=blur.html       where in a text it changed what is said
+  mezzotint judge A B [C ...]                           judge plans, packed folders, models blind
+  mezzotint overlay DIR                                 write with a model, choose where it is unsure
+  mezzotint learn votes.jsonl out=meaning.yaml          votes and choices -> an objective
 
 model=   smollm2, minilm, stories, a folder, a .gguf file, or a hub id
 budget.  size=80MB (whole file), bits=4.5 (per weight, scales counted), code_bits=4 (codes alone)
@@ -41,7 +44,7 @@ data=    bundled (default), self (sampled from the model), text data.path=FILE, 
 """
 COMMANDS = (
     "optimize", "show", "apply", "check", "export", "evaluate", "probe", "blur", "fit", "advise",
-    "report", "compare",
+    "report", "compare", "judge", "overlay", "learn",
 )  # fmt: skip
 POSITIONAL = {
     "apply": ["plan"],
@@ -50,7 +53,9 @@ POSITIONAL = {
     "fit": ["plan"],
     "probe": ["plan"],
     "blur": ["plan", "text"],
+    "overlay": ["model"],
 }
+MANY = {"judge": "models", "learn": "files"}  # all words before the settings, as a list
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -99,6 +104,12 @@ def _dispatch(command: str, rest: list[str]) -> int:
         if "=" in rest[i] or rest[i].startswith("-"):
             break
         rest = [*rest[:i], f"{key}={_quoted(rest[i])}", *rest[i + 1 :]]
+    if command == "optimize":
+        from optimizer.cli.compose import objective
+
+        rest = objective(rest)
+    if command in MANY:
+        rest = _listed(MANY[command], rest)
     jobs: dict[str, Callable[[Any], None]] = {
         "optimize": _optimize,
         "apply": _apply,
@@ -109,8 +120,20 @@ def _dispatch(command: str, rest: list[str]) -> int:
         "advise": _advise,
         "probe": _probe,
         "blur": _blur,
+        "judge": _judge,
+        "overlay": _overlay,
+        "learn": _learn,
     }
     return _hydra(command, rest, jobs[command])
+
+
+def _listed(key: str, rest: list[str]) -> list[str]:
+    """The words before the first setting, as one setting with a list."""
+    settings = (i for i, word in enumerate(rest) if "=" in word or word.startswith("-"))
+    count = next(settings, len(rest))
+    if not count:
+        return rest
+    return [f"{key}=[{','.join(_quoted(word) for word in rest[:count])}]", *rest[count:]]
 
 
 def _quoted(path: str) -> str:
@@ -334,6 +357,40 @@ def _blur(settings: Any) -> None:
     tables.blur(out, found, settings.passages, whole=settings.to == "terminal")
     if settings.to == "html":
         out.print(f"Wrote {settings.out}. Open it in a browser.", soft_wrap=True, markup=False)
+
+
+def _judge(settings: Any) -> None:
+    from optimizer import person
+    from optimizer.cli import progress, terminal
+
+    person.require()
+    from optimizer.cli import person as tables
+    from optimizer.person import commands
+
+    out = terminal.console()
+    commands.judge(settings, progress.Terminal(out), lambda found: tables.result(out, found))
+
+
+def _overlay(settings: Any) -> None:
+    from optimizer import person
+    from optimizer.cli import progress, terminal
+
+    person.require()
+    from optimizer.person import commands
+
+    commands.overlay(settings, progress.Terminal(terminal.console()))
+
+
+def _learn(settings: Any) -> None:
+    from optimizer import person
+    from optimizer.cli import progress, terminal
+
+    person.require()
+    from optimizer.cli import person as tables
+    from optimizer.person import commands
+
+    out = terminal.console()
+    tables.learned(out, commands.learn(settings, progress.Terminal(out)))
 
 
 def _show(rest: list[str]) -> None:

@@ -177,7 +177,8 @@ def probe(config: Probe, view: View | None = None) -> Probed:
     pairs = _pairs(config)
     view = view or View()
     subject = Subject("probe", config.plan, config.model, config.store, config.device, view)
-    known = subject.plan.provenance.get("tuned", {}).get("pairs") == probes.key(config.probes)
+    tuned = subject.plan.provenance.get("tuned", {})
+    known = probes.key(config.probes) in (tuned.get("pairs"), tuned.get("choices"))
     whole, pairs = len(pairs), probes.halves(pairs)[1] if known else pairs
     jobs = margins.encode(pairs, subject.tokenizer, subject.context)
     skipped = Counter(job for job in jobs if isinstance(job, str))

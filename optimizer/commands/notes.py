@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,45 @@ def ample(config: Optimize, problem: Problem) -> list[str]:
         f"The budget of {config.budget.text} is above the largest plan of this palette, so the plan "
         f"is {what}."
     ]
+
+
+def aim(problem: Problem, objective: str, parts: Mapping[str, np.ndarray]) -> list[str]:
+    """What an objective beyond the mean KL changed, by the table: the plan that it would take against
+    the mean KL's own, in the same bytes. problem: J's."""
+    if len(parts) < 2 or problem.fits(problem.largest):
+        return []
+    plain = next(iter(parts))
+    mine = exact.solve(problem)
+    rival = exact.solve(replace(problem, loss=parts[plain]))
+    moved = mine != rival
+    if not moved.any():
+        return [
+            f"{objective} takes the same plan as the mean KL alone in these bytes, by the table."
+        ]
+    up = problem.size > np.take_along_axis(problem.size, rival[:, None], 1)
+    rows = np.arange(len(mine))
+    more = up[rows, mine]
+    change = problem.size[rows, mine] - problem.size[rows, rival]
+    share = float(np.clip(change, 0, None).sum() / problem.sizes(rival))
+    changes = {name: _change(loss, mine, rival) for name, loss in parts.items()}
+    kept = [f"{name} {text}" for name, (text, less) in changes.items() if less]
+    paid = [f"{name} {text}" for name, (text, less) in changes.items() if not less]
+    return [
+        f"What {objective} changed against the mean KL alone, in the same bytes, by the table: bits "
+        f"moved between {int(moved.sum())} of {len(mine)} groups ({int(more.sum())} got more; "
+        f"{100 * share:.2g} % of the size moved). Meaning kept: {', '.join(kept) or 'none'}. Meaning "
+        f"paid: {', '.join(paid) or 'none'}."
+    ]
+
+
+def _change(loss: np.ndarray, mine: np.ndarray, rival: np.ndarray) -> tuple[str, bool]:
+    """(from what to what, whether it became less)."""
+    rows = np.arange(len(mine))
+    now, before = (float(loss[rows, x].sum()) for x in (mine, rival))
+    return (
+        f"{before:.4g} -> {now:.4g} ({100 * (now / max(before, 1e-12) - 1):+.1f} %)",
+        now < before,
+    )
 
 
 def gain(refined: Refined, objective: str) -> str:

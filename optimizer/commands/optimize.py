@@ -79,7 +79,8 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     view.expect(_stages(config))
     view.enter(TABLE)
     table = measure_table(bench, config, chosen)  # KL, for promises
-    aimed = objective.losses(bench, config, chosen, table)
+    parts = objective.parts(bench, config, chosen, table)
+    aimed = np.sum(list(parts.values()), axis=0)
     notes = [*chosen.notes, *remarks.unwatched(config, chosen)]
 
     def solve(budget: Budget) -> tuple[Problem, np.ndarray]:
@@ -89,6 +90,7 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     settled = kv_budget.settle(config, bench, chosen, rooms, solve)
     problem, assignment = settled.problem, settled.assignment
     scale = _scale(bench, config, chosen)
+    notes += remarks.aim(problem, config.meaning.name, parts)
     third, rate = config.search.third, config.search.hourly_rate
     problem = replace(problem, third=None if third is None else scale.third(third, rate))
     notes += remarks.ample(config, problem)

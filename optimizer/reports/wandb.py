@@ -17,6 +17,7 @@ import re
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -88,23 +89,50 @@ def record(
     W&B works in a process of its own: whatever happens to it (no key, no network, a full disk, a
     crash, a hang), the run goes on, and so does the sweep that it belongs to.
     """
+    notes = _recorded(folder, settings, sweep, f"plan {plan.id}", contact)
+    complete = notes[-1].startswith("Recorded")
+    return notes if complete else [*notes, "The run's own files are complete."]
+
+
+@dataclass(frozen=True)
+class Sheets:
+    """A record that is no run's: tables by name, each (columns, rows), and files for an artifact."""
+
+    name: str
+    kind: str
+    folder: str
+    tables: dict[str, tuple[list[str], list[list[Any]]]]
+    files: list[str]
+
+
+def record_sheets(sheets: Sheets, settings: Wandb) -> list[str]:
+    """As `record`, of tables and files."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = write_atomically(Path(folder) / "sheets.json", json.dumps(asdict(sheets)).encode())
+        return _recorded(file, settings, None, sheets.name, None)
+
+
+def _recorded(
+    what: Path, settings: Wandb, sweep: str | None, name: str, contact: Reach | None
+) -> list[str]:
+    """Lines for a person; the last one begins with "Recorded" if it was."""
     notes: list[str] = []
     for mode in dict.fromkeys((settings.mode, "offline")):
         error = contact.refusal() if contact and mode == "online" else None
         line = ""
         if error is None:
-            line, error = _attempt(folder, replace(settings, mode=mode), sweep)
+            line, error = _attempt(what, replace(settings, mode=mode), sweep)
         if error is None:
             return [*notes, line]
-        notes.append(f"W&B, {mode}, could not record plan {plan.id}: {error}")
-    return [*notes, "The run's own files are complete."]
+        notes.append(f"W&B, {mode}, could not record {name}: {error}")
+    return notes
 
 
-def _attempt(folder: Path, settings: Wandb, sweep: str | None) -> tuple[str, str | None]:
+def _attempt(what: Path, settings: Wandb, sweep: str | None) -> tuple[str, str | None]:
     """(what it said, None) or ("", why not)."""
     limit = SECONDS[settings.mode]
     try:
-        with _process(json.dumps([str(folder), asdict(settings), sweep])) as process:
+        with _process(json.dumps([str(what), asdict(settings), sweep])) as process:
             out, said = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         return "", f"it was not done after {limit} s."
@@ -170,11 +198,14 @@ def main(asked: str, parent: str) -> None:
     if asked == "reach":
         _answer()
         return
-    folder, settings, sweep = json.loads(asked)
-    wanted = Wandb(**settings)
-    plan, run = Plan.load(folder), Run.load(Path(folder))
-    live = _begin(plan, run, Path(folder), wanted, sweep)
-    _log(live, plan, run, Path(folder))
+    what, settings, sweep = json.loads(asked)
+    wanted, folder = Wandb(**settings), Path(what)
+    if folder.is_file():
+        live = _log_sheets(Sheets(**json.loads(folder.read_text(encoding="utf-8"))), wanted)
+    else:
+        plan, run = Plan.load(folder), Run.load(folder)
+        live = _begin(plan, run, folder, wanted, sweep)
+        _log(live, plan, run, folder)
     where = Path(live.settings.sync_dir)
     live.finish()
     if wanted.mode == "online":
@@ -208,31 +239,51 @@ def _answer() -> None:
 def _begin(plan: Plan, run: Run, folder: Path, settings: Wandb, sweep: str | None) -> Any:
     import wandb
 
-    mode: Any = settings.mode
     return wandb.init(
-        project=settings.project,
-        entity=settings.entity,
         dir=folder,
         id=run.key,
         name=f"{Path(run.model).name}, {chart.size(run.chosen.bytes)}, {run.chosen.bits:.2f} bits",
         group=settings.group or sweep,
         job_type="optimize",
-        tags=settings.tags or None,
         config=_config(plan, run),
-        mode=mode,
-        resume="allow" if mode == "online" else None,
-        reinit="finish_previous",
-        settings=wandb.Settings(
-            silent=True,
-            console="off",
-            disable_git=True,
-            disable_code=True,
-            disable_job_creation=True,
-            x_disable_stats=True,
-            init_timeout=INIT_SECONDS,
-            finish_timeout=FINISH_SECONDS,
-        ),
+        resume="allow" if settings.mode == "online" else None,
+        **_common(settings),
     )
+
+
+def _common(settings: Wandb) -> dict[str, Any]:
+    """What every record is begun with."""
+    import wandb
+
+    quiet = wandb.Settings(
+        silent=True,
+        console="off",
+        disable_git=True,
+        disable_code=True,
+        disable_job_creation=True,
+        x_disable_stats=True,
+        init_timeout=INIT_SECONDS,
+        finish_timeout=FINISH_SECONDS,
+    )
+    about = {key: getattr(settings, key) for key in ("project", "entity", "mode")}
+    return about | {"tags": settings.tags or None, "reinit": "finish_previous", "settings": quiet}
+
+
+def _log_sheets(sheets: Sheets, settings: Wandb) -> Any:
+    import wandb
+
+    live = wandb.init(
+        dir=sheets.folder,
+        name=sheets.name,
+        job_type=sheets.kind,
+        group=settings.group,
+        **_common(settings),
+    )
+    for name, (columns, rows) in sheets.tables.items():
+        live.log({name: wandb.Table(columns=[*columns], data=rows, allow_mixed_types=True)})
+    files = [Path(file) for file in sheets.files]
+    _artifact(live, NAME.sub("-", sheets.name).strip("-."), sheets.kind, files, {})
+    return live
 
 
 def _config(plan: Plan, run: Run) -> dict[str, Any]:

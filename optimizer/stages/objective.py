@@ -5,7 +5,8 @@ The table of J is a sum of tables, each kept by itself, so that other weights co
 
     tail      Fisher information of the tokens whose KL lies above the quantile, times 1 / (1 - level):
               dCVaR / dKL of a token
-    domain    Fisher information of the worst domain's text, times its weight
+    domain    Fisher information of the worst domain's text, times its weight; with combine=sum, of
+              every domain's
     probes    with g = dm / dW, a margin's change is d ~ sum_ij g_ij dW_ij, of mean 0 and variance
               s^2 = sum_ij g_ij^2 dW_ij^2 where rounding errors are independent, so that
               E (d)+ = s / sqrt(2 pi). That is not additive over groups; its tangent at s = c is:
@@ -29,8 +30,8 @@ from optimizer.data import domains
 from optimizer.data import pairs as probes
 from optimizer.data.domains import Domain
 from optimizer.data.text import Windows
-from optimizer.errors import TextError
-from optimizer.metrics.objective import Meaning, Objective
+from optimizer.errors import ConfigError, TextError
+from optimizer.metrics.objective import Meaning, Objective, shares
 from optimizer.models.source import context_length
 from optimizer.plan import Precision, digest
 from optimizer.quantization.methods import bind
@@ -55,19 +56,28 @@ TOGETHER = 8  # pairs of a backward pass
 
 def losses(bench: Bench, config: Optimize, chosen: Choices, plain: Table) -> np.ndarray:
     """The table of J [groups, precisions]; plain: that of the mean KL. Constants are left out."""
-    meaning, found = config.meaning, plain.loss
+    return np.sum(list(parts(bench, config, chosen, plain).values()), axis=0)
+
+
+def parts(bench: Bench, config: Optimize, chosen: Choices, plain: Table) -> dict[str, np.ndarray]:
+    """What `losses` is the sum of, each with its weight, by the words for it."""
+    meaning, found = config.meaning, {"mean KL": plain.loss}
     if meaning.cvar:
         tail = measure_table(bench, config, chosen, _tail(bench, config, chosen))
-        found = found + meaning.cvar * tail.loss
+        found[f"CVaR{100 * meaning.level:g}"] = meaning.cvar * tail.loss
     if meaning.domain:
         cuts = _cuts(bench, meaning.domains)
-        worst = _worst_domain(bench, config, chosen, cuts)
-        bench.view.note(f"worst domain at {_uniform(chosen)[0]}: {worst.name}")
-        ids = cuts[worst].ids
-        own = measure_table(bench, config, chosen, Reading(["domain", digest(ids.tolist())], ids))
-        found = found + meaning.domain * worst.weight * own.loss
+        counted = list(cuts)
+        if meaning.combine == "worst":
+            counted = [_worst_domain(bench, config, chosen, cuts)]
+            bench.view.note(f"worst domain at {_uniform(chosen)[0]}: {counted[0].name}")
+        for domain in counted:
+            ids = cuts[domain].ids
+            reading = Reading(["domain", digest(ids.tolist())], ids)
+            own = measure_table(bench, config, chosen, reading)
+            found[f"KL in {domain.name}"] = meaning.domain * domain.weight * own.loss
     if meaning.probes:
-        found = found + meaning.probes * _margins_table(bench, config, chosen)
+        found["lost margins"] = meaning.probes * _margins_table(bench, config, chosen)
     return found
 
 
@@ -139,6 +149,7 @@ def tuned(meaning: Meaning) -> dict[str, Any]:
     return {
         "domains": [domain.key() for domain in domains.parse(meaning.tuned)],
         "pairs": probes.key(meaning.pairs) if meaning.probes else None,
+        "choices": probes.key(meaning.choices) if meaning.probes and meaning.choices else None,
     }
 
 
@@ -179,16 +190,19 @@ def worst(chosen: Sequence[Domain], kl: np.ndarray) -> Domain:
 # ---------------------------------------------------------------- probes
 
 
-def _jobs(bench: Bench, config: Optimize) -> tuple[list[Any], np.ndarray]:
-    """Pairs to tune on that the reference separates, from all cells in turn, and its margins."""
+def _jobs(bench: Bench, config: Optimize, most: int) -> tuple[list[Any], np.ndarray, np.ndarray]:
+    """At most `most` pairs to tune on that the reference separates, from all cells in turn; its
+    margins, and how much each counts, on average 1."""
     from optimizer.metrics import margins
     from optimizer.models.model import load_tokenizer
 
-    file = config.meaning.pairs
-    pairs = probes.halves(probes.read(Path(file)) if file else probes.built_in())[0]
+    pairs = _in_turn(_tuned_pairs(config.meaning))
     context = context_length(bench.source.folder)
-    encoded = margins.encode(_in_turn(pairs), load_tokenizer(bench.source.folder), context)
+    encoded = margins.encode(pairs, load_tokenizer(bench.source.folder), context)
     jobs = [job for job in encoded if not isinstance(job, str)]
+    names = [
+        p.phenomenon for p, job in zip(pairs, encoded, strict=True) if not isinstance(job, str)
+    ]
     key = digest(["asked", VERSION, bench.source.fingerprint, [asdict(job) for job in jobs]])
 
     def make() -> dict[str, np.ndarray]:
@@ -197,14 +211,39 @@ def _jobs(bench: Bench, config: Optimize) -> tuple[list[Any], np.ndarray]:
 
     kept = bench.store.arrays("margins", key, make)
     assert kept is not None
-    use = np.flatnonzero(kept["margins"] > SEPARATED)
-    if len(use) < 2:
+    separated = np.flatnonzero(kept["margins"] > SEPARATED)
+    if len(separated) < 2:
         raise TextError(
             f"Lost margins need pairs that the reference separates by more than {SEPARATED} nats; of "
-            f"{len(pairs)} pairs, {len(use)} are. Give others with meaning.pairs=FILE, or set "
+            f"{len(pairs)} pairs, {len(separated)} are. Give others with meaning.pairs=FILE, or set "
             "meaning.probes=0."
         )
-    return [jobs[i] for i in use], kept["margins"][use]
+    use = separated[:most]
+    each = _evened([names[i] for i in use], shares(config.meaning.phenomena))
+    return [jobs[i] for i in use], kept["margins"][use], each
+
+
+def _evened(names: Sequence[str], wanted: Mapping[str, float]) -> np.ndarray:
+    """Weights of pairs, of mean 1, so that a phenomenon counts as it should however many pairs of it
+    there are. Without weights that are wanted, all pairs count alike."""
+    if not wanted:
+        return np.ones(len(names))
+    each = np.array([wanted[name] / names.count(name) for name in names])
+    return np.asarray(each * len(each) / each.sum())
+
+
+def _tuned_pairs(meaning: Meaning) -> list[probes.Pair]:
+    """Every second couple of the pairs and choices whose phenomenon counts. Raises ConfigError."""
+    pairs = probes.read(Path(meaning.pairs)) if meaning.pairs else probes.built_in()
+    pairs += probes.read(Path(meaning.choices)) if meaning.choices else []
+    wanted = shares(meaning.phenomena)
+    missing = wanted.keys() - {pair.phenomenon for pair in pairs}
+    if missing:
+        raise ConfigError(
+            f"meaning.phenomena names {', '.join(sorted(missing))}, of which there are no pairs; "
+            f"there are pairs of {', '.join(sorted({pair.phenomenon for pair in pairs}))}. Correct it."
+        )
+    return probes.halves([p for p in pairs if not wanted or p.phenomenon in wanted])[0]
 
 
 def _in_turn(pairs: Sequence[probes.Pair]) -> list[probes.Pair]:
@@ -221,17 +260,19 @@ def _margins_table(bench: Bench, config: Optimize, chosen: Choices) -> np.ndarra
     """s^2 / (2 c sqrt(2 pi)) [groups, precisions], nats; see the module."""
     from optimizer.sensitivity import fisher
 
-    jobs = _jobs(bench, config)[0][:TABLE_PAIRS]
+    jobs, _, each = _jobs(bench, config, TABLE_PAIRS)
     quantizer = bind(config.quantizer, bench)
     task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
     fitted = [[chosen.fitted[g[0], c].name for c in chosen.columns] for g in chosen.groups]
     key = digest(["margins", VERSION, bench.source.fingerprint, [asdict(job) for job in jobs],
-                  chosen.groups, chosen.columns, fitted, quantizer.key, config.seed])  # fmt: skip
+                  chosen.groups, chosen.columns, fitted, quantizer.key, config.seed,
+                  *([] if (each == 1).all() else [each.tolist()])])  # fmt: skip
 
     def make() -> dict[str, np.ndarray]:
         bench.view.stage("sensitivity of the probes")
         quantizer.prepare({x: [chosen.fitted[x, c] for c in task.columns] for x in task.layers})
-        passes = _signed(bench.model.net, jobs, np.random.default_rng([config.seed, 91]))
+        rng = np.random.default_rng([config.seed, 91])
+        passes = _signed(bench.model.net, jobs, rng, each)
         return {"squares": fisher.squared(bench.model, task, passes) / len(jobs)}
 
     kept = bench.store.arrays("tables", key, make)
@@ -242,10 +283,10 @@ def _margins_table(bench: Bench, config: Optimize, chosen: Choices) -> np.ndarra
 
 
 def _signed(
-    net: Any, jobs: Sequence[Any], rng: np.random.Generator
+    net: Any, jobs: Sequence[Any], rng: np.random.Generator, each: np.ndarray
 ) -> Iterator[Callable[[], Any]]:
     """Sums of margins with random signs: the square of such a sum's gradient is, on average, the sum
-    of the squares, for one backward pass."""
+    of the squares, times the weights `each`, for one backward pass."""
     import torch
 
     from optimizer.metrics import margins
@@ -254,7 +295,8 @@ def _signed(
     predict = Predictor(net)
     for i in range(0, len(jobs), TOGETHER):
         part = jobs[i : i + TOGETHER]
-        signs = torch.from_numpy(rng.integers(0, 2, len(part)) * 2.0 - 1)
+        chance = rng.integers(0, 2, len(part)) * 2.0 - 1
+        signs = torch.from_numpy(chance * np.sqrt(each[i : i + TOGETHER]))
 
         def scalar(part: Sequence[Any] = part, signs: Any = signs) -> Any:
             found = margins.live(net, predict, part)
@@ -273,9 +315,10 @@ def confirming(used: int, windows: int) -> range:
 
 
 class Beside:
-    """What J adds to the loss of a search window: the KL of one window of the worst domain, and the
-    lost margins of some probes, so that the mean over the trials' windows has the whole domain's and
-    the mean over the probes. The windows that confirm a choice get other documents and other probes.
+    """What J adds to the loss of a search window: the KL of one window of the worst domain, or of one
+    of each domain where they are summed, and the lost margins of some probes, so that the mean over
+    the trials' windows has a domain's whole KL and the mean over the probes. The windows that confirm
+    a choice get other documents and other probes.
 
     Made while the model holds its own weights. Cost of a window: `tokens`.
     """
@@ -293,24 +336,33 @@ class Beside:
                 self.teachers[domain] = Teacher(self.net, some, own_head(bench, chosen))
         self.domain: Domain | None = None
         self.aim(0)
-        self.jobs, self.margins = ([], np.zeros(0))
+        self.jobs: list[Any] = []
+        self.margins, self.each = np.zeros(0), np.zeros(0)
         if self.meaning.probes:
-            jobs, margins = _jobs(bench, config)
-            self.jobs, self.margins = jobs[:SEARCH_PAIRS], margins[:SEARCH_PAIRS]
+            self.jobs, self.margins, self.each = _jobs(bench, config, SEARCH_PAIRS)
             self.predict = Predictor(self.net)
 
     @property
     def key(self) -> list[Any]:
         """What two workers must agree on."""
         texts = [[d.name, d.weight, t.windows.ids.tolist()] for d, t in self.teachers.items()]
-        return [texts, [asdict(job) for job in self.jobs]]
+        counted = [] if (self.each == 1).all() else [self.each.tolist()]
+        combined = [] if self.meaning.combine == "worst" else [self.meaning.combine]
+        return [texts, [asdict(job) for job in self.jobs], *counted, *combined]
 
     @property
     def tokens(self) -> int:
         """Of one window, on average."""
-        text = 0 if self.domain is None else self.teachers[self.domain].windows.ids.shape[1]
+        text = sum(self.teachers[domain].windows.ids.shape[1] for domain in self.counted)
         words = sum(len(job.good) + len(job.bad) for job in self.jobs) / 2
         return text + round(words / self.used)
+
+    @property
+    def counted(self) -> list[Domain]:
+        """The domains whose KL is part of J now."""
+        if self.meaning.combine == "sum":
+            return list(self.teachers)
+        return [] if self.domain is None else [self.domain]
 
     def choose(self) -> int:
         """The number of the domain that is worst with the weights that the model holds now."""
@@ -345,17 +397,19 @@ class Beside:
         total: Any = torch.zeros(())
         trial = window < self.rest.start
         turn = (window if trial else window - self.rest.start) % self.used
-        if self.domain is not None:
-            teacher = self.teachers[self.domain]
+        for domain in self.counted:
+            teacher = self.teachers[domain]
             own = self._windows(teacher, trial)
             kl = teacher.divergence(self.net, own[turn % len(own)]).mean()
-            total = self.meaning.domain * self.domain.weight * kl
+            total = total + self.meaning.domain * domain.weight * kl
         mine = list(range(0 if trial else 1, len(self.jobs), 2))
         some = mine[turn :: self.used]
         if some:
             now = margins.live(self.net, self.predict, [self.jobs[i] for i in some])
-            lost = (torch.from_numpy(self.margins[some]).to(now.device) - now).clamp(min=0).sum()
-            total = total + self.meaning.probes * self.used / len(mine) * lost
+            lost = (torch.from_numpy(self.margins[some]).to(now.device) - now).clamp(min=0)
+            each = torch.from_numpy(self.each[some]).to(now.device)
+            share = self.used / self.each[mine].sum()
+            total = total + self.meaning.probes * share * (each * lost).sum()
         return total
 
     def _windows(self, teacher: Any, trial: bool) -> range:

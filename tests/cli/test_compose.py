@@ -36,6 +36,9 @@ NEEDED = {
     "advise": ["model=stories"],
     "probe": ["plan=plan.json"],
     "blur": ["plan=plan.json", "text=text.txt"],
+    "judge": ["models=[one.json,reference]"],
+    "overlay": ["model=packed"],
+    "learn": ["files=[votes.jsonl]"],
 }
 
 

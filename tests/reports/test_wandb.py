@@ -286,3 +286,22 @@ def test_a_damaged_installation_costs_nothing(tmp_path, monkeypatch):
 def test_modes():
     with pytest.raises(ConfigError, match="offline, online or off"):
         Wandb(mode="cloud").check()
+
+
+def test_sheets_are_tables_and_an_artifact(tmp_path):
+    votes = tmp_path / "votes.jsonl"
+    votes.write_text("{}\n")
+    rows = [["anna", i, None] for i in range(3000)]  # more than a command line holds
+    sheets = wandb.Sheets(
+        "judged: a against b", "judge", str(tmp_path), {"votes": (["judge", "n", "tag"], rows)},
+        [str(votes)],
+    )  # fmt: skip
+    notes = wandb.record_sheets(sheets, Wandb())
+    assert notes[-1].startswith("Recorded for W&B, offline")
+    [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert len(json.loads(media(file, "votes"))["data"]) == 3000
+    found = list(records(file))
+    assert find(found, "run")[0].job_type == "judge"
+    assert [a.type for a in find(found, "artifact")] and find(found, "artifact")[
+        -1
+    ].type == "judge"

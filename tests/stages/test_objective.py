@@ -107,13 +107,15 @@ def test_the_probes_table_is_the_mean_square_of_a_margins_change(
     """Against the changes that random errors of the same size really cause."""
     config = asked(source, tmp_path / "s", texts, probes=1.0)
     made, chosen = opened(config)
-    jobs, _ = objective._jobs(made, config)
+    jobs, _, each = objective._jobs(made, config, objective.TABLE_PAIRS)
     group, column = 5, chosen.columns.index("int8_g64")
     (name,) = chosen.groups[group]
     quantizer = bind(config.quantizer, made)
     one = replace(chosen, groups=(chosen.groups[group],), columns=("int8_g64",))
     task = Task(one.groups, one.columns, one.fitted, quantizer)
-    draws = [objective._signed(made.model.net, jobs, np.random.default_rng(i)) for i in range(40)]
+    draws = [
+        objective._signed(made.model.net, jobs, np.random.default_rng(i), each) for i in range(40)
+    ]
     squares = np.mean([fisher.squared(made.model, task, passes) for passes in draws])
     weight = made.model.weight(name).clone()
     error = quantizer.round(weight, chosen.fitted[name, chosen.columns[column]], name) - weight
@@ -138,7 +140,9 @@ def test_the_probes_table_is_the_mean_square_of_a_margins_change(
     )
     # its tangent: at the uniform plan, s^2 / (2 c sqrt(2 pi)) with s = c
     four = chosen.columns.index("int4_g64")
-    passes = objective._signed(made.model.net, jobs, np.random.default_rng([config.seed, 91]))
+    passes = objective._signed(
+        made.model.net, jobs, np.random.default_rng([config.seed, 91]), each
+    )
     task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
     there = fisher.squared(made.model, task, passes)[:, four].sum() / len(jobs)
     assert (found - table.loss)[:, four].sum() == pytest.approx(
@@ -296,6 +300,54 @@ def test_texts_that_say_nothing_are_refused(source: Source, texts: Path, tmp_pat
     )
     config.meaning = replace(config.meaning, pairs=str(weak))
     with pytest.raises(TextError, match="of 1 pairs, 0 are"):
-        objective._jobs(made, config)
+        objective._jobs(made, config, objective.TABLE_PAIRS)
     config.meaning = Meaning()
     assert Beside(made, config, chosen, USED).live is None
+
+
+def test_summed_domains_all_count_in_the_table_and_in_the_search(
+    source: Source, texts: Path, tmp_path: Path
+) -> None:
+    config = asked(source, tmp_path / "s", texts, domain=0.7, combine="sum")
+    config.meaning.domains[1] += " * 3"
+    made, chosen = opened(config)
+    plain = session.measure_table(made, config, chosen)
+    found = objective.parts(made, config, chosen, plain)
+    assert list(found) == ["mean KL", "KL in told", "KL in odd"]
+    assert objective.losses(made, config, chosen, plain) == pytest.approx(sum(found.values()))
+    alone = replace(config.meaning, combine="worst", domains=config.meaning.domains[1:])
+    other = objective.parts(made, replace(config, meaning=alone), chosen, plain)
+    assert found["KL in odd"] == pytest.approx(other["KL in odd"])
+    beside = Beside(made, config, chosen, USED)
+    assert [domain.name for domain in beside.counted] == ["told", "odd"]
+    with made.model.rounded(bind(config.quantizer, made), low(chosen, 2)):
+        kl = [
+            teacher.window(made.model.net, 0) * domain.weight
+            for domain, teacher in beside.teachers.items()
+        ]
+        assert beside.loss(0) == pytest.approx(0.7 * sum(kl), rel=1e-4)
+    worst = Beside(made, replace(config, meaning=alone), chosen, USED)
+    assert beside.key != worst.key and beside.tokens > worst.tokens
+
+
+def test_phenomena_count_as_asked_however_many_pairs_they_have() -> None:
+    found = objective._evened(["a", "a", "a", "b"], {"a": 0.25, "b": 0.75})
+    assert found.mean() == pytest.approx(1)
+    assert found[:3].sum() / found.sum() == pytest.approx(0.25)
+    assert (objective._evened(["a", "b"], {}) == 1).all()
+
+
+def test_only_phenomena_that_count_are_asked_and_choices_join(texts: Path, tmp_path: Path) -> None:
+    row = {"prefix": "Mia had a", "good": " cup", "bad": " key", "phenomenon": "choice"}
+    lines = [json.dumps(row | {"good": f" cup {i}"}) for i in range(4)]
+    (tmp_path / "choices.jsonl").write_text("\n".join(lines))
+    meaning = Meaning(
+        probes=1.0, pairs=str(texts / "pairs.jsonl"), choices=str(tmp_path / "choices.jsonl")
+    )
+    every = objective._tuned_pairs(meaning)
+    some = objective._tuned_pairs(replace(meaning, phenomena=["choice"]))
+    assert {pair.phenomenon for pair in some} == {"choice"}
+    assert len(some) == 2 and len(every) > len(some)
+    with pytest.raises(ConfigError, match=r"phenomena names mood, of which there are no pairs"):
+        objective._tuned_pairs(replace(meaning, phenomena=["mood"]))
+    assert objective.tuned(meaning)["choices"] == probes.key(meaning.choices)

@@ -1,0 +1,218 @@
+"""Writing with a quantized model: it goes on by itself where it is sure, and stops where it isn't.
+
+The signal is the entropy of its next token. As many tokens count as unsure as its plan's predicted
+loss may change: two distributions of divergence KL differ on at most sqrt(KL / 2) of the tokens
+(Pinsker), so the threshold is that quantile of the entropy along text of the model's own.
+
+A choice is kept as minimal pairs: what stood there, what was taken, and what was passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from optimizer.data import pairs as probes
+from optimizer.data import text as data
+from optimizer.errors import StorageError
+from optimizer.models.source import context_length
+from optimizer.person.entrants import Entrant, Open, opened
+from optimizer.person.votes import VoteFile
+from optimizer.person.writing import Ids, encode_prompt, ends, said
+from optimizer.plan import digest
+from optimizer.stages.session import View
+from optimizer.store import Store
+
+VERSION = 1
+SAMPLES, LENGTH = 8, 128  # of the model's own text, for the threshold
+LEAST, USUAL, MOST = 0.02, 0.1, 0.25  # shares of unsure tokens; the middle one without a plan
+PHENOMENON = "choice"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What was added to a text. marks: where in the whole text (characters) the model was unsure.
+    unsure: whether it stopped for that; ended: whether it ended the text itself."""
+
+    text: str
+    marks: tuple[int, ...]
+    unsure: bool
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Ways to go on from a text; `reference` is the number of the reference's own, if it was asked."""
+
+    id: str
+    prefix: str
+    texts: tuple[str, ...]
+    reference: int | None = None
+
+
+def share_of(entrant: Entrant, wanted: float | None) -> float:
+    """Of the tokens at which to stop."""
+    if wanted is not None:
+        return wanted
+    if entrant.plan is None:
+        return USUAL
+    kl = max(float(entrant.plan.predicted["kl"]), 0.0)
+    return float(np.clip(np.sqrt(kl / 2), LEAST, MOST))
+
+
+class Writer:
+    """A loaded model that continues texts. One call at a time."""
+
+    def __init__(
+        self, entrant: Entrant, share: float, store: Store, device: str, view: View
+    ) -> None:
+        self.entrant, self.share = entrant, share
+        self._store, self._device, self._view = store, device, view
+        self._lock, self._stack = threading.Lock(), ExitStack()
+        self._model: Open | None = None
+        self._threshold: float | None = None
+
+    @property
+    def model(self) -> Open:
+        """Loaded at the first use."""
+        if self._model is None:
+            self._model = self._stack.enter_context(
+                opened(self.entrant, self._store, self._device, self._view)
+            )
+        return self._model
+
+    @property
+    def threshold(self) -> float:
+        """Entropy in nats above which a token counts as unsure."""
+        if self._threshold is None:
+            key = digest(["entropy", VERSION, self.entrant.identity])
+            kept = self._store.arrays("entropies", key, self._entropies)
+            assert kept is not None
+            self._threshold = float(np.quantile(kept["entropy"], 1 - self.share))
+        return self._threshold
+
+    def _entropies(self) -> dict[str, np.ndarray]:
+        import torch
+
+        self._view.stage("how sure it is of text of its own")
+        net = self.model.net
+        ids = data.generate(self.model, SAMPLES, min(LENGTH, self._room), [VERSION])["ids"]
+        found = []
+        with torch.inference_mode():
+            for row in torch.from_numpy(ids).to(next(net.parameters()).device):
+                logits = net(input_ids=row[None], use_cache=False).logits[0, :-1].float()
+                found.append(_entropy(logits).cpu().numpy())
+        return {"entropy": np.concatenate(found)}
+
+    @property
+    def _room(self) -> int:
+        """Tokens that the model can read."""
+        return context_length(self.entrant.home.folder) or 2**20
+
+    def _prompt(self, text: str, more: int) -> Ids:
+        """The end of a text, as far as it and `more` tokens fit the context."""
+        ids = encode_prompt(self.model.tokenizer, text, chat=False)
+        return ids[-max(1, self._room - more) :]
+
+    def go_on(self, text: str, stretch: int, stop: bool) -> Step:
+        """At most `stretch` tokens; with `stop`, up to the first that it is unsure of. It never stops
+        before its first token, so that going on always goes on."""
+        with self._lock:
+            prompt = self._prompt(text, stretch)
+            ids: Ids = []
+            marks: list[int] = []
+            unsure = ended = False
+            for token, entropy in self._tokens(prompt, stretch):
+                if token in ends(self.model.net):
+                    ended = True
+                    break
+                if entropy > self.threshold:
+                    if stop and ids:
+                        unsure = True
+                        break
+                    marks.append(len(ids))
+                ids.append(token)
+            added = said(self.model.tokenizer, prompt, ids)
+            at = [len(text) + len(said(self.model.tokenizer, prompt, ids[:n])) for n in marks]
+            return Step(added, tuple(at), unsure, ended)
+
+    def _tokens(self, prompt: Ids, most: int) -> Iterator[tuple[int, float]]:
+        """The likeliest next tokens one after the other, each with the entropy at its place."""
+        import torch
+
+        net, past = self.model.net, self.model.cache()
+        device = next(net.parameters()).device
+        ids = torch.tensor([prompt], device=device)
+        for _ in range(most):
+            with torch.inference_mode():
+                out = net(input_ids=ids, past_key_values=past, use_cache=True)
+            past, logits = out.past_key_values, out.logits[:, -1].float()
+            token = int(logits.argmax())
+            yield token, float(_entropy(logits)[0])
+            ids = torch.tensor([[token]], device=device)
+
+    def offers(self, text: str, count: int, words: int) -> tuple[str, ...]:
+        """The likeliest next tokens, each with what it would go on with; different texts only."""
+        import torch
+
+        with self._lock:
+            prompt = self._prompt(text, words)
+            net = self.model.net
+            ids = torch.tensor([prompt], device=next(net.parameters()).device)
+            with torch.inference_mode():
+                logits = net(input_ids=ids, use_cache=False).logits[0, -1].float()
+            found: list[str] = []
+            for token in logits.topk(min(2 * count, len(logits))).indices.tolist():
+                if token not in ends(net):
+                    rest = [t for t, _ in self._tokens([*prompt, token], words - 1)]
+                    end = next((i for i, t in enumerate(rest) if t in ends(net)), len(rest))
+                    offer = said(self.model.tokenizer, prompt, [token, *rest[:end]])
+                    found += [offer] if offer.strip() and offer not in found else []
+                if len(found) == count:
+                    break
+            return tuple(found)
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def _entropy(logits: Any) -> Any:
+    """Logits [..., vocabulary] -> nats [...]."""
+    log = logits.log_softmax(-1)
+    return -(log.exp() * log).sum(-1)
+
+
+def pairs_of(prefix: str, taken: str, passed: Sequence[str], language: str) -> list[probes.Pair]:
+    """The choice as minimal pairs: one for each that was passed over. Those of which one begins with
+    the other decide nothing and are left out."""
+    name = uuid.uuid4().hex[:12]
+    return [
+        probes.Pair(f"{PHENOMENON}-{name}-{i}", PHENOMENON, language, prefix, taken, other)
+        for i, other in enumerate(passed)
+        if other.strip() and not taken.startswith(other) and not other.startswith(taken)
+    ]
+
+
+class ChoiceFile:
+    """choices.jsonl, in the format of the probes; only ever appended to, and on the disk at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.exists():
+            probes.read(path)  # another file is not added to
+
+    def append(self, pairs: Sequence[probes.Pair]) -> None:
+        """Raises StorageError, and then nothing was kept."""
+        rows = [json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in pairs]
+        try:
+            VoteFile(self.path).put("".join(rows).encode())
+        except StorageError as error:
+            raise StorageError(str(error).replace("votes=FILE", "choices=FILE")) from None
