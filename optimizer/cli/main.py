@@ -26,6 +26,7 @@ Mezzotint: make a language model fit a memory budget and keep what it means.
   mezzotint fit DIR budget=rtx3060_12gb                 memory, longest context, smallest machine
   mezzotint report DIR                                  make a run's report.html again
   mezzotint compare multirun/DAY/TIME                   the runs of a sweep in one table and page
+  mezzotint store [prune 30d]                           what is kept; remove what is unused for 30 days
   mezzotint probe plan.json                             which distinctions of meaning it lost
   mezzotint blur plan.json text.txt out=blur.html       where in a text it changed what is said
   mezzotint judge A B [C ...]                           judge plans, packed folders, models blind
@@ -44,7 +45,7 @@ data=    bundled (default), self (sampled from the model), text data.path=FILE, 
 """
 COMMANDS = (
     "optimize", "show", "apply", "check", "export", "evaluate", "probe", "blur", "fit", "advise",
-    "report", "compare", "judge", "overlay", "learn",
+    "report", "compare", "store", "judge", "overlay", "learn",
 )  # fmt: skip
 POSITIONAL = {
     "apply": ["plan"],
@@ -96,7 +97,7 @@ def _dispatch(command: str, rest: list[str]) -> int:
 
     if command not in COMMANDS:
         raise ConfigError(f"There is no command {command!r}; there are {', '.join(COMMANDS)}.")
-    plain = {"show": _show, "report": _report, "compare": _compare}
+    plain = {"show": _show, "report": _report, "compare": _compare, "store": _store}
     if command in plain:
         plain[command](rest)
         return 0
@@ -401,6 +402,26 @@ def _show(rest: list[str]) -> None:
     if len(rest) != 1:
         raise ConfigError("Give one plan: mezzotint show plan.json")
     terminal.show(terminal.console(), Plan.load(rest[0]))
+
+
+def _store(rest: list[str]) -> None:
+    from optimizer.cli import terminal
+    from optimizer.commands import store
+    from optimizer.errors import ConfigError
+    from optimizer.store import Store
+
+    place = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")
+    kept = Store.open(place)
+    if not rest:
+        terminal.kept(terminal.console(), kept.root, store.kinds(kept))
+    elif len(rest) == 2 and rest[0] == "prune":
+        done = store.prune(kept, store.seconds(rest[1]))
+        terminal.pruned(terminal.console(), kept.root, done)
+    else:
+        raise ConfigError(
+            "Say `mezzotint store`, or `mezzotint store prune 30d` to remove what was not used for 30 "
+            "days. MEZZOTINT_STORE says where the store is."
+        )
 
 
 def _report(rest: list[str]) -> None:

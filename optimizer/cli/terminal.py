@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +18,7 @@ from optimizer.cli import certificate
 from optimizer.cli.certificate import human
 from optimizer.commands.advise import Advice
 from optimizer.commands.capacity import Answer
+from optimizer.commands.store import Kind, Pruned
 from optimizer.formats.rules import Verdict
 from optimizer.hardware.memory import mib, usable
 from optimizer.hardware.throughput import price
@@ -289,3 +292,29 @@ def sweep(out: Console, found: Sweep, written: Path) -> None:
     for name, asked in found.unfinished:
         out.print(f"Not finished: job {name} ({asked}).", style="yellow", markup=False)
     out.print(f"Wrote {written}.", soft_wrap=True, markup=False)
+
+
+def kept(out: Console, root: Path, kinds: Sequence[Kind]) -> None:
+    """What a store holds."""
+    if not kinds:
+        out.print(f"{root} holds nothing yet.", markup=False, soft_wrap=True)
+        return
+    table = Table("kind", "what", title=str(root), title_justify="left")
+    for name in ("entries", "size", "last used"):
+        table.add_column(name, justify="right")
+    for kind in kinds:
+        day = datetime.fromtimestamp(kind.used, tz=UTC).date().isoformat()
+        words = "" if kind.words == kind.name else kind.words
+        table.add_row(kind.name, words, str(kind.entries), decimal(kind.bytes), day)
+    out.print(table)
+    total = decimal(sum(kind.bytes for kind in kinds))
+    out.print(f"{total} in all. `mezzotint store prune 30d` removes what is unused for 30 days.")
+
+
+def pruned(out: Console, root: Path, done: Pruned) -> None:
+    out.print(
+        f"Removed {done.entries} entries from {root}, {decimal(done.bytes)}; {decimal(done.left)} are "
+        "left.",
+        markup=False,
+        soft_wrap=True,
+    )
