@@ -9,6 +9,7 @@ content key: the same question about the same model continues the same record.
 
 from __future__ import annotations
 
+import csv
 import http.client
 import json
 import math
@@ -43,6 +44,7 @@ FINISH_SECONDS = 20
 LOOK_SECONDS = 0.5
 SECONDS = {"online": 40, "offline": 300}  # the latter needs no network
 CERTIFICATE = "certificate.json"
+SEARCH = "search.csv"
 NAME = re.compile(r"[^\w.-]+")  # artifact names: letters, digits, underscore, dash, dot
 
 
@@ -317,6 +319,8 @@ def _log(live: Any, plan: Plan, run: Run, folder: Path) -> None:
     if plan.certificate:
         log["certificate"] = certificate_table(plan.certificate)
     live.log(log)
+    for trial in trials(folder):
+        live.log(trial)
     live.summary.update(_summary(plan, run))
     stem = NAME.sub("-", Path(run.model).name).strip("-.") or "model"
     certificate = write_atomically(
@@ -334,12 +338,23 @@ def _log(live: Any, plan: Plan, run: Run, folder: Path) -> None:
                     "run.json",
                     "front.csv",
                     "measured.csv",
+                    SEARCH,
                     blur_example.FILE,
                 )
             ],
         ),
     ):
         _artifact(live, f"{stem}-{kind}", kind, files, {"plan_id": plan.id, "run_key": run.key})
+
+
+def trials(folder: Path) -> list[dict[str, float]]:
+    """One point a trial of the search: what search.csv has in its columns; none without a search."""
+    file = folder / SEARCH
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    return [{f"trial {key}": float(value) for key, value in row.items()} for row in rows]
 
 
 def _artifact(

@@ -57,6 +57,7 @@ def recorded(tmp_path_factory):
     run.save(folder)
     html.write(folder)
     (folder / "front.csv").write_text("size\n")
+    (folder / "search.csv").write_text("tokens,loss\n10,0.5\n20,0.25\n")
     (folder / "blur.html").write_text("<p>a shaded word</p>")
     notes = wandb.record(plan, folder, Wandb(tags=["one"]), sweep="multirun/x")
     [file] = folder.glob("wandb/offline-run-*/*.wandb")
@@ -118,6 +119,17 @@ def test_the_front_is_a_chart_of_wandbs_own(recorded):
     assert "price_of_a_million" in json.dumps(panels)  # the third objective has a chart, too
 
 
+def test_every_trial_of_the_search_is_a_point(recorded):
+    *_, found = recorded
+    points = []
+    for history in find(found, "history"):
+        values = {i.key or i.nested_key[0]: json.loads(i.value_json) for i in history.item}
+        points += (
+            [(values["trial tokens"], values["trial loss"])] if "trial loss" in values else []
+        )
+    assert points == [(10, 0.5), (20, 0.25)]
+
+
 def test_summary_and_artifacts(recorded):
     plan, _, _, _, found = recorded
     summary = {}
@@ -133,7 +145,7 @@ def test_summary_and_artifacts(recorded):
     assert {"tiny-plan", "tiny-certificate", "tiny-report"} <= artifacts.keys()
     assert [e.path for e in artifacts["tiny-plan"].manifest.contents] == ["plan.json"]
     assert {e.path for e in artifacts["tiny-report"].manifest.contents} == {
-        "report.html", "run.json", "front.csv", "blur.html",
+        "report.html", "run.json", "front.csv", "search.csv", "blur.html",
     }  # fmt: skip
 
 
