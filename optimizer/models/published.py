@@ -80,12 +80,12 @@ def dequantize(folder: Path, out: Path) -> None:
     in bfloat16."""
     from safetensors.torch import save_file
 
-    checkpoint = open_checkpoint(folder)
+    checkpoint, blocks = open_checkpoint(folder), _blocks(folder)
     scales = {n for x in checkpoint.tensors if (n := _used_scale(x, checkpoint)) is not None}
     left = {n for n in checkpoint.tensors if n.rpartition(".")[2].endswith(ACTIVATIONS)}
     for file in weight_files(folder):
         names = [n for n, x in checkpoint.tensors.items() if x.file == file]
-        parts = dict(_parts(checkpoint, [n for n in names if n not in scales | left]))
+        parts = dict(_parts(checkpoint, [n for n in names if n not in scales | left], blocks))
         save_file(parts, out / file.name, metadata={"format": "pt"})
     for pattern in BESIDE:
         for file in folder.glob(pattern):
@@ -97,15 +97,29 @@ def _used_scale(name: str, checkpoint: Checkpoint) -> str | None:
     return _scale(name, checkpoint) if checkpoint.tensors[name].dtype in FP8 else None
 
 
-def _parts(checkpoint: Checkpoint, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+def _blocks(folder: Path) -> tuple[int, int] | None:
+    """Rows and columns of a block, as config.json says."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found = _settings(config).get("weight_block_size")
+    if isinstance(found, list) and len(found) == 2 and all(isinstance(n, int) for n in found):
+        return found[0], found[1]
+    return None
+
+
+def _parts(
+    checkpoint: Checkpoint, names: list[str], blocks: tuple[int, int] | None
+) -> Iterator[tuple[str, Tensor]]:
     for name in names:
         value, scale = checkpoint.read(name), _used_scale(name, checkpoint)
-        yield name, value if scale is None else unscaled(name, value, checkpoint.read(scale))
+        if scale is not None:
+            value = unscaled(name, value, checkpoint.read(scale), blocks)
+        yield name, value
 
 
-def unscaled(name: str, codes: Tensor, scale: Tensor) -> Tensor:
-    """FP8 codes [..., rows, cols] times their scales [..., row blocks, column blocks] (blocks are
-    equally large, but for the last ones), or one scale a row, or one for all -> bfloat16."""
+def unscaled(name: str, codes: Tensor, scale: Tensor, blocks: tuple[int, int] | None) -> Tensor:
+    """FP8 codes [..., rows, cols] times their scales [..., row blocks, column blocks], or one scale
+    a row, or one for all -> bfloat16. blocks: rows and columns of one, the last ones may be shorter;
+    None: not known, and refused where several are possible."""
     import torch
 
     w, s = codes.float(), scale.float()
@@ -116,22 +130,24 @@ def unscaled(name: str, codes: Tensor, scale: Tensor) -> Tensor:
     for axis in (-1, -2):
         if s.shape[axis] in (1, w.shape[axis]):
             continue
-        block = _block(w.shape[axis], s.shape[axis])
+        block = _block(w.shape[axis], s.shape[axis], blocks and blocks[axis])
         if block is None:
             raise ModelError(
-                f"The scales of {name} are {list(scale.shape)}, which is no grid of blocks over "
-                f"{list(codes.shape)}. Give the model in 16 bits."
+                f"The scales of {name} are {list(scale.shape)}, and with the weight_block_size of "
+                f"config.json ({blocks}) they are no grid over {list(codes.shape)}. Correct it, or "
+                "give the model in 16 bits."
             )
         at = torch.arange(w.shape[axis]) // block
         s = s.index_select(axis % s.ndim, at)
     return (w * s).bfloat16()
 
 
-def _block(size: int, blocks: int) -> int | None:
-    """The length of equal blocks of which `blocks` cover `size`; a power of two where several do."""
-    fitting = [b for b in range(-(-size // blocks), size + 1) if -(-size // b) == blocks]
-    powers = [b for b in fitting if b & (b - 1) == 0]
-    return next(iter(powers or fitting), None)
+def _block(size: int, count: int, told: int | None) -> int | None:
+    """The length of blocks of which `count` cover `size`: as told, or the only possible one."""
+    fitting = [b for b in range(-(-size // count), size + 1) if -(-size // b) == count]
+    if told is not None:
+        return told if told in fitting else None
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def _correct(out: Path, dropped: set[str]) -> None:

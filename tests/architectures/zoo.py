@@ -59,6 +59,7 @@ LATENT = {"num_key_value_heads": 4}  # latent attention has no groups of heads
 SPECIAL: dict[str, dict[str, Any]] = {
     "axk1": LATENT,
     "axk2": LATENT,
+    "bamba": {"attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "deepseek_v2": {**LATENT, "topk_method": "greedy", "num_experts_per_tok": 2},

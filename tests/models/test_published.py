@@ -101,11 +101,20 @@ def test_scales_of_every_shape(shape: tuple[int, ...]) -> None:
     scale = torch.rand(shape) + 0.5
     grid = scale.reshape(shape + (1,) * (2 - len(shape)))
     wide = grid.repeat_interleave(6 // grid.shape[0], 0).repeat_interleave(12 // grid.shape[1], 1)
-    assert torch.equal(unscaled("w", codes, scale), (codes.float() * wide).bfloat16())
+    blocks = (6 // grid.shape[0], 12 // grid.shape[1])
+    assert torch.equal(unscaled("w", codes, scale, blocks), (codes.float() * wide).bfloat16())
 
 
 def test_a_last_block_may_be_shorter() -> None:
     codes, scale = torch.ones(300, 130).to(torch.float8_e4m3fn), torch.rand(3, 2)
-    found = unscaled("w", codes, scale)
+    found = unscaled("w", codes, scale, (128, 128))
     assert torch.equal(found[255], scale[1].bfloat16()[torch.arange(130) // 128])
     assert torch.equal(found[256], scale[2].bfloat16()[torch.arange(130) // 128])
+
+
+@pytest.mark.parametrize("blocks", [None, (64, 128), (512, 128)])
+def test_blocks_are_told_and_not_guessed(blocks: tuple[int, int] | None) -> None:
+    """Three blocks over 300 rows could have 100 to 149."""
+    codes, scale = torch.ones(300, 130).to(torch.float8_e4m3fn), torch.rand(3, 2)
+    with pytest.raises(ModelError, match="weight_block_size"):
+        unscaled("w", codes, scale, blocks)
