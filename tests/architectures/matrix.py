@@ -23,15 +23,16 @@ import transformers
 
 import optimizer
 from optimizer import Budget, MezzotintError, Plan
-from optimizer.config import Proof, Quantizer
+from optimizer.config import Proof
 from optimizer.data.text import Data, Part
 from optimizer.models.checkpoint import open_checkpoint
 from optimizer.models.model import Model, take_inventory
 from optimizer.models.source import quiet
 from optimizer.plan import Palette
-from optimizer.quantization.uniform import Rtn
+from optimizer.quantization.methods import Rtn
+from optimizer.quantization.uniform import Nearest
 from optimizer.search import Search
-from optimizer.sensitivity import Sensitivity
+from optimizer.sensitivity.estimators import Fisher
 from tests.architectures import zoo
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -91,8 +92,8 @@ def planned(folder: Path, draft: Path) -> Plan:
         scope=["all"],
         palette=Palette(bits=[2, 3, 4, 8], group_size=16),
         data=SMALL,
-        quantizer=Quantizer(name="rtn"),
-        sensitivity=Sensitivity(estimator="fisher"),
+        quantizer=Rtn(),
+        sensitivity=Fisher(),
         search=Search(space="exact"),
         proof=Proof(certify=False, random=0, domains=[]),
         store=str(draft / "store"),
@@ -105,7 +106,7 @@ def _measured(kind: str, name: str, folder: Path, draft: Path) -> Row:
     inventory = take_inventory(folder)
     model = Model.load(folder, inventory)
     before = logits(model)
-    with model.rounded(Rtn(), plan.choice):
+    with model.rounded(Nearest(), plan.choice):
         rounded = logits(model)
     model.net = optimizer.load(packed)
     found = logits(model)

@@ -18,7 +18,7 @@ from optimizer.formats.torch import packed
 from optimizer.models.model import Model, take_inventory
 from optimizer.models.source import quiet
 from optimizer.plan import Precision
-from optimizer.quantization.uniform import Rtn
+from optimizer.quantization.uniform import Nearest
 from tests.conftest import ARCHITECTURES, GLU, build, planned
 
 IDS = torch.arange(5, 29).view(2, 12)
@@ -40,7 +40,7 @@ def there_and_back(folder: Path) -> tuple[Model, Tensor, Tensor, dict[str, Tenso
     plan, model = planned(inventory, choice), Model.load(folder, inventory)
     out = packed.save(plan, model, folder, folder.parent / "packed", lambda items, _: items)
     with torch.no_grad():
-        with model.rounded(Rtn(), choice):
+        with model.rounded(Nearest(), choice):
             rounded = model.net(input_ids=IDS).logits
         loaded = optimizer.load(out)(input_ids=IDS).logits
     return model, rounded, loaded, load_file(out / "packed.safetensors")
