@@ -80,7 +80,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Wide:
 
 
 def byte_tokenizer(
-    before: pre_tokenizers.PreTokenizer | None = None, size: int = WORDS
+    before: pre_tokenizers.PreTokenizer | None = None, size: int = WORDS - 8
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE that splits text as GPT-2 does, or as `before`."""
     words = Tokenizer(models.BPE(unk_token=None))

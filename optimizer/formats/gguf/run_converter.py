@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 
 REFUSED = 3
 
@@ -41,7 +42,8 @@ def main(home: str, folder: str, out: str, outtype: str, name: str, pre: str = "
     try:
         converter.main()
     except Exception as error:  # noqa: BLE001  (whatever the converter raises is its refusal)
-        _refuse(f"{type(error).__name__}: {error}")
+        where = traceback.extract_tb(error.__traceback__)[-1].line
+        _refuse(f"{type(error).__name__}: {str(error) or where}")
     except SystemExit as error:
         if error.code:
             _refuse(errors[-1] if errors else f"exit code {error.code}")
