@@ -37,7 +37,8 @@ from optimizer.plan import Budget, Palette, Plan, Precision, stored_bytes
 from optimizer.quantization.methods import Awq, Gptq, Quantizer, Rtn, bind, of_plan
 from optimizer.search import exact
 from optimizer.sensitivity import estimator as estimator_of
-from optimizer.stages.session import Bench, Choices, View, choices, measure_table
+from optimizer.stages.session import Bench, Choices, View, choices
+from optimizer.stages.table import measure_table
 
 RESULTS = Path(__file__).parent / "results.csv"
 FIELDS = ["model", "method", "plan", "code_bits", "kl", "flips", "seconds", "kl_low", "kl_high",

@@ -31,7 +31,8 @@ from optimizer.search import Problem, Search, exact, starts
 from optimizer.sensitivity import Sensitivity
 from optimizer.stages import refine
 from optimizer.stages.prefix import Prefix, Shortcut
-from optimizer.stages.session import Bench, View, choices, measure_table
+from optimizer.stages.session import Bench, View, choices
+from optimizer.stages.table import measure_table
 
 SEEDS = (0, 1, 2)
 FIRST = 4  # windows before a random plan may be dropped

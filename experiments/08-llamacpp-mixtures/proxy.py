@@ -18,7 +18,8 @@ from optimizer.config import Optimize
 from optimizer.data.text import Data, Part
 from optimizer.plan import Budget, Layer, Palette, Precision, assemble
 from optimizer.quantization.methods import method
-from optimizer.stages.session import Bench, View, choices, measure_table
+from optimizer.stages.session import Bench, View, choices
+from optimizer.stages.table import measure_table
 
 BESIDES = 1_910_000  # bytes of a GGUF file that aren't layers
 STORE = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")

@@ -32,7 +32,8 @@ from optimizer.models.model import load_tokenizer
 from optimizer.plan import Budget, Plan, Precision
 from optimizer.quantization.methods import bind
 from optimizer.search import Search
-from optimizer.stages.session import Bench, Choices, View, choices, measure_table
+from optimizer.stages.session import Bench, Choices, View, choices
+from optimizer.stages.table import measure_table
 
 HERE = Path(__file__).parent
 FILE = HERE / "results.csv"

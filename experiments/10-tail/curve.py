@@ -29,7 +29,8 @@ from optimizer.plan import Budget, Palette, digest
 from optimizer.quantization.methods import bind
 from optimizer.search import exact
 from optimizer.stages import objective
-from optimizer.stages.session import Bench, View, choices, measure_table
+from optimizer.stages.session import Bench, View, choices
+from optimizer.stages.table import measure_table
 
 HERE = Path(__file__).parent
 WEIGHTS = {

@@ -26,7 +26,8 @@ from optimizer.data.text import Data, Part
 from optimizer.plan import Budget, Palette
 from optimizer.quantization.methods import bind
 from optimizer.search import Problem, exact
-from optimizer.stages.session import Bench, View, choices, measure_table
+from optimizer.stages.session import Bench, View, choices
+from optimizer.stages.table import measure_table
 
 TOGETHER = 8  # windows of a backward pass
 BUDGETS = (3.0, 3.5, 4.0, 5.0)

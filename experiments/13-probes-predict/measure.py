@@ -34,7 +34,8 @@ from optimizer.models.source import context_length
 from optimizer.plan import Budget, Palette, Precision, digest
 from optimizer.quantization.methods import bind
 from optimizer.search import exact
-from optimizer.stages.session import Bench, View, choices, measure_table
+from optimizer.stages.session import Bench, View, choices
+from optimizer.stages.table import measure_table
 
 HERE = Path(__file__).parent
 PROBES = {"en": 8, "ru": 4}  # pairs of each phenomenon

@@ -41,7 +41,8 @@ from optimizer.reports.run import (
 from optimizer.search import Problem, exact
 from optimizer.sensitivity import Table
 from optimizer.stages import baselines, certify, kv_budget, objective
-from optimizer.stages.session import Bench, Choices, View, choices, measure_table, unchained
+from optimizer.stages.session import Bench, Choices, View, choices, unchained
+from optimizer.stages.table import measure_table
 from optimizer.store import root, unwritable, write_atomically
 
 if TYPE_CHECKING:

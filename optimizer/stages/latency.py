@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.errors import ConfigError
-from optimizer.formats.torch import packed
+from optimizer.formats.torch import modules
 from optimizer.models.model import skeleton
 from optimizer.plan import Layer, Precision, digest
 from optimizer.stages.session import Bench, Choices
@@ -119,7 +119,7 @@ class Alone:
         rows, cols, tied, _ = kind
         weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(0))
         count = int(np.clip(AROUND // precision.bytes(rows, cols), 1, COPIES))
-        make = packed.linear(weight, precision, tied, device)
+        make = modules.linear(weight, precision, tied, device)
         self.copies = [make() for _ in range(count)]
         self.x = torch.ones(batch, 1, cols, dtype=torch.bfloat16, device=device)
 

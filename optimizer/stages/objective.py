@@ -36,14 +36,8 @@ from optimizer.models.source import context_length
 from optimizer.plan import Precision, digest
 from optimizer.quantization.methods import bind
 from optimizer.sensitivity import Table, Task
-from optimizer.stages.session import (
-    Bench,
-    Choices,
-    Reading,
-    measure_table,
-    read_for,
-    read_part,
-)
+from optimizer.stages.session import Bench, Choices
+from optimizer.stages.table import Reading, measure_table, read_for, read_part
 
 VERSION = 1  # raised when the same settings give other parts
 FOUR = 4  # code bits of the plan at which tangents are taken

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import optimizer
-from optimizer.formats.torch import kernels, packed
+from optimizer.formats.torch import kernels, modules, packed
 from optimizer.models.model import Model
 from optimizer.plan import Inventory, Precision
 from optimizer.quantization.uniform import Nearest
@@ -108,7 +108,7 @@ def test_rows_of_a_packed_matrix(precision: Precision) -> None:
 
 def test_only_whole_tiles_are_looked_up() -> None:
     assert kernels.looks_up(128, 64) and not kernels.looks_up(96, 64)
-    odd = packed.linear(
+    odd = modules.linear(
         torch.ones(128, 33), Precision("int", 4), True, "cpu"
     )()  # no product takes 33
     assert torch.equal(odd(torch.ones(1, 33).bfloat16()), torch.full((1, 128), 33.0).bfloat16())

@@ -17,7 +17,7 @@ from torch import Tensor
 import optimizer
 from optimizer.errors import ConfigError, PlanError, StorageError
 from optimizer.formats.folder import sha256
-from optimizer.formats.torch import packed
+from optimizer.formats.torch import modules, packed
 from optimizer.models.model import Model
 from optimizer.plan import Plan, Precision
 from optimizer.quantization.uniform import Nearest
@@ -115,7 +115,7 @@ def test_weights_stay_packed_in_memory(small: Small, folder: tuple[Plan, Path]) 
             assert layer.parameter not in names, layer.name
     found = 0
     for module in net.modules():
-        if isinstance(module, packed.Piece) and module.precision.kind != "none":
+        if isinstance(module, modules.Piece) and module.precision.kind != "none":
             found += sum(b.numel() * b.element_size() for b in module.buffers())
     assert found == plan.bytes["quantized"]
 

@@ -30,7 +30,8 @@ from optimizer.quantization.uniform import Nearest
 from optimizer.search import Search
 from optimizer.sensitivity import Task
 from optimizer.sensitivity.estimators import Fisher, Tokenwise
-from optimizer.stages.session import Bench, View, choices, measure_table
+from optimizer.stages.session import Bench, View, choices
+from optimizer.stages.table import measure_table
 from optimizer.store import Store
 
 torch.set_num_threads(1)

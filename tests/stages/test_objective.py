@@ -29,6 +29,7 @@ from optimizer.search import Search
 from optimizer.sensitivity import Task, fisher, slope
 from optimizer.stages import certify, objective, session
 from optimizer.stages.objective import Beside
+from optimizer.stages.table import measure_table
 from tests.certificate.test_pairs import story_pairs
 from tests.commands.test_optimize import settings
 
@@ -131,9 +132,7 @@ def test_the_probes_table_is_the_mean_square_of_a_margins_change(
     with torch.no_grad():
         live.copy_(weight)
     assert squares == pytest.approx(np.mean(changes), rel=0.25)
-    found = objective.losses(
-        made, config, chosen, table := session.measure_table(made, config, chosen)
-    )
+    found = objective.losses(made, config, chosen, table := measure_table(made, config, chosen))
     half = replace(config, meaning=replace(config.meaning, probes=0.5))
     assert found - table.loss == pytest.approx(
         2 * (objective.losses(made, half, chosen, table) - table.loss)
@@ -153,7 +152,7 @@ def test_the_probes_table_is_the_mean_square_of_a_margins_change(
 def test_parts_of_the_table_add_up(source: Source, texts: Path, tmp_path: Path) -> None:
     config = asked(source, tmp_path / "s", texts)
     made, chosen = opened(config)
-    plain = session.measure_table(made, config, chosen)
+    plain = measure_table(made, config, chosen)
 
     def table(**weights: float) -> np.ndarray:
         own = replace(config, meaning=replace(config.meaning, **weights))
@@ -311,7 +310,7 @@ def test_summed_domains_all_count_in_the_table_and_in_the_search(
     config = asked(source, tmp_path / "s", texts, domain=0.7, combine="sum")
     config.meaning.domains[1] += " * 3"
     made, chosen = opened(config)
-    plain = session.measure_table(made, config, chosen)
+    plain = measure_table(made, config, chosen)
     found = objective.parts(made, config, chosen, plain)
     assert list(found) == ["mean KL", "KL in told", "KL in odd"]
     assert objective.losses(made, config, chosen, plain) == pytest.approx(sum(found.values()))
