@@ -28,14 +28,13 @@ import httpx
 import numpy as np
 import uvicorn
 
-from optimizer.data.domains import BUILT_IN
 from optimizer.models.source import Source
 from optimizer.person import commands, judge_page, learning, meaning_file, statistics, web
 from optimizer.person.entrants import Entrant
 from optimizer.person.learning import Column
 from optimizer.person.prompts import gather, in_turn
 from optimizer.person.session import Question, Session, compare
-from optimizer.person.settings import Judge
+from optimizer.person.settings import DOMAINS, Judge
 from optimizer.person.votes import About, VoteFile, standing
 from optimizer.person.writing import Material, Written
 from optimizer.stages.session import View
@@ -105,7 +104,7 @@ def vote_all(address: str, made: Session, minds: dict[Column, float], seed: int)
 def drawn(seed: int, names: Sequence[str]) -> Material:
     """Texts that differ, with losses as skewed as real ones: KL exponential, its tail 2 to 5 times."""
     rng = np.random.default_rng([seed, 16])
-    given = in_turn(gather(None, BUILT_IN, ["negation", "numbers", "idiom"]), 72)
+    given = in_turn(gather(None, DOMAINS, ["negation", "numbers", "idiom"]), 72)
 
     def side(name: str) -> Written:
         texts = {p.id: f" {name} goes on, {i}" for i, p in enumerate(given)}

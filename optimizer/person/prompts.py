@@ -20,7 +20,16 @@ from optimizer.person.votes import STRICT, Name
 
 WORDS = 24  # of a passage that is given to the models
 OWN_WORDS = 200  # of a user's prompt, at most
-LANGUAGES = {"russian": "ru"}  # of built-in domains; the others are English
+# of built-in domains; the others are English
+LANGUAGES = {
+    "russian": "ru",
+    "german": "de",
+    "french": "fr",
+    "spanish": "es",
+    "italian": "it",
+    "chinese": "zh",
+}
+LONG_WORD, SHORT = 12, 2  # characters a word: above the first it is a script without spaces
 PROSE = {"en": "prose", "ru": "russian"}  # the domain that a probe's sentence belongs to
 OWN = "own"
 EXAMPLE = '{"prompt": "The recipe needs", "domain": "kitchen", "language": "en"}'
@@ -141,20 +150,21 @@ def of_domain(name: str) -> list[Prompt]:
 
 
 def _beginning(text: str, words: int) -> str:
-    """Its first words with the space between them; never half a word."""
+    """Its first words with the space between them, never half a word; of a script without spaces so
+    many characters as that many words would take."""
     end = 0
     for _ in range(words):
         while end < len(text) and text[end].isspace():
             end += 1
         while end < len(text) and not text[end].isspace():
             end += 1
-    return text[:end].rstrip()
+    return text[: SHORT * words if end > LONG_WORD * words else end].rstrip()
 
 
 def _from_the_middle(text: str) -> str:
     """From the line, or else the sentence, that begins behind the middle."""
     middle = len(text) // 2
-    for mark in ("\n", ". ", "? ", "! "):
+    for mark in ("\n", ". ", "? ", "! ", "。"):
         at = text.find(mark, middle)
         if at >= 0:
             return text[at + len(mark) :].strip()

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.config import Wandb
-from optimizer.data.domains import BUILT_IN
 from optimizer.errors import ConfigError
 
+DOMAINS = ["prose", "dialogue", "code", "mathematics", "russian"]
 PHENOMENA = ["negation", "numbers", "idiom", "word_sense", "register", "causal_direction"]
 LAST_PORT = 65535
 
@@ -44,7 +44,7 @@ class Judge:
     votes: str = "votes.jsonl"
     judge: str = "me"
     prompts: str | None = None
-    domains: list[str] = field(default_factory=lambda: list(BUILT_IN))
+    domains: list[str] = field(default_factory=lambda: list(DOMAINS))
     phenomena: list[str] = field(default_factory=lambda: list(PHENOMENA))
     questions: int = 40
     stop: bool = True

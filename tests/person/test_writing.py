@@ -130,6 +130,9 @@ def test_built_in_prompts_take_turns() -> None:
 
 def test_a_beginning_keeps_its_lines_and_whole_words() -> None:
     assert prompts._beginning("def f(x):\n    return  x + 1\n", 4) == "def f(x):\n    return  x"
+    assert prompts._beginning("雪" * 300, 24) == "雪" * 48
+    assert all(len(p.text) < 60 for p in prompts.of_domain("chinese"))
+    assert {p.language for p in prompts.of_domain("chinese")} == {"zh"}
 
 
 @pytest.mark.parametrize(
