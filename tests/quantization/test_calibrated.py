@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optimizer.commands import deploy, export, optimize
+from optimizer.commands import deploy, optimize
 from optimizer.config import Optimize, Proof, profile
 from optimizer.data.text import Data, Part
 from optimizer.errors import ConfigError, PlanError, TextError
-from optimizer.formats.gguf import writer
 from optimizer.formats.torch import packed
 from optimizer.models.blockwise import Stream
 from optimizer.models.model import Model, take_inventory
-from optimizer.models.source import quiet
+from optimizer.models.source import PACKED_FILE, quiet
 from optimizer.models.stories import corpus
 from optimizer.plan import GGML, Budget, Inventory, Palette, Plan, Precision
 from optimizer.quantization import ggml
@@ -377,21 +377,21 @@ def test_apply_packs_the_codes_that_were_certified(
         assert not torch.allclose(bench.model.net(ids).logits, found, atol=1e-2)
 
 
-def test_a_gguf_holds_the_codes_that_were_certified(settings: Optimize, tmp_path: Path) -> None:
+def test_blocks_of_ggml_are_those_that_were_certified(settings: Optimize, tmp_path: Path) -> None:
     own = replace(
-        settings, palette=Palette(bits=["q4_0", "q5_0"]), runtime=profile("llamacpp"),
+        settings, palette=Palette(bits=["q4_0", "q5_0"]), runtime=profile("torch"),
         scope=["all"], budget=Budget(bits=5.0), quantizer=Gptq(),
     )  # fmt: skip
     made_for = optimize.optimize(own, tmp_path / "run").plan
     assert set(made_for.layers.values()) == {"q4_0", "q5_0"}
-    export.export(made_for, "gguf", tmp_path / "gguf", own.store)
+    stored = load_file(deploy.apply(made_for, tmp_path / "out", own.store) / PACKED_FILE)
     bench = Bench("stories", None, own.data, own.store, "cpu", View())
     rounder = bind(own.quantizer, bench).rounder(made_for.choice)
-    found = writer.decode(tmp_path / "gguf", made_for, bench.inventory)
     for name, precision in made_for.choice.items():
         weight = bench.model.weight(name)
-        assert torch.equal(found[name], rounder.round(weight, precision, name)), name
-    assert not torch.equal(found[name], Nearest().round(weight, precision))
+        found = ggml.Blocks(precision, stored[f"{name}.blocks"], weight.shape[1]).decode()
+        assert torch.equal(found, rounder.round(weight, precision, name)), name
+    assert not torch.equal(found, Nearest().round(weight, precision))
 
 
 def test_apply_again_and_from_the_text_alone_gives_the_same_bytes(

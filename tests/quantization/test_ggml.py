@@ -28,7 +28,7 @@ def official(blocks: ggml.Blocks) -> torch.Tensor:
     return torch.from_numpy(np.array(gguf.quants.dequantize(blocks.data.numpy(), kind)))
 
 
-@pytest.mark.parametrize("kind", list(GGML))
+@pytest.mark.parametrize("kind", list(ggml.LAYOUTS))
 def test_the_gguf_package_reads_what_we_pack(kind: str, weight: torch.Tensor) -> None:
     precision = Precision.ggml(kind)
     blocks = ggml.encode(weight, precision)
@@ -45,7 +45,7 @@ def test_sizes_are_those_of_the_gguf_package(kind: str) -> None:
     assert sizes == (block.weights, block.size)
 
 
-@pytest.mark.parametrize("kind", list(GGML))
+@pytest.mark.parametrize("kind", list(ggml.LAYOUTS))
 def test_every_bit_is_found_again(kind: str) -> None:
     """Random bytes, scales kept finite: unpacked and packed they are the same."""
     block, draw = GGML[kind], torch.Generator().manual_seed(5)
