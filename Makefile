@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
 
-.PHONY: setup demo test slow clean
+.PHONY: setup demo test slow api clean
 
 setup: $(READY)
 
@@ -32,6 +32,11 @@ test: $(READY)
 
 slow: $(READY)
 	tests/postgres.sh $(BIN)/pytest -m 'slow and not gpu'
+
+# The reference of the public names, made from their docstrings, in docs/api/index.html.
+api: $(READY)
+	$(BIN)/pdoc --output-directory docs/api optimizer optimizer.config optimizer.plan \
+	  optimizer.quantization.methods optimizer.sensitivity optimizer.formats.format
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -140,3 +141,30 @@ def _method(group: str, cfg: Any) -> Any:
         where = f"{group}.{error.full_key}" if getattr(error, "full_key", None) else group
         known = ", ".join(f.name for f in fields(made) if f.init)
         raise ConfigError(f"{where}: {said}. {made.__name__} has {known}.") from None
+
+
+def explained(command: str, error: Exception) -> str:
+    preset = re.search(r"Could not find '(\w+)/([^']*)'", str(error))
+    if preset:
+        return _no_preset(*preset.groups())
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if error.__cause__ is not None:
+        lines += [line.strip() for line in str(error.__cause__).splitlines()[:1]]
+    seen = " ".join(
+        dict.fromkeys(line for line in lines if "+" not in line and "_type" not in line)
+    )
+    return f"{seen} `mezzotint {command} --cfg job` prints every key with its value."
+
+
+def _no_preset(group: str, name: str) -> str:
+    from difflib import get_close_matches
+
+    from optimizer.config import conf_folder
+
+    names = sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+    near = get_close_matches(name, names, n=4, cutoff=0.5)
+    near += [other for other in names if name[:3] and other.startswith(name[:3])]
+    text = f"There is no preset {group}={name}."
+    if near:
+        text += f" Near names: {', '.join(list(dict.fromkeys(near))[:6])}."
+    return f"{text} All of them: {', '.join(names)}."

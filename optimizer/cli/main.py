@@ -6,11 +6,11 @@ Exit codes: 0 done, 2 a mistake that the user can correct, 130 interrupted.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from optimizer.cli.compose import explained
 from optimizer.config import conf_folder
 
 USAGE = """\
@@ -178,7 +178,7 @@ def _hydra(command: str, rest: list[str], job: Callable[[Any], None]) -> int:
     try:
         hydra.main(str(conf_folder()), command, version_base="1.3")(task)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explained(command, error)) from None
+        raise ConfigError(explained(command, error)) from None
     except OSError as error:
         if busy:
             raise
@@ -190,33 +190,6 @@ def _hydra(command: str, rest: list[str], job: Callable[[Any], None]) -> int:
     if failures:
         raise failures[-1]
     return 0
-
-
-def _explained(command: str, error: Exception) -> str:
-    preset = re.search(r"Could not find '(\w+)/([^']*)'", str(error))
-    if preset:
-        return _no_preset(*preset.groups())
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if error.__cause__ is not None:
-        lines += [line.strip() for line in str(error.__cause__).splitlines()[:1]]
-    seen = " ".join(
-        dict.fromkeys(line for line in lines if "+" not in line and "_type" not in line)
-    )
-    return f"{seen} `mezzotint {command} --cfg job` prints every key with its value."
-
-
-def _no_preset(group: str, name: str) -> str:
-    from difflib import get_close_matches
-
-    from optimizer.config import conf_folder
-
-    names = sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
-    near = get_close_matches(name, names, n=4, cutoff=0.5)
-    near += [other for other in names if name[:3] and other.startswith(name[:3])]
-    text = f"There is no preset {group}={name}."
-    if near:
-        text += f" Near names: {', '.join(list(dict.fromkeys(near))[:6])}."
-    return f"{text} All of them: {', '.join(names)}."
 
 
 def _optimize(settings: Any) -> None:
