@@ -149,7 +149,9 @@ def _parts(bench: Bench, heldout: AnyScores, chosen: Sequence[Domain]) -> Mappin
 
 def _present(bench: Bench) -> set[str]:
     """Built-in kinds of text of which the held-out windows consist."""
-    return set() if bench.data.source != "bundled" else set(bench.windows("heldout").domains)
+    if bench.data.source != "bundled" or bench.bundled is None:
+        return set()
+    return set(bench.bundled["heldout"].domains)
 
 
 def _noise(bench: Bench) -> dict[str, AnyScores]:

@@ -20,7 +20,6 @@ from optimizer.config import Optimize
 from optimizer.data.text import Data, Tokens, Windows
 from optimizer.errors import ConfigError, ModelError, TextError
 from optimizer.formats import registry
-from optimizer.formats.gguf.base import Base
 from optimizer.formats.rules import Demands
 from optimizer.formats.runtime import Runtime
 from optimizer.models.source import Source, context_length, is_encoder, locate
@@ -29,6 +28,7 @@ from optimizer.plan.pins import translated
 from optimizer.store import Store
 
 if TYPE_CHECKING:
+    from optimizer.formats.gguf.base import Base
     from optimizer.metrics.divergence import AnyScores, AnyTeacher
     from optimizer.models.model import Model
 
@@ -171,9 +171,8 @@ class Bench:
         if self.encoder:
             return self._texts(keep)
         if self.data.source == "bundled":
-            mixed = self._bundled()
-            if mixed is not None:
-                return mixed
+            if self.bundled is not None:
+                return self.bundled
         elif self.data.source != "self":
             kept = keep(self.tokens_key, cut)
             if "said" in kept and kept["said"].size:
@@ -185,7 +184,8 @@ class Bench:
 
         return texts.sample(self.data, LazyModel(self), keep, self.view.track)
 
-    def _bundled(self) -> Tokens | None:
+    @cached_property
+    def bundled(self) -> Tokens | None:
         """The texts that come with the program; None, with a word, where the model can't read them,
         or where there are fewer than a part asks for by default."""
         from optimizer.data import domains

@@ -225,10 +225,19 @@ def test_a_plan_of_a_uniforms_size_is_compared_with_that_one() -> None:
     assert "in no more bytes" in proof["verdict"]
 
 
-def test_above_all_uniforms_nothing_is_claimed() -> None:
+def test_above_all_uniforms_it_is_held_against_the_largest() -> None:
     proof = certify(candidate("plan", 900, 0.001), UNIFORMS, [], 0)
-    assert proof["versus"] == {}
-    assert "nothing is claimed" in proof["verdict"]
+    assert proof["versus"].keys() == {"fitting"}
+    assert proof["versus"]["fitting"]["name"] == "int8"
+    assert proof["verdict"].startswith(
+        "Better than int8 (0.8 kB), the largest uniform plan that fits"
+    )
+    assert "in the same budget" in proof["verdict"]
+
+
+def test_without_uniforms_nothing_is_claimed() -> None:
+    proof = certify(candidate("plan", 900, 0.001), [], [], 0)
+    assert proof["versus"] == {} and "nothing is claimed" in proof["verdict"]
 
 
 def test_below_all_uniforms_there_is_no_line() -> None:

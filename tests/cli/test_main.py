@@ -193,7 +193,6 @@ CALLS: dict[str, tuple[list[str], list[str]]] = {
         ["budget.bits=null", "budget.size=10kB"],
         ["10kB", "Set budget.size="],
     ),
-    "no budget": (["budget.bits=null"], ["Exactly one of budget.bits"]),
     "two budgets": (["budget.code_bits=3"], ["Exactly one of", "budget.code_bits=3"]),
     "a word for a number": (["budget.bits=many"], ["many", "budget.bits"]),
     "no size": (["budget.bits=null", "budget.size=big"], ["'big'", "budget.size=80MiB"]),
@@ -235,7 +234,6 @@ def test_a_mistake_in_the_call(mezzotint: Command, tmp_path: Path, case: str) ->
     ("arguments", "words"),
     [
         (["optimize"], ["budget", "model"]),
-        (["optimize", "model=stories"], ["Exactly one of"]),
         (["apply"], ["plan", "out"]),
         (["apply", "plan.json"], ["needs out"]),
         (["apply", "none.json", "out=o"], ["No plan at none.json"]),

@@ -75,7 +75,7 @@ def test_the_command_line(tmp_path, capsys):
 
 
 def test_a_failed_job_does_not_stop_a_sweep(tmp_path, monkeypatch, capsys):
-    from optimizer.cli import terminal
+    from optimizer.cli import summary
     from optimizer.cli.main import main
     from optimizer.commands import optimize as pipeline
 
@@ -88,7 +88,7 @@ def test_a_failed_job_does_not_stop_a_sweep(tmp_path, monkeypatch, capsys):
         return pipeline.Outcome(make_run()[0], {})
 
     monkeypatch.setattr(pipeline, "optimize", optimize)
-    monkeypatch.setattr(terminal, "outcome", lambda out, result: None)
+    monkeypatch.setattr(summary, "outcome", lambda out, result: None)
     words = ["optimize", "-m", "model=stories", "budget.bits=1,2,3", f"hydra.sweep.dir={tmp_path}"]
     assert main(words) == 2
     assert asked == [1, 2, 3]
