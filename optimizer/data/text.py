@@ -25,7 +25,7 @@ from optimizer.data.documents import (
     read_documents,
     text_files,
 )
-from optimizer.errors import ConfigError, TextError
+from optimizer.errors import ConfigError, ModelError, TextError
 
 VERSION = 1
 OWN = ("bundled", "self")  # sources that need no path
@@ -319,9 +319,11 @@ def generate(model: HasNet, count: int, length: int, seed: list[int]) -> dict[st
     rng = np.random.default_rng(seed)
     starts = torch.from_numpy(_starts(net.config.get_text_config(), count, rng))
     device = next(net.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int(rng.integers(2**31)))
-        ids = net.generate(
+    first = int(rng.integers(2**31))
+
+    def sampled(**how: Any) -> Any:
+        torch.manual_seed(first)
+        return net.generate(
             starts.to(device),
             attention_mask=torch.ones_like(starts, device=device),
             do_sample=True,
@@ -332,8 +334,27 @@ def generate(model: HasNet, count: int, length: int, seed: list[int]) -> dict[st
             min_new_tokens=length - 1,
             max_new_tokens=length - 1,
             pad_token_id=config.pad_token_id or 0,
+            **how,
         )
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            ids = sampled()
+        except Exception:  # noqa: BLE001  transformers' caches don't know every mixture of blocks
+            ids = _uncached(net, sampled)
     return {"ids": ids.cpu().numpy()}
+
+
+def _uncached(net: Any, sampled: Callable[..., Any]) -> Any:
+    """The same without a cache, many times slower. Raises ModelError."""
+    try:
+        return sampled(use_cache=False)
+    except Exception as error:  # noqa: BLE001  each architecture's own
+        raise ModelError(
+            f"transformers can't write text with {type(net).__name__} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}). Give a text to measure on: data=text "
+            "data.path=FILE."
+        ) from None
 
 
 def _starts(config: Any, count: int, rng: np.random.Generator) -> np.ndarray:
