@@ -276,7 +276,11 @@ def is_encoder(folder: Path) -> bool:
     named = [str(name) for name in architectures] if isinstance(architectures, list) else []
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named) or not named:
         return False
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    if any(name in CAUSAL.values() and name not in MASKED.values() for name in named):
+        return False
 
     return str(config.get("model_type")) in MASKED and not config.get("is_encoder_decoder", False)
 

@@ -120,8 +120,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 ENCODER = " encoder"  # ends the names of those that are built without a head that predicts tokens
 ENCODERS = """albert bert camembert convbert data2vec-text deberta deberta-v2 distilbert electra ernie
-    esm eurobert fnet ibert layoutlm mobilebert modernbert mpnet nomic_bert nystromformer rembert
-    roberta roberta-prelayernorm roformer squeezebert xlm-roberta xlm-roberta-xl"""
+    fnet nomic_bert rembert roberta roberta-prelayernorm xlm-roberta"""
 
 
 def kinds() -> list[str]:
