@@ -47,7 +47,7 @@ def stretched(kind: str, scaling: dict, path: Path, wide: Wide) -> Wide:
 
 
 @pytest.mark.parametrize(
-    ("kind", "scaling"), [("llama", LLAMA3), ("llama", LINEAR), ("qwen2", YARN)]
+    ("kind", "scaling"), [("llama", LLAMA3), ("llama", LINEAR), ("llama", YARN)]
 )
 def test_llama_cpp_turns_positions_the_same(
     wide: Wide, tmp_path: Path, kind: str, scaling: dict
