@@ -59,7 +59,7 @@ class Scaled:
 def scale(weight: Tensor, precision: Precision, inputs: Tensor) -> Scaled:
     """Round W S."""
     codes = Nearest().codes(weight * inputs, precision)
-    return Scaled(codes, inputs, torch.ones(len(weight)))
+    return Scaled(codes, inputs, torch.ones(len(weight), device=weight.device))
 
 
 def loudness(hessian: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ class ActivationAware(Calibrated):
         return Scaled.unpack(parts, precision, cols)
 
     def _plain(self, weight: Tensor, precision: Precision) -> Scaled:
-        return awq.scale(weight, precision, torch.ones(weight.shape[1]))
+        return awq.scale(weight, precision, torch.ones(weight.shape[1], device=weight.device))
 
     def _given(self, find: Callable[[str, Precision], Any], parts: Mapping[str, Parts]) -> Rounder:
         return Folded(find, parts, self._material.inventory)

@@ -33,11 +33,11 @@ CURVED = ("iq4_nl", "iq4_xs")  # kinds whose levels aren't evenly spaced
 NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # iq4_nl
 
 
-def table(kind: str) -> Tensor:
+def table(kind: str, device: torch.device) -> Tensor:
     """Code -> level, fp32, ascending."""
     if kind in CURVED:
-        return torch.tensor(NONLINEAR, dtype=torch.float32)
-    return torch.arange(2.0 ** GGML[kind].bits) - LAYOUTS[kind].zero
+        return torch.tensor(NONLINEAR, dtype=torch.float32, device=device)
+    return torch.arange(2.0 ** GGML[kind].bits, device=device) - LAYOUTS[kind].zero
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Grid:
     def values(self, codes: Tensor) -> Tensor:
         """Codes [rows, cols] -> W' fp32 [rows, cols], equation (1)."""
         q = codes.view(*self.a.shape, -1).long()
-        level = table(self.kind)[q]
+        level = table(self.kind, self.d.device)[q]
         return (self.step[..., None] * level - self.minimum[..., None]).view(self.shape)
 
     def parts(self) -> dict[str, Tensor]:
@@ -158,7 +158,7 @@ def round_to(weight: Tensor, precision: Precision, grids: Sequence[Grid] = ()) -
 def _codes(level: Tensor, kind: str) -> Tensor:
     """Levels that are in the table -> codes uint8."""
     if kind in CURVED:
-        return torch.searchsorted(table(kind), level.contiguous()).to(torch.uint8)
+        return torch.searchsorted(table(kind, level.device), level.contiguous()).to(torch.uint8)
     return (level + LAYOUTS[kind].zero).to(torch.uint8)
 
 
@@ -178,7 +178,7 @@ def fit(weight: Tensor, kind: str, importance: Tensor | None = None) -> Grid:
     v = None if importance is None else importance.expand(shape).reshape(w.shape)
     s, m = _search(w, v, kind)
     if layout.top == 0:
-        one = torch.ones(s.shape, dtype=torch.long)
+        one = torch.ones_like(s, dtype=torch.long)
         return Grid(kind, shape, _half(s), _half(m), one, one * layout.minimum)
     d, a = _share(s, layout.top, layout.signed)
     dmin, b = _share(m, layout.top, False)
@@ -188,7 +188,7 @@ def fit(weight: Tensor, kind: str, importance: Tensor | None = None) -> Grid:
 
 def _search(w: Tensor, v: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
     """Equation (2) for every sub-block [n, k, l] -> (s, m) [n, k]."""
-    levels, layout = table(kind), LAYOUTS[kind]
+    levels, layout = table(kind, w.device), LAYOUTS[kind]
     low, high = float(levels[0]), float(levels[-1])
     if layout.minimum:
         bottom = w.amin(-1, keepdim=True).clamp_(max=0)
@@ -197,7 +197,7 @@ def _search(w: Tensor, v: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
         bottom = torch.zeros_like(w[..., :1])
         extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True))
         starts = [extreme / low, extreme / high]
-    stretches = torch.linspace(0.75, 1.05, STRETCHES).tolist()
+    stretches = torch.linspace(0.75, 1.05, STRETCHES, device="cpu").tolist()
     if kind == "q8_0":  # 256 levels leave nothing to search for
         starts, stretches = [extreme / -high], [1.0]
     most = torch.full_like(bottom, -torch.inf)
@@ -215,7 +215,7 @@ def _search(w: Tensor, v: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
 def _nearest(w: Tensor, step: Tensor, minimum: Tensor, kind: str) -> Tensor:
     """The nearest levels t[q], fp32; a step of 0 gives level 0."""
     x = (w + minimum).mul_(torch.where(step == 0, 0.0, 1 / step))
-    levels = table(kind)
+    levels = table(kind, w.device)
     if kind in CURVED:
         return levels[torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)]
     return x.round_().clamp_(float(levels[0]), float(levels[-1]))

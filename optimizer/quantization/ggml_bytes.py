@@ -74,7 +74,7 @@ def _nibbles(q: Tensor) -> Tensor:
 def _bits(q: Tensor, bit: int) -> Tensor:
     """One bit of codes [n, 32] -> uint8 [n, 4], little-endian."""
     ones = ((q.long() >> bit) & 1).view(-1, 4, 8)
-    return (ones << torch.arange(8)).sum(-1).to(torch.uint8)
+    return (ones << torch.arange(8, device=q.device)).sum(-1).to(torch.uint8)
 
 
 def _pack_plain(grid: Scales, q: Tensor) -> Tensor:
@@ -96,12 +96,13 @@ def _unpack_plain(raw: Tensor, kind: str) -> Opened:
     dmin, has_minimum = torch.zeros_like(d), LAYOUTS[kind].minimum
     if has_minimum:
         dmin, rest = -_number(rest[:, :2]), rest[:, 2:]
-    one = torch.ones(d.shape, dtype=torch.long)
+    one = torch.ones_like(d, dtype=torch.long)
     if kind == "q8_0":
         return d, dmin, one, one * 0, rest ^ 128
-    high = torch.zeros(1, dtype=torch.long)
+    high = torch.zeros(1, dtype=torch.long, device=raw.device)
     if GGML[kind].bits == 5:
-        high = ((rest[:, :4].long().unsqueeze(-1) >> torch.arange(8)) & 1).flatten(1)
+        steps = torch.arange(8, device=raw.device)
+        high = ((rest[:, :4].long().unsqueeze(-1) >> steps) & 1).flatten(1)
         rest = rest[:, 4:]
     low = torch.cat([rest & 15, rest >> 4], 1).long()
     return d, dmin, one, one * has_minimum, low | (high << 4)
@@ -112,12 +113,13 @@ def _planes(x: Tensor, width: int, run: int) -> Tensor:
     first run in the lowest bits."""
     per = 8 // width
     x = x.long().view(len(x), -1, per, run)
-    return (x << (width * torch.arange(per))[:, None]).sum(2).flatten(1).to(torch.uint8)
+    steps = width * torch.arange(per, device=x.device)
+    return (x << steps[:, None]).sum(2).flatten(1).to(torch.uint8)
 
 
 def _unplanes(raw: Tensor, width: int, run: int) -> Tensor:
     """The inverse of `_planes`: bytes -> int64 [n, 256]."""
-    shifts = (width * torch.arange(8 // width))[:, None]
+    shifts = (width * torch.arange(8 // width, device=raw.device))[:, None]
     x = raw.long().view(len(raw), -1, 1, run)
     return ((x >> shifts) & (2**width - 1)).flatten(1)
 
@@ -136,7 +138,8 @@ def _unpack_q2_k(raw: Tensor, kind: str) -> Opened:  # noqa: ARG001
 def _pack_q3_k(grid: Scales, q: Tensor) -> Tensor:
     a = grid.a + 32
     low = (a[:, :8] & 15) | ((a[:, 8:] & 15) << 4)
-    high = ((a >> 4).view(-1, 4, 4) << (2 * torch.arange(4))[:, None]).sum(1)
+    steps = 2 * torch.arange(4, device=a.device)
+    high = ((a >> 4).view(-1, 4, 4) << steps[:, None]).sum(1)
     scales = torch.cat([low, high], 1).to(torch.uint8)
     return torch.cat([_planes(q >> 2, 1, 32), _planes(q & 3, 2, 32), scales, _bytes_of(grid.d)], 1)
 
@@ -144,7 +147,8 @@ def _pack_q3_k(grid: Scales, q: Tensor) -> Tensor:
 def _unpack_q3_k(raw: Tensor, kind: str) -> Opened:  # noqa: ARG001
     scales, d = raw[:, 96:108].long(), _number(raw[:, 108:110])
     low = torch.cat([scales[:, :8] & 15, scales[:, :8] >> 4], 1)
-    high = ((scales[:, None, 8:] >> (2 * torch.arange(4))[:, None]) & 3).flatten(1)
+    steps = 2 * torch.arange(4, device=raw.device)
+    high = ((scales[:, None, 8:] >> steps[:, None]) & 3).flatten(1)
     q = _unplanes(raw[:, 32:96], 2, 32) | (_unplanes(raw[:, :32], 1, 32) << 2)
     a = (low | (high << 4)) - 32
     return d, torch.zeros_like(d), a, a * 0, q
@@ -170,7 +174,7 @@ def _unpack_q45_k(raw: Tensor, kind: str) -> Opened:
     a = torch.cat([first & 63, (third & 15) | ((first >> 6) << 4)], 1)
     b = torch.cat([second & 63, (third >> 4) | ((second >> 6) << 4)], 1)
     rest = raw[:, 16:]
-    high = torch.zeros(1, dtype=torch.long)
+    high = torch.zeros(1, dtype=torch.long, device=raw.device)
     if kind == "q5_k":
         high, rest = _unplanes(rest[:, :32], 1, 32), rest[:, 32:]
     return _number(raw[:, :2]), _number(raw[:, 2:4]), a, b, _unplanes(rest, 4, 32) | (high << 4)

@@ -66,7 +66,9 @@ def encode(weight: Tensor, kind: str, importance: Tensor | None = None) -> Tenso
     zero; None: all alike. Weights on another device come to the CPU and go back."""
     rows, cols = weight.shape
     source = np.ascontiguousarray(weight.detach().float().cpu().numpy())
-    column = torch.ones(cols) if importance is None else importance.detach().float().cpu()
+    column = (
+        torch.ones(cols, device="cpu") if importance is None else importance.detach().float().cpu()
+    )
     mean = float(column.mean())
     weights = np.ascontiguousarray((column / mean if mean > 0 else column).clamp(min=1e-8).numpy())
     target = np.empty((rows, cols // GGML[kind].weights * GGML[kind].size), np.uint8)

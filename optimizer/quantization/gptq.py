@@ -195,7 +195,7 @@ class Lines:
         """w [rows] -> t [rows]."""
         x = (w + self.minimum).mul_(torch.where(self.step == 0, 0.0, 1 / self.step))
         if self.kind in ggml.CURVED:
-            levels = ggml.table(self.kind)
+            levels = ggml.table(self.kind, w.device)
             return levels[torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)]
         return x.round_().clamp_(self.low, self.high)
 
@@ -213,7 +213,7 @@ def lines(grids: Sequence[Grid]) -> list[Lines]:
 
     step = torch.cat([spread(g.step, g) for g in grids])
     minimum = torch.cat([spread(g.minimum, g) for g in grids])
-    ends = [ggml.table(g.kind)[[0, -1]].expand(g.shape[0], 2) for g in grids]
+    ends = [ggml.table(g.kind, g.d.device)[[0, -1]].expand(g.shape[0], 2) for g in grids]
     low, high = torch.cat(ends).unbind(1)
     units = zip(step.unbind(1), minimum.unbind(1), strict=True)
     return [Lines(s, m, low, high, grids[0].kind) for s, m in units]

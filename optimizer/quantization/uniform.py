@@ -293,13 +293,14 @@ def pack(codes: Tensor, precision: Precision) -> Tensor:
     length = packed_bytes(count, precision.code_bits)
     if precision.kind == "ternary":
         trits = _padded(codes, TRITS_PER_BYTE).view(rows, -1, TRITS_PER_BYTE).int()
-        return (trits * _powers(3)).sum(-1).to(torch.uint8)
+        return (trits * _powers(3, codes.device)).sum(-1).to(torch.uint8)
     bits = precision.bits
     if bits == 8:
         return codes.clone()
     words = _padded(codes, 8).view(rows, -1, 8).long()
-    word = (words << (bits * torch.arange(8))).sum(-1, keepdim=True)
-    packed = (word >> (8 * torch.arange(bits))) & 255
+    steps = torch.arange(8, device=codes.device)
+    word = (words << (bits * steps)).sum(-1, keepdim=True)
+    packed = (word >> (8 * steps[:bits])) & 255
     return packed.to(torch.uint8).view(rows, -1)[:, :length].contiguous()
 
 
@@ -307,7 +308,7 @@ def unpack(packed: Tensor, precision: Precision, count: int) -> Tensor:
     """The inverse of `pack`: uint8 [rows, bytes] -> uint8 codes [rows, count]."""
     rows, device = packed.shape[0], packed.device
     if precision.kind == "ternary":
-        trits = (packed.int().unsqueeze(-1) // _powers(3).to(device)) % 3
+        trits = (packed.int().unsqueeze(-1) // _powers(3, device)) % 3
         return trits.to(torch.uint8).view(rows, -1)[:, :count]
     bits = precision.bits
     if bits == 8:
@@ -327,5 +328,5 @@ def _padded(codes: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(codes, (0, -codes.shape[1] % multiple))
 
 
-def _powers(base: int) -> Tensor:
-    return base ** torch.arange(TRITS_PER_BYTE)
+def _powers(base: int, device: torch.device) -> Tensor:
+    return base ** torch.arange(TRITS_PER_BYTE, device=device)

@@ -118,9 +118,10 @@ def unstream(found: Tensor, bits: int, count: int) -> Tensor:
     """int32 [n, words] -> codes int64 [n, count], bit by bit: slow, and independent of `pack`."""
     import torch
 
-    where, rows = torch.arange(count * bits), max(1, SLICE // (count * bits))
+    where = torch.arange(count * bits, device=found.device)
+    rows = max(1, SLICE // (count * bits))
     parts = []
     for some in found.split(rows):
         single = (some.long()[:, where // 32] >> (where % 32)) & 1
-        parts.append((single.view(len(some), count, bits) << torch.arange(bits)).sum(-1))
+        parts.append((single.view(len(some), count, bits) << where[:bits]).sum(-1))
     return torch.cat(parts)

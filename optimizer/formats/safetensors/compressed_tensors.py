@@ -216,7 +216,7 @@ def _compressed(
     tensors = {
         f"{stem}.weight_packed": words(packed[f"{layer.name}.codes"]),
         f"{stem}.weight_scale": packed[f"{layer.name}.scales"].half(),
-        f"{stem}.weight_shape": torch.tensor([layer.rows, layer.cols]),
+        f"{stem}.weight_shape": torch.tensor([layer.rows, layer.cols], device="cpu"),
     }
     if not precision.symmetric:
         zeros = unpack(packed[f"{layer.name}.zeros"], precision, precision.groups(layer.cols))
@@ -229,7 +229,6 @@ def decode(
     folder: Path, plan: Plan, inventory: Inventory, loading: Loading | None = None
 ) -> dict[str, Tensor]:
     """What the file says, by its own config: layer -> W' [rows, cols] fp32. Raises PlanError."""
-    import torch
     from safetensors import safe_open
 
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -247,7 +246,7 @@ def decode(
             rows, cols = file.get_tensor(f"{stem}.weight_shape").tolist()
             codes = unstream(file.get_tensor(f"{stem}.weight_packed"), scheme["num_bits"], cols)
             scales = file.get_tensor(f"{stem}.weight_scale").float().unsqueeze(-1)
-            zeros = torch.tensor(2.0 ** (scheme["num_bits"] - 1))
+            zeros: Any = 2.0 ** (scheme["num_bits"] - 1)
             if not scheme["symmetric"]:
                 packed = file.get_tensor(f"{stem}.weight_zero_point").T.contiguous()
                 zeros = unstream(packed, scheme["num_bits"], rows).T.unsqueeze(-1).float()

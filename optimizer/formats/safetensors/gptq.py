@@ -158,12 +158,15 @@ def tensors(layer: Layer, precision: Precision, packed: Mapping[str, Tensor]) ->
     from optimizer.quantization.uniform import pack
 
     groups, stem = precision.groups(layer.cols), module(layer.name)
-    zeros = torch.full((groups, layer.rows), 2 ** (precision.bits - 1) - 1, dtype=torch.uint8)
+    codes = packed[f"{layer.name}.codes"]
+    middle = 2 ** (precision.bits - 1) - 1
+    zeros = torch.full((groups, layer.rows), middle, dtype=torch.uint8, device=codes.device)
+    columns = torch.arange(layer.cols, device=codes.device)
     return {
-        f"{stem}.qweight": words(packed[f"{layer.name}.codes"]).T.contiguous(),
+        f"{stem}.qweight": words(codes).T.contiguous(),
         f"{stem}.qzeros": words(pack(zeros, precision)),
         f"{stem}.scales": packed[f"{layer.name}.scales"].half().T.contiguous(),
-        f"{stem}.g_idx": (torch.arange(layer.cols) // (layer.cols // groups)).int(),
+        f"{stem}.g_idx": (columns // (layer.cols // groups)).int(),
     }
 
 
@@ -198,7 +201,7 @@ def unpacked(
             codes = unstream(file.get_tensor(f"{stem}.qweight").T, width, layer.cols)
             zeros = unstream(file.get_tensor(f"{stem}.qzeros"), width, layer.rows) + 1
             scales = file.get_tensor(f"{stem}.scales").float()
-            group = torch.arange(layer.cols) // (layer.cols // len(scales))
+            group = torch.arange(layer.cols, device=scales.device) // (layer.cols // len(scales))
             if f"{stem}.g_idx" in file.keys():  # noqa: SIM118  (safe_open has no __iter__)
                 group = file.get_tensor(f"{stem}.g_idx").long()
             found[layer.name] = (codes - zeros.T[:, group]) * scales.T[:, group]
