@@ -163,7 +163,7 @@ BAD: list[tuple[Any, str]] = [
     (Palette(group_size=-1), "not -1"),
     (Palette(group_size="64"), "not '64'"),
     (Palette(group_size=[64, 1.5]), "not 1.5"),
-    (Palette(fit="loose"), "strict or nearest"),
+    (Palette(fit="loose"), "untouched, nearest, strict"),
 ]
 
 
