@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -18,6 +18,8 @@ DEEPEST = 64  # containers inside each other; plans have 7, transformers' config
 MOST_BYTES = 512 * 2**20  # of one JSON file: 20 times the plan of a model with 50,000 experts
 NO_CHARACTER = re.compile("[\ud800-\udfff]")
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+KIND = re.compile(r"function-|[A-Z]\w*$")  # pydantic's names of alternatives, no names of fields
 
 T = TypeVar("T")
 
@@ -27,7 +29,11 @@ LARGEST = 2**62  # bytes, shapes, counts
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Number = Annotated[float, Field(ge=-1e30, le=1e30, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
-Name = Annotated[str, Field(max_length=4096)]
+Name = Annotated[str, Field(max_length=512, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+LineOfText = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+Words = Annotated[
+    str, Field(max_length=10**6, pattern=r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]*$")
+]
 
 
 class Fields(BaseModel):
@@ -40,23 +46,24 @@ class Fields(BaseModel):
 # ---------------------------------------------------------------- reading
 
 
-def parse(text: str | bytes) -> Any:
-    """JSON text -> its value. Raises ValueError with the reason."""
+def parse(text: str | bytes, constants: Literal["refuse", "null", "keep"] = "refuse") -> Any:
+    """JSON text -> its value. constants: what NaN and infinities are, which Python writes and JSON
+    doesn't have. Raises ValueError with the reason."""
     if len(text) > MOST_BYTES:
         raise ValueError(f"it has more than {MOST_BYTES >> 20} MiB")
     try:
-        value = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+        value = json.loads(text, object_pairs_hook=_once, parse_constant=CONSTANTS[constants])
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     _look_through(value)
     return value
 
 
-def read(path: Path) -> Any:
-    """The value in a UTF-8 JSON file. Raises OSError, or ValueError with the reason."""
+def read(path: Path, constants: Literal["refuse", "null", "keep"] = "refuse") -> Any:
+    """The value in a UTF-8 JSON file; see `parse`. Raises OSError, or ValueError with the reason."""
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"it has more than {MOST_BYTES >> 20} MiB")
-    return parse(path.read_bytes().decode("utf-8-sig"))
+    return parse(path.read_bytes().decode("utf-8-sig"), constants)
 
 
 def checked(kind: type[T] | TypeAdapter[T], value: Any) -> T:
@@ -66,7 +73,8 @@ def checked(kind: type[T] | TypeAdapter[T], value: Any) -> T:
         return adapter.validate_python(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(str(part)[:80] for part in first["loc"]) or "the whole"
+        parts = [str(part)[:80] for part in first["loc"] if not KIND.match(str(part))]
+        place = ".".join(parts) or "the whole"
         raise ValueError(f"{place}: {first['msg']}, not {_short(first['input'])}") from None
 
 
@@ -94,6 +102,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(constant: str) -> Any:
     raise ValueError(f"{constant} is no JSON number")
+
+
+def _null(_constant: str) -> None:
+    """What a number that isn't known counts as."""
+
+
+CONSTANTS = {"refuse": _no_number, "null": _null, "keep": float}
 
 
 def _look_through(value: Any) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optimizer.certificate.wording import LABELS, in_short, in_unit, in_words, unit_of
+from optimizer.cli.screen import within
 from optimizer.plan import Plan
 
 # what a certificate's columns are called, by what was measured: tokens, or an encoder's texts
@@ -46,7 +47,7 @@ def certificate(plan: Plan) -> Table:
     proof = plan.certificate
     unit = unit_of(proof)
     size = in_unit(f"{proof['documents']} documents, {proof['tokens']} tokens", unit)
-    table = Table(title=f"Held-out: {size}; {proof['interval']}", title_justify="left")
+    table = Table(title=Text(f"Held-out: {size}; {proof['interval']}"), title_justify="left")
     table.add_column("plan")
     for name in ("size", *COLUMNS[unit].values()):
         table.add_column(name, justify="right")
@@ -58,10 +59,10 @@ def certificate(plan: Plan) -> Table:
         if own and between:
             share = between["ratio"]
             table.add_row(
-                between["name"],
+                Text(between["name"]),
                 human(row["bytes"]),
                 f"{between['kl']:.4f}",
-                f"[dim]plan is {share['value']:.2f}x[/dim]",
+                Text(f"plan is {share['value']:.2f}x", "dim"),
                 *[""] * (len(COLUMNS[unit]) - 2),
                 end_section=True,
             )
@@ -74,12 +75,12 @@ def certificate(plan: Plan) -> Table:
     return table
 
 
-def _cells(row: Mapping[str, Any], unit: str) -> list[str]:
+def _cells(row: Mapping[str, Any], unit: str) -> list[str | Text]:
     kl = row["kl"]
     return [
-        str(row["name"]),
+        Text(str(row["name"])),
         human(row["bytes"]),
-        f"{kl['value']:.4f} [dim]\\[{kl['low']:.4f}, {kl['high']:.4f}][/dim]",
+        within(*(f"{kl[key]:.4f}" for key in ("value", "low", "high"))),
         *(_measure(row, key) for key in COLUMNS[unit] if key != "kl"),
     ]
 
@@ -92,7 +93,7 @@ def _measure(row: Mapping[str, Any], key: str) -> str:
 def answer(out: Console, plan: Plan) -> None:
     """The verdicts of a certificate: against the tolerance, and against uniform plans."""
     meaning(out, plan.certificate.get("meaning", {}))
-    out.print(plan.certificate["verdict"], style="bold", soft_wrap=True)
+    out.print(plan.certificate["verdict"], style="bold", soft_wrap=True, markup=False)
 
 
 def meaning(out: Console, found: Mapping[str, Any]) -> None:
@@ -123,7 +124,7 @@ def _texts(found: Mapping[str, Any]) -> Table:
         table.add_row(
             Text(row["name"]),
             str(row["documents"]),
-            f"{kl['value']:.4f} [dim]\\[{kl['low']:.4f}, {kl['high']:.4f}][/dim]",
+            within(*(f"{kl[key]:.4f}" for key in ("value", "low", "high"))),
             _measure(row, "flips"),
             _measure(row, last),
             in_short(states.get(row["name"], set())),

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
-from collections.abc import Callable
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from optimizer.cli import words
 from optimizer.config import (
     Advise,
     Apply,
@@ -21,14 +27,14 @@ from optimizer.config import (
     Probe,
     conf_folder,
 )
-from optimizer.errors import ConfigError
+from optimizer.errors import ConfigError, MezzotintError
 from optimizer.formats.format import formats
 from optimizer.metrics.objective import Meaning
 from optimizer.person.settings import Judge, Learn, Overlay
 from optimizer.quantization.methods import method, methods
 from optimizer.search import credentials
 from optimizer.sensitivity import estimator, estimators
-from optimizer.store import write_atomically
+from optimizer.store import unwritable, write_atomically
 
 # groups whose type depends on a name: the key that holds it, all classes, and the one of a name
 METHODS: dict[str, tuple[str, Callable[[], dict[str, Any]], Callable[[Any], Any]]] = {
@@ -143,28 +149,128 @@ def _method(group: str, cfg: Any) -> Any:
         raise ConfigError(f"{where}: {said}. {made.__name__} has {known}.") from None
 
 
-def explained(command: str, error: Exception) -> str:
+# ---------------------------------------------------------------- Hydra
+
+
+class JobError(Exception):
+    """A fault of the program in a launcher's process, with its traceback."""
+
+
+def keys(command: str) -> list[str]:
+    """Names of the command's settings."""
+    return [field.name for field in fields(COMMANDS[command])]
+
+
+def run(command: str, asked: list[str], job: Callable[[Any], None]) -> list[MezzotintError]:
+    """Compose the settings and do the job with each of them; returns what went wrong in jobs. Raises
+    ConfigError for what Hydra can't compose."""
+    import hydra
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print a traceback and exit with 1
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    register()
+    failures: list[MezzotintError] = []
+    busy, here = False, os.getpid()
+
+    def task(cfg: Any) -> None:
+        nonlocal busy
+        busy = True
+        try:
+            hide_passwords(cfg)
+            job(build(command, cfg))
+        except MezzotintError as error:
+            if os.getpid() != here:  # a launcher's process, whose list nobody reads
+                raise
+            failures.append(error)  # passing through Hydra it would print more lines
+        except Exception:
+            if os.getpid() != here:
+                raise JobError(traceback.format_exc()) from None
+            raise
+        busy = False
+
+    asked = words.flags_first(asked)
+    _check_flags(command, asked)
+    before = sys.argv
+    sys.argv = [f"mezzotint {command}", *map(credentials.clean_argument, asked)]
+    try:
+        with _printed_clean(asked):
+            hydra.main(str(conf_folder()), command, version_base="1.3")(task)()
+    except (MezzotintError, JobError):
+        raise
+    except SystemExit:  # of argparse, after --help and its like
+        pass
+    except OSError as error:
+        if busy:
+            raise
+        raise unwritable(Path(error.filename or "The run's folder"), error) from None
+    except Exception as error:
+        if busy:
+            raise
+        raise ConfigError(_explained(command, asked, error)) from None
+    finally:
+        sys.argv = before
+    return failures
+
+
+def _check_flags(command: str, asked: list[str]) -> None:
+    """Raises ConfigError where Hydra's argparse would print its usage and leave."""
+    from hydra._internal.utils import get_args_parser
+
+    def refuse(message: str) -> None:
+        raise ConfigError(f"{message[:1].upper()}{message[1:300]}. {_try(command)}")
+
+    parser = get_args_parser()
+    parser.error = refuse
+    parser.parse_args(asked)
+
+
+@contextmanager
+def _printed_clean(asked: list[str]) -> Iterator[None]:
+    """What Hydra prints when it is asked for the settings themselves, without passwords."""
+    if not {"--cfg", "-c", "--info", "-i"} & {word.split("=")[0] for word in asked}:
+        yield
+        return
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said):
+            yield
+    finally:
+        sys.stdout.write(credentials.clean(said.getvalue()))
+
+
+def _try(command: str) -> str:
+    return f"`mezzotint {command} --cfg job` prints every key with its value."
+
+
+def _explained(command: str, asked: list[str], error: Exception) -> str:
+    """What Hydra says of settings, whatever it raises: it knows most mistakes, and passes others on
+    as Python's own errors."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
     preset = re.search(r"Could not find '(\w+)/([^']*)'", str(error))
     if preset:
         return _no_preset(*preset.groups())
+    known = isinstance(error, HydraException | OmegaConfBaseException)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if error.__cause__ is not None:
         lines += [line.strip() for line in str(error.__cause__).splitlines()[:1]]
-    seen = " ".join(
-        dict.fromkeys(line for line in lines if "+" not in line and "_type" not in line)
-    )
-    return f"{seen} `mezzotint {command} --cfg job` prints every key with its value."
+    seen = dict.fromkeys(line for line in lines if "+" not in line and "_type" not in line)
+    said = " ".join(seen)[:600]
+    if not known:
+        overrides = " ".join(word[:80] for word in asked if "=" in word)
+        said = f"These settings can't be composed ({said or type(error).__name__}): {overrides}."
+    return " ".join(part for part in (said, words.advice(asked), _try(command)) if part)
 
 
 def _no_preset(group: str, name: str) -> str:
     from difflib import get_close_matches
 
-    from optimizer.config import conf_folder
-
     names = sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
     near = get_close_matches(name, names, n=4, cutoff=0.5)
     near += [other for other in names if name[:3] and other.startswith(name[:3])]
-    text = f"There is no preset {group}={name}."
+    text = f"There is no preset {group}={name[:60]}."
     if near:
         text += f" Near names: {', '.join(list(dict.fromkeys(near))[:6])}."
     return f"{text} All of them: {', '.join(names)}."

@@ -1,6 +1,7 @@
 """The command line. Composes the configuration with Hydra and calls the pipeline.
 
-Exit codes: 0 done, 2 a mistake that the user can correct, 130 interrupted.
+Exit codes: 0 done, 2 a mistake that the user can correct, 130 interrupted (Ctrl-C or SIGTERM), 141
+nobody read the output any more.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from optimizer.cli.compose import explained
-from optimizer.config import conf_folder
+from optimizer import untrusted
+from optimizer.cli import compose, screen, streams, words
+from optimizer.errors import ConfigError, MezzotintError
+from optimizer.search import credentials
 
 USAGE = """\
 Mezzotint: make a language model fit a memory budget and keep what it means.
@@ -60,7 +63,21 @@ MANY = {"judge": "models", "learn": "files"}  # all words before the settings, a
 
 
 def main(arguments: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if arguments is None else arguments
+    """Exit code. What a program ends with when nobody reads its output is said in `streams`."""
+    with streams.terminable(), streams.outlet() as out:
+        code = _code(sys.argv[1:] if arguments is None else arguments)
+    if out.failure is None:
+        return code
+    if isinstance(out.failure, BrokenPipeError):
+        return code or streams.CLOSED_PIPE
+    streams.complain(
+        f"mezzotint: what was said here couldn't be written to stdout ({out.failure.strerror}); the "
+        "work itself went on. Give it a terminal, or a file on a disk that has room."
+    )
+    return code or 2
+
+
+def _code(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0 if argv else 2
@@ -69,48 +86,33 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(f"mezzotint {version('mezzotint')}")
         return 0
-    from optimizer.errors import MezzotintError
-
     try:
-        return _dispatch(argv[0], argv[1:])
+        _dispatch(argv[0], argv[1:])
     except MezzotintError as error:
-        print(_paragraph(error), file=sys.stderr)
+        streams.complain(_paragraph(error))
         return 2
     except KeyboardInterrupt:
-        print(
-            "\nmezzotint: stopped. What is finished is kept; the same command goes on.",
-            file=sys.stderr,
+        streams.complain(
+            "\nmezzotint: stopped. What is finished is kept; the same command goes on."
         )
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return 0
 
 
 def _paragraph(error: Exception) -> str:
     """Reasons quoted from a library may have many lines."""
-    return f"mezzotint: {' '.join(str(error).split())}"
+    return f"mezzotint: {untrusted.printable(' '.join(credentials.clean(str(error)).split()))}"
 
 
-def _dispatch(command: str, rest: list[str]) -> int:
-    from optimizer.errors import ConfigError
-
+def _dispatch(command: str, rest: list[str]) -> None:
     if command not in COMMANDS:
-        raise ConfigError(f"There is no command {command!r}; there are {', '.join(COMMANDS)}.")
+        raise ConfigError(
+            f"There is no command {command[:60]!r}; there are {', '.join(COMMANDS)}."
+        )
     plain = {"show": _show, "report": _report, "compare": _compare, "store": _store}
     if command in plain:
         plain[command](rest)
-        return 0
-    for i, key in enumerate(POSITIONAL.get(command, [])[: len(rest)]):
-        if "=" in rest[i] or rest[i].startswith("-"):
-            break
-        rest = [*rest[:i], f"{key}={_quoted(rest[i])}", *rest[i + 1 :]]
-    if command == "optimize":
-        from optimizer.cli.compose import objective
-
-        rest = objective(rest)
-    if command in MANY:
-        rest = _listed(MANY[command], rest)
+        return
     jobs: dict[str, Callable[[Any], None]] = {
         "optimize": _optimize,
         "apply": _apply,
@@ -125,71 +127,18 @@ def _dispatch(command: str, rest: list[str]) -> int:
         "overlay": _overlay,
         "learn": _learn,
     }
-    return _hydra(command, rest, jobs[command])
-
-
-def _listed(key: str, rest: list[str]) -> list[str]:
-    """The words before the first setting, as one setting with a list."""
-    settings = (i for i, word in enumerate(rest) if "=" in word or word.startswith("-"))
-    count = next(settings, len(rest))
-    if not count:
-        return rest
-    return [f"{key}=[{','.join(_quoted(word) for word in rest[:count])}]", *rest[count:]]
-
-
-def _quoted(path: str) -> str:
-    escaped = path.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
-
-
-def _hydra(command: str, rest: list[str], job: Callable[[Any], None]) -> int:
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print a traceback and exit with 1
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from pathlib import Path
-
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from optimizer.cli import compose
-    from optimizer.errors import ConfigError, MezzotintError
-    from optimizer.search.credentials import clean_argument
-    from optimizer.store import unwritable
-
-    compose.register()
-    failures: list[MezzotintError] = []
-    busy, here = False, os.getpid()
-
-    def task(cfg: Any) -> None:
-        nonlocal busy
-        busy = True
-        try:
-            compose.hide_passwords(cfg)
-            job(compose.build(command, cfg))
-        except MezzotintError as error:
-            if os.getpid() != here:  # a launcher's process, whose list nobody reads
-                raise
-            failures.append(error)  # passing through Hydra it would print more lines
-        busy = False
-
-    before = sys.argv
-    sys.argv = [f"mezzotint {command}", *map(clean_argument, rest)]
-    try:
-        hydra.main(str(conf_folder()), command, version_base="1.3")(task)()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explained(command, error)) from None
-    except OSError as error:
-        if busy:
-            raise
-        raise unwritable(Path(error.filename or "The run's folder"), error) from None
-    finally:
-        sys.argv = before
+    keys = compose.keys(command)
+    if command in MANY:
+        asked = words.listed(rest, MANY[command], keys)
+    else:
+        asked = words.placed(rest, POSITIONAL.get(command, []), keys)
+    if command == "optimize":
+        asked = compose.objective(asked)
+    failures = compose.run(command, asked, jobs[command])
     for failure in failures[:-1]:  # of a sweep, which goes on after one
-        print(_paragraph(failure), file=sys.stderr)
+        streams.complain(_paragraph(failure))
     if failures:
         raise failures[-1]
-    return 0
 
 
 def _optimize(settings: Any) -> None:
@@ -197,11 +146,11 @@ def _optimize(settings: Any) -> None:
 
     from hydra.core.hydra_config import HydraConfig
 
-    from optimizer.cli import progress, summary, terminal
+    from optimizer.cli import progress, summary
     from optimizer.commands import optimize
     from optimizer.reports import wandb
 
-    out = terminal.console()
+    out = screen.console()
     folder = Path(HydraConfig.get().runtime.output_dir)
     here = Path.cwd()
     folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
@@ -229,11 +178,11 @@ def _sweep() -> str | None:
 def _apply(settings: Any) -> None:
     from pathlib import Path
 
-    from optimizer.cli import progress, terminal
+    from optimizer.cli import progress
     from optimizer.commands import deploy
     from optimizer.plan import Plan
 
-    out = terminal.console()
+    out = screen.console()
     plan = Plan.load(settings.plan)
     folder = deploy.apply(
         plan,
@@ -260,7 +209,7 @@ def _check(settings: Any) -> None:
     verdict = export.check(
         Plan.load(settings.plan), settings.to, settings.store, settings.model, settings.gguf
     )
-    terminal.verdict(terminal.console(), verdict)
+    terminal.verdict(screen.console(), verdict)
     if verdict.errors:
         raise PlanError(f"{verdict.engine} would not run this plan; the reasons are above.")
 
@@ -273,7 +222,7 @@ def _export(settings: Any) -> None:
     from optimizer.models.source import PACKED_FILE
     from optimizer.plan import Plan
 
-    out = terminal.console()
+    out = screen.console()
     given, folder = Path(settings.plan), Path(settings.out)
     verdict = export.export(
         Plan.load(given),
@@ -294,7 +243,7 @@ def _evaluate(settings: Any) -> None:
     from optimizer.cli import progress, terminal
     from optimizer.commands import deploy
 
-    out = terminal.console()
+    out = screen.console()
     terminal.evaluation(out, deploy.evaluate(settings, progress.Terminal(out)))
 
 
@@ -302,31 +251,31 @@ def _fit(settings: Any) -> None:
     from optimizer.cli import terminal
     from optimizer.commands import capacity
 
-    terminal.fitting(terminal.console(), capacity.answer(settings))
+    terminal.fitting(screen.console(), capacity.answer(settings))
 
 
 def _advise(settings: Any) -> None:
     from optimizer.cli import terminal
     from optimizer.commands import advise
 
-    terminal.advice(terminal.console(), advise.advise(settings))
+    terminal.advice(screen.console(), advise.advise(settings))
 
 
 def _probe(settings: Any) -> None:
-    from optimizer.cli import progress, tables, terminal
+    from optimizer.cli import progress, tables
     from optimizer.commands import inspect
 
-    out = terminal.console()
+    out = screen.console()
     tables.probes(out, inspect.probe(settings, progress.Terminal(out)))
     if settings.out is not None:
         out.print(f"Wrote {settings.out}.", soft_wrap=True, markup=False)
 
 
 def _blur(settings: Any) -> None:
-    from optimizer.cli import progress, tables, terminal
+    from optimizer.cli import progress, tables
     from optimizer.commands import inspect
 
-    out = terminal.console()
+    out = screen.console()
     found = inspect.blur(settings, progress.Terminal(out))
     tables.blur(out, found, settings.passages, whole=settings.to == "terminal")
     if settings.to == "html":
@@ -335,46 +284,45 @@ def _blur(settings: Any) -> None:
 
 def _judge(settings: Any) -> None:
     from optimizer import person
-    from optimizer.cli import progress, terminal
+    from optimizer.cli import progress
 
     person.require()
     from optimizer.cli import person as tables
     from optimizer.person import commands
 
-    out = terminal.console()
+    out = screen.console()
     commands.judge(settings, progress.Terminal(out), lambda found: tables.result(out, found))
 
 
 def _overlay(settings: Any) -> None:
     from optimizer import person
-    from optimizer.cli import progress, terminal
+    from optimizer.cli import progress
 
     person.require()
     from optimizer.person import commands
 
-    commands.overlay(settings, progress.Terminal(terminal.console()))
+    commands.overlay(settings, progress.Terminal(screen.console()))
 
 
 def _learn(settings: Any) -> None:
     from optimizer import person
-    from optimizer.cli import progress, terminal
+    from optimizer.cli import progress
 
     person.require()
     from optimizer.cli import person as tables
     from optimizer.person import commands
 
-    out = terminal.console()
+    out = screen.console()
     tables.learned(out, commands.learn(settings, progress.Terminal(out)))
 
 
 def _show(rest: list[str]) -> None:
     from optimizer.cli import terminal
-    from optimizer.errors import ConfigError
     from optimizer.plan import Plan
 
     if len(rest) != 1:
         raise ConfigError("Give one plan: mezzotint show plan.json")
-    terminal.show(terminal.console(), Plan.load(rest[0]))
+    terminal.show(screen.console(), Plan.load(rest[0]))
 
 
 def _store(rest: list[str]) -> None:
@@ -386,10 +334,10 @@ def _store(rest: list[str]) -> None:
     place = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")
     kept = Store.open(place)
     if not rest:
-        terminal.kept(terminal.console(), kept.root, store.kinds(kept))
+        terminal.kept(screen.console(), kept.root, store.kinds(kept))
     elif len(rest) == 2 and rest[0] == "prune":
         done = store.prune(kept, store.seconds(rest[1]))
-        terminal.pruned(terminal.console(), kept.root, done)
+        terminal.pruned(screen.console(), kept.root, done)
     else:
         raise ConfigError(
             "Say `mezzotint store`, or `mezzotint store prune 30d` to remove what was not used for 30 "
@@ -400,7 +348,6 @@ def _store(rest: list[str]) -> None:
 def _report(rest: list[str]) -> None:
     from pathlib import Path
 
-    from optimizer.errors import ConfigError
     from optimizer.reports import html
 
     if len(rest) != 1:
@@ -412,13 +359,12 @@ def _compare(rest: list[str]) -> None:
     from pathlib import Path
 
     from optimizer.cli import terminal
-    from optimizer.errors import ConfigError
     from optimizer.reports.html import compare
 
     if len(rest) != 1:
         raise ConfigError("Give one sweep's folder: mezzotint compare multirun/DAY/TIME")
     folder = Path(rest[0])
-    terminal.sweep(terminal.console(), compare.gather(folder), compare.write(folder))
+    terminal.sweep(screen.console(), compare.gather(folder), compare.write(folder))
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ class Terminal(View):
             BarColumn(24),
             MofNCompleteColumn() if counted else TextColumn("{task.fields[news]}"),
             TimeElapsedColumn(),
-            TextColumn("[dim]left[/dim]"),
+            TextColumn("left", style="dim"),
             TimeRemainingColumn(),
             Left(self._whole),
         )

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from optimizer.certificate.wording import brief, in_unit, unit_of
+from optimizer.cli import screen
 from optimizer.cli.certificate import human
 from optimizer.commands.optimize import Outcome
 from optimizer.plan import Plan
@@ -46,7 +46,7 @@ def outcome(out: Console, result: Outcome) -> None:
             soft_wrap=True,
         )
     for note in result.notes[:NOTES]:
-        out.print(f"[yellow]Note:[/yellow] {escape(note)}", soft_wrap=True)
+        screen.note(out, note)
     for line in onward(result):
         out.print(line, soft_wrap=True, markup=False)
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from optimizer.cli.screen import note, within
 from optimizer.commands.inspect import Probed
 from optimizer.metrics.blur import LABELS, MARKED, level, visible
 
@@ -35,7 +35,9 @@ def probes(out: Console, found: Probed) -> None:
     rival = names[1] if len(names) > 1 else None
     sizes = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in found.sizes.items())
     title = f"Margins of minimal pairs ({found.source}); {sizes}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     table.add_column("\nphenomenon")
     heads = ["\nused", "plan\nflips %", "\nloss of margin", "\nworst 10th", "\np"]
     if rival is not None:
@@ -46,11 +48,11 @@ def probes(out: Console, found: Probed) -> None:
         table.add_row(*_row(cell, rival), end_section=i == len(found.cells) - 1)
     for cell in found.totals:
         table.add_row(*_row(cell, rival), style="bold")
-    table.caption = _caption(found, rival)
+    table.caption = Text(_caption(found, rival))
     table.caption_justify = "left"
     out.print(table)
     for reason, count in found.skipped.items():
-        out.print(f"[yellow]Note:[/yellow] {count} pairs skipped, {reason}.", soft_wrap=True)
+        note(out, f"{count} pairs skipped, {reason}.")
     silent = [f"{c.phenomenon} {c.language}" for c in found.cells if not c.damage]
     if silent:
         out.print(
@@ -69,15 +71,15 @@ def _caption(found: Probed, rival: str | None) -> str:
     return text if rival is None else f"{text} Beside it: {rival}."
 
 
-def _row(cell: Cell, rival: str | None) -> list[str]:
+def _row(cell: Cell, rival: str | None) -> list[str | Text]:
     count = cell.count
-    name = Text(f"{cell.phenomenon} {cell.language}").markup
+    name = Text(f"{cell.phenomenon} {cell.language}")
     used = f"{count.used}/{count.pairs}"
     if not cell.damage:
         return [name, used]
     plan = cell.damage["plan"]
-    row = [name, used, f"{100 * plan.flips.value:.0f}", _interval(plan.loss, count.used),
-           f"{plan.tail.value:.2f}", _p(plan.p)]  # fmt: skip
+    row: list[str | Text] = [name, used, f"{100 * plan.flips.value:.0f}"]
+    row += [_interval(plan.loss, count.used), f"{plan.tail.value:.2f}", _p(plan.p)]
     if rival is not None and cell.gap is not None:
         other = cell.damage[rival]
         row += [f"{100 * other.flips.value:.0f}", f"{other.loss.value:.2f}"]
@@ -85,16 +87,16 @@ def _row(cell: Cell, rival: str | None) -> list[str]:
     return row
 
 
-def _interval(found: Interval, used: int) -> str:
+def _interval(found: Interval, used: int) -> Text:
     if used < FEW:
-        return f"{found.value:.2f} [dim](too few)[/dim]"
-    return f"{found.value:.2f} [dim]\\[{found.low:.2f}, {found.high:.2f}][/dim]"
+        return Text.assemble(f"{found.value:.2f} ", ("(too few)", "dim"))
+    return within(f"{found.value:.2f}", f"{found.low:.2f}", f"{found.high:.2f}")
 
 
-def _p(p: float | None) -> str:
+def _p(p: float | None) -> Text:
     if p is None:
-        return ""
-    return f"[bold]{p:.3f}[/bold]" if p < 0.05 else f"{p:.2f}"
+        return Text()
+    return Text(f"{p:.3f}", "bold") if p < 0.05 else Text(f"{p:.2f}")
 
 
 # ---------------------------------------------------------------- blur map
@@ -112,15 +114,15 @@ def blur(out: Console, found: Map, listed: int, whole: bool) -> None:
     for reading in found.others:
         kl = reading.kl[~np.isnan(reading.kl)]
         table.add_row(
-            reading.name,
+            Text(reading.name),
             f"{reading.bytes / 1e6:.2f}",
             f"{kl.mean():.4f}",
             f"{kl.max():.2f}",
             f"{100 * reading.flip.mean():.1f}",
         )
     out.print(table)
-    for note in found.notes:
-        out.print(f"[yellow]Note:[/yellow] {escape(note)}", soft_wrap=True)
+    for line in found.notes:
+        note(out, line)
 
 
 def _passages(out: Console, found: Map, listed: int) -> None:
@@ -134,7 +136,11 @@ def _passages(out: Console, found: Map, listed: int) -> None:
         passage = found.passages[number]
         means = ", ".join(f"{r.name} {found.mean_kl(r, passage):.3f}" for r in found.others)
         out.print(
-            f"\n[bold]{rank}.[/bold] passage {number + 1} of {len(found.passages)}, mean KL: {means}"
+            Text.assemble(
+                "\n",
+                (f"{rank}.", "bold"),
+                f" passage {number + 1} of {len(found.passages)}, mean KL: {means}",
+            )
         )
         out.print(_shaded(found, found.plan, passage, plain))
     out.print()
@@ -160,7 +166,7 @@ def _tokens(found: Map) -> Table:
     table.add_column("KL", justify="right")
     table.add_column("before the token, and it", overflow="fold")
     for reading in (found.reference, *found.others):
-        table.add_column(reading.name, overflow="fold")
+        table.add_column(Text(reading.name), overflow="fold")
     for index in found.worst_units(WORST_TOKENS):
         unit = found.units[index]
         token = found.worst_token(unit)

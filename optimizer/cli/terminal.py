@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from optimizer.certificate.wording import unit_of
 from optimizer.cli import certificate
 from optimizer.cli.certificate import human
+from optimizer.cli.screen import note, within
 from optimizer.commands.advise import Advice
 from optimizer.commands.capacity import Answer
 from optimizer.commands.store import Kind, Pruned
@@ -28,11 +28,6 @@ from optimizer.reports.html.compare import Sweep, speeds_of
 from optimizer.stages import kv_budget as room
 
 BLOCKS_PER_LINE = 32
-
-
-def console() -> Console:
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=120)
 
 
 def evaluation(out: Console, found: Mapping[str, Any]) -> None:
@@ -94,17 +89,20 @@ def speed(out: Console, found: Mapping[str, Any]) -> None:
 def verdict(out: Console, found: Verdict) -> None:
     """Whether an engine would load a plan: each reason against it, or size and notes."""
     for error in found.errors:
-        out.print(f"[red]would fail:[/red] {escape(error)}", soft_wrap=True)
+        note(out, error, "would fail:", "red")
     if found.errors:
         return
-    out.print(f"{found.engine} loads and executes this plan: {found.bytes} bytes of weights.")
+    out.print(
+        f"{found.engine} loads and executes this plan: {found.bytes} bytes of weights.",
+        markup=False,
+    )
     for key, stored in sorted(found.stored.items()):
         if key != stored:
-            out.print(f"  {key} is stored as {stored}")
+            out.print(f"  {key} is stored as {stored}", markup=False)
     for reader in found.readers:
-        out.print(f"Read back: {escape(reader)}.", soft_wrap=True)
-    for note in found.notes:
-        out.print(f"[yellow]Note:[/yellow] {escape(note)}", soft_wrap=True)
+        out.print(f"Read back: {reader}.", soft_wrap=True, markup=False)
+    for line in found.notes:
+        note(out, line)
 
 
 def show(out: Console, plan: Plan) -> None:
@@ -122,7 +120,7 @@ def show(out: Console, plan: Plan) -> None:
         soft_wrap=True,
     )
     for line in caches(plan):
-        out.print(line, soft_wrap=True)
+        out.print(line, soft_wrap=True, markup=False)
     promise = plan.predicted
     out.print(
         f"Promise: KL {promise['kl']:.4f} +- {promise['stderr']:.4f} nats per {unit_of(promise)}."
@@ -148,6 +146,11 @@ def heat_map(plan: Plan) -> Text:
     cells, rest = grid.arrange(plan.choice)
     text = Text()
     blocks = sorted({block for row in cells.values() for block in row})
+    if len(blocks) * len(cells) > grid.MOST_CELLS:
+        return Text(
+            f"{len(cells)} kinds of layers in {len(blocks)} blocks are too many to draw.\n"
+        )
+    choice = plan.choice
     width = max([len(role) for role in cells] + [5])
     for first in range(0, len(blocks), BLOCKS_PER_LINE):
         part = blocks[first : first + BLOCKS_PER_LINE]
@@ -155,7 +158,7 @@ def heat_map(plan: Plan) -> Text:
         for role, row in cells.items():
             text.append(f"{role:<{width}} ")
             for block in part:
-                text.append(*_cell([plan.choice[name] for name in row.get(block, [])]))
+                text.append(*_cell([choice[name] for name in row.get(block, [])]))
             text.append("\n")
     for name in rest:
         text.append(f"{name.removesuffix('.weight'):<{width}} ")
@@ -209,7 +212,7 @@ def fitting(out: Console, found: Answer) -> None:
     """Memory line by line, and the questions that people ask."""
     budget, need = found.budget, found.need
     where = f" on {budget.device or budget.memory}" if budget.memory else ""
-    out.print(f"Plan {found.plan.id} with {found.plan.runtime}{where}", style="bold")
+    out.print(f"Plan {found.plan.id} with {found.plan.runtime}{where}", style="bold", markup=False)
     table = Table()
     table.add_column("")
     table.add_column("memory", justify="right")
@@ -225,7 +228,7 @@ def fitting(out: Console, found: Answer) -> None:
         )
     out.print(table)
     for line in _answers(found):
-        out.print(line, soft_wrap=True)
+        out.print(line, soft_wrap=True, markup=False)
 
 
 def _answers(found: Answer) -> Iterable[str]:
@@ -285,7 +288,7 @@ def sweep(out: Console, found: Sweep, written: Path) -> None:
             f"{job.plan.effective_bits:.3f}",
             *(column[i] for column in speeds.values()),
             f"{job.run.chosen.predicted:.4f}",
-            f"{kl[0]:.4f} [dim]\\[{kl[1]:.4f}, {kl[2]:.4f}][/dim]" if kl else "not measured",
+            within(*(f"{value:.4f}" for value in kl)) if kl else "not measured",
             f"{job.run.seconds:.0f}",
         )
     out.print(table)

@@ -11,9 +11,11 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from optimizer import drafts
+from pydantic import Field
+
+from optimizer import drafts, untrusted
 from optimizer.errors import ConfigError, PlanError, StorageError
 from optimizer.plan import Plan
 from optimizer.store import unwritable
@@ -114,17 +116,23 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+class Manifest(untrusted.Fields):
+    """sha256: of every other file, by its name."""
+
+    sha256: dict[Annotated[untrusted.Name, Field(max_length=255)], untrusted.Name]
+
+
 def manifest(folder: Path) -> dict[str, Any]:
     """The manifest, after all files were compared with it. Raises PlanError."""
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        pairs = [(folder / str(name), str(value)) for name, value in found["sha256"].items()]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        found = untrusted.read(folder / MANIFEST)
+        hashes = untrusted.checked(Manifest, found).sha256
+    except (OSError, ValueError) as error:
         raise PlanError(
-            f"{folder} is no model that Mezzotint wrote: it has no readable {MANIFEST}. "
+            f"{folder} is no model that Mezzotint wrote: it has no readable {MANIFEST} ({error}). "
             "`mezzotint apply plan.json out=DIR` and `mezzotint export` write such folders."
         ) from None
-    for file, value in pairs:
+    for file, value in ((folder / name, value) for name, value in hashes.items()):
         if not file.is_file() or file.parent != folder or sha256(file) != value:
             raise PlanError(
                 f"{file} was changed, cut off or removed after it was written. Make the folder "

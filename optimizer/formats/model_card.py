@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
+from html import escape
 from typing import Any
 
+from optimizer import untrusted
 from optimizer.certificate.wording import LABELS, in_unit, unit_of
 from optimizer.formats.rules import Verdict
 from optimizer.plan import Plan
 
+# has a meaning in Markdown: anywhere, or at the beginning of a line
+MEANT = re.compile(r"[\\`*{}\[\]|~]|(?<!\w)_|_(?!\w)|^[#+=:>-]|^\d+(?=[.)])")
+
+
+def inline(text: Any) -> str:
+    """Anything of a file as words in Markdown: on one line, without HTML, links or marks."""
+    line = " ".join(untrusted.printable(str(text)).split())
+    marked = MEANT.sub(lambda found: f"\\{found[0]}", line)
+    return escape(re.sub(r"^\\(\d+)", r"\1\\", marked), quote=False)
+
+
+def code(text: Any) -> str:
+    """Anything of a file as code in Markdown; as an element where backticks wouldn't hold it."""
+    line = " ".join(untrusted.printable(str(text)).split())
+    return f"<code>{inline(line)}</code>" if set("`<") & set(line) or not line else f"`{line}`"
+
 
 def card(plan: Plan, verdict: Verdict, run: str) -> str:
     """Markdown. run: how a person starts the engine."""
-    name = str(plan.model["name"])
+    name = inline(plan.model["name"])
     lines = [
         f"# {name}, quantized by a plan",
         "",
         f"{verdict.bytes} bytes of weights for {verdict.engine}; "
         f"{plan.effective_bits:.3f} bits per weight over {len(plan.scope)} layers. Made by Mezzotint "
-        f"{plan.provenance.get('versions', {}).get('mezzotint', '')} from plan {plan.id}.",
+        f"{inline(plan.provenance.get('versions', {}).get('mezzotint', ''))} from plan {plan.id}.",
         "",
         "```",
         run,
@@ -27,22 +46,22 @@ def card(plan: Plan, verdict: Verdict, run: str) -> str:
         "",
         "## How it was made",
         "",
-        f"- reference: {name}, `{plan.model.get('fingerprint', 'unknown')}`",
-        f"- quantizer: {plan.quantizer.get('name', 'unknown')}",
-        f"- command: `{plan.provenance.get('command', 'unknown')}`",
-        f"- runtime of the plan: {plan.runtime}",
+        f"- reference: {name}, {code(plan.model.get('fingerprint', 'unknown'))}",
+        f"- quantizer: {inline(plan.quantizer.get('name', 'unknown'))}",
+        f"- command: {code(plan.provenance.get('command', 'unknown'))}",
+        f"- runtime of the plan: {inline(plan.runtime)}",
         "",
         "| precision | layers | stored as |",
         "| --- | ---: | --- |",
     ]
     for key, count in sorted(Counter(plan.layers.values()).items()):
         stored = "16 bits, untouched" if key == "none" else verdict.stored.get(key, key)
-        lines.append(f"| {key} | {count} | {stored} |")
+        lines.append(f"| {inline(key)} | {count} | {inline(stored)} |")
     lines += ["", "## What was lost", "", *_loss(plan)]
     if verdict.readers:
-        lines += ["", "## Read back", "", *(f"- {reader}" for reader in verdict.readers)]
+        lines += ["", "## Read back", "", *(f"- {inline(reader)}" for reader in verdict.readers)]
     if verdict.notes:
-        lines += ["", "## Notes", "", *(f"- {note}" for note in verdict.notes)]
+        lines += ["", "## Notes", "", *(f"- {inline(note)}" for note in verdict.notes)]
     lines += [
         "",
         "`plan.json` holds the whole plan with its certificate, `manifest.json` the sha256 of every "
@@ -65,8 +84,9 @@ def _loss(plan: Plan) -> list[str]:
     lines += [
         "",
         in_unit(
-            f"Measured on {proof['documents']} held-out documents ({proof['tokens']} tokens), "
-            f"{proof['interval']}, with the weights of this folder in fp32 arithmetic:",
+            f"Measured on {inline(proof['documents'])} held-out documents "
+            f"({inline(proof['tokens'])} tokens), {inline(proof['interval'])}, with the weights of "
+            "this folder in fp32 arithmetic:",
             unit,
         ),
         "",
@@ -81,4 +101,4 @@ def _loss(plan: Plan) -> list[str]:
             f"| {label} | {cell['value']:.4f} | {cell['low']:.4f} to {cell['high']:.4f} |"
         )
     answer = proof.get("meaning", {}).get("verdict")
-    return [*lines, "", *([str(answer), ""] if answer else []), str(proof["verdict"])]
+    return [*lines, "", *([inline(answer), ""] if answer else []), inline(proof["verdict"])]

@@ -265,7 +265,11 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # noqa: BLE001  tokenizers raises bare ones
+    except (
+        BaseException
+    ) as error:  # tokenizers raises bare ones, and Rust's panics are no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
         raise ModelError(
             f"A text needs a tokenizer, and {folder} has none that can be read ({error}). Save it "
             "there, or take data=self, which needs no text."

@@ -18,7 +18,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimizer import drafts
+from optimizer import drafts, untrusted
 from optimizer.errors import ModelError
 from optimizer.models import gguf_metadata, published
 from optimizer.plan import digest
@@ -36,6 +36,10 @@ CONVERSION = 3  # counts changes of what a conversion writes
 REMEMBERED = 32 * 2**20  # bytes from which a file's hash is remembered: above .1 s of hashing
 SETTLED = 2.0  # seconds
 SAMPLES, SAMPLE = 64, 4096  # pieces, bytes of each
+
+LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers",
+          "decoder_layers", "depth", "num_nextn_predict_layers"}  # fmt: skip
+MOST_LAYERS = 2000  # the deepest published have some hundreds
 
 # llama.cpp names its pre-tokenizers; these split every digit off, and transformers' GGUF loader
 # forgets it ("a  12" would be cut otherwise than in training).
@@ -81,7 +85,7 @@ def locate(name: str, store: Store, revision: str | None = None) -> Source:
                 f"A model folder holds config.json and *.safetensors (or one *.gguf); {folder} "
                 f"lacks {meaning}; it holds {found}. Give the folder that save_pretrained wrote."
             )
-    if published.check(name, folder, _config(folder)):
+    if published.check(name, folder, read_config(folder)):
         return Source(name, *_dequantized(folder, store), revision)
     return Source(name, folder, fingerprint(folder, store), revision)
 
@@ -257,7 +261,7 @@ def _split_digits(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
 
 def context_length(folder: Path) -> int | None:
     """The longest input that the model's config promises, in tokens; None if it names none."""
-    config = _config(folder)
+    config = read_config(folder)
     text = config.get("text_config")
     config = text if isinstance(text, dict) else config
     for key in ("max_position_embeddings", "n_positions"):
@@ -271,7 +275,7 @@ def is_encoder(folder: Path) -> bool:
     modules.json, or an architecture for masked tokens that isn't named as a language model's."""
     if (folder / MODULES).exists():
         return True
-    config = _config(folder)
+    config = read_config(folder)
     architectures = config.get("architectures")
     named = [str(name) for name in architectures] if isinstance(architectures, list) else []
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named) or not named:
@@ -328,8 +332,19 @@ def _pooled(file: Path) -> str:
     )
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    return _object(folder / "config.json")
+def read_config(folder: Path) -> dict[str, Any]:
+    """The model's config.json. Raises ModelError for what can't be one: of no object, or of so many
+    layers that building them would take minutes."""
+    found = _object(folder / "config.json")
+    for part in (found, *(value for value in found.values() if isinstance(value, dict))):
+        for key in LAYERS & part.keys():
+            count = part[key]
+            if isinstance(count, int | float) and not count <= MOST_LAYERS:
+                raise ModelError(
+                    f"{folder / 'config.json'} asks for {key}={str(count)[:20]}; no model has more "
+                    f"than {MOST_LAYERS}. Copy or download it again."
+                )
+    return found
 
 
 def _object(file: Path) -> dict[str, Any]:
@@ -341,8 +356,8 @@ def _object(file: Path) -> dict[str, Any]:
 
 def _json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return untrusted.read(file, "keep")  # Mamba's configs have infinities
+    except (OSError, ValueError) as error:
         raise ModelError(f"{file} can't be read ({error}).") from None
 
 
@@ -357,7 +372,7 @@ def fingerprint(folder: Path, store: Store) -> str:
         if not file.is_file():
             raise ModelError(f"{file} is a folder, where a model has a file. Remove it.")
         parts[file.name] = file_hash(file, store)
-    config = _config(folder)
+    config = read_config(folder)
     for key in ("transformers_version", "_name_or_path"):
         config.pop(key, None)
     if is_encoder(folder):

@@ -12,6 +12,7 @@ from optimizer.plan import Precision
 # viridis, dark to light: readable by people with any kind of colour-blindness
 COLOURS = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
 STEPS = (1, 2, 3, 4, 5, 6, 8, 16)
+MOST_CELLS = 100_000  # that are drawn; models have some thousands
 DARK = 4  # colours below this index carry white text; each pair has a contrast of 4.5 or more
 
 

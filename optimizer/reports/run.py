@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimizer.errors import PlanError
+from optimizer import untrusted
+from optimizer.errors import ConfigError, PlanError
 from optimizer.hardware.throughput import Traffic, price
 from optimizer.plan import UNTOUCHED, Inventory, Plan, Precision, digest, identity, stored_bytes
 from optimizer.store import write_atomically
@@ -99,7 +100,7 @@ class Run:
         """Raises PlanError for anything but a whole run.json."""
         path = folder / FILE
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = untrusted.read(path, "null")
         except FileNotFoundError:
             raise PlanError(
                 f"A run's folder holds {FILE}; {folder} doesn't. Give the folder that `mezzotint "
@@ -110,29 +111,46 @@ class Run:
                 f"{path} can't be read ({error}). Run the same command again."
             ) from None
         try:
-            if (data["format"], data["version"]) != (FORMAT, VERSION):
-                raise ValueError(f"{data['format']} {data['version']}")
             return cls._build(data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (ValueError, ConfigError) as error:
             raise PlanError(
-                f"{path} isn't a run of this version ({type(error).__name__}: {error}). Run the "
-                "same command again: what was measured is kept."
+                f"{path} isn't a run of this version ({error}). Run the same command again: what was "
+                "measured is kept."
             ) from None
 
     @classmethod
-    def _build(cls, data: Mapping[str, Any]) -> Run:
-        rest = {k: v for k, v in data.items() if k not in ("format", "version")}
+    def _build(cls, data: Any) -> Run:
+        """Raises ValueError for what isn't of the types in `schema`."""
+        from optimizer.reports.schema import RunFile, numbers
+
+        if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (
+            FORMAT,
+            VERSION,
+        ):
+            raise ValueError(f"format and version aren't {FORMAT} {VERSION}")
+        found = untrusted.checked(RunFile, data)
         return cls(
-            **rest
-            | {
-                "columns": {str(k): Precision(**v) for k, v in data["columns"].items()},
-                "groups": tuple(tuple(map(str, group)) for group in data["groups"]),
-                "chosen": Point(**data["chosen"]),
-                "front": tuple(Point(**point) for point in data["front"]),
-                "measured": tuple(Point(**point) for point in data["measured"]),
-                "notes": tuple(map(str, data["notes"])),
-            }
+            model=found.model,
+            key=found.key,
+            columns={
+                key: Precision(row.kind, row.bits, row.group_size, row.symmetric)
+                for key, row in found.columns.items()
+            },
+            groups=tuple(map(tuple, found.groups)),
+            chosen=_point(data["chosen"]),
+            front=tuple(map(_point, data["front"])),
+            measured=tuple(map(_point, data["measured"])),
+            prediction=numbers(found.prediction),
+            notes=tuple(found.notes),
+            config=data["config"],
+            seconds=found.seconds,
+            unit=found.unit,
         )
+
+
+def _point(data: Mapping[str, Any]) -> Point:
+    known = {one.name for one in fields(Point)}
+    return Point(**{key: value for key, value in data.items() if key in known})
 
 
 def letters(assignment: Sequence[int] | np.ndarray) -> str:
@@ -293,7 +311,8 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-PLAIN = re.compile(r"[\w./@%+~-]+( [\w./@%+~-]+)*")  # needs no quotes in Hydra's grammar
+PLAIN = re.compile(r"(?a)[\w./@%+~-]+( [\w./@%+~-]+)*")  # needs no quotes in Hydra's grammar
+NOT_TEXT = re.compile(r"(?i)null|true|false|[+-]?(inf|nan|[\d_.]+(e[+-]?[\d_]+)?)")
 
 
 def _written(value: Any) -> str:
@@ -306,11 +325,24 @@ def _written(value: Any) -> str:
         return "{" + ",".join(f"{k}:{_written(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(_written(item) for item in value) + "]"
-    text = str(value)
-    if isinstance(value, str) and not PLAIN.fullmatch(text):
-        escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{escaped}'"
-    return text
+    return quoted(value) if isinstance(value, str) and not _plain(value) else str(value)
+
+
+def _plain(text: str) -> bool:
+    """Whether Hydra reads the text as itself: no quotes needed, and no number or null."""
+    return bool(PLAIN.fullmatch(text)) and not NOT_TEXT.fullmatch(text)
+
+
+def quoted(text: str) -> str:
+    """A text as a quoted value of Hydra's overrides that neither Hydra nor OmegaConf changes: of
+    backslashes only those before a quote, the end, or an interpolation count."""
+    literal = re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", text)
+    escaped = re.sub(r"(\\*)('|\Z)", lambda found: _before_quote(found[1], found[2]), literal)
+    return f"'{escaped}'"
+
+
+def _before_quote(backslashes: str, quote: str) -> str:
+    return backslashes * 2 + (f"\\{quote}" if quote else "")
 
 
 def save_history(rows: Sequence[Mapping[str, float]], path: Path) -> Path:

@@ -22,7 +22,13 @@ from optimizer.errors import ConfigError, ModelError, TextError
 from optimizer.formats import registry
 from optimizer.formats.rules import Demands
 from optimizer.formats.runtime import Runtime
-from optimizer.models.source import Source, context_length, is_encoder, locate
+from optimizer.models.source import (
+    Source,
+    context_length,
+    is_encoder,
+    locate,
+    read_config,
+)
 from optimizer.plan import Inventory, Layer, Policy, Precision, digest, policy
 from optimizer.plan.pins import translated
 from optimizer.store import Store
@@ -121,9 +127,7 @@ class Bench:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The model's config.json."""
-        text = (self.source.folder / "config.json").read_text(encoding="utf-8")
-        found: dict[str, Any] = json.loads(text)
-        return found
+        return read_config(self.source.folder)
 
     @cached_property
     def inventory(self) -> Inventory:

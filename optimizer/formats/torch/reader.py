@@ -7,7 +7,6 @@ read in pieces and cast on the way, so that loading needs hardly more than what 
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from optimizer import untrusted
 from optimizer.errors import PlanError
 
 PIECE = 4 * 2**20  # bytes that are read at once
@@ -67,8 +67,10 @@ def tensors(path: Path) -> Iterator[Tensors]:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            yield Tensors(file, json.loads(file.read(length)), 8 + length)
-    except (OSError, ValueError, KeyError, struct.error) as error:
+            if length > path.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            yield Tensors(file, untrusted.parse(file.read(length)), 8 + length)
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         raise PlanError(
             f"{path} and its config.json don't belong together ({type(error).__name__}: {error}). "
             "Make the folder again."

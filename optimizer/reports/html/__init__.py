@@ -8,6 +8,7 @@ be called anything.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from base64 import b64encode
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from optimizer.reports.run import Run
 from optimizer.store import write_atomically
 
 FILE = "report.html"
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{}'"
 PICTURES = {
     "history": "The loss of every trial, and the best until then",
     "importances": "How much each parameter of the search mattered",
@@ -71,16 +72,18 @@ def _pictures(pictures: Mapping[str, bytes]) -> str:
 
 def document(title: str, body: str, data: Any) -> str:
     """A page with this body; `data` is what the script may look up."""
+    script = _asset("page.js")
+    digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
     encoded = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY.format(digest)}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{escape(title)}</title><style>{_asset('style.css')}</style></head>"
         f'<body><main>{body}</main><div id="tip" role="status" hidden></div>'
         f'<script type="application/json" id="data">{encoded}</script>'
-        f"<script>{_asset('page.js')}</script></body></html>\n"
+        f"<script>{script}</script></body></html>\n"
     )
 
 

@@ -159,6 +159,8 @@ def heat_table(plan: Plan, group: Mapping[str, int]) -> str:
     choice = plan.choice
     cells, rest = heat_map.arrange(choice)
     blocks = sorted({block for row in cells.values() for block in row})
+    if len(blocks) * len(cells) > heat_map.MOST_CELLS:
+        return f"<p>{len(cells)} kinds of layers in {len(blocks)} blocks are too many to draw.</p>"
     head = "".join(f"<th scope=col>{block}</th>" for block in blocks)
     rows = []
     for kind, row in cells.items():
@@ -208,12 +210,14 @@ def bytes_table(plan: Plan) -> str:
     """Kinds of layers by their bytes in the packed file, largest first."""
     sizes: dict[str, list[float]] = {}
     cells, rest = heat_map.arrange(plan.layers)
+    choice = plan.choice
     kinds = {kind: [n for names in row.values() for n in names] for kind, row in cells.items()}
     kinds |= {name.removesuffix(".weight"): [name] for name in rest}
     for kind, names in kinds.items():
-        stored = sum(plan.choice[name].bytes(*plan.shapes[name]) for name in names)
-        weights = sum(rows * cols for rows, cols in (plan.shapes[name] for name in names))
-        sizes[kind] = [stored, 8 * stored / weights]
+        shapes = {name: plan.shapes[name] for name in names if name in plan.shapes}
+        stored = sum(choice[name].bytes(*shape) for name, shape in shapes.items())
+        weights = sum(rows * cols for rows, cols in shapes.values())
+        sizes[kind] = [stored, 8 * stored / max(weights, 1)]
     known = sum(stored for stored, _ in sizes.values())
     tensors = plan.bytes["quantized"] + plan.bytes.get("untouched", 0)
     order = sorted(sizes.items(), key=lambda item: -item[1][0])
@@ -231,7 +235,7 @@ def bytes_table(plan: Plan) -> str:
 
 
 def _bytes_row(name: str, stored: float, bits: str, total: int) -> str:
-    share = 100 * stored / total
+    share = min(100.0, 100 * stored / max(total, 1))
     bar = f'<span class=bar style="width:{share:.1f}%"></span>'
     return (
         f"<tr><th scope=row>{escape(name)}</th><td>{stored:.0f}</td>"
@@ -300,10 +304,11 @@ BETTER = {
 
 
 def _of_tokens(proof: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    documents, tokens = _said(proof["documents"]), _said(proof["tokens"])
     return (
-        f"The plan was compared with the reference on {proof['documents']} documents "
-        f"({proof['tokens']} tokens) that were not used to make it. Per token, its predictions move "
-        f"by {own['kl']['value']:.4f} nats on average and by {own['kl_p99']['value']:.3f} or more at "
+        f"The plan was compared with the reference on {documents} documents ({tokens} tokens) "
+        "that were not used to make it. Per token, its predictions move by "
+        f"{own['kl']['value']:.4f} nats on average and by {own['kl_p99']['value']:.3f} or more at "
         f"the worst 1 % of tokens. At {100 * own['flips']['value']:.1f} % of tokens it finds "
         f"another token most likely. Its perplexity is {own['perplexity']['value']:.3f}, the "
         f"reference's {own['perplexity_reference']['value']:.3f}."
@@ -311,10 +316,11 @@ def _of_tokens(proof: Mapping[str, Any], own: Mapping[str, Any]) -> str:
 
 
 def _of_texts(proof: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    documents, tokens = _said(proof["documents"]), _said(proof["tokens"])
     return (
-        f"The plan was compared with the reference on {proof['tokens']} texts in "
-        f"{proof['documents']} batches that were not used to make it. The cosine of two texts changes "
-        f"by {own['cosine']['value']:.4f} on average, and by {own['cosine_p99']['value']:.4f} or more "
+        f"The plan was compared with the reference on {tokens} texts in {documents} batches that were "
+        f"not used to make it. The cosine of two texts changes by {own['cosine']['value']:.4f} on "
+        f"average, and by {own['cosine_p99']['value']:.4f} or more "
         f"for 1 % of the pairs. {100 * own['flips']['value']:.1f} % of the texts have another nearest "
         f"text, and {100 * own['overlap']['value']:.1f} % of the 10 nearest stay among them. KL is "
         "that of a text's similarities to the others of its batch, in nats per text."
@@ -347,7 +353,7 @@ def _meaning(found: Mapping[str, Any]) -> str:
 def _text_row(
     row: Mapping[str, Any], names: Mapping[str, tuple[str, str, int]], short: str
 ) -> str:
-    cells = [_named("documents", row["documents"])]
+    cells = [_named("documents", _said(row["documents"]))]
     cells += [_named("within tolerance", short) if short else "<td></td>", *_values(row, names)]
     return f"<tr><th scope=row>{escape(str(row['name']))}</th>{''.join(cells)}</tr>"
 
@@ -360,7 +366,12 @@ def _values(row: Mapping[str, Any], names: Mapping[str, tuple[str, str, int]]) -
     return cells
 
 
-def _named(title: str, html: Any) -> str:
+def _said(value: Any) -> str:
+    """Anything of a file, for a page."""
+    return escape(str(value))
+
+
+def _named(title: str, html: str) -> str:
     """A cell that a phone shows with its column's title."""
     return f'<td data-name="{escape(title)}"><span>{html}</span></td>'
 
