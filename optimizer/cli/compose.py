@@ -165,6 +165,7 @@ def run(command: str, asked: list[str], job: Callable[[Any], None]) -> list[Mezz
     """Compose the settings and do the job with each of them; returns what went wrong in jobs. Raises
     ConfigError for what Hydra can't compose."""
     import hydra
+    from hydra.errors import HydraException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print a traceback and exit with 1
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -200,13 +201,11 @@ def run(command: str, asked: list[str], job: Callable[[Any], None]) -> list[Mezz
         raise
     except SystemExit:  # of argparse, after --help and its like
         pass
-    except OSError as error:
-        if busy:
-            raise
-        raise unwritable(Path(error.filename or "The run's folder"), error) from None
     except Exception as error:
         if busy:
             raise
+        if isinstance(error, OSError) and not isinstance(error, HydraException):
+            raise unwritable(Path(error.filename or "The run's folder"), error) from None
         raise ConfigError(_explained(command, asked, error)) from None
     finally:
         sys.argv = before
