@@ -12,7 +12,7 @@ import torch
 from optimizer.errors import ConfigError
 from optimizer.plan import GGML, Precision
 from optimizer.quantization import ggml, ggml_native, lattice
-from optimizer.quantization.gptq import Gptq
+from optimizer.quantization.gptq import Solver
 from optimizer.quantization.uniform import Rtn
 
 ROWS, COLS = 12, 512
@@ -95,7 +95,7 @@ def test_errors_fed_on_lower_the_loss(
         error = blocks.decode() - weight
         return float(((error @ hessian) * error).sum())
 
-    (fed,) = Gptq(order="columns").solve([(weight, precision)], hessian)
+    (fed,) = Solver(order="columns").solve([(weight, precision)], hessian)
     assert torch.equal(read(fed), fed.decode())
     assert loss(fed) < 0.4 * loss(Rtn().encode(weight, precision))
 
