@@ -67,8 +67,8 @@ def test_measured_rows_replace_and_count_in_predictions() -> None:
 def test_a_palette_that_does_not_divide_names_the_layer_and_a_divisor(llama: Small) -> None:
     layers = llama.inventory.scoped(["blocks"])
     with pytest.raises(ConfigError, match=r"groups of 48 don't divide the 64 columns of .*32 is"):
-        palette_columns(layers, [Precision("int", 4, 48)], nearest=False)
-    fitted = palette_columns(layers, [Precision("int", 4, 48), Precision()], nearest=True)
+        palette_columns(layers, [Precision("int", 4, 48)], "strict")
+    fitted = palette_columns(layers, [Precision("int", 4, 48), Precision()], "nearest")
     sizes = {fitted[x.name, "int4_g48"].group_size for x in layers if x.cols == 64}
     assert sizes == {64}
     assert all(fitted[x.name, "int4_g48"].fits(x.cols) for x in layers)
@@ -79,9 +79,9 @@ def test_the_remedy_for_a_group_size_works(llama: Small) -> None:
     """32 divides the rows of 96, too; the blocks of llama.cpp have no other length."""
     layers = llama.inventory.scoped(["blocks"])
     assert {layer.cols for layer in layers} == {64, 96}
-    palette_columns(layers, [Precision("int", 4, 32)], nearest=False)
+    palette_columns(layers, [Precision("int", 4, 32)], "strict")
     with pytest.raises(ConfigError, match=r"Leave q4_k out of palette\.bits"):
-        palette_columns(layers, [Precision.ggml("q4_k")], nearest=False)
+        palette_columns(layers, [Precision.ggml("q4_k")], "strict")
 
 
 @pytest.mark.parametrize(
