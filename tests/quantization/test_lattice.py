@@ -13,7 +13,7 @@ from optimizer.errors import ConfigError
 from optimizer.plan import GGML, Precision
 from optimizer.quantization import ggml, ggml_native, lattice
 from optimizer.quantization.gptq import Solver
-from optimizer.quantization.uniform import Rtn
+from optimizer.quantization.uniform import Nearest
 
 ROWS, COLS = 12, 512
 
@@ -56,10 +56,10 @@ def test_bytes_are_the_oracle_s(kind: str, weight: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", [*ggml_native.NATIVE, "iq4_xs"])
 def test_the_package_reads_what_is_rounded(kind: str, weight: torch.Tensor) -> None:
     precision = Precision.ggml(kind)
-    blocks = Rtn().encode(weight, precision)
+    blocks = Nearest().encode(weight, precision)
     assert blocks.data.numel() == precision.bytes(ROWS, COLS)
     assert torch.equal(read(blocks), blocks.decode())
-    assert torch.equal(Rtn().round(weight, precision), blocks.decode())
+    assert torch.equal(Nearest().round(weight, precision), blocks.decode())
 
 
 @pytest.mark.parametrize("kind", lattice.LAYOUTS)
@@ -97,7 +97,7 @@ def test_errors_fed_on_lower_the_loss(
 
     (fed,) = Solver(order="columns").solve([(weight, precision)], hessian)
     assert torch.equal(read(fed), fed.decode())
-    assert loss(fed) < 0.4 * loss(Rtn().encode(weight, precision))
+    assert loss(fed) < 0.4 * loss(Nearest().encode(weight, precision))
 
 
 def test_importance_is_told_apart(weight: torch.Tensor) -> None:
