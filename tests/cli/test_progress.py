@@ -52,7 +52,7 @@ def test_without_a_terminal_a_line_comes_while_a_step_takes_long(
     for item in view.track([1, 2], "sensitivity"):
         if item == 2:
             deadline = time.monotonic() + 5
-            while "1 of 2" not in out.file.getvalue() and time.monotonic() < deadline:
+            while ": 1 of 2" not in out.file.getvalue() and time.monotonic() < deadline:
                 time.sleep(0.01)
     said = out.file.getvalue()
     assert "stage 1 of 2: sensitivity ..." in said
