@@ -11,7 +11,7 @@ and log(strength of one / of the other) is the other's cost minus its own: David
 Weights are shrunk to the default, whose size the votes choose; by how much, cross-validation over
 prompts does. Pairs that read the same are left out: they are alike whatever a person minds.
 
-The objective has what a domain is minded more than the least minded one, the tail and the margins,
+The objective has what a domain is minded more than the median one, the tail and the margins,
     J = mean KL + W sum_k (b_k / sum b) (scale of KL / scale of k) part_k
 where b are the shrunk weights, W = strength * sum b / (sum b + the common weight of KL).
 """
@@ -220,8 +220,8 @@ def _parts(data: Data, fit: statistics.Fit, strength: float) -> dict[Column, flo
     """Weights of the objective's parts beside the mean KL, in its own units."""
     b = dict(zip(data.columns, fit.weights.tolist(), strict=True))
     kl = {c: v for c, v in b.items() if c.family == "kl"}
-    common = min(kl.values(), default=0.0)
-    minded = {c: v - common for c, v in kl.items()}
+    common = float(np.median(list(kl.values()))) if kl else 0.0
+    minded = {c: max(v - common, 0.0) for c, v in kl.items()}
     minded |= {c: v for c, v in b.items() if c.family in ("tail", "margin")}
     total = sum(minded.values())
     if total <= 0:
