@@ -16,7 +16,7 @@ from optimizer.data import domains
 from optimizer.data import text as data
 from optimizer.data.domains import BUILT_IN, LONG, Domain
 from optimizer.data.text import Windows
-from optimizer.errors import ConfigError
+from optimizer.errors import ConfigError, ModelError
 from optimizer.metrics import generation
 from optimizer.models.source import context_length
 from optimizer.plan import Plan, digest
@@ -280,7 +280,8 @@ def _kept(bench: Bench, key: str | None) -> dict[str, np.ndarray] | None:
 
 
 def _beginning(bench: Bench, chosen: Sequence[Domain], one: Mapping[str, Any]) -> str:
-    """The first words of a document, to find it again."""
+    """The first words of a document, to find it again; its first tokens' numbers where the model has
+    no tokenizer."""
     domain = next((d for d in chosen if d.name == one["text"]), None)
     windows = bench.windows("heldout") if domain is None else _windows(bench, domain)
     assert windows is not None
@@ -289,7 +290,11 @@ def _beginning(bench: Bench, chosen: Sequence[Domain], one: Mapping[str, Any]) -
     def make() -> str:
         from optimizer.models.model import load_tokenizer
 
-        text = load_tokenizer(bench.source.folder).decode(ids, skip_special_tokens=True)
+        try:
+            tokenizer = load_tokenizer(bench.source.folder)
+        except ModelError:
+            return f"tokens {', '.join(map(str, ids))}"[:BEGINNING]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
         return " ".join(str(text).replace('"', "'").split())[:BEGINNING]
 
     key = digest(["beginning", VERSION, bench.source.fingerprint, ids])
