@@ -11,10 +11,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from optimizer import untrusted
-from optimizer.cli import compose, screen, streams, words
+from optimizer.cli import streams
 from optimizer.errors import ConfigError, MezzotintError
-from optimizer.search import credentials
 
 USAGE = """\
 Mezzotint: make a language model fit a memory budget and keep what it means.
@@ -99,8 +97,17 @@ def _code(argv: list[str]) -> int:
     return 0
 
 
+def _console() -> Any:
+    from optimizer.cli import screen
+
+    return screen.console()
+
+
 def _paragraph(error: Exception) -> str:
     """Reasons quoted from a library may have many lines."""
+    from optimizer import untrusted
+    from optimizer.search import credentials
+
     return f"mezzotint: {untrusted.printable(' '.join(credentials.clean(str(error)).split()))}"
 
 
@@ -127,6 +134,8 @@ def _dispatch(command: str, rest: list[str]) -> None:
         "overlay": _overlay,
         "learn": _learn,
     }
+    from optimizer.cli import compose, words
+
     keys = compose.keys(command)
     if command in MANY:
         asked = words.listed(rest, MANY[command], keys)
@@ -150,7 +159,7 @@ def _optimize(settings: Any) -> None:
     from optimizer.commands import optimize
     from optimizer.reports import wandb
 
-    out = screen.console()
+    out = _console()
     folder = Path(HydraConfig.get().runtime.output_dir)
     here = Path.cwd()
     folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
@@ -182,7 +191,7 @@ def _apply(settings: Any) -> None:
     from optimizer.commands import deploy
     from optimizer.plan import Plan
 
-    out = screen.console()
+    out = _console()
     plan = Plan.load(settings.plan)
     folder = deploy.apply(
         plan,
@@ -209,7 +218,7 @@ def _check(settings: Any) -> None:
     verdict = export.check(
         Plan.load(settings.plan), settings.to, settings.store, settings.model, settings.gguf
     )
-    terminal.verdict(screen.console(), verdict)
+    terminal.verdict(_console(), verdict)
     if verdict.errors:
         raise PlanError(f"{verdict.engine} would not run this plan; the reasons are above.")
 
@@ -222,7 +231,7 @@ def _export(settings: Any) -> None:
     from optimizer.models.source import PACKED_FILE
     from optimizer.plan import Plan
 
-    out = screen.console()
+    out = _console()
     given, folder = Path(settings.plan), Path(settings.out)
     verdict = export.export(
         Plan.load(given),
@@ -243,7 +252,7 @@ def _evaluate(settings: Any) -> None:
     from optimizer.cli import progress, terminal
     from optimizer.commands import deploy
 
-    out = screen.console()
+    out = _console()
     terminal.evaluation(out, deploy.evaluate(settings, progress.Terminal(out)))
 
 
@@ -251,21 +260,21 @@ def _fit(settings: Any) -> None:
     from optimizer.cli import terminal
     from optimizer.commands import capacity
 
-    terminal.fitting(screen.console(), capacity.answer(settings))
+    terminal.fitting(_console(), capacity.answer(settings))
 
 
 def _advise(settings: Any) -> None:
     from optimizer.cli import terminal
     from optimizer.commands import advise
 
-    terminal.advice(screen.console(), advise.advise(settings))
+    terminal.advice(_console(), advise.advise(settings))
 
 
 def _probe(settings: Any) -> None:
     from optimizer.cli import progress, tables
     from optimizer.commands import inspect
 
-    out = screen.console()
+    out = _console()
     tables.probes(out, inspect.probe(settings, progress.Terminal(out)))
     if settings.out is not None:
         out.print(f"Wrote {settings.out}.", soft_wrap=True, markup=False)
@@ -275,7 +284,7 @@ def _blur(settings: Any) -> None:
     from optimizer.cli import progress, tables
     from optimizer.commands import inspect
 
-    out = screen.console()
+    out = _console()
     found = inspect.blur(settings, progress.Terminal(out))
     tables.blur(out, found, settings.passages, whole=settings.to == "terminal")
     if settings.to == "html":
@@ -290,7 +299,7 @@ def _judge(settings: Any) -> None:
     from optimizer.cli import person as tables
     from optimizer.person import commands
 
-    out = screen.console()
+    out = _console()
     commands.judge(settings, progress.Terminal(out), lambda found: tables.result(out, found))
 
 
@@ -301,7 +310,7 @@ def _overlay(settings: Any) -> None:
     person.require()
     from optimizer.person import commands
 
-    commands.overlay(settings, progress.Terminal(screen.console()))
+    commands.overlay(settings, progress.Terminal(_console()))
 
 
 def _learn(settings: Any) -> None:
@@ -312,7 +321,7 @@ def _learn(settings: Any) -> None:
     from optimizer.cli import person as tables
     from optimizer.person import commands
 
-    out = screen.console()
+    out = _console()
     tables.learned(out, commands.learn(settings, progress.Terminal(out)))
 
 
@@ -322,7 +331,7 @@ def _show(rest: list[str]) -> None:
 
     if len(rest) != 1:
         raise ConfigError("Give one plan: mezzotint show plan.json")
-    terminal.show(screen.console(), Plan.load(rest[0]))
+    terminal.show(_console(), Plan.load(rest[0]))
 
 
 def _store(rest: list[str]) -> None:
@@ -334,10 +343,10 @@ def _store(rest: list[str]) -> None:
     place = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")
     kept = Store.open(place)
     if not rest:
-        terminal.kept(screen.console(), kept.root, store.kinds(kept))
+        terminal.kept(_console(), kept.root, store.kinds(kept))
     elif len(rest) == 2 and rest[0] == "prune":
         done = store.prune(kept, store.seconds(rest[1]))
-        terminal.pruned(screen.console(), kept.root, done)
+        terminal.pruned(_console(), kept.root, done)
     else:
         raise ConfigError(
             "Say `mezzotint store`, or `mezzotint store prune 30d` to remove what was not used for 30 "
@@ -364,7 +373,7 @@ def _compare(rest: list[str]) -> None:
     if len(rest) != 1:
         raise ConfigError("Give one sweep's folder: mezzotint compare multirun/DAY/TIME")
     folder = Path(rest[0])
-    terminal.sweep(screen.console(), compare.gather(folder), compare.write(folder))
+    terminal.sweep(_console(), compare.gather(folder), compare.write(folder))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,21 @@ from optimizer.reports.run import quoted
 OVERRIDE = re.compile(r"(?:\+\+?|~)?([\w./@-]+?)(?:@[\w.:]*)?=")
 MEANT = re.compile(r"[=,(){}\[\]$'\"\\\s#:]")  # has a meaning in Hydra's grammar, or may have
 
-VALUED = {"--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p",
-          "--experimental-rerun"}  # fmt: skip
+VALUED = {
+    "--cfg",
+    "-c",
+    "--info",
+    "-i",
+    "--config-dir",
+    "-cd",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--package",
+    "-p",
+    "--experimental-rerun",
+}
 
 
 def placed(words: Sequence[str], places: Sequence[str], keys: Collection[str]) -> list[str]:

@@ -42,6 +42,35 @@ def demands(
     return found.demands(runtime, Subject(inventory, folder, base))
 
 
+def rounded(
+    demands: Demands,
+    layers: Sequence[Layer],
+    columns: Sequence[str],
+    fitted: Mapping[tuple[str, str], Precision],
+) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
+    """The layers without those that the engine can't hold rounded in any column, joined as it joins
+    them; and for a person which those are. Bits are averaged over what can be rounded. All of the
+    layers where nothing would be left."""
+    reasons: dict[str, list[str]] = {}
+    named = {layer.name: layer for layer in layers}
+    real = [c for c in columns if any(fitted[name, c].kind != "none" for name in named)]
+    for group in demands.groups(layers):
+        why = [
+            next((w for n in group if (w := demands.refusal(named[n], fitted[n, c]))), None)
+            for c in real
+        ]
+        if real and all(why):
+            reasons.setdefault(str(why[0]), []).extend(group)
+    gone = {name for names in reasons.values() for name in names}
+    if len(gone) == len(named):
+        return tuple(layers), ()
+    notes = (
+        f"{demands.profile.name} holds {rules.listed(names)} untouched, out of scope: {why}."
+        for why, names in reasons.items()
+    )
+    return tuple(layer for layer in layers if layer.name not in gone), tuple(notes)
+
+
 def offered(
     demands: Demands,
     inventory: Inventory,

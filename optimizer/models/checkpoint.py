@@ -55,7 +55,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     files = weight_files(folder)
     tensors: dict[str, Stored] = {}
     for file in files:
-        with readable(file), safe_open(file, framework="pt") as opened:
+        with readable(file), safe_open(file, framework="np") as opened:
             for name in opened.keys():  # noqa: SIM118  (safe_open has no __iter__)
                 if name in tensors:
                     raise ModelError(

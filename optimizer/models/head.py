@@ -74,9 +74,10 @@ def final_transform(net: Any, ids: np.ndarray) -> Callable[[Tensor], Tensor]:
     it in the head's place, so that no weights and no names in a config matter. Raises ModelError for
     anything else."""
     batch = torch.from_numpy(ids).to(next(net.parameters()).device)
-    first, other = (_probe(net, batch, shift) for shift in (0, 7))
+    first, other = (_probe(net, batch, WIDE, shift) for shift in (0, 7))
+    low, high = (_probe(net, batch, NARROW, shift) for shift in (0, 7))
     sent, found = first
-    free = (found != other[1]) | (sent == other[0])
+    free = low[1] != high[1]  # of numbers that no cap makes alike; all of these differ
     shape = _fitted(sent[free].double(), found[free].double(), _numbers(net.config))
     if shape is not None and _agrees(shape(other[0][free]), other[1][free]):
         if bool(free.all()):
@@ -89,11 +90,14 @@ def final_transform(net: Any, ids: np.ndarray) -> Callable[[Tensor], Tensor]:
     )
 
 
-def _probe(net: Any, ids: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+WIDE = torch.cat([torch.linspace(-60, 60, 31), torch.tensor([1e-3, -1e-2, 0.1, 1e5, -1e5])])
+NARROW = torch.linspace(-0.5, 0.5, 31)
+
+
+def _probe(net: Any, ids: Tensor, values: Tensor, shift: int) -> tuple[Tensor, Tensor]:
     """Numbers [vocabulary] that take the place of the head's output at one position, and what the
-    model makes of them."""
+    model makes of them. values: repeated over the vocabulary, from the place `shift` on."""
     sent: list[Tensor] = []
-    values = torch.cat([torch.linspace(-60, 60, 31), torch.tensor([1e-3, -1e-2, 0.1, 1e5, -1e5])])
 
     def shorten(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0][:1, -1:].contiguous(),)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from optimizer.errors import ConfigError
 from optimizer.plan.inventory import REFERENCE_BITS, Layer, Precision, glob
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PIN = re.compile(r"\s*(\S.*?)\s*(>=|<=|=)\s*(\S+)\s*")
 
@@ -69,6 +70,8 @@ def allowed(
     precisions = [fitted[scope[0].name, column] for column in columns]
     pins = [_rule(pin, scope, columns, precisions) for pin in policy.listed]
     rules = [*engine, *_hybrid(policy, scope, precisions), *pins]
+    import numpy as np  # here: a plan is read without it
+
     found = np.ones((len(groups), len(columns)), dtype=bool)
     for i, group in enumerate(groups):
         own = [rule for rule in rules if rule.layers.intersection(group)]
@@ -82,6 +85,8 @@ def allowed(
 def _hybrid(policy: Policy, scope: Sequence[Layer], precisions: Sequence[Precision]) -> list[Rule]:
     if policy.name != "hybrid":
         return []
+    import numpy as np
+
     untouched = np.array([p.kind == "none" for p in precisions])
     if not untouched.any():
         raise ConfigError(
@@ -121,6 +126,8 @@ def _rule(
             f"Every pin must match a layer in scope; {pin!r} matches none (for example "
             f"{scope[0].name}). Correct the glob or widen scope."
         )
+    import numpy as np
+
     left = np.array([_holds(c, p, sign, value) for c, p in zip(columns, precisions, strict=True)])
     if not left.any():
         raise ConfigError(

@@ -372,6 +372,9 @@ def choices(
             f"runtime.experts is tensor, block or model, not {config.runtime.experts!r}."
         )
     demands = registry.demands(config.runtime, inventory, folder, base)
+    outside: tuple[str, ...] = ()
+    if config.scopes == ["all"]:  # of what the engine can round
+        scope, outside = registry.rounded(demands, scope, [p.name for p in palette], fitted)
     groups = demands.groups(scope)
     columns = tuple(p.name for p in palette)
     fitted = sensitivity.agreeing(groups, columns, fitted)
@@ -385,7 +388,7 @@ def choices(
     left, held = (
         policy.allowed(p, scope, groups, columns, fitted, rules) for p in (own, Policy())
     )
-    notes = demands.notes + registry.told(config.runtime, rules)
+    notes = demands.notes + outside + registry.told(config.runtime, rules)
     notes += sensitivity.unfitting(scope, palette, config.palette.fit) + inventory.notes
     return Choices(
         scope, groups, columns, fitted, left, held, notes, demands=demands, base=base, pins=pins

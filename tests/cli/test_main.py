@@ -202,7 +202,10 @@ CALLS: dict[str, tuple[list[str], list[str]]] = {
     "broken override": (["budget.bits="], ["--cfg job"]),
     "unparsable override": (["palette.bits=[2,"], ["--cfg job"]),
     "scope of nothing": (["scope=[nothing*]"], ["'nothing*'", "model.embed_tokens.weight"]),
-    "group divides no row": (["palette.group_size=48"], ["48", "divisor", "palette.fit=nearest"]),
+    "group divides no row": (
+        ["palette.group_size=48", "palette.fit=strict"],
+        ["48", "divisor", "palette.fit=nearest"],
+    ),
     "bits": (["palette.bits=[2,11]"], ["11 bits", "palette.bits"]),
     "estimator": (["sensitivity.estimator=magic"], ["fisher", "'magic'"]),
     "chunks": (["sensitivity.chunks=99"], ["sensitivity.chunks=99"]),

@@ -256,7 +256,7 @@ def test_a_text_that_will_not_do(tmp_path: Path, make: Callable[[Path], Path], w
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (Data(source="web"), r"data\.source is self, text or hub"),
+        (Data(source="web"), r"data\.source is bundled, self, text or hub"),
         (Data(source="text"), r"needs data\.path"),
         (Data(source="hub"), r"needs data\.path"),
         (Data(search=Part(sequences=0, length=9)), r"data\.search needs at least one"),

@@ -12,7 +12,7 @@ from optimizer.config import Evaluate, Fit
 from optimizer.errors import ConfigError
 from optimizer.hardware import throughput
 from optimizer.hardware.throughput import Traffic
-from optimizer.plan import UNTOUCHED, Inventory, Plan, Precision, stored_bytes
+from optimizer.plan import UNTOUCHED, WIDTH, Inventory, Plan, Precision, stored_bytes
 from optimizer.reports.run import Scale
 from optimizer.stages.session import Choices
 from tests.conftest import mixed
@@ -21,13 +21,13 @@ from tests.conftest import mixed
 def by_hand(inventory: Inventory, choice, experts: float) -> float:
     found = 0.0
     for layer in inventory.layers:
-        whole = choice.get(layer.name, UNTOUCHED).bytes(layer.rows, layer.cols)
+        whole = layer.bytes(choice.get(layer.name, UNTOUCHED))
         if layer.kind == "experts":
             whole *= experts
         if layer.kind == "embedding" and not layer.tied:
             whole /= layer.rows
         found += whole
-    return found + sum(2 * np.prod(other.shape) for other in inventory.others)
+    return found + sum(WIDTH[x.dtype] * np.prod(x.shape) for x in inventory.others)
 
 
 def test_what_a_token_reads(small):
@@ -126,4 +126,4 @@ def test_sizes_that_cannot_be_read(mezzotint, run_folder, tmp_path):
     del data["checksum"], data["provenance"]["geometry"]["blocks"]
     (tmp_path / "plan.json").write_text(json.dumps(data))
     done = mezzotint("fit", "plan.json", "budget=pi3_1gb")
-    assert done.code == 2 and "sizes of its model that can't be read" in done.err
+    assert done.code == 2 and "provenance.geometry.blocks" in done.err

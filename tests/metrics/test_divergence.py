@@ -113,7 +113,7 @@ def test_an_unknown_final_transform_is_an_error_and_not_a_wrong_number(llama: Sm
 
     handle = llama.model.net.register_forward_hook(cubed)
     try:
-        with pytest.raises(ModelError, match="report the architecture"):
+        with pytest.raises(ModelError, match="something else to its head"):
             Teacher(llama.model.net, windows(96))
     finally:
         handle.remove()

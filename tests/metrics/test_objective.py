@@ -22,6 +22,7 @@ from optimizer.plan import Budget
 from optimizer.quantization.methods import bind
 from optimizer.search import Search
 from optimizer.sensitivity import Task, fisher
+from optimizer.sensitivity import estimator as estimator_of
 from optimizer.stages import session
 from tests.commands.test_optimize import settings
 
@@ -97,7 +98,8 @@ def test_table_and_search_follow_the_objective(source: Source, tmp_path: Path) -
 def test_settings_that_mean_nothing_are_refused(
     meaning: Meaning, estimator: str, said: str
 ) -> None:
-    config = Optimize(model="x", budget=Budget(bits=4), meaning=meaning)
-    config.sensitivity.estimator = estimator
+    config = Optimize(
+        model="x", budget=Budget(bits=4), meaning=meaning, sensitivity=estimator_of(estimator)()
+    )
     with pytest.raises(ConfigError, match=said):
         config.check()

@@ -25,6 +25,7 @@ from optimizer.models.stories import corpus
 from optimizer.plan import GGML, Budget, Inventory, Palette, Plan, Precision
 from optimizer.quantization import ggml
 from optimizer.quantization.calibrated import Keeping
+from optimizer.quantization.ggml_native import NATIVE
 from optimizer.quantization.methods import Awq, Gptq, Rtn, bind
 from optimizer.quantization.uniform import Nearest
 from optimizer.search import Search
@@ -479,7 +480,7 @@ def test_awq_refuses_blocks_of_llama_cpp(settings: Optimize) -> None:
         replace(settings, palette=palette, quantizer=awq).check()
 
 
-@pytest.mark.parametrize("kind", GGML)
+@pytest.mark.parametrize("kind", [kind for kind in GGML if kind not in NATIVE])
 def test_grids_of_blocks_are_searched_for_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

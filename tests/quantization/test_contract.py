@@ -22,7 +22,7 @@ PRECISIONS = [
     Precision("ternary", 2, 32, True),
     Precision("int", 8, 16),
 ]
-NAMES = sorted(methods())
+NAMES = sorted(methods().keys() - {"auto"})  # auto stands for one of the others
 
 
 class Material:

@@ -87,10 +87,10 @@ def test_who_cannot_be_timed_is_told(small: Small) -> None:
 def test_copies_of_a_layer_compute_what_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from optimizer.formats.torch import modules, packed
+    from optimizer.formats.torch import modules
     from optimizer.quantization.uniform import Nearest
 
-    monkeypatch.setattr(packed, "UNPACKED", 3 * 64)  # three rows at a time, and one is left
+    monkeypatch.setattr(modules, "UNPACKED", 3 * 64)  # three rows at a time, and one is left
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
     x = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     for precision in (Precision("int", 3, 32), Precision("int", 4, 32), UNTOUCHED):
