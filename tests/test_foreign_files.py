@@ -83,7 +83,7 @@ def changed(value: Any, rng: random.Random) -> Any:
         elif kind == 2 and isinstance(inner, list):
             inner += inner
         elif kind == 3:
-            inner[last] = deep(rng.choice((3, 70, 900)))
+            inner[last] = deep(rng.choice((3, 70, 300)))
         else:
             inner[last] = deepcopy(rng.choice(ODD))
     return value

@@ -14,14 +14,13 @@ from optimizer.formats.rules import Verdict
 from optimizer.plan import Plan
 
 # has a meaning in Markdown: anywhere, or at the beginning of a line
-MEANT = re.compile(r"[\\`*{}\[\]|~]|(?<!\w)_|_(?!\w)|^[#+=:>-]|^\d+(?=[.)])")
+MEANT = re.compile(r"[\\`*{}\[\]|~]|(?<!\w)_|_(?!\w)|^[#+=:>-]")
 
 
 def inline(text: Any) -> str:
     """Anything of a file as words in Markdown: on one line, without HTML, links or marks."""
     line = " ".join(untrusted.printable(str(text)).split())
-    marked = MEANT.sub(lambda found: f"\\{found[0]}", line)
-    return escape(re.sub(r"^\\(\d+)", r"\1\\", marked), quote=False)
+    return escape(MEANT.sub(lambda found: f"\\{found[0]}", line), quote=False)
 
 
 def code(text: Any) -> str:

@@ -68,7 +68,7 @@ def read(file: Path) -> list[Pair]:
         pair = _pair(line, f"{file}, line {number}", number)
         if pair.id in seen:
             raise TextError(
-                f"Every id is used once; {file}, line {number} has the id {pair.id!r} of line "
+                f"Every id is used once; {file}, line {number} has the id {pair.id[:60]!r} of line "
                 f"{seen[pair.id]}. Change one of them."
             )
         seen[pair.id] = number
@@ -105,7 +105,7 @@ def _check_fields(row: dict[str, Any], where: str) -> None:
     for name in row:
         if name not in FIELDS:
             raise TextError(
-                f"{where} has the field {name!r}, which a probe doesn't have; it has "
+                f"{where} has the field {name[:60]!r}, which a probe doesn't have; it has "
                 f"{', '.join(FIELDS)}. Remove or rename it."
             )
     for name in FIELDS:
