@@ -56,7 +56,8 @@ def flags_first(words: Sequence[str]) -> list[str]:
     first: list[str] = []
     rest: list[str] = []
     for i, word in enumerate(words):
-        valued = i > 0 and words[i - 1] in VALUED
+        before = words[i - 1] if i else ""
+        valued = before in VALUED or (before.startswith("-") and "=" not in word)
         (first if word.startswith("-") or valued else rest).append(word)
     return [*first, *rest]
 

@@ -15,7 +15,7 @@ from optimizer.models.model import Model
 from optimizer.plan import Inventory, Precision
 from optimizer.quantization.calibrated import Calibrated
 from optimizer.quantization.folding import ActivationAware
-from optimizer.quantization.methods import Gptq
+from optimizer.quantization.methods import Awq, Gptq
 from optimizer.quantization.uniform import Nearest
 from optimizer.sensitivity import Task, fisher, hessian
 from optimizer.sensitivity.outputs import token_weights
@@ -83,7 +83,7 @@ def test_gptq_is_better_than_nearest(odd: Given) -> None:
     rounders = {
         "rtn": Nearest(),
         "gptq": Calibrated(Gptq(order="groups"), odd).rounder(choice),
-        "awq": ActivationAware(odd).rounder(choice),
+        "awq": ActivationAware(Awq(), odd).rounder(choice),
     }
     own, moved = logits(odd), {}
     for name, rounder in rounders.items():

@@ -61,10 +61,18 @@ def tiny() -> Model:
         if value.ndim > 1:
             torch.nn.init.normal_(value, std=0.5)
     layers = tuple(
-        Layer(n, *net.get_parameter(n).shape, "linear", n.split(".")[-2], 0, n, (1, 1))
+        Layer(
+            n,
+            *net.get_parameter(n).shape,
+            "linear",
+            n.split(".")[-2],
+            0,
+            n,
+            tuple(net.get_parameter(n).shape),
+        )
         for n in NAMES
     )
-    return Model(net, Inventory(layers, (), "F16"))
+    return Model(net, Inventory(layers, (), "F16"), None)  # type: ignore[arg-type]  # nothing reads its files
 
 
 def task(groups: tuple[tuple[str, ...], ...] = ((NAMES[0],), (NAMES[1],)), **more: Any) -> Task:
