@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
 
-.PHONY: setup demo test slow api clean
+.PHONY: setup demo test slow api clean campaign
 
 setup: $(READY)
 
@@ -28,10 +28,14 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not slow and not campaign and not gpu'
 
 slow: $(READY)
-	tests/postgres.sh $(BIN)/pytest -m 'slow and not gpu'
+	tests/postgres.sh $(BIN)/pytest -m 'slow and not campaign and not gpu'
+
+# Campaigns of kills, damaged files, architectures and simulated judges: too long for every change.
+campaign: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m campaign
 
 # The reference of the public names, made from their docstrings, in docs/api/index.html.
 api: $(READY)

@@ -166,7 +166,7 @@ def one_plan(run: Path, tmp_path: Path, rng: random.Random) -> bool:
     return taken
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_campaign_of_mutated_plans(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,7 +195,7 @@ def one_run(run: Path, tmp_path: Path, rng: random.Random) -> bool:
     return taken
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_campaign_of_mutated_runs(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,7 +258,7 @@ def one_file(model: Path, tmp_path: Path, name: str, rng: random.Random) -> bool
     return taken
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("name", list(MODEL_FILES))
 def test_a_campaign_of_mutated_model_files(model: Path, tmp_path: Path, name: str) -> None:
     taken = [one_file(model, tmp_path, name, random.Random(seed)) for seed in range(OTHERS)]

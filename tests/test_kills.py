@@ -98,7 +98,7 @@ def left(folder: Path) -> list[Path]:
     return [p for p in folder.rglob("*") if is_draft(p) or p.name.endswith(".lock")]
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_hundred_kills_change_no_plan_and_leave_no_file(
     tmp_path: Path, store: Path, source: Source
 ) -> None:
@@ -123,7 +123,7 @@ def test_a_hundred_kills_change_no_plan_and_leave_no_file(
     assert left(tmp_path) == []
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_identical_searches_at_once_end_as_one_alone_does(
     tmp_path: Path, store: Path, source: Source
 ) -> None:

@@ -197,7 +197,7 @@ class Scale:
         shares = [[traffic.share(layers[name]) for name in group] for group in chosen.groups]
         read = sizes * np.array([[np.mean(row)] for row in shares])
         untouched = traffic.weights(inventory, {})
-        scoped = sum(2 * layer.weights * traffic.share(layer) for layer in chosen.scope)
+        scoped = sum(x.bytes(UNTOUCHED) * traffic.share(x) for x in chosen.scope)
         return cls(
             fingerprint,
             quantizer,

@@ -16,7 +16,7 @@ def test_a_few_architectures(kind: str) -> None:
     assert (row.outcome, row.why) == ("exact", "")
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("kind", [k for k in ROWS if k not in FEW])
 def test_every_architecture(kind: str) -> None:
     assert matrix.measure(kind).outcome == ROWS[kind]["outcome"]

@@ -89,7 +89,7 @@ def test_names_of_tasks(tasks: Any, names: list[str]) -> None:
         Evaluate(model="x", limit=0).check()
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_the_harness_itself_on_both_models(mezzotint: Command, packed_folder: Path) -> None:
     pytest.importorskip("lm_eval")
     done = mezzotint(

@@ -179,7 +179,7 @@ def test_nothing_to_quantize_is_no_fault(mezzotint: Command, llama: Small, tmp_p
 
 
 def test_an_engines_limits_are_not_the_policys(wide: Wide) -> None:
-    config = composed("optimize", "runtime=vllm", "scope=all")
+    config = composed("optimize", "runtime=vllm", "scope=[blocks,embeddings]")
     found = choices(config, wide.inventory, wide.folder)
     assert found.allowed is not None and not found.allowed.all()
     problem = search.pose(

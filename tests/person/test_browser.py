@@ -27,7 +27,7 @@ from optimizer.store import Store
 from tests.person.comparisons import TOKEN, session
 from tests.reports.test_blur_browser import NAMES, shutil
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.campaign
 playwright = pytest.importorskip("playwright.sync_api")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 

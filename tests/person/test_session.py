@@ -154,7 +154,7 @@ def itself(seed: int) -> tuple[object, object]:
     return twice, replace(made, written=sides)
 
 
-@pytest.mark.parametrize("people", [25, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("people", [25, pytest.param(200, marks=pytest.mark.campaign)])
 def test_the_reference_is_rarely_preferred_to_itself(tmp_path: Path, people: int) -> None:
     """People who prefer at random, some mostly the first text, 40 votes at most each."""
     wrong = 0

@@ -537,7 +537,7 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path: Path) -> None:
     assert pictures.draw(optuna.create_study()) == {}
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_joint_sampling_beats_random_by_what_a_broken_sampler_cannot_reach(tmp_path: Path) -> None:
     """What is left of the start's loss after 40 trials, mean of three landscapes. Seen: random .59,
     tpe .21, gp .17, cmaes .29; samplers that never sample jointly are random."""
