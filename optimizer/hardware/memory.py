@@ -231,7 +231,8 @@ def resident_weights(plan: Plan, compute: int = 16) -> int:
 
 def unpacked_bytes(plan: Plan) -> int:
     """torch: bytes while the layer that needs most is unpacked (an embedding unpacks rows)."""
-    found = (unpacking(rows * cols, plan.choice[n]) for n, (rows, cols) in plan.shapes.items())
+    choice = plan.choice
+    found = (unpacking(rows * cols, choice[n]) for n, (rows, cols) in plan.shapes.items())
     return max(found, default=0)
 
 

@@ -328,6 +328,12 @@ class Plan:
                 f"{where} has {sorted(strangers)[0]} in its scope, but not among its layers. Correct "
                 "the name."
             )
+        unknown = self.shapes.keys() - self.layers.keys()
+        if unknown:
+            raise PlanError(
+                f"{where} has a shape for {min(unknown)[:80]}, which isn't among its layers. Correct "
+                "the name."
+            )
         for name, (_, cols) in self.shapes.items():
             precision = self.palette[self.layers[name]] if name in self.layers else UNTOUCHED
             if not precision.fits(cols):
