@@ -210,7 +210,7 @@ def test_what_is_written_is_read_from_anywhere(
     folder.mkdir()
     monkeypatch.chdir(folder)
     again = Meaning.load("../meaning.yaml")
-    again.check("fisher")
+    again.check("fisher", by_token=True)
     assert Path(str(again.choices)).resolve() == tmp_path / "choices.jsonl"
     assert shares(again.phenomena) == shares(found.meaning.phenomena)
     assert again.domain == found.meaning.domain
