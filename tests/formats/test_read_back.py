@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from optimizer.commands import export
@@ -125,6 +126,40 @@ def test_a_folder_that_transformers_reads_otherwise_is_not_kept(
     with pytest.raises(PlanError, match="Nothing was kept"):
         export.export(plan, "transformers", tmp_path / "out", str(tmp_path / "store"))
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_left_in_16_bits_are_compared_in_fp32_and_told(
+    models: dict[str, Small], tmp_path: Path
+) -> None:
+    """transformers multiplies untouched experts of a 16-bit checkpoint in 16 bits whatever is asked for:
+    that must neither refuse a sound export nor hide what a wrong scale moves."""
+    plan = planned(models["mixtral"], tmp_path / "store", dense)
+    found = export.export(plan, "transformers", tmp_path / "out", str(tmp_path / "store"))
+    assert float(found.readers[0].split("KL ")[1].split()[0]) < 1e-7
+    verdict = export.check(plan, "transformers", str(tmp_path / "store"))
+    assert any("keeps the untouched experts" in note for note in verdict.notes)
+    net = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    experts = [p for n, p in net.named_parameters() if ".experts." in n]
+    assert {p.dtype for p in experts} == {torch.bfloat16}, "the note is no longer true"
+
+
+@pytest.mark.parametrize("part", ["v_proj.weight_scale", "experts.2.w1.weight"])
+def test_one_tensor_at_a_wrong_scale_is_another_model(
+    models: dict[str, Small], tmp_path: Path, part: str
+) -> None:
+    small = models["mixtral"]
+    plan = planned(small, tmp_path / "store", dense)
+    out = tmp_path / "out"
+    export.export(plan, "transformers", out, str(tmp_path / "store"))
+    with small.model.rounded(compressed(), plan.choice):
+        wanted = read_back.log_probabilities(small.model.net, read_back.window(96))
+    assert "the plan's logits" in read_back.by_transformers("transformers", out, wanted, False)
+    tensors = load_file(out / "model.safetensors")
+    name = next(n for n in tensors if n.endswith(part))
+    tensors[name] = (tensors[name].float() * 1.5).to(tensors[name].dtype)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PlanError, match="isn't the plan's model: it has a KL"):
+        read_back.by_transformers("transformers", out, wanted, False)
 
 
 def test_a_missing_package_is_named(

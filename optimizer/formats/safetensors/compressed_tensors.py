@@ -36,6 +36,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+EXPERTS_IN_HALVES = (
+    "transformers keeps the untouched experts in the checkpoint's 16 bits and multiplies them so, also "
+    "where the model is loaded in float32; its logits then differ from the plan's by the rounding of "
+    "products, as they do when it computes in bfloat16."
+)
+
+
 def demands(profile: Runtime, inventory: Inventory, loading: Loading) -> Demands:
     """Of transformers. Where a layer of the scope can only be unpacked at once, all dense layers have
     one scheme; else each has its own."""
@@ -71,7 +78,14 @@ def check(
     split = {} if loading is None else _taken_apart(inventory, loading)
     size = checkpoint.size(plan, inventory, _parts, split)
     notes = demands.notes + _notes(plan, inventory, engine)
+    if loading is not None and used and _experts_in_halves(plan, inventory, loading):
+        notes += (EXPERTS_IN_HALVES,)
     return Verdict(engine, (), notes, stored=stored, bytes=size)
+
+
+def _experts_in_halves(plan: Plan, inventory: Inventory, loading: Loading) -> bool:
+    merged = [x for x in inventory.layers if x.name in loading.merged]
+    return any(plan.choice[x.name].kind == "none" and x.dtype != "F32" for x in merged)
 
 
 def _taken_apart(inventory: Inventory, loading: Loading) -> dict[str, checkpoint.Pieces]:
