@@ -131,8 +131,8 @@ def test_a_folder_that_transformers_reads_otherwise_is_not_kept(
 def test_experts_left_in_16_bits_are_compared_in_fp32_and_told(
     models: dict[str, Small], tmp_path: Path
 ) -> None:
-    """transformers multiplies untouched experts of a 16-bit checkpoint in 16 bits whatever is asked for:
-    that must neither refuse a sound export nor hide what a wrong scale moves."""
+    """transformers multiplies untouched experts of a 16-bit checkpoint in 16 bits whatever is asked
+    for: that must neither refuse a sound export nor hide what a wrong scale moves."""
     plan = planned(models["mixtral"], tmp_path / "store", dense)
     found = export.export(plan, "transformers", tmp_path / "out", str(tmp_path / "store"))
     assert float(found.readers[0].split("KL ")[1].split()[0]) < 1e-7

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 
 EXPERTS_IN_HALVES = (
-    "transformers keeps the untouched experts in the checkpoint's 16 bits and multiplies them so, also "
-    "where the model is loaded in float32; its logits then differ from the plan's by the rounding of "
-    "products, as they do when it computes in bfloat16."
+    "transformers keeps the untouched experts in the checkpoint's 16 bits and multiplies them so, "
+    "also where the model is loaded in float32; its logits then differ from the plan's by what that "
+    "rounds, as they do when it computes in bfloat16."
 )
 
 

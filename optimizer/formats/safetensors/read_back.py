@@ -66,8 +66,8 @@ def _free_memory() -> int | None:
 
 def by_transformers(engine: str, folder: Path, wanted: Tensor, halves: bool) -> str:
     """Who read the folder. wanted: log-probabilities [tokens, vocabulary] of the plan's own weights on
-    `window`. halves: the loader unpacks quantized weights to 16 bits, or multiplies so. Raises PlanError
-    where transformers computes others, or doesn't load the folder."""
+    `window`. halves: the loader unpacks quantized weights to 16 bits, or multiplies so. Raises
+    PlanError where transformers computes others, or doesn't load the folder."""
     import torch
 
     distribution = NEEDS[engine][1]
@@ -113,7 +113,7 @@ def window(words: int) -> Tensor:
 
 
 def log_probabilities(net: Any, ids: Tensor) -> Tensor:
-    """[tokens, vocabulary] fp64: a sum over a vocabulary of fp32 logarithms is off by 1e-6 by itself."""
+    """[tokens, vocabulary] fp64: a sum over a vocabulary of fp32 logarithms is off by 1e-6 itself."""
     import torch
 
     with torch.inference_mode():
