@@ -51,6 +51,71 @@ def _check_rate(rate: float | None) -> None:
 
 
 @dataclass(kw_only=True)
+class Nested:
+    """A second budget: planes of further bits beside the plan, see `optimizer.stages.nested`.
+
+    size: of the plan's file and the refinement's together; None: no refinement. bits: of planes, each
+    with symmetric groups of the palette's size. weight: how much a hundredth of the refined
+    model's loss counts beside a hundredth of the base's. signal: by which unpack=hard finds the
+    tokens that need the planes, entropy or margin; share: of them, checked on held-out text.
+    separate: measure two plans of the same sizes that know nothing of each other, too.
+    """
+
+    size: str | None = None
+    bits: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5, 6])
+    weight: float = 1.0
+    signal: str = "entropy"
+    share: float = 0.2
+    separate: bool = True
+
+    def check(self, config: Optimize) -> None:
+        if self.size is None:
+            return
+        if config.budget.size is None:
+            raise ConfigError(
+                f"nested.size={self.size} is what base and refinement take together, beside "
+                "budget.size=SIZE for the base alone. Give both."
+            )
+        if parse_size(self.size) <= parse_size(config.budget.size):
+            raise ConfigError(
+                f"Base and refinement together need more room than the base alone: nested.size="
+                f"{self.size} is not above budget.size={config.budget.size}. Raise it."
+            )
+        if not self.bits or not all(isinstance(b, int) and 1 <= b <= 8 for b in self.bits):
+            raise ConfigError(f"nested.bits is a list of whole numbers 1 to 8, not {self.bits}.")
+        if not 0 < self.weight < float("inf"):
+            raise ConfigError(f"nested.weight is a number above 0, not {self.weight}.")
+        if self.signal not in ("entropy", "margin"):
+            raise ConfigError(f"nested.signal is entropy or margin, not {self.signal!r}.")
+        if not 0 < self.share < 1:
+            raise ConfigError(f"nested.share is a share of tokens in (0, 1), not {self.share}.")
+        self._check_rest(config)
+
+    def _check_rest(self, config: Optimize) -> None:
+        """What a refinement can't be combined with."""
+        if config.runtime.name != "torch":
+            raise ConfigError(
+                f"Only runtime=torch adds planes to a base as it runs, not {config.runtime.name}. "
+                "Leave nested.size out, or take runtime=torch."
+            )
+        if config.quantizer.name == "awq":
+            raise ConfigError(
+                "quantizer=awq folds scales into other layers, and a refinement would need its own. "
+                "Take quantizer=gptq or rtn with nested.size."
+            )
+        if config.search.space not in (AUTO, "exact"):
+            raise ConfigError(
+                "Base and refinement are chosen by one exact program: with nested.size take "
+                f"search=exact, not {config.search.space}."
+            )
+        if config.meaning != Meaning():
+            raise ConfigError(
+                "Base and refinement are chosen for the mean loss: leave meaning= out beside "
+                "nested.size."
+            )
+
+
+@dataclass(kw_only=True)
 class Wandb:
     """Where a run is recorded besides its folder. mode: `offline` (files that `wandb sync` sends
     later), `online` or `off`. group: None puts the jobs of a sweep together."""
@@ -85,6 +150,7 @@ class Optimize:
     sensitivity: Any = field(default_factory=AutoEstimator)  # a `sensitivity.Estimator`
     search: Search = field(default_factory=lambda: Search(space=AUTO))
     proof: Proof = field(default_factory=Proof)
+    nested: Nested = field(default_factory=Nested)
     wandb: Wandb = field(default_factory=Wandb)
     seed: int = 0
     device: str = "cpu"
@@ -114,6 +180,7 @@ class Optimize:
             )
         self.search.check()
         self.proof.check()
+        self.nested.check(self)
         self.wandb.check()
         self.sensitivity.check(self.data.calibration.sequences)
         if self.sensitivity.estimator == "gain" and self.quantizer.name not in (AUTO, "gptq"):
@@ -145,6 +212,11 @@ class Optimize:
             raise ConfigError(
                 f"Domains and probes are measured by next tokens, and {self.model} is an encoder. Set "
                 "meaning.domain=0 and meaning.probes=0; meaning=tail counts its worst texts."
+            )
+        if self.nested.size is not None:
+            raise ConfigError(
+                f"A refinement is unpacked while tokens are written, and {self.model} is an encoder, "
+                "which writes none. Leave nested.size out."
             )
         if self.search.third is not None:
             raise ConfigError(

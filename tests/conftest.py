@@ -252,3 +252,16 @@ def packed_folder(store: Path, run_folder: Path, tmp_path_factory: pytest.TempPa
             main(["apply", str(run_folder / "plan.json"), f"out={folder}", f"store={store}"]) == 0
         )
     return folder
+
+
+@pytest.fixture(scope="session")
+def nested_plan(store: Path, source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """plan.json of the stories model with a base and a refinement."""
+    folder = tmp_path_factory.mktemp("nested")
+    with _own_logging():
+        code = main(
+            ["optimize", "model=stories", "budget.size=100kB", "nested.size=130kB", *QUICK,
+             "proof.random=0", "proof.domains=[]", f"store={store}", f"hydra.run.dir={folder}"]
+        )  # fmt: skip
+    assert code == 0
+    return folder / "plan.json"

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optimizer.certificate.wording import brief, in_unit, unit_of
-from optimizer.cli import screen
+from optimizer.cli import nested, screen
 from optimizer.cli.certificate import human
 from optimizer.commands.optimize import Outcome
 from optimizer.plan import Plan
@@ -45,6 +45,8 @@ def outcome(out: Console, result: Outcome) -> None:
             f"{unit_of(promise)}; nothing was measured on held-out text.",
             soft_wrap=True,
         )
+    for line in nested.lines(plan):
+        out.print(line, soft_wrap=True, markup=False)
     for note in result.notes[:NOTES]:
         screen.note(out, note)
     for line in onward(result):

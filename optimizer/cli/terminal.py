@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optimizer.certificate.wording import unit_of
-from optimizer.cli import certificate
+from optimizer.cli import certificate, nested
 from optimizer.cli.certificate import human
 from optimizer.cli.screen import note, within
 from optimizer.commands.advise import Advice
@@ -130,6 +130,8 @@ def show(out: Console, plan: Plan) -> None:
         certificate.answer(out, plan)
     else:
         out.print("No certificate: not measured on held-out text yet, or changed since.")
+    for line in nested.lines(plan):
+        out.print(line, soft_wrap=True, markup=False)
 
 
 def caches(plan: Plan) -> list[str]:

@@ -40,7 +40,7 @@ from optimizer.reports.run import (
 )
 from optimizer.search import Problem, exact
 from optimizer.sensitivity import Table
-from optimizer.stages import baselines, certify, kv_budget, objective
+from optimizer.stages import baselines, certify, kv_budget, nested, objective
 from optimizer.stages.session import Bench, Choices, View, choices, unchained
 from optimizer.stages.table import measure_table
 from optimizer.store import root, unwritable, write_atomically
@@ -89,11 +89,11 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
         return posed, _allocate(posed)
 
     settled = kv_budget.settle(config, bench, chosen, rooms, solve)
-    problem, assignment = settled.problem, settled.assignment
+    nest = nested.choose(bench, config, chosen, settled.problem, table)
+    problem, assignment = settled.problem, settled.assignment if nest is None else nest.columns
     scale = _scale(bench, config, chosen)
     notes += remarks.aim(problem, config.meaning.name, parts)
-    third, rate = config.search.third, config.search.hourly_rate
-    problem = replace(problem, third=None if third is None else scale.third(third, rate))
+    problem = replace(problem, third=_third(config, scale))
     notes += remarks.ample(config, problem)
     if bench.cache.tried:
         notes.append(kv_budget.told(bench.cache.tried, bench.cache.bits))
@@ -119,8 +119,30 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     outcome = Outcome(plan, files, notes=notes)
     if config.proof.certify:
         outcome = prove(bench, config, chosen, table, problem, assignment, searched, outcome, out)
-    outcome = replace(outcome, seconds=time.monotonic() - begun)
+    found = _nested(bench, config, chosen, nest, outcome)
+    outcome = replace(found, seconds=time.monotonic() - begun)
     return _publish(bench, config, chosen, problem, scale, outcome, out)
+
+
+def _third(config: Optimize, scale: Scale) -> search.Third | None:
+    third = config.search.third
+    return None if third is None else scale.third(third, config.search.hourly_rate)
+
+
+def _nested(
+    bench: Bench, config: Optimize, chosen: Choices, nest: nested.Nest | None, outcome: Outcome
+) -> Outcome:
+    """With planes for the plan's own layers, measured unless nothing is to be certified."""
+    if nest is None:
+        return outcome
+    plan = nested.refined(bench, config, chosen, nest, outcome.plan)
+    if config.proof.certify:
+        from optimizer.stages import unpacking
+
+        bench.view.stage("base and refinement")
+        plan = unpacking.measure(bench, config, chosen, nest, plan)
+    plan.save(outcome.files["plan"])
+    return replace(outcome, plan=plan)
 
 
 def _stages(config: Optimize) -> dict[str, float]:
@@ -168,6 +190,8 @@ def _checked(config: Optimize, view: View) -> tuple[Optimize, Bench, Choices]:
         from optimizer.stages import latency
 
         latency.check(chosen, config.runtime.name)
+    if config.nested.size is not None:
+        config = replace(config, search=replace(config.search, space="exact"))
     config, said = effort.settle(config, bench.encoder, lambda: unchained(bench))
     for line in said:
         view.note(line)

@@ -131,6 +131,11 @@ class Teacher:
                 log_q = torch.log_softmax(self._shape(head(flat[part]).float()), -1)
                 yield log_p, log_q, target[part]
 
+    @torch.inference_mode()
+    def log_probabilities(self, window: int) -> Tensor:
+        """The reference's own of one window [length - 1, vocabulary]."""
+        return torch.log_softmax(self._shape(self._reference_head(self._truth(window))), -1)
+
     def divergence(self, net: Any, window: int) -> Tensor:
         """KL [length - 1] of one window, with a gradient with respect to `net`'s weights.
 

@@ -25,9 +25,11 @@ from optimizer.plan.plan import (
     digest,
     identity,
     parse_size,
+    plane_bytes,
     stored_bytes,
 )
 from optimizer.plan.policy import Policy, Rule, allowed
+from optimizer.plan.refinement import Pair, Refinement
 
 __all__ = [
     "GGML",
@@ -40,11 +42,13 @@ __all__ = [
     "Inventory",
     "Layer",
     "Other",
+    "Pair",
     "Palette",
     "Place",
     "Plan",
     "Policy",
     "Precision",
+    "Refinement",
     "Rule",
     "allowed",
     "assemble",
@@ -55,5 +59,6 @@ __all__ = [
     "identity",
     "packed_bytes",
     "parse_size",
+    "plane_bytes",
     "stored_bytes",
 ]

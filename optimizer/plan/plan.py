@@ -14,6 +14,7 @@ from typing import Any
 from optimizer import untrusted
 from optimizer.errors import ConfigError, PlanError
 from optimizer.plan.inventory import SCALE_BYTES, UNTOUCHED, WIDTH, Inventory, Layer, Precision
+from optimizer.plan.refinement import SHA256, Refinement
 from optimizer.store import write_atomically
 
 FORMAT, VERSION = "mezzotint-plan", 1
@@ -138,14 +139,17 @@ class Budget:
         return text if text.strip(" .0123456789") else f"{parse_size(text)} bytes"
 
 
-def container_bytes(entries: Iterable[tuple[str, str, Sequence[int], int]]) -> int:
-    """Header bytes of a safetensors file with these (name, dtype, shape, bytes) entries.
+def container_bytes(
+    entries: Iterable[tuple[str, str, Sequence[int], int]], said: Mapping[str, str] | None = None
+) -> int:
+    """Header bytes of a safetensors file with these (name, dtype, shape, bytes) entries. said: what
+    its metadata hold besides the format.
 
     The format: an 8-byte length, then JSON padded with spaces to a multiple of 8; tensors lie
     in the order of the library's own list of dtypes, then name.
     """
     rank = {dtype: i for i, dtype in enumerate(WIDTH)}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(said or {})}}
     offset = 0
     for name, dtype, shape, size in sorted(entries, key=lambda e: (rank[e[1]], e[0])):
         header[name] = {
@@ -189,13 +193,29 @@ def stored_bytes(inventory: Inventory, choice: Mapping[str, Precision]) -> dict[
     }
 
 
+def plane_bytes(inventory: Inventory, planes: Mapping[str, Precision]) -> dict[str, int]:
+    """Exact bytes of the refinement's file: {quantized, container, total}; all 0 without planes."""
+    entries: list[tuple[str, str, Sequence[int], int]] = []
+    for layer in inventory.layers:
+        if layer.name not in planes:
+            continue
+        parts = planes[layer.name].parts(layer.rows, layer.cols)
+        for suffix, (dtype, shape) in parts.items():
+            size = math.prod(shape) * (SCALE_BYTES if dtype == "F16" else 1)
+            entries.append((f"{layer.name}.{suffix}", dtype, shape, size))
+    quantized = sum(entry[3] for entry in entries)
+    container = container_bytes(entries, {"base": "0" * SHA256}) if entries else 0
+    return {"quantized": quantized, "container": container, "total": quantized + container}
+
+
 @dataclass(frozen=True)
 class Plan:
     """Layer -> precision, with provenance; the product.
 
     `layers` names every quantizable tensor of the checkpoint; `palette` holds the precisions
     that it uses; `scope` the layers over which `effective_bits` averages; `kv` the bits of the
-    cache that it is meant for and was measured with.
+    cache that it is meant for and was measured with; `refinement`, where there is one, what can be
+    added to the layers as they are stored.
     """
 
     model: dict[str, Any]
@@ -213,6 +233,7 @@ class Plan:
     budget: dict[str, Any] = field(default_factory=dict)
     certificate: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    refinement: Refinement | None = None
 
     @property
     def choice(self) -> dict[str, Precision]:
@@ -229,6 +250,8 @@ class Plan:
         data["palette"] = {key: asdict(p) for key, p in self.palette.items()}
         data["shapes"] = {key: list(shape) for key, shape in self.shapes.items()}
         data["scope"] = list(self.scope)
+        if self.refinement is not None:
+            data["refinement"] = self.refinement.to_json()
         return {**data, "checksum": digest(data)}
 
     def save(self, path: str | Path) -> Path:
@@ -313,6 +336,7 @@ class Plan:
             budget=found.budget,
             certificate=dict(data.get("certificate", {})),
             provenance=dict(data.get("provenance", {})),
+            refinement=None if found.refinement is None else Refinement.of(found.refinement),
         )
 
     def _check(self, where: str) -> None:
@@ -343,6 +367,8 @@ class Plan:
                 )
         if self.shapes.keys() == self.layers.keys():
             self._check_bytes(where)
+        if self.refinement is not None:
+            self.refinement.check(where, self.choice, self.shapes)
 
     def _check_bytes(self, where: str) -> None:
         found = sum(

@@ -261,6 +261,33 @@ class Provenance(Fields):
     versions: dict[Name, LineOfText] = Field(default_factory=dict)
 
 
+class Point(Fields):
+    """unpack=hard at one threshold: the share of tokens that are unpacked, and the loss."""
+
+    share: Annotated[float, Field(ge=0, le=1)]
+    threshold: Annotated[float, Field(ge=-1e6, le=1e6)]
+    kl: Number
+
+
+class Hard(Fields):
+    """points: on search text, by share. heldout: one of them, measured on held-out text."""
+
+    signal: Literal["entropy", "margin"]
+    points: Annotated[list[Point], Field(min_length=1, max_length=100)]
+    share: Annotated[float, Field(ge=0, le=1)] = 0.2
+    heldout: dict[str, Any] = Field(default_factory=dict)
+
+
+class Refined(Fields):
+    palette: dict[Name, Precision]
+    layers: dict[Name, Name]
+    bytes: dict[Literal["quantized", "container", "total"], Count]
+    size: Count
+    predicted: dict[str, Any]
+    certificate: dict[str, Any] = Field(default_factory=dict)
+    hard: Hard | Empty = Empty()
+
+
 class PlanFile(Fields):
     """All of plan.json."""
 
@@ -281,6 +308,7 @@ class PlanFile(Fields):
     budget: dict[str, Any] = Field(default_factory=dict)
     certificate: Certificate | Empty = Empty()
     provenance: Provenance = Provenance()
+    refinement: Refined | None = None
 
     @model_validator(mode="after")
     def _cache(self) -> PlanFile:

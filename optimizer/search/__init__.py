@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from optimizer.errors import BudgetError, ConfigError
-from optimizer.plan import Budget, Inventory, Layer, Precision, parse_size, stored_bytes
+from optimizer.plan import UNTOUCHED, Budget, Inventory, Layer, Precision, parse_size, stored_bytes
 from optimizer.search import credentials
 
 SPACES = ("moves", "multipliers", "directions", "layers")
@@ -268,7 +268,7 @@ def _constant_bytes(
     """Bytes of a file that don't depend on the assignment: what is out of scope, and the largest
     header that any assignment can have (headers differ by some bytes)."""
     headers, outside = [], 0
-    inside = sum(layer.weights * 2 for layer in layers.values())
+    inside = sum(layer.bytes(UNTOUCHED) for layer in layers.values())
     for column in columns:
         choice = {name: fitted[name, column] for name in layers}
         stored = stored_bytes(inventory, choice)
