@@ -28,8 +28,8 @@ from optimizer.formats.folder import manifest
 from optimizer.formats.model_card import card
 from optimizer.formats.rules import Verdict
 from optimizer.models.inventory import skeleton
-from optimizer.models.model import load_tokenizer
 from optimizer.models.source import locate, pooling
+from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import Budget, Plan
 from optimizer.plan.plan import digest
 from optimizer.reports import html

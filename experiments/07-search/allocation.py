@@ -18,7 +18,7 @@ import numpy as np
 from optimizer.certificate import comparison
 from optimizer.data.text import Data
 from optimizer.metrics import bootstrap
-from optimizer.models.model import load_tokenizer
+from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import Precision
 from optimizer.quantization.methods import Rtn, bind
 from optimizer.stages.session import Bench, View

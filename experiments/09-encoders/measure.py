@@ -28,7 +28,7 @@ from optimizer.data.short_texts import PADDING
 from optimizer.data.text import Data, Part
 from optimizer.metrics.bootstrap import resamples
 from optimizer.models.embedding import embed
-from optimizer.models.model import load_tokenizer
+from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import Budget, Plan, Precision
 from optimizer.quantization.methods import bind
 from optimizer.search import Search

@@ -23,8 +23,8 @@ from optimizer.data.text import Data
 from optimizer.metrics import bootstrap, margins
 from optimizer.metrics.divergence import Teacher
 from optimizer.metrics.objective import Meaning
-from optimizer.models.model import load_tokenizer
 from optimizer.models.source import context_length
+from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import Budget, Palette, digest
 from optimizer.quantization.methods import bind
 from optimizer.search import exact

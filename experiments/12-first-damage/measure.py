@@ -29,8 +29,8 @@ from optimizer.data.text import Data, Windows
 from optimizer.metrics import margins
 from optimizer.metrics.bootstrap import cvar, resamples
 from optimizer.metrics.divergence import Scores, Teacher
-from optimizer.models.model import load_tokenizer
 from optimizer.models.source import context_length
+from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import Precision, digest
 from optimizer.quantization.methods import Rtn, bind
 from optimizer.stages.session import Bench, View

@@ -29,8 +29,8 @@ from optimizer.data.pairs import Pair
 from optimizer.data.text import Data
 from optimizer.metrics import margins
 from optimizer.metrics.divergence import Scores, Teacher
-from optimizer.models.model import load_tokenizer
 from optimizer.models.source import context_length
+from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import Budget, Palette, Precision, digest
 from optimizer.quantization.methods import bind
 from optimizer.search import exact

@@ -25,7 +25,7 @@ from optimizer.config import Optimize, Proof
 from optimizer.data.documents import read_documents
 from optimizer.data.text import Data, Part, encode, text_prefix
 from optimizer.metrics.divergence import Teacher
-from optimizer.models.model import load_tokenizer
+from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import Budget
 from optimizer.quantization.methods import Gptq, Quantizer, Rtn, bind
 from optimizer.search import Search

@@ -67,16 +67,15 @@ class Advice:
 
 def measured(folder: Path) -> Size:
     """A model's size by its config.json."""
-    import json
 
     from optimizer.models.model import skeleton
-    from optimizer.models.source import is_encoder
+    from optimizer.models.source import is_encoder, read_config
 
     net = skeleton(folder)
     counts = [(value.ndim, value.numel()) for _, value in net.named_parameters()]
     weights = sum(count for ndim, count in counts if ndim > 1)
     others = sum(count for ndim, count in counts if ndim <= 1)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     try:
         shape = None if is_encoder(folder) else geometry(config)
     except ModelError:

@@ -124,6 +124,9 @@ class Recipe:
     def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:
         return self._view.track(items, text)
 
+    def note(self, text: str) -> None:
+        self._view.note(text)
+
 
 def reference_of(plan: Plan, name: str | None, store: Store) -> tuple[Source, Inventory]:
     """The model that the plan was made for. Raises PlanError if another one is given."""
@@ -225,7 +228,7 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
 def _asking(config: Evaluate, bench: Bench) -> Any:
     """The tokenizer, if questions will be asked; what can be wrong with them ends here."""
     from optimizer.commands import harness
-    from optimizer.models.model import load_tokenizer
+    from optimizer.models.tokenizer import load_tokenizer
 
     if not config.task_names and not config.refusals:
         return None

@@ -6,13 +6,13 @@ weight with the plan's, and only then show it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from optimizer import untrusted
 from optimizer.commands.deploy import check_language_model, check_names, codes_of, reference_of
 from optimizer.config import profile
 from optimizer.data import pairs
@@ -175,7 +175,7 @@ def _read_back(
     from optimizer.formats.torch import packed
 
     if job.engine == "vllm":
-        settings = json.loads((draft / "config.json").read_text(encoding="utf-8"))
+        settings = untrusted.read(draft / "config.json", "keep")
         return [read_back.by_compressed_tensors(draft, own, settings["quantization_config"])]
     if job.engine not in read_back.NEEDS:
         return []

@@ -62,7 +62,7 @@ class Subject:
 
     @cached_property
     def tokenizer(self) -> Any:
-        from optimizer.models.model import load_tokenizer
+        from optimizer.models.tokenizer import load_tokenizer
 
         return load_tokenizer(self.source.folder)
 

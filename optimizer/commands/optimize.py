@@ -465,16 +465,16 @@ def _weights(bench: Bench, choice: Mapping[str, Precision], quantizer: Any) -> c
 
 
 def _blurred(bench: Bench, kl: np.ndarray, plan: Plan, out: Path) -> dict[str, Path]:
-    """Held-out text, shaded; nothing where the model has no tokenizer, or embeds whole texts."""
+    """Held-out text, shaded; nothing where the model has no tokenizer that works, or embeds texts."""
     if bench.encoder:
         return {}
-    from optimizer.models.model import load_tokenizer
+    from optimizer.models.tokenizer import load_tokenizer
     from optimizer.reports.html import blur_example
 
+    ids = bench.windows("heldout").ids
     try:
         tokenizer = load_tokenizer(bench.source.folder)
+        page = blur_example.render(ids, kl, tokenizer, f"Plan {plan.id} on held-out text")
     except ModelError:
         return {}
-    ids = bench.windows("heldout").ids
-    page = blur_example.render(ids, kl, tokenizer, f"Plan {plan.id} on held-out text")
     return {"blur": write_atomically(out / blur_example.FILE, page.encode())}

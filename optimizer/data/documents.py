@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from optimizer import untrusted
-from optimizer.errors import TextError
+from optimizer.errors import ModelError, TextError
 
 PROSE = (".txt", ".md")
 ROWS = (".jsonl", ".json", ".csv", ".parquet")
@@ -133,6 +133,8 @@ def by_template(tokenizer: Any) -> Spoken:
             )
         try:
             return str(tokenizer.apply_chat_template(turns, tokenize=False))
+        except ModelError as error:  # it doesn't end
+            raise TextError(str(error)) from None
         except Exception as error:  # noqa: BLE001  (a template is a program of its author's)
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason"
             raise TextError(

@@ -4,13 +4,13 @@ at a time.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optimizer import untrusted
 from optimizer.errors import ModelError
 
 if TYPE_CHECKING:
@@ -89,9 +89,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _indexed(index: Path) -> set[str]:
     try:
-        names = {
-            str(v) for v in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        }
+        names = {str(v) for v in untrusted.read(index)["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"{index} can't be read as an index of weight files ({type(error).__name__}: {error}). "

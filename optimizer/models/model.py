@@ -26,7 +26,7 @@ from optimizer.models.layout import gather, scatter, whole
 from optimizer.models.source import is_encoder, pooling, quiet
 from optimizer.plan import UNTOUCHED, Inventory, Layer, Other, Place, Precision
 
-__all__ = ["DTYPES", "Model", "load_tokenizer", "read", "skeleton", "take_inventory", "write"]
+__all__ = ["DTYPES", "Model", "read", "skeleton", "take_inventory", "write"]
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -240,11 +240,26 @@ def _compare(net: Any, inventory: Inventory, checkpoint: Checkpoint) -> None:
         stored = finite(tensor.name, checkpoint.read(tensor.name))
         live = gather(tensor.shape, places(tensor), state.__getitem__)
         if not torch.equal(stored.to(live), live):
-            raise ModelError(
-                f"transformers loads {tensor.name} as other numbers than the checkpoint holds, so "
-                "that what is rounded couldn't be put where it belongs. This architecture isn't "
-                "supported; take one that the documentation's support matrix lists."
-            )
+            raise ModelError(_unlike(tensor.name, stored.to(live), live))
+
+
+def _unlike(name: str, stored: Tensor, live: Tensor) -> str:
+    """Why a model whose loaded numbers aren't the checkpoint's is refused."""
+    rows = ((stored != live).flatten(1) if stored.ndim > 1 else stored != live).nonzero()[:, 0]
+    changed = rows.unique().tolist()
+    where = f"{len(changed)} of its {len(stored)} rows differ, the first is row {changed[0]}"
+    if len(changed) < len(stored) and not bool(live[changed].any()):
+        return (
+            f"transformers sets numbers of {name} to zero while it loads them ({where}): this class "
+            "does so with the padding token's row. Engines that read the file itself would compute "
+            "another model, so it can't be the reference. Set that row to zero in the checkpoint, or "
+            "pad_token_id to null in config.json, which keeps it."
+        )
+    return (
+        f"transformers loads {name} as other numbers than the checkpoint holds ({where}), so that "
+        "what is rounded couldn't be put where it belongs. This architecture isn't supported; take "
+        "one that the documentation's support matrix lists."
+    )
 
 
 def finite(name: str, value: Tensor) -> Tensor:
@@ -256,21 +271,3 @@ def finite(name: str, value: Tensor) -> Tensor:
             "checkpoint is damaged: get it again, or repair that tensor."
         )
     return value
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer. Raises ModelError if it has none."""
-    from transformers import AutoTokenizer
-
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(folder)
-    except (
-        BaseException
-    ) as error:  # tokenizers raises bare ones, and Rust's panics are no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-            raise
-        raise ModelError(
-            f"A text needs a tokenizer, and {folder} has none that can be read ({error}). Save it "
-            "there, or take data=self, which needs no text."
-        ) from None

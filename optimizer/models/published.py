@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optimizer import untrusted
 from optimizer.errors import ModelError
 from optimizer.models.checkpoint import INDEX, Checkpoint, open_checkpoint, weight_files
 
@@ -99,7 +100,7 @@ def _used_scale(name: str, checkpoint: Checkpoint) -> str | None:
 
 def _blocks(folder: Path) -> tuple[int, int] | None:
     """Rows and columns of a block, as config.json says."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = untrusted.read(folder / "config.json", "keep")
     found = _settings(config).get("weight_block_size")
     if isinstance(found, list) and len(found) == 2 and all(isinstance(n, int) for n in found):
         return found[0], found[1]
@@ -152,7 +153,7 @@ def _block(size: int, count: int, told: int | None) -> int | None:
 
 def _correct(out: Path, dropped: set[str]) -> None:
     """config.json and the index as they are of the model that was written."""
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    config = untrusted.read(out / "config.json", "keep")
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             part.pop("quantization_config", None)
@@ -160,7 +161,7 @@ def _correct(out: Path, dropped: set[str]) -> None:
             part["dtype"] = "bfloat16"
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if (out / INDEX).is_file():
-        index = json.loads((out / INDEX).read_text(encoding="utf-8"))
+        index = untrusted.read(out / INDEX)
         weights = {k: v for k, v in index["weight_map"].items() if k not in dropped}
         text = json.dumps({**index, "weight_map": weights}, indent=2) + "\n"
         (out / INDEX).write_text(text, encoding="utf-8")

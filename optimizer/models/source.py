@@ -195,7 +195,7 @@ def _made(store: Store, key: str, make: Callable[[Path], None]) -> Path:
 def _as_made(store: Store, folder: Path) -> bool:
     """Whether every file has the SHA-256 that it was written with."""
     try:
-        expected = json.loads(_hashes_of(folder).read_text(encoding="utf-8"))
+        expected = untrusted.read(_hashes_of(folder))
         return bool({file.name: file_hash(file, store) for file in folder.iterdir()} == expected)
     except (OSError, ValueError):
         return False

@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from optimizer import untrusted
 from optimizer.commands.deploy import check_language_model, check_names, quantizer_of, reference_of
 from optimizer.errors import ConfigError
 from optimizer.formats.folder import MANIFEST
@@ -175,7 +176,7 @@ def template(folder: Path) -> str | None:
     if not config.is_file():
         return None
     try:
-        found = json.loads(config.read_text(encoding="utf-8"))
+        found = untrusted.read(config)
     except ValueError:
         return None
     text = found.get("chat_template") if isinstance(found, dict) else None
@@ -186,7 +187,8 @@ def template(folder: Path) -> str | None:
 def opened(one: Entrant, store: Store, device: str, view: View) -> Iterator[Open]:
     """The entrant, loaded, with its own weights. Raises PlanError if it isn't what it says."""
     from optimizer.models.kv_cache import BITS, Cache
-    from optimizer.models.model import Model, load_tokenizer
+    from optimizer.models.model import Model
+    from optimizer.models.tokenizer import load_tokenizer
 
     def cache(net: Any) -> Callable[[], Any | None]:
         plan = one.plan

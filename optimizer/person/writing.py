@@ -131,7 +131,7 @@ def _check_templates(entrants: Iterable[Entrant], asked: Asked) -> None:
 def _readable(
     entrants: Iterable[Entrant], prompts: Sequence[Prompt], asked: Asked
 ) -> tuple[list[Prompt], dict[str, int]]:
-    from optimizer.models.model import load_tokenizer
+    from optimizer.models.tokenizer import load_tokenizer
 
     left, skipped = list(prompts), {"longer than the context": 0, "not representable": 0}
     for one in {e.home.fingerprint: e for e in entrants}.values():

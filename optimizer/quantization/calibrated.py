@@ -9,7 +9,7 @@ process, gets the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -52,6 +52,7 @@ class Material(Protocol):
     def calibration_key(self) -> str: ...
     def calibration(self) -> np.ndarray: ...
     def track(self, items: Iterable[Any], text: str) -> Iterable[Any]: ...
+    def note(self, text: str) -> None: ...
 
 
 @dataclass
@@ -101,6 +102,9 @@ class Keeping(Nearest):
         ]
 
 
+UNREACHED = "no calibration token reached their input. More calibration text may."
+
+
 def _content(weight: Tensor) -> str:
     return sha256(weight.float().cpu().contiguous().numpy().data).hexdigest()
 
@@ -115,6 +119,7 @@ class Calibrated:
         self._method = Solver(settings.damping, settings.order, settings.clip)
         self._chained, self._weighting = settings.inputs == "rounded", settings.weighting
         self._material, self._nearest = material, Nearest()
+        self._told: set[str] = set()  # layers that a person was told of
 
     def _unpacked(self, parts: Parts, precision: Precision, cols: int) -> Codes | Blocks:
         return Codes.unpack(parts, precision, cols)
@@ -225,7 +230,9 @@ class Calibrated:
             sets = [[n for n in names if n in own] for names in stream.inputs(block)]
             for name, precision, codes in self._solved(model, stream, block, sets, missing):
                 self._keep(name, precision, codes)
-            for name in set(own) - {n for names in sets for n in names}:  # never ran
+            unreached = set(own) - {n for names in sets for n in names}
+            self._tell(unreached)
+            for name in unreached:
                 for p in missing[name]:
                     self._keep(name, p, self._plain(model.weight(name), p))
             if block < last:
@@ -289,7 +296,19 @@ class Calibrated:
         else:
             for found in stored.values():
                 parts |= _by_layer(found or {})
+        self._tell({name for name in real if name in self._cols and name not in parts})
+        layers = self._material.inventory.layers
+        experts = {x.name for x in layers if x.kind == "experts" and x.name in real}
+        self._tell(experts, "they lie in one tensor, whose inputs can't be watched one by one.")
         return rounder
+
+    def _tell(self, layers: Collection[str], why: str = UNREACHED) -> None:
+        """That layers were rounded to nearest, each layer once."""
+        new = sorted(set(layers) - self._told)
+        self._told |= set(new)
+        if new:
+            more = f" and {len(new) - 3} more" if len(new) > 3 else ""
+            self._material.note(f"{self.name} rounds {', '.join(new[:3])}{more} to nearest: {why}")
 
     def _block_keys(self, real: Mapping[str, Precision]) -> dict[int, str]:
         """A block's codes depend on the precisions of all layers up to it, and of no later one."""

@@ -5,11 +5,17 @@ The problem is a multiple-choice knapsack: min sum_g loss[g, x_g] s.t. sum_g siz
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 
 from optimizer.errors import BudgetError
 from optimizer.search import Problem
@@ -42,7 +48,7 @@ def _best(problem: Problem, share: float) -> np.ndarray | None:
     scale = max(float(np.abs(problem.loss).max()), 1e-30)
     one_each = sparse.kron(sparse.eye(groups), np.ones((1, columns)))
     size = problem.size.ravel()[None] / max(problem.limit, 1e-30)
-    result = milp(
+    result = _solved(
         problem.loss.ravel() / scale,
         integrality=np.ones(groups * columns),
         bounds=Bounds(0, problem.free.ravel().astype(float)),
@@ -52,6 +58,34 @@ def _best(problem: Problem, share: float) -> np.ndarray | None:
     if result.x is None:
         return None
     return np.asarray(result.x.reshape(groups, columns).argmax(1), dtype=np.int64)
+
+
+def _solved(loss: np.ndarray, **what: Any) -> OptimizeResult:
+    with _silent():
+        return milp(loss, **what)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing reaches the process's stdout. HiGHS 1.12 prints a line for its own developers from C
+    (transformNewIntegerFeasibleSolution), whatever it is told, which would lie among a run's words."""
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no stdout
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        with suppress(OSError, AttributeError):  # what C still holds back must not come later
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _shrunk(problem: Problem, assignment: np.ndarray) -> np.ndarray:
@@ -154,7 +188,7 @@ def solve_near(problem: Problem, start: np.ndarray, most: int) -> np.ndarray:
     upper[rows, start] = 1
     one_each = sparse.kron(sparse.eye(groups), np.ones((1, columns)))
     size = problem.size.ravel()[None] / max(problem.limit, 1e-30)
-    result = milp(
+    result = _solved(
         problem.loss.ravel() / max(float(np.abs(problem.loss).max()), 1e-30),
         integrality=np.ones(groups * columns),
         bounds=Bounds(0, upper.ravel()),

@@ -188,7 +188,7 @@ def _cut(bench: Bench, domain: Domain) -> tuple[Windows | None, dict[str, int]]:
     )  # fmt: skip
 
     def make() -> dict[str, Any]:
-        from optimizer.models.model import load_tokenizer
+        from optimizer.models.tokenizer import load_tokenizer
 
         cut = domains.cut(domain, load_tokenizer(bench.source.folder), longest, bench.data)
         made = cut.windows
@@ -288,13 +288,12 @@ def _beginning(bench: Bench, chosen: Sequence[Domain], one: Mapping[str, Any]) -
     ids = [i for i in windows.ids[one["window"]][:40].tolist() if i >= 0]  # an encoder's padding
 
     def make() -> str:
-        from optimizer.models.model import load_tokenizer
+        from optimizer.models.tokenizer import load_tokenizer
 
         try:
-            tokenizer = load_tokenizer(bench.source.folder)
+            text = load_tokenizer(bench.source.folder).decode(ids, skip_special_tokens=True)
         except ModelError:
             return f"tokens {', '.join(map(str, ids))}"[:BEGINNING]
-        text = tokenizer.decode(ids, skip_special_tokens=True)
         return " ".join(str(text).replace('"', "'").split())[:BEGINNING]
 
     key = digest(["beginning", VERSION, bench.source.fingerprint, ids])

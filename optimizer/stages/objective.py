@@ -119,7 +119,7 @@ def _cuts(bench: Bench, entries: Sequence[str]) -> dict[Domain, Windows]:
                       bench.data.key("") if bench.data.source == "text" else ""])  # fmt: skip
 
         def make(domain: Domain = domain, length: int = length) -> dict[str, np.ndarray]:
-            from optimizer.models.model import load_tokenizer
+            from optimizer.models.tokenizer import load_tokenizer
 
             cut = domains.cut(domain, load_tokenizer(bench.source.folder), length, bench.data)
             empty = Windows(np.zeros((0, 2), np.int64), np.zeros(0, np.int64))
@@ -188,7 +188,7 @@ def _jobs(bench: Bench, config: Optimize, most: int) -> tuple[list[Any], np.ndar
     """At most `most` pairs to tune on that the reference separates, from all cells in turn; its
     margins, and how much each counts, on average 1."""
     from optimizer.metrics import margins
-    from optimizer.models.model import load_tokenizer
+    from optimizer.models.tokenizer import load_tokenizer
 
     pairs = _in_turn(_tuned_pairs(config.meaning))
     context = context_length(bench.source.folder)

@@ -161,7 +161,7 @@ class Bench:
             return found
 
         def cut() -> dict[str, np.ndarray]:
-            from optimizer.models.model import load_tokenizer
+            from optimizer.models.tokenizer import load_tokenizer
 
             said: list[str] = []
             parts = texts.cut(self.data, load_tokenizer(self.source.folder), said.append)
@@ -195,7 +195,7 @@ class Bench:
         from optimizer.data import domains
 
         def cut() -> dict[str, Any]:
-            from optimizer.models.model import load_tokenizer
+            from optimizer.models.tokenizer import load_tokenizer
 
             try:
                 parts = domains.bundled(self.data, load_tokenizer(self.source.folder))
@@ -229,7 +229,7 @@ class Bench:
         from optimizer.data import short_texts as texts
 
         def cut() -> dict[str, np.ndarray]:
-            from optimizer.models.model import load_tokenizer
+            from optimizer.models.tokenizer import load_tokenizer
 
             found = texts.cut(self.data, load_tokenizer(self.source.folder))
             ids = {name: windows.ids for name, windows in found.parts.items()}
@@ -285,6 +285,9 @@ class Bench:
 
     def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:
         return self.view.track(items, text)
+
+    def note(self, text: str) -> None:
+        self.view.note(text)
 
     @cached_property
     def teachers(self) -> dict[str, AnyTeacher]:

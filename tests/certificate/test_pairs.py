@@ -17,7 +17,8 @@ from optimizer.commands.inspect import uniform_beside
 from optimizer.data.pairs import HERE, Pair, built_in, read
 from optimizer.errors import ConfigError, TextError
 from optimizer.metrics import bootstrap, margins
-from optimizer.models.model import Model, load_tokenizer
+from optimizer.models.model import Model
+from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import UNTOUCHED, Precision, assemble, stored_bytes
 from tests.conftest import Command, Small, planned
 

@@ -22,8 +22,8 @@ from optimizer.formats import folder, rules
 from optimizer.formats.gguf import writer
 from optimizer.formats.safetensors import autoround, compressed_tensors, gptq
 from optimizer.formats.torch import packed
-from optimizer.models.model import load_tokenizer
 from optimizer.models.source import PACKED_FILE
+from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import UNTOUCHED, Precision
 from optimizer.quantization.uniform import Nearest
 from tests.formats.conftest import G64, IDS, WORDS, LlamaCpp, Wide, dealt, random_model, uniform

@@ -212,6 +212,16 @@ def test_a_folder_that_is_not_packed(llama: Small) -> None:
         packed.load(llama.folder)
 
 
+def test_a_folder_of_an_earlier_version_says_how_to_pack_it_again(copy: Path) -> None:
+    """Those had no inventory.json, and their manifest names none."""
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["sha256"]["inventory.json"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    (copy / "inventory.json").unlink()
+    with pytest.raises(PlanError, match=r"earlier version.*mezzotint apply .*plan\.json out=NEW"):
+        packed.load(copy)
+
+
 def test_another_models_config_is_refused(copy: Path, small: Small) -> None:
     """Even with a matching manifest, the layers' names must be the plan's."""
     if small.name == "llama":  # its own config is welcome

@@ -16,8 +16,9 @@ import torch
 
 from optimizer.errors import ModelError, TextError
 from optimizer.metrics import blur
-from optimizer.models.model import Model, load_tokenizer
+from optimizer.models.model import Model
 from optimizer.models.stories import corpus
+from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import Precision
 from optimizer.quantization.uniform import Nearest
 from optimizer.reports.html import blur_map as page
@@ -254,7 +255,7 @@ def test_examples_are_shaded_by_the_scores_themselves(run_folder, source):
     import re
 
     from optimizer.metrics.blur import level
-    from optimizer.models.model import load_tokenizer
+    from optimizer.models.tokenizer import load_tokenizer
     from optimizer.reports.html import blur_example
 
     page = (run_folder / blur_example.FILE).read_text(encoding="utf-8")

@@ -251,7 +251,7 @@ def rows(found: Windows) -> list[tuple[int, ...]]:
 
 @pytest.fixture(scope="session")
 def tokenizer(bert: Path) -> Any:
-    from optimizer.models.model import load_tokenizer
+    from optimizer.models.tokenizer import load_tokenizer
 
     return load_tokenizer(bert)
 

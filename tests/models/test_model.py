@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from optimizer.errors import ModelError, PlanError
-from optimizer.models.model import Model, load_tokenizer, read, take_inventory, write
+from optimizer.models.model import Model, read, take_inventory, write
 from optimizer.models.source import quiet
+from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import UNTOUCHED, Precision, fuse
 from optimizer.quantization.uniform import Nearest
 from tests.conftest import Small, build, mixed, opened

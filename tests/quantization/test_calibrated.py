@@ -68,6 +68,7 @@ class Made:
     calibration_key: str = "tokens"
     asked: list[int] = field(default_factory=list)
     stop_after: int | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def inventory(self) -> Inventory:
@@ -76,6 +77,9 @@ class Made:
     def calibration(self) -> np.ndarray:
         self.asked.append(1)
         return np.random.default_rng(0).integers(96, size=(72, 32))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:
         for i, item in enumerate(items):

@@ -43,6 +43,7 @@ class Given:
 
     def __init__(self, model: Model, store: Path) -> None:
         self.model, self.store = model, Store(store)
+        self.notes: list[str] = []
 
     @property
     def inventory(self) -> Inventory:
@@ -53,6 +54,9 @@ class Given:
 
     def track(self, items: Iterable[Any], _text: str) -> Iterable[Any]:
         return items
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
@@ -122,3 +126,34 @@ def test_inputs_that_are_changed_in_place_are_seen_as_they_were() -> None:
     x.zero_()
     assert seen is not None and bool((seen == 1).all())
     assert rows_of((None, torch.arange(3)), {}) is None
+
+
+@pytest.mark.parametrize("inputs", ["rounded", "reference"])
+def test_a_layer_that_no_token_reaches_is_rounded_to_nearest_and_named(
+    tmp_path: Path, inputs: str
+) -> None:
+    """One module of a block is replaced in the computation, so that it never runs; the rest has
+    codes of its own as before, also when they come from the store."""
+    small = opened("llama", build(tmp_path / "model", "llama", GLU, torch.float16))
+    choice = {x.name: P for x in small.inventory.layers if x.watchable}
+    unread = next(name for name in choice if "1.mlp.gate_proj" in name)
+    block = small.model.net.model.layers[1].mlp
+    block.forward = lambda x: block.down_proj(block.up_proj(x))
+    for _ in range(2):
+        given = Given(small.model, tmp_path / "store")
+        rounder = Calibrated(Gptq(inputs=inputs), given).rounder(choice)
+        weights = {name: small.model.weight(name) for name in choice}
+        made = {name: rounder.round(weight, P, name) for name, weight in weights.items()}
+        nearest = {name: Nearest().round(weight, P) for name, weight in weights.items()}
+        assert [n for n in choice if torch.equal(made[n], nearest[n])] == [unread]
+        if inputs == "rounded" or _ == 0:
+            assert [note for note in given.notes if unread in note and "no calibration" in note]
+
+
+def test_experts_in_one_tensor_are_named(tmp_path: Path) -> None:
+    kind, settings = "mixtral", GLU | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    small = opened(kind, build(tmp_path / "model", kind, settings, torch.float16))
+    given = Given(small.model, tmp_path / "store")
+    choice = {x.name: P for x in small.inventory.layers if x.block is not None}
+    Calibrated(Gptq(), given).rounder(choice)
+    assert ["rounds" in note and "experts" in note for note in given.notes] == [True]

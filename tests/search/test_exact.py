@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import ctypes
 import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from optimizer.errors import BudgetError
 from optimizer.plan import Budget, Inventory, Layer, Precision, stored_bytes
-from optimizer.search import Problem, pose
+from optimizer.search import Problem, exact, pose
 from optimizer.search.exact import _shrunk, first_last_high, front, random_plan, solve
 from tests.search.test_contract import SHAPES, brute, problem
 
@@ -49,6 +51,24 @@ def test_shrinking_fits_and_steps_down_only(seed: int) -> None:
     found = _shrunk(posed, largest)
     assert posed.fits(found)
     assert (posed.size[np.arange(8), found] <= posed.size[np.arange(8), largest]).all()
+
+
+def test_what_the_solver_prints_from_c_is_not_in_our_output(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HiGHS prints on rare problems only, so here the C library prints before each solution."""
+    own = exact.milp
+
+    def talks(*given: Any, **named: Any) -> Any:
+        ctypes.CDLL(None).puts(b"HighsMipSolverData::transformNewIntegerFeasibleSolution")
+        return own(*given, **named)
+
+    monkeypatch.setattr(exact, "milp", talks)
+    print("before", flush=True)
+    solve(problem(1))
+    print("after", flush=True)
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out == "before\nafter\n"
 
 
 # ---------------------------------------------------------------- the whole front

@@ -20,9 +20,9 @@ from optimizer.metrics import margins
 from optimizer.metrics.divergence import Teacher
 from optimizer.metrics.objective import Meaning
 from optimizer.models.head import Predictor
-from optimizer.models.model import load_tokenizer
 from optimizer.models.source import Source
 from optimizer.models.stories import corpus
+from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import Budget
 from optimizer.quantization.methods import bind
 from optimizer.search import Search

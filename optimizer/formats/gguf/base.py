@@ -23,8 +23,9 @@ from optimizer.formats.gguf.placement import Piece, Placement
 from optimizer.formats.gguf.strings import texts
 from optimizer.models import gguf_metadata
 from optimizer.models.gguf_metadata import Metadata
-from optimizer.models.model import Model, load_tokenizer
+from optimizer.models.model import Model
 from optimizer.models.source import Source, file_hash, gguf_of, quiet
+from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import Inventory, digest
 from optimizer.store import Store, alone, unwritable
 

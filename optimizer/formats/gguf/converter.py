@@ -17,6 +17,7 @@ from base64 import urlsafe_b64encode
 from hashlib import sha256
 from pathlib import Path
 
+from optimizer import untrusted
 from optimizer.errors import ConfigError, ModelError
 from optimizer.formats.gguf import llamacpp
 
@@ -92,7 +93,7 @@ def convert(folder: Path, out: Path, outtype: str, name: str) -> None:
 def _with_older_names(file: Path) -> None:
     """Put a config in the place of the link that has the same values also by the names that
     transformers 4 gave them, which the converter asks for."""
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = untrusted.read(file, "keep")
     rope = config.get("rope_parameters") or {}
     older = {
         "n_ctx": config.get("n_positions"),
@@ -109,7 +110,7 @@ def _with_older_names(file: Path) -> None:
 def plain_splitting(folder: Path) -> str | None:
     """llama.cpp's name for the tokenizer's splitting if it is one of PLAIN, else None."""
     try:
-        found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        found = untrusted.read(folder / "tokenizer.json")
         before = found.get("pre_tokenizer") or {}
         steps = before.get("pretokenizers", [before])
         plain = found.get("normalizer") is None and found["model"].get("type") == "BPE"

@@ -8,11 +8,11 @@ that disagree.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optimizer import untrusted
 from optimizer.formats import rules
 from optimizer.formats.rules import Demands, Verdict
 from optimizer.formats.safetensors import checkpoint, gptq
@@ -94,7 +94,7 @@ def write(
 
 def decode(folder: Path, plan: Plan, inventory: Inventory) -> dict[str, Tensor]:
     """What the file says, by its own config: layer -> W' [rows, cols] fp32. Raises PlanError."""
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = untrusted.read(folder / "config.json", "keep")
     given = settings["quantization_config"]
 
     def bits(name: str) -> int | None:

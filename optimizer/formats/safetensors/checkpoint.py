@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optimizer import untrusted
 from optimizer.plan import WIDTH, Inventory, Layer, Plan, Precision, container_bytes
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def write(
     tensors |= {x.name: packed[x.name] for x in inventory.others}
     save_tensors(tensors, out / FILE)
     copy_beside(folder, out)
-    settings = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    settings = untrusted.read(out / "config.json", "keep")
     settings["dtype"] = SPELLED[inventory.dtype]
     settings["quantization_config"] = quantization
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"

@@ -17,12 +17,12 @@ that computes in bfloat16 rounds them itself, to the numbers that would have bee
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optimizer import untrusted
 from optimizer.errors import PlanError
 from optimizer.formats import rules
 from optimizer.formats.rules import Demands, Groups, Verdict
@@ -245,7 +245,7 @@ def decode(
     """What the file says, by its own config: layer -> W' [rows, cols] fp32. Raises PlanError."""
     from safetensors import safe_open
 
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = untrusted.read(folder / "config.json", "keep")
     groups = settings["quantization_config"]["config_groups"].values()
     schemes = [(target, group["weights"]) for group in groups for target in group["targets"]]
     modules = {} if loading is None else loading.modules

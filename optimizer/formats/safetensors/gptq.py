@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optimizer import untrusted
 from optimizer.errors import PlanError
 from optimizer.formats import rules
 from optimizer.formats.rules import Demands, Verdict
@@ -172,7 +173,7 @@ def tensors(layer: Layer, precision: Precision, packed: Mapping[str, Tensor]) ->
 
 def decode(folder: Path, plan: Plan, inventory: Inventory) -> dict[str, Tensor]:
     """What the file says, by its own config: layer -> W' [rows, cols] fp32. Raises PlanError."""
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = untrusted.read(folder / "config.json", "keep")
     given = settings["quantization_config"]
 
     def bits(name: str) -> int | None:

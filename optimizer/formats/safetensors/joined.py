@@ -15,6 +15,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
+from optimizer import untrusted
 from optimizer.formats.runtime import Runtime
 from optimizer.plan import Layer
 
@@ -93,7 +94,7 @@ def declared() -> tuple[str, dict[str, dict[str, list[str]]]]:
 def architecture(folder: Path) -> str:
     """The first of config.json's `architectures`, which engines choose their model by."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = untrusted.read(folder / "config.json", "keep")
         return str(config["architectures"][0])
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         return "an architecture without a name"

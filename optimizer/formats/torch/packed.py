@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from optimizer import untrusted
 from optimizer.errors import PlanError
 from optimizer.formats import rules
 from optimizer.formats.folder import (
@@ -191,8 +192,14 @@ def steady_memory() -> None:
 
 def read_inventory(folder: Path) -> Inventory:
     """The packed folder's own. Raises PlanError."""
+    if not (folder / INVENTORY).is_file():
+        raise PlanError(
+            f"{folder} was packed by an earlier version, which didn't write down where each tensor "
+            f"belongs ({INVENTORY}). Its plan is still good: mezzotint apply {folder / 'plan.json'} "
+            "out=NEW model=MODEL packs it again."
+        )
     try:
-        return Inventory.from_json(json.loads((folder / INVENTORY).read_text(encoding="utf-8")))
+        return Inventory.from_json(untrusted.read(folder / INVENTORY))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PlanError(
             f"A packed folder holds {INVENTORY}, which says where each tensor belongs; that of "
