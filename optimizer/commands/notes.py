@@ -24,12 +24,13 @@ PRICED = 32  # pins whose price is told; each takes an exact solution
 
 def unwatched(config: Optimize, chosen: Choices) -> list[str]:
     """Layers that a calibrated quantizer rounds to nearest."""
-    names = [layer.name for layer in chosen.scope if not layer.watchable]
+    seen = config.quantizer.reads_head
+    names = [x.name for x in chosen.scope if not (x.watchable or (seen and x.predicts))]
     if not config.quantizer.calibrated or not names:
         return []
     return [
         f"{config.quantizer.name} needs a layer's inputs. {len(names)} of {len(chosen.scope)} layers "
-        f"in scope have none that can be watched (embeddings, the head, fused experts: "
+        f"in scope have none that can be watched (embeddings, fused experts: "
         f"{names[0]}); they are rounded to nearest."
     ]
 

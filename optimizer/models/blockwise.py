@@ -29,22 +29,26 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 @dataclass
 class Batch:
     """hidden: the next block's input [b, l, width], or more of them in front (Gemma 3n). calls: what
-    each block gets besides it. windows: b."""
+    each block gets besides it. ids [b, l]. ahead: what the block made of `hidden`, if known."""
 
     hidden: Tensor
     calls: list[Call]
-    windows: int
+    ids: Tensor
+    ahead: Tensor | None = None
 
 
 class Stream:
     """The blocks of `model` on `ids` [windows, length]; weights are read when a block runs, so
-    they may change between calls."""
+    they may change between calls. frozen: they don't, and a pass that collects Hessians serves to
+    advance, too."""
 
-    def __init__(self, model: Model, ids: np.ndarray) -> None:
-        self._model = model
+    def __init__(self, model: Model, ids: np.ndarray, frozen: bool = False) -> None:
+        self._model, self._frozen = model, frozen
         self._watched = [layer for layer in model.inventory.layers if layer.watchable]
         self.blocks = blocks_of(model)
         self._shared: dict[int, list[list[str]]] = {}
+        self._outputs = 0  # of a block that returns several things: how many
+        self._ends = False  # whether `_tail` gives what the head really gets
         self._batches = self._begin(ids)
 
     def inputs(self, block: int) -> list[list[str]]:
@@ -58,7 +62,8 @@ class Stream:
         sharing: Sequence[Sequence[str]],
         weights: Mapping[str, np.ndarray] | None = None,
     ) -> list[Tensor]:
-        """sum x x' [cols, cols] of each set of layers, from one pass that stops after the last.
+        """sum x x' [cols, cols] of each set of layers, from one pass, which stops after the last set
+        unless the weights are frozen.
         weights: layer -> of its tokens [windows, length], taken from the first of each set."""
         modules = [self._module(self._model.layers[names[0]]) for names in sharing]
         columns = [self._model.layers[names[0]].cols for names in sharing]
@@ -75,7 +80,7 @@ class Stream:
                     if own.numel() == len(x):  # else only some tokens visit the layer
                         x = x * own.to(x).reshape(-1, 1).sqrt()
                 found[index].addmm_(x.T, x)
-                if index == len(modules) - 1:
+                if index == len(modules) - 1 and not self._frozen:
                     raise _EnoughError
 
             return hook
@@ -86,9 +91,9 @@ class Stream:
         ]
         try:
             for batch in self._batches:
-                now[:] = [now[1], now[1] + batch.windows]
+                now[:] = [now[1], now[1] + len(batch.ids)]
                 with suppress(_EnoughError):
-                    self._run(block, batch)
+                    batch.ahead = self._run(block, batch)
         finally:
             for handle in handles:
                 handle.remove()
@@ -97,7 +102,36 @@ class Stream:
     def advance(self, block: int) -> None:
         """Replace the hidden states by the block's outputs, with the weights as they are now."""
         for batch in self._batches:
-            batch.hidden = self._run(block, batch)
+            known = batch.ahead if self._frozen else None
+            batch.hidden = self._run(block, batch) if known is None else known
+            batch.ahead = None
+
+    def head_hessian(self) -> Tensor | None:
+        """sum x x' [width, width] over the output head's inputs, after the last block; None where the
+        model does more between the two than can be run without its blocks."""
+        if not self._ends:
+            return None
+        found: Tensor | None = None
+        for batch in self._batches:
+            x = self._tail(batch.ids, batch.hidden).flatten(0, -2).float()
+            found = x.T @ x if found is None else found.addmm_(x.T, x)
+        return found
+
+    def _tail(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """The last block's outputs -> the output head's inputs [b, l, width]: the model runs with
+        blocks that return these outputs, whatever they get."""
+
+        def forward(*_args: Any, **_kwargs: Any) -> Any:
+            return (hidden, *[None] * (self._outputs - 1)) if self._outputs else hidden
+
+        try:
+            for block in self.blocks:
+                block.forward = forward
+            with torch.no_grad():
+                return head_input(self._model.net, ids)
+        finally:
+            for block in self.blocks:
+                vars(block).pop("forward", None)
 
     def moved(self, block: int, parameters: Mapping[str, Tensor]) -> float:
         """How far the block's output on the first batch moves, as a share of its own size, when it
@@ -109,7 +143,7 @@ class Stream:
         args, kwargs = batch.calls[block]
         with torch.no_grad():
             found = torch.func.functional_call(module, own, (batch.hidden.clone(), *args), kwargs)
-        found = found[0] if isinstance(found, tuple) else found
+        found = _first(found)
         wanted = self._run(block, batch)
         return float((found - wanted).norm() / wanted.norm())
 
@@ -117,7 +151,7 @@ class Stream:
         args, kwargs = batch.calls[block]
         with torch.no_grad():
             found = self.blocks[block](batch.hidden.clone(), *args, **kwargs)
-        return found[0] if isinstance(found, tuple) else found
+        return _first(found)
 
     def _module(self, layer: Layer) -> nn.Module:
         return self._model.net.get_submodule(layer.parameter.rpartition(".")[0])
@@ -137,7 +171,7 @@ class Stream:
                 continue
             own, _ = self._record(moved, whole=False)
             if _same(own.calls[0], found[0].calls[0]):
-                own = Batch(own.hidden, found[0].calls, own.windows)
+                own = Batch(own.hidden, found[0].calls, moved)
             else:
                 own, _ = self._record(moved, whole=True)
             found.append(own)
@@ -158,14 +192,29 @@ class Stream:
             if not whole:
                 raise _EnoughError
 
+        last: list[Any] = []
+        found: Tensor | None = None
         hooks = [b.register_forward_pre_hook(enter, with_kwargs=True) for b in self.blocks]
+        hooks.append(self.blocks[-1].register_forward_hook(lambda _m, _i, out: last.append(out)))
         try:
             with torch.no_grad(), suppress(_EnoughError):
-                head_input(self._model.net, ids)
+                found = head_input(self._model.net, ids)
         finally:
             for hook in hooks:
                 hook.remove()
-        return Batch(entered[0], calls, len(ids)), entered
+        if last and found is not None:
+            self._learn_end(ids, last[0], found)
+        return Batch(entered[0], calls, ids), entered
+
+    def _learn_end(self, ids: Tensor, last: Any, head: Tensor) -> None:
+        """After a whole pass: whether the blocks can be left out of one. last: what the last block
+        returned. head: what the head received."""
+        self._outputs = len(last) if isinstance(last, tuple) else 0
+        try:
+            found = self._tail(ids, _first(last))
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+            return
+        self._ends = found.shape == head.shape and torch.allclose(found, head, 1e-4, 1e-4)
 
     @contextmanager
     def _learning(self) -> Iterator[None]:
@@ -215,6 +264,10 @@ class Stream:
 
 class _EnoughError(Exception):
     """Ends a forward pass whose rest isn't needed."""
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def blocks_of(model: Model) -> list[nn.Module]:

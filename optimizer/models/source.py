@@ -4,6 +4,7 @@ folder in the transformers layout (config.json, *.safetensors, tokenizer), and i
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -216,6 +217,23 @@ def _converted(gguf: Path, store: Store) -> Path:
     return _made(store, key, lambda folder: _convert(gguf, folder))
 
 
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """transformers parses a GGUF file anew for its config, weights and tokenizer, and has gguf make
+    its table of names once a module: most of the time that a small model's conversion took."""
+    import gguf
+
+    own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    parse = functools.cache(own["GGUFReader"])
+    names = functools.cache(own["get_tensor_name_map"])
+    try:
+        vars(gguf).update(GGUFReader=lambda path: parse(Path(path)), get_tensor_name_map=names)
+        yield
+    finally:
+        vars(gguf).update(own)
+
+
+@_read_once()
 def _convert(gguf: Path, folder: Path) -> None:
     """GGUF -> transformers folder in fp16; llama.cpp's blocks hold fp16 scales."""
     import torch

@@ -244,6 +244,11 @@ class Layer:
         embeddings and the head are not."""
         return self.block is not None and self.kind in ("linear", "conv1d")
 
+    @property
+    def predicts(self) -> bool:
+        """Whether the output head multiplies with it, perhaps as the tied embedding."""
+        return self.kind == "head" or self.tied
+
 
 @dataclass(frozen=True)
 class Other:
@@ -351,7 +356,7 @@ def _in_scope(layer: Layer, pattern: str) -> bool:
     if pattern == "embeddings":
         return layer.kind == "embedding"
     if pattern == "head":
-        return layer.kind == "head" or layer.tied
+        return layer.predicts
     return glob(pattern).fullmatch(layer.name) is not None
 
 

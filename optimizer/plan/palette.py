@@ -17,7 +17,7 @@ class Palette:
     group_size: one or several; 0 = per channel. fit: where a group doesn't divide a layer's columns,
     the layer stays `untouched`, gets the `nearest` divisor, or is an error (`strict`)."""
 
-    bits: list[Any] = field(default_factory=lambda: [2, 3, 4, 5, 6, 8, 16])
+    bits: list[Any] = field(default_factory=lambda: [2, 3, 4, 5, 6, 7, 8, 16])
     group_size: Any = 64
     symmetric: bool = False
     fit: str = "untouched"

@@ -24,7 +24,7 @@ from optimizer.plan import Inventory, Precision, digest
 from optimizer.quantization import ggml
 from optimizer.quantization.gain import gain
 from optimizer.quantization.ggml import Blocks
-from optimizer.quantization.gptq import Solver
+from optimizer.quantization.gptq import STACKED, Solver
 from optimizer.quantization.methods import Gptq, Quantizer
 from optimizer.quantization.uniform import Codes, Given, Nearest
 from optimizer.sensitivity.outputs import token_weights
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from optimizer.models.model import Model, Rounder, Rounding
     from optimizer.store import Store
 
-GAINS = 1  # raised when the foretold gains change
+GAINS = 2  # raised when the foretold gains change
 GRIDS = 1  # the same for grids
+CHAINED = 4  # bits a weight below which layers see what those before them, rounded, send
 SEED = 0  # of the labels that weigh tokens
 Parts = dict[str, Tensor]  # a layer's packed tensors by suffix
 
@@ -117,7 +118,7 @@ class Calibrated:
     def __init__(self, settings: Gptq, material: Material) -> None:
         self._settings: Quantizer = settings
         self._method = Solver(settings.damping, settings.order, settings.clip)
-        self._chained, self._weighting = settings.inputs == "rounded", settings.weighting
+        self._inputs, self._weighting = settings.inputs, settings.weighting
         self._material, self._nearest = material, Nearest()
         self._told: set[str] = set()  # layers that a person was told of
 
@@ -156,11 +157,23 @@ class Calibrated:
 
     def rounder(self, choice: Mapping[str, Precision], joint: bool = True) -> Rounder:
         """What rounds the layers of `choice`. Costs about three passes over the calibration
-        tokens if joint and new; nothing if the store has the codes."""
-        if joint and self._chained:
+        tokens if joint and new, else one; nothing if the store has the codes."""
+        layers, real = self._material.inventory.layers, {n for n, p in choice.items() if p.bits < 16}
+        experts = {x.name for x in layers if x.kind == "experts" and x.name in real}
+        self._tell(experts, "they lie in one tensor, whose inputs can't be watched one by one.")
+        if joint and self._chained(choice):
             return self._jointly(choice)
         self.prepare({name: [precision] for name, precision in choice.items()})
         return self
+
+    def _chained(self, choice: Mapping[str, Precision]) -> bool:
+        """Whether a whole choice is rounded with inputs from layers that are rounded already."""
+        if self._inputs != "auto":
+            return self._inputs == "rounded"
+        sizes = {x.name: x for x in self._material.inventory.layers}
+        real = [(sizes[name], p) for name, p in choice.items() if p.kind != "none"]
+        bits = 8 * sum(layer.bytes(p) for layer, p in real)
+        return bits < CHAINED * sum(layer.weights for layer, _ in real)
 
     def gains(self, names: Sequence[str]) -> dict[str, float]:
         """What this method leaves of the loss of rounding to nearest, layer by layer, see
@@ -170,7 +183,7 @@ class Calibrated:
 
         def make() -> dict[str, float]:
             model = material.model
-            stream = Stream(model, material.calibration())
+            stream = Stream(model, material.calibration(), frozen=True)
             found: dict[str, float] = {}
             for block in material.track(range(len(stream.blocks)), "what gptq gains"):
                 sets = stream.inputs(block)
@@ -180,6 +193,11 @@ class Calibrated:
                         order = self._method.order_of(hessian.diagonal())
                         found |= dict.fromkeys(own, gain(hessian, self._method.damping, order))
                 stream.advance(block)
+            head = stream.head_hessian() if self._settings.reads_head else None
+            if head is not None:
+                order = self._method.order_of(head.diagonal())
+                own = [x.name for x in material.inventory.layers if x.predicts]
+                found |= dict.fromkeys(own, gain(head, self._method.damping, order))
             return found
 
         settings = [self._method.damping, self._method.order]
@@ -223,24 +241,46 @@ class Calibrated:
         if not missing:
             return
         ids, model = self._material.calibration(), self._material.model
-        stream = Stream(model, ids)
+        stream = Stream(model, ids, frozen=True)
+        heads = [name for name in missing if model.layers[name].predicts]
         last = max(model.layers[name].block or 0 for name in missing)
+        last = len(stream.blocks) - 1 if heads else last
         for block in self._material.track(range(last + 1), f"{self.name}, layers by themselves"):
             own = [n for n in missing if model.layers[n].block == block]
             sets = [[n for n in names if n in own] for names in stream.inputs(block)]
             for name, precision, codes in self._solved(model, stream, block, sets, missing):
-                self._keep(name, precision, codes)
+                self._keep(name, precision, codes.pack())
             unreached = set(own) - {n for names in sets for n in names}
             self._tell(unreached)
             for name in unreached:
                 for p in missing[name]:
-                    self._keep(name, p, self._plain(model.weight(name), p))
-            if block < last:
+                    self._keep(name, p, self._plain(model.weight(name), p).pack())
+            if block < last or heads:
                 stream.advance(block)
+        for name in heads:
+            self._round_head(name, stream.head_hessian(), missing[name])
 
-    def _keep(self, layer: str, precision: Precision, codes: Any) -> None:
+    def _round_head(
+        self, name: str, hessian: Tensor | None, precisions: Sequence[Precision]
+    ) -> None:
+        """Some rows at a time: a vocabulary is long. The rows that a tied embedding looks up get the
+        same codes, though they are read there without any inputs: damping keeps them near."""
+        weight = self._material.model.weight(name)
+        rows = max(1, STACKED // weight.shape[1])
+        for precision in precisions:
+            codes = [
+                self._plain(part, precision)
+                if hessian is None
+                else self._method.solve([(part, precision)], hessian)[0]
+                for part in weight.split(rows)
+            ]
+            packed = [part.pack() for part in codes]
+            whole = {key: torch.cat([part[key] for part in packed]) for key in packed[0]}
+            self._keep(name, precision, whole)
+
+    def _keep(self, layer: str, precision: Precision, parts: Parts) -> None:
         key = self._alone(layer, precision)
-        self._material.store.arrays("codes", key, lambda: _arrays(codes.pack()))
+        self._material.store.arrays("codes", key, lambda: _arrays(parts))
 
     def _solved(
         self,
@@ -266,9 +306,10 @@ class Calibrated:
 
     @cached_property
     def _cols(self) -> dict[str, int]:
-        """Columns of the layers whose inputs can be watched; all others are rounded to nearest."""
+        """Columns of the layers whose inputs are seen; all others are rounded to nearest."""
         layers = self._material.inventory.layers
-        return {layer.name: layer.cols for layer in layers if layer.watchable}
+        heads = [x for x in layers if x.predicts] if self._settings.reads_head else []
+        return {x.name: x.cols for x in [*(x for x in layers if x.watchable), *heads]}
 
     def _alone(self, layer: str, precision: Precision) -> str:
         settings = self._settings  # a layer by itself has the reference's inputs anyway
@@ -289,6 +330,7 @@ class Calibrated:
 
         rounder = self._given(find, parts)
         real = {name: p for name, p in choice.items() if p.kind != "none"}
+        parts |= self._heads(real)
         keys = self._block_keys(real)
         stored = {block: self._material.store.arrays("codes", key) for block, key in keys.items()}
         if any(found is None for found in stored.values()):
@@ -297,9 +339,6 @@ class Calibrated:
             for found in stored.values():
                 parts |= _by_layer(found or {})
         self._tell({name for name in real if name in self._cols and name not in parts})
-        layers = self._material.inventory.layers
-        experts = {x.name for x in layers if x.kind == "experts" and x.name in real}
-        self._tell(experts, "they lie in one tensor, whose inputs can't be watched one by one.")
         return rounder
 
     def _tell(self, layers: Collection[str], why: str = UNREACHED) -> None:
@@ -309,6 +348,18 @@ class Calibrated:
         if new:
             more = f" and {len(new) - 3} more" if len(new) > 3 else ""
             self._material.note(f"{self.name} rounds {', '.join(new[:3])}{more} to nearest: {why}")
+
+    def _heads(self, real: Mapping[str, Precision]) -> dict[str, Parts]:
+        """The head's codes, with the reference's inputs also in a joint rounding: a tied embedding
+        has to be rounded before the first block runs."""
+        layers = [x for x in self._material.inventory.layers if x.predicts]
+        own = {x.name: real[x.name] for x in layers if x.name in real and x.name in self._cols}
+        self.prepare({name: [p] for name, p in own.items()})
+        kept = {
+            name: self._material.store.arrays("codes", self._alone(name, p))
+            for name, p in own.items()
+        }
+        return {name: _tensors(found) for name, found in kept.items() if found is not None}
 
     def _block_keys(self, real: Mapping[str, Precision]) -> dict[int, str]:
         """A block's codes depend on the precisions of all layers up to it, and of no later one."""

@@ -19,6 +19,7 @@ from optimizer.data.text import Data, Part
 from optimizer.errors import ConfigError, PlanError, TextError
 from optimizer.formats.torch import packed
 from optimizer.models.blockwise import Stream
+from optimizer.models.head import hidden_states
 from optimizer.models.model import Model, take_inventory
 from optimizer.models.source import PACKED_FILE, quiet
 from optimizer.models.stories import corpus
@@ -286,7 +287,40 @@ def test_what_has_no_watched_input_is_rounded_to_nearest(made: Maker) -> None:
         own = material.model.weight(layer.name)
         nearest = Nearest().round(own, P3)
         same = torch.equal(rounder.round(own, P3, layer.name), nearest)
-        assert same == (layer.kind not in ("linear", "conv1d")), layer.name
+        assert same == (layer.kind not in ("linear", "conv1d", "head")), layer.name
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
+def test_the_head_is_rounded_with_what_it_receives(made: Maker, name: str) -> None:
+    material = made(name)
+    model, ids = material.model, material.calibration()
+    x = torch.cat([h.flatten(0, 1) for _, h in hidden_states(model.net, ids, 2)])
+    stream = Stream(model, ids, frozen=True)
+    for block in range(len(stream.blocks)):
+        stream.hessians(block, stream.inputs(block))
+        stream.advance(block)
+    found = stream.head_hessian()
+    assert found is not None
+    torch.testing.assert_close(found, x.T @ x, rtol=1e-4, atol=1e-3)
+    head = next(layer for layer in model.inventory.layers if layer.predicts)
+    rounder = gptq(material).rounder({head.name: P3})
+    own = model.weight(head.name)
+    losses = [
+        float((x @ (w - own).T).square().sum())
+        for w in (rounder.round(own, P3, head.name), Nearest().round(own, P3))
+    ]
+    assert losses[0] < 0.9 * losses[1]
+
+
+def test_frozen_weights_save_a_pass_and_change_nothing(made: Maker) -> None:
+    model, ids = made("llama").model, made("llama").calibration()
+    streams = [Stream(model, ids, frozen=frozen) for frozen in (True, False)]
+    for block in range(len(streams[0].blocks)):
+        hessians = [s.hessians(block, s.inputs(block)) for s in streams]
+        for a, b in zip(*hessians, strict=True):
+            assert torch.equal(a, b)
+        for stream in streams:
+            stream.advance(block)
 
 
 def test_a_killed_run_goes_on_to_identical_codes(made: Maker) -> None:
