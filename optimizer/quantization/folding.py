@@ -171,7 +171,7 @@ class ActivationAware(Calibrated):
     name = "awq"
 
     def __init__(self, settings: Awq, material: Material) -> None:
-        super().__init__(Gptq(weighting="alike", inputs="rounded"), material)
+        super().__init__(Gptq(weighting="alike", inputs="rounded", head=False), material)
         self._settings = settings
 
     def _unpacked(self, parts: Parts, precision: Precision, cols: int) -> Any:

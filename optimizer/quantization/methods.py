@@ -31,15 +31,18 @@ class Quantizer:
     method that rounds each layer by itself and needs no data, or `build`.
 
     VERSION: raise it when the same settings give other codes; it is part of every stored result's
-    key. calibrated: the codes depend on calibration tokens. reads_head: also those of the output
-    head. estimator: which sensitivity suits it.
+    key. calibrated: the codes depend on calibration tokens. estimator: which sensitivity suits it.
     """
 
     VERSION: ClassVar[int] = 1
     calibrated: ClassVar[bool] = False
-    reads_head: ClassVar[bool] = False
     estimator: ClassVar[str] = "fisher"
     name: str = field(default="", init=False)
+
+    @property
+    def reads_head(self) -> bool:
+        """Whether the output head's codes, too, depend on what it receives."""
+        return False
 
     def check(self) -> None:
         """Raises ConfigError for a wrong value."""
@@ -96,12 +99,12 @@ class Gptq(Quantizer):
     rounded where the choice has less than 4 bits a weight on average. SmolLM2: KL .78 and
     .87 at 3 bits, .197 and .198 at 4, in three times the time (experiments/15-defaults).
     weighting of tokens: alike, gradient (the length of the loss's gradient at the layer's output) or
-    fisher (its square).
+    fisher (its square). head: round the output head with what it receives, too, also where it is the
+    tied embedding; else to nearest.
     """
 
     VERSION: ClassVar[int] = 3
     calibrated: ClassVar[bool] = True
-    reads_head: ClassVar[bool] = True
     estimator: ClassVar[str] = "gain"
     name: str = field(default="gptq", init=False)
     damping: float = 0.05
@@ -109,6 +112,11 @@ class Gptq(Quantizer):
     clip: bool = False
     inputs: str = "auto"
     weighting: str = "alike"
+    head: bool = True
+
+    @property
+    def reads_head(self) -> bool:
+        return self.head
 
     def check(self) -> None:
         allowed = {
@@ -193,7 +201,7 @@ def of_plan(described: Mapping[str, Any]) -> Quantizer:
     known = {f.name for f in fields(made) if f.init}
     settings = {key: value for key, value in described.items() if key in known}
     if made is Gptq:
-        settings.setdefault("weighting", "alike")
+        settings = {"weighting": "alike", "head": False} | settings  # before there was a choice
     return made(**settings)
 
 

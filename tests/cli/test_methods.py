@@ -85,9 +85,11 @@ def test_a_plan_names_a_method_and_its_values(made: Quantizer) -> None:
     assert of_plan(made.described("tokens")) == made
 
 
-def test_plans_from_before_there_was_a_weighting_mean_that_tokens_count_alike() -> None:
+def test_plans_from_before_there_was_a_choice_mean_what_they_did() -> None:
     old = {"name": "gptq", "damping": 0.01, "order": "groups", "clip": False, "inputs": "rounded"}
-    assert of_plan(old | {"tokens": "t"}) == Gptq(damping=0.01, order="groups", weighting="alike")
+    assert of_plan(old | {"tokens": "t"}) == Gptq(
+        damping=0.01, order="groups", inputs="rounded", weighting="alike", head=False
+    )
 
 
 def test_a_field_that_is_added_changes_the_key() -> None:
