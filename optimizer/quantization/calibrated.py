@@ -158,7 +158,10 @@ class Calibrated:
     def rounder(self, choice: Mapping[str, Precision], joint: bool = True) -> Rounder:
         """What rounds the layers of `choice`. Costs about three passes over the calibration
         tokens if joint and new, else one; nothing if the store has the codes."""
-        layers, real = self._material.inventory.layers, {n for n, p in choice.items() if p.bits < 16}
+        layers, real = (
+            self._material.inventory.layers,
+            {n for n, p in choice.items() if p.kind != "none"},
+        )
         experts = {x.name for x in layers if x.kind == "experts" and x.name in real}
         self._tell(experts, "they lie in one tensor, whose inputs can't be watched one by one.")
         if joint and self._chained(choice):
