@@ -57,6 +57,10 @@ def load(
     device: str = "cpu",
     fast: bool = False,
     steady: bool = False,
+    unpack: str | None = None,
+    share: float | None = None,
+    kl: float | None = None,
+    refinement: str = "memory",
 ) -> Any:
     """A packed folder -> a transformers model in eval mode.
 
@@ -64,7 +68,15 @@ def load(
     compute in bf16 and, on a CPU, multiply packed weights where PyTorch can.
     steady: have this process give freed memory back to the system at once (Linux with glibc), so that
     it holds no more than the plan says; off, the process's allocator stays as it is.
+    unpack: what is done with a refinement, if the folder has one: `never` (the base alone, the
+    refinement isn't opened), `always` (the default), `draft` (the base drafts what the refined model
+    checks: its own words, for one sequence at a time) or `hard` (the base, and the planes for tokens
+    that it is unsure of: a `share` of them, or as many as keep the mean loss below `kl` nats; by
+    default the share that the plan was certified with). refinement: where planes lie: `memory` (on the
+    device), `cpu` (in the host's memory) or `disk`. What was done hangs on the model's `unpacking`.
     Raises MezzotintError if a file was changed since it was packed.
     """
     packed = import_module("optimizer.formats.torch.packed")
-    return packed.load(folder, dtype, device, fast, steady)
+    modes = import_module("optimizer.formats.torch.modes")
+    wanted = modes.Unpacking(unpack, share, kl, refinement)
+    return packed.load(folder, dtype, device, fast, steady, wanted)

@@ -268,11 +268,15 @@ class Evaluate:
     generate: as in Proof. again: measure everything, even if the store has the plan's scores and
     the packed model agrees with them on some windows. speed: tokens to decode with both models for
     their tokens per second, 0: none. hourly_rate: what the machine costs, for the price of a
-    million tokens. tasks: names of lm-evaluation-harness's, asked of both models; limit: questions of
-    a task at most. refusals: ask both models sixty prompts, and which they refuse."""
+    million tokens. unpack: never, always or hard, what is done with a refinement, see
+    `optimizer.load`; None: always where there is one. share: of the tokens that unpack=hard
+    unpacks. tasks: names of lm-evaluation-harness's, asked of both models; limit: questions of a
+    task at most. refusals: ask both models sixty prompts, and which they refuse."""
 
     model: str
     reference: str | None = None
+    unpack: str | None = None
+    share: float | None = None
     again: bool = False
     tasks: Any = field(default_factory=list)
     limit: int | None = None
@@ -296,6 +300,12 @@ class Evaluate:
     def check(self) -> None:
         Proof(tolerance=self.tolerance, domains=self.domains, generate=self.generate).check()
         _ = self.task_names
+        if self.unpack not in (None, "never", "always", "hard"):
+            raise ConfigError(
+                f"unpack is never, always or hard, not {self.unpack!r}; unpack=draft writes "
+                f"what always "
+                "writes, so that evaluating always evaluates it."
+            )
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit is a number of questions above 0, not {self.limit}.")
         if self.speed < 0:

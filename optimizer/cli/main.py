@@ -228,7 +228,7 @@ def _export(settings: Any) -> None:
 
     from optimizer.cli import progress, terminal
     from optimizer.commands import export
-    from optimizer.models.source import PACKED_FILE
+    from optimizer.models.source import packed_file
     from optimizer.plan import Plan
 
     out = _console()
@@ -240,7 +240,7 @@ def _export(settings: Any) -> None:
         settings.store,
         settings.model,
         settings.overwrite,
-        given if (given / PACKED_FILE).is_file() else None,
+        given if packed_file(given) is not None else None,
         progress.Terminal(out),
         settings.gguf,
     )

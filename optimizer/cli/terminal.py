@@ -34,6 +34,8 @@ def evaluation(out: Console, found: Mapping[str, Any]) -> None:
     """Reference against packed."""
     plan = found["plan"]
     out.print(certificate.packed(found))
+    if found["unpack"] is not None:
+        out.print(f"Its refinement was used as unpack={found['unpack']} says.", markup=False)
     certificate.meaning(out, found["meaning"])
     whole = 2 * sum(r * c for r, c in plan.shapes.values())
     out.print(

@@ -17,7 +17,7 @@ from optimizer.errors import ConfigError, MezzotintError, PlanError
 from optimizer.hardware import throughput
 from optimizer.hardware.memory import floating
 from optimizer.hardware.throughput import Speed
-from optimizer.models.source import PACKED_FILE, Source, context_length, is_encoder, locate
+from optimizer.models.source import Source, context_length, is_encoder, locate
 from optimizer.plan import Inventory, Plan
 from optimizer.quantization.methods import bind, of_plan
 from optimizer.stages import certify
@@ -26,6 +26,7 @@ from optimizer.store import Store
 
 if TYPE_CHECKING:
     from optimizer.formats.torch import packed
+    from optimizer.formats.torch.modes import Unpacking
     from optimizer.metrics.divergence import AnyScores
     from optimizer.models.model import Model
 
@@ -55,10 +56,24 @@ def apply(
     source, inventory = reference_of(plan, model, kept)
     check_names(plan, inventory)
     encoder = codes_of(plan, source, inventory, kept, view)
+    refining = None if plan.refinement is None else planes_of(plan, source, inventory, kept, view)
     view.stage("loading the reference")
     reference = Model.load(source.folder, inventory, full=False)
-    packed.save(plan, reference, source.folder, out, view.track, encoder)
+    packed.save(plan, reference, source.folder, out, view.track, encoder, refining)
     return out
+
+
+def planes_of(
+    plan: Plan, source: Source, inventory: Inventory, store: Store, view: View
+) -> packed.Refiner:
+    """What gives the refined layers their planes, as `codes_of` does for the base."""
+    from optimizer.quantization.residual import Refining
+
+    assert plan.refinement is not None
+    settings = of_plan(plan.quantizer)
+    recipe = Recipe(plan, source, inventory, store, view)
+    refining = Refining(bind(settings, recipe), plan.refinement.planes, settings, recipe)
+    return refining.rounder(plan.choice)
 
 
 def codes_of(
@@ -184,7 +199,8 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
     config.check()
     view = view or View()
     folder = Path(config.model)
-    plan = packed.verify(folder)
+    plan = packed.verify(folder, whole=config.unpack != "never")
+    mode = _unpacking(config).settle(plan, folder)
     bench = Bench(
         config.reference or str(plan.model["name"]),
         plan.model.get("revision"),
@@ -198,23 +214,28 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
     tuned = plan.provenance.get("tuned", {}).get("domains", [])
     if config.speed:
         _check_speed(config, bench)
-    asked = certify.Asked(config.tolerance, config.domains, config.generate, 0, tuned)
+    entries = (
+        config.domains if mode != "hard" else []
+    )  # whose windows are read without full logits
+    asked = certify.Asked(config.tolerance, entries, config.generate, 0, tuned)
     certify.check(bench, asked)
     tokenizer = _asking(config, bench)
-    net = packed.load(folder, device=config.device, steady=True)
+    net = packed.load(folder, device=config.device, steady=True, unpacking=_unpacking(config))
     with rounded(net, plan.kv, floating(plan.runtime)):
-        scores = None if config.again else _certified(bench, plan, net)
+        kept = mode == "never" and not config.again
+        scores = _certified(bench, plan, net) if kept else None
         if scores is None:
             view.stage("the reference reads")
             teacher = bench.teacher("heldout")
             view.stage("the packed model reads")
-            scores = teacher.score(net)
+            scores = _token_by_token(teacher, net) if mode == "hard" else teacher.score(net)
     weights = certify.Weights(None, lambda: nullcontext(net), plan.kv, floating(plan.runtime))
     counts = bootstrap.resamples(scores.documents, np.random.default_rng(0))
     found = comparison.describe(scores, counts)
     return {
         "plan": plan,
-        "bytes": (folder / PACKED_FILE).stat().st_size,
+        "bytes": plan.bytes["total"] + _refinement(plan, mode),
+        "unpack": None if plan.refinement is None else mode,
         "documents": len(np.unique(scores.documents)),
         "tokens": int(scores.kl.size),
         "row": {key: asdict(value) for key, value in found.items()},
@@ -223,6 +244,36 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
         "hourly_rate": config.hourly_rate,
         **_asked(config, plan, {"reference": bench.model.net, "packed": net}, tokenizer, view),
     }
+
+
+def _unpacking(config: Evaluate) -> Unpacking:
+    from optimizer.formats.torch.modes import Unpacking
+
+    return Unpacking(config.unpack, config.share)
+
+
+def _refinement(plan: Plan, mode: str) -> int:
+    return 0 if plan.refinement is None or mode == "never" else plan.refinement.bytes["total"]
+
+
+def _token_by_token(teacher: Any, net: Any) -> AnyScores:
+    """The scores of a model that decides at each token, which must see all of its predictions."""
+    import torch
+
+    from optimizer.metrics.divergence import COLUMNS, Scores, compare
+
+    columns: dict[str, list[Any]] = {key: [] for key in COLUMNS}
+    device = next(iter(net.parameters())).device
+    for i, ids in enumerate(teacher.windows.ids):
+        batch = torch.from_numpy(ids)[None].to(device)
+        with torch.inference_mode():
+            logits = net(input_ids=batch, use_cache=False).logits[0, :-1].float()
+        log_q = torch.log_softmax(logits, -1)
+        found = compare(teacher.log_probabilities(i), log_q, batch[0, 1:])
+        for key, value in found.items():
+            columns[key].append(value.float().cpu().numpy())
+    arrays = {key: np.array(values) for key, values in columns.items()}
+    return Scores(**arrays, documents=teacher.windows.documents)
 
 
 def _asking(config: Evaluate, bench: Bench) -> Any:
@@ -315,7 +366,14 @@ def _speed(config: Evaluate, plan: Plan, bench: Bench, view: View) -> Speed:
     from optimizer.formats.torch import packed
     from optimizer.models.kv_cache import BITS, Cache
 
-    net = packed.load(Path(config.model), device=config.device, fast=True, steady=True)
+    net = packed.load(
+        Path(config.model),
+        None,
+        config.device,
+        fast=True,
+        steady=True,
+        unpacking=_unpacking(config),
+    )
 
     def cache(model: Any) -> Any:
         if model is net and plan.kv in BITS:

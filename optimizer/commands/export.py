@@ -22,7 +22,7 @@ from optimizer.formats.format import Format, Subject, format_of, formats
 from optimizer.formats.model_card import card
 from optimizer.formats.rules import Verdict
 from optimizer.formats.safetensors.loader import loading
-from optimizer.models.source import PACKED_FILE, Source
+from optimizer.models.source import Source, packed_file
 from optimizer.plan import Inventory, Plan
 from optimizer.stages.session import View
 from optimizer.store import Store
@@ -159,7 +159,9 @@ def _stored(job: Job, packed: Path | None, store: Store, view: View) -> dict[str
         from safetensors.torch import load_file
 
         torch_backend.verify(packed)
-        return dict(load_file(packed / PACKED_FILE))
+        file = packed_file(packed)
+        assert file is not None
+        return dict(load_file(file))
     encoder = codes_of(job.plan, job.source, job.inventory, store, view)
     view.stage("loading the reference")
     reference = Model.load(job.source.folder, job.inventory, full=False)

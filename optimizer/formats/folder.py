@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,12 +93,15 @@ def copy_beside(folder: Path, out: Path) -> None:
                 shutil.copyfile(file, out / file.name)
 
 
-def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+def save_tensors(
+    tensors: dict[str, Tensor], file: Path, said: Mapping[str, str] | None = None
+) -> None:
+    """said: more of the header's metadata."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        save_file(tensors, file, metadata={"format": "pt"})
+        save_file(tensors, file, metadata={"format": "pt", **(said or {})})
     except SafetensorError as error:  # its own name for a full disk
         raise unwritable(file, OSError(str(error))) from None
 
@@ -122,8 +125,8 @@ class Manifest(untrusted.Fields):
     sha256: dict[Annotated[untrusted.Name, Field(max_length=255)], untrusted.Name]
 
 
-def manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, after all files were compared with it. Raises PlanError."""
+def manifest(folder: Path, without: Collection[str] = ()) -> dict[str, Any]:
+    """The manifest, after all files but those were compared with it. Raises PlanError."""
     try:
         found = untrusted.read(folder / MANIFEST)
         hashes = untrusted.checked(Manifest, found).sha256
@@ -132,7 +135,7 @@ def manifest(folder: Path) -> dict[str, Any]:
             f"{folder} is no model that Mezzotint wrote: it has no readable {MANIFEST} ({error}). "
             "`mezzotint apply plan.json out=DIR` and `mezzotint export` write such folders."
         ) from None
-    for file, value in ((folder / name, value) for name, value in hashes.items()):
+    for file, value in ((folder / n, value) for n, value in hashes.items() if n not in without):
         if not file.is_file() or file.parent != folder or sha256(file) != value:
             raise PlanError(
                 f"{file} was changed, cut off or removed after it was written. Make the folder "

@@ -82,7 +82,7 @@ def _modules(
 def _kind(module: nn.Module) -> str | None:
     """By its class's name: packed layers have classes of their own of these names."""
     name = type(module).__name__
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding) and name == "Embedding":  # others scale what they look up
         return "rows"
     return "product" if type(module) is nn.Linear or name in ("Linear", "Conv1D") else None
 

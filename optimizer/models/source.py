@@ -28,7 +28,7 @@ from optimizer.store import Store, alone, unwritable, write_atomically
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PACKED_FILE = "packed.safetensors"
+PACKED_FILE, BASE_FILE = "packed.safetensors", "base.safetensors"  # the latter with a refinement
 MODULES = "modules.json"  # sentence-transformers'
 POOLING = "pooling.json"  # ours, in packed folders: {"pooling": "mean"}
 NEEDED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -71,10 +71,16 @@ def configured(name: str, store: Store, revision: str | None = None) -> Path:
     return folder
 
 
+def packed_file(folder: Path) -> Path | None:
+    """The weights in a folder that `mezzotint apply` wrote, without a refinement's; None elsewhere."""
+    found = (folder / name for name in (PACKED_FILE, BASE_FILE))
+    return next((file for file in found if file.is_file()), None)
+
+
 def locate(name: str, store: Store, revision: str | None = None) -> Source:
     """Find, download or convert the model. Raises ModelError with what was tried."""
     folder = _folder(name, store, revision)
-    if (folder / PACKED_FILE).exists():
+    if packed_file(folder) is not None:
         raise ModelError(
             f"{name} is a packed model that a plan was already applied to. Give the reference "
             "that it was made from; to measure this one: mezzotint evaluate model=" + name

@@ -18,7 +18,7 @@ from optimizer.commands.deploy import check_language_model, check_names, quantiz
 from optimizer.errors import ConfigError
 from optimizer.formats.folder import MANIFEST
 from optimizer.hardware.memory import floating
-from optimizer.models.source import PACKED_FILE, Source, locate
+from optimizer.models.source import Source, locate, packed_file
 from optimizer.plan import Plan, digest
 from optimizer.stages.session import View
 from optimizer.store import Store
@@ -101,7 +101,7 @@ def _of_plan(path: Path, plan: Plan, model: str | None, store: Store) -> Entrant
             f"{path} was made for {plan.model['name']} ({str(wanted)[:19]}), and {home.name} is "
             f"another model ({home.fingerprint[:19]}). Say where its own one is with model=..."
         )
-    folder = path if (path / PACKED_FILE).is_file() else None
+    folder = path if packed_file(path) is not None else None
     content = [plan.id, home.fingerprint, plan.quantizer, plan.kv]
     if folder is not None:
         content.append(_manifest_mark(folder))

@@ -17,7 +17,7 @@ from optimizer.errors import PlanError
 from optimizer.plan.inventory import UNTOUCHED, Precision
 from optimizer.plan.schema import Refined
 
-BASE_FILE, REFINEMENT_FILE = "base.safetensors", "refinement.safetensors"
+REFINEMENT_FILE = "refinement.safetensors"
 SHA256 = 64  # digits of the base's, which the refinement's header names
 
 

@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,7 +36,8 @@ from optimizer.formats.folder import (
 from optimizer.formats.format import Torch
 from optimizer.formats.model_card import card
 from optimizer.formats.runtime import Runtime
-from optimizer.formats.torch import kernels
+from optimizer.formats.torch import kernels, modes, planes
+from optimizer.formats.torch.modes import Unpacking
 from optimizer.formats.torch.modules import (
     Lookup,
     PackedParameter,
@@ -50,9 +51,12 @@ from optimizer.formats.torch.reader import Tensors, tensors
 from optimizer.models.inventory import tie
 from optimizer.models.layout import holders, scatter
 from optimizer.models.model import Model, finite, places, skeleton
-from optimizer.models.source import PACKED_FILE, POOLING, is_encoder, pooling
+from optimizer.models.planes import modules_of
+from optimizer.models.source import BASE_FILE, PACKED_FILE, POOLING, is_encoder, pooling
 from optimizer.plan import UNTOUCHED, Inventory, Layer, Other, Plan, Precision
+from optimizer.plan.refinement import REFINEMENT_FILE
 from optimizer.quantization.ggml import Blocks
+from optimizer.quantization.residual import PlaneCodes
 from optimizer.quantization.uniform import Codes, Nearest
 
 __all__ = ["check_target", "load", "pack", "save", "verify"]
@@ -73,14 +77,32 @@ class Encoder(Protocol):
     def changed(self, name: str, value: Tensor) -> Tensor: ...
 
 
+class Refiner(Protocol):
+    """What packing needs of a refinement; see `quantization.residual.Stacked`."""
+
+    def plane(self, weight: Tensor, layer: str) -> PlaneCodes: ...
+
+
 def save(
-    plan: Plan, model: Model, folder: Path, out: Path, track: Track, encoder: Encoder | None = None
+    plan: Plan,
+    model: Model,
+    folder: Path,
+    out: Path,
+    track: Track,
+    encoder: Encoder | None = None,
+    refining: Refiner | None = None,
 ) -> Path:
     """Pack `model` as `plan` says and write it to `out`, with what `folder` says beside weights.
-    encoder: gives the codes; rounding to nearest if none is given. Appears whole or not at all.
-    Memory: the packed model."""
+    encoder: gives the codes; rounding to nearest if none is given. refining: gives the planes of a
+    plan with a refinement, which is left out without. Appears whole or not at all. Memory: the packed
+    model."""
     tensors = pack(plan, model, track, encoder)
-    return publish(out, lambda draft: put(tensors, plan, model.inventory, folder, draft))
+    more: dict[str, Tensor] = {}
+    if plan.refinement is not None and refining is not None:
+        for name in track(plan.refinement.layers, "packing planes"):
+            for suffix, part in refining.plane(model.weight(name), name).pack().items():
+                more[f"{name}.{suffix}"] = part.contiguous()
+    return publish(out, lambda draft: put(tensors, plan, model.inventory, folder, draft, more))
 
 
 def pack(
@@ -107,20 +129,30 @@ def pack(
 
 
 def put(
-    parts: dict[str, Tensor], plan: Plan, inventory: Inventory, folder: Path, out: Path
+    parts: dict[str, Tensor],
+    plan: Plan,
+    inventory: Inventory,
+    folder: Path,
+    out: Path,
+    more: dict[str, Tensor] | None = None,
 ) -> None:
-    """Fill `out` and read the weights back. Raises PlanError if the file isn't what was promised."""
-    save_tensors(parts, out / PACKED_FILE)
-    size = (out / PACKED_FILE).stat().st_size
+    """Fill `out` and read the weights back. more: the refinement's planes; without, the base is packed
+    as a plan of its own. Raises PlanError if a file isn't what was promised."""
+    plan = plan if more else replace(plan, refinement=None)
+    file = out / (BASE_FILE if more else PACKED_FILE)
+    save_tensors(parts, file)
+    size = file.stat().st_size
     if size != plan.bytes["total"]:
         raise PlanError(
             f"The plan promises {plan.bytes['total']} bytes and the file has {size}. The plan was "
             "made for another version or another checkpoint; make it again."
         )
-    with tensors(out / PACKED_FILE) as file:
+    with tensors(file) as stored:
         for name, value in parts.items():
-            if not torch.equal(file.get(name, value.dtype), value):
+            if not torch.equal(stored.get(name, value.dtype), value):
                 raise PlanError(f"Read back, {name} is not what was written. Is the disk sound?")
+    if more:
+        planes.put(more, plan, out)
     copy_beside(folder, out)
     if is_encoder(folder):  # its own file may lie in a folder below, which isn't copied
         text = json.dumps({"pooling": pooling(folder)})
@@ -135,12 +167,16 @@ def put(
 # ---------------------------------------------------------------- read back
 
 
-def verify(folder: Path) -> Plan:
-    """The folder's plan, after all files were compared with the manifest. Raises PlanError."""
-    hashes = manifest(folder)["sha256"]
-    if PACKED_FILE not in hashes or "plan.json" not in hashes:
+def verify(folder: Path, whole: bool = True) -> Plan:
+    """The folder's plan, after all files were compared with the manifest; unless `whole`, all but a
+    refinement, which isn't opened. Raises PlanError."""
+    hashes = manifest(folder, without=(REFINEMENT_FILE,))["sha256"]
+    if not {PACKED_FILE, BASE_FILE} & hashes.keys() or "plan.json" not in hashes:
         raise PlanError(f"The manifest of {folder} lists no {PACKED_FILE}. Make it again.")
-    return Plan.load(folder / "plan.json")
+    plan = Plan.load(folder / "plan.json")
+    if whole and plan.refinement is not None:
+        planes.check(folder, hashes)
+    return plan
 
 
 def load(
@@ -149,32 +185,64 @@ def load(
     device: str = "cpu",
     fast: bool = False,
     steady: bool = False,
+    unpacking: Unpacking | None = None,
 ) -> Any:
     """A packed folder -> a working transformers model in eval mode, `generate()` included.
 
     Weights stay packed in memory, are unpacked for each use and compute in fp32, which gives the
     certificate's own numbers. fast: compute in bf16 and, on a CPU, multiply packed where PyTorch
-    can. dtype: another arithmetic; only bf16 multiplies packed.
+    can. dtype: another arithmetic; only bf16 multiplies packed. unpacking: what is done with a
+    refinement; by default it is used for every token.
     steady: on a CPU, see `steady_memory`, which holds for the whole process.
     Raises PlanError if anything in the folder was changed.
     """
     folder = Path(folder)
     dtype = dtype or (torch.bfloat16 if fast else torch.float32)
-    plan = verify(folder)
+    wanted = unpacking or Unpacking()
+    wanted.check()
+    plan = verify(folder, whole=wanted.mode != "never")
+    mode = wanted.settle(plan, folder)
     if steady and torch.device(device).type == "cpu":
         steady_memory()
     net: Any = skeleton(folder)
     inventory = read_inventory(folder)
     if {layer.name for layer in inventory.layers} != set(plan.layers):
         raise PlanError(f"The plan in {folder} and its {INVENTORY} name different layers.")
-    with tensors(folder / PACKED_FILE) as file:
-        Filling(net, inventory, plan.choice, file, dtype, device if fast else None).fill()
+    named = {layer.name: layer for layer in inventory.layers}
+    refined = () if mode == "never" or plan.refinement is None else tuple(plan.refinement.layers)
+    with tensors(folder / (PACKED_FILE if plan.refinement is None else BASE_FILE)) as file:
+        stored = _Scales(file, {f"{name}.scales" for name in refined})
+        filling = Filling(net, inventory, plan.choice, stored, dtype, device if fast else None)
+        filling.fill([named[name] for name in refined])
     if hasattr(net, "generation_config"):
         with suppress(OSError):
             from transformers import GenerationConfig
 
             net.generation_config = GenerationConfig.from_pretrained(folder)
-    return net.to(device).eval()
+    net = net.to(device).eval()
+    if not refined:
+        return net
+    quick = (dtype, device) if fast else None
+    own = planes.read(folder, plan, named, stored.kept, wanted.refinement, quick, device)
+    return modes.unpacked(net, filling.refined, own, plan, mode, wanted)
+
+
+class _Scales:
+    """An open file whose tensors of those names are kept: planes use their base's scales."""
+
+    def __init__(self, file: Tensors, names: set[str]) -> None:
+        self._file, self._names = file, names
+        self._kept: dict[str, Tensor] = {}
+
+    def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        if name not in self._names:
+            return self._file.get(name, dtype)
+        if name not in self._kept:
+            self._kept[name] = self._file.get(name)
+        return self._kept[name]
+
+    def kept(self, layer: str) -> Tensor:
+        return self._kept[f"{layer}.scales"]
 
 
 def steady_memory() -> None:
@@ -216,16 +284,18 @@ class Filling:
     net: Any
     inventory: Inventory
     choice: Mapping[str, Precision]
-    stored: Tensors
+    stored: Tensors | _Scales
     dtype: torch.dtype
     fast: str | None
 
-    def fill(self) -> None:
-        """Raises PlanError where tensors and model don't belong together."""
+    def fill(self, refined: Iterable[Layer] = ()) -> None:
+        """refined: layers whose modules are kept in `refined`. Raises PlanError where tensors and
+        model don't belong together."""
         used = self.inventory.held
         self._check(used)
         tie(self.net, frozenset(p.parameter for x in used for p in places(x)))
         self.holders = holders(self.net)
+        self.refined = modules_of(self.net, refined)
         by_parameter: dict[str, list[Layer | Other]] = {}
         for tensor in used:
             for parameter in dict.fromkeys(p.parameter for p in places(tensor)):

@@ -1,0 +1,258 @@
+"""What is done with a refinement while a model runs: nothing, all, or what is needed.
+
+never    the base alone; the refinement isn't opened
+always   planes for every token
+draft    the base drafts, the refined model checks (transformers' assisted generation): its words, as
+         if it had written alone. Two module trees over the same buffers
+hard     the base reads and writes; a token whose next word it is unsure of is computed again with the
+         planes, and its keys and values are the refined ones from then on
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import wraps
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from optimizer.errors import ConfigError
+from optimizer.formats.torch.planes import PLACES, StoredPlane
+from optimizer.models.planes import Gate, attach, signal
+from optimizer.plan import Plan
+
+MODES = ("never", "always", "draft", "hard")
+SHARE = 0.2  # of tokens, where a plan's own isn't known
+
+
+@dataclass(frozen=True)
+class Unpacking:
+    """mode: of MODES; None: always, where there is a refinement. share of the tokens, or kl in nats a
+    token: how much `hard` unpacks. refinement: where planes lie, on the device (memory), in the host's
+    memory (cpu) or on disk."""
+
+    mode: str | None = None
+    share: float | None = None
+    kl: float | None = None
+    refinement: str = "memory"
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        if self.mode not in (None, *MODES):
+            raise ConfigError(f"unpack is {', '.join(MODES)}, not {self.mode!r}.")
+        if self.refinement not in PLACES:
+            raise ConfigError(f"refinement is {', '.join(PLACES)}, not {self.refinement!r}.")
+        told = [k for k in ("share", "kl") if getattr(self, k) is not None]
+        if told and self.mode != "hard":
+            raise ConfigError(
+                f'{told[0]} says how much unpack="hard" unpacks; unpack is {self.mode}. Leave it out.'
+            )
+        if len(told) > 1:
+            raise ConfigError("share and kl both set unpack=hard's threshold. Give one of them.")
+        if self.share is not None and not 0 <= self.share <= 1:
+            raise ConfigError(f"share is a share of the tokens, 0 to 1, not {self.share}.")
+        if self.kl is not None and not 0 <= self.kl < float("inf"):
+            raise ConfigError(f"kl is a mean in nats per token, 0 or more, not {self.kl}.")
+
+    def settle(self, plan: Plan, folder: Path) -> str:
+        """What is done with this folder. Raises ConfigError where it can't be."""
+        if plan.refinement is None:
+            if self.mode in (None, "never"):
+                return "never"
+            raise ConfigError(
+                f"unpack={self.mode} needs a refinement, and {folder} has none. Make a plan with "
+                "nested.size=SIZE, and apply it."
+            )
+        if self.mode == "hard":
+            self.threshold(plan)
+        return self.mode or "always"
+
+    def threshold(self, plan: Plan) -> float:
+        """Of the plan's signal, from its points on search text. Raises ConfigError."""
+        assert plan.refinement is not None
+        hard = plan.refinement.hard
+        if not hard:
+            raise ConfigError(
+                "unpack=hard goes by thresholds that a certificate measures, and this plan was made "
+                "without one. Make it again with proof.certify=true."
+            )
+        points = hard["points"]
+        share = hard["share"] if self.share is None else self.share
+        if self.kl is None:
+            return _between(points, "share", share)
+        if self.kl < points[-1]["kl"]:
+            raise ConfigError(
+                f"No share of tokens reaches a mean KL of {self.kl:g}: with all of them "
+                f"unpacked it is "
+                f"{points[-1]['kl']:.4g} on search text. Raise kl, or make a larger refinement."
+            )
+        return _between(points, "kl", min(self.kl, points[0]["kl"]))
+
+
+def _between(points: list[dict[str, float]], key: str, value: float) -> float:
+    """The threshold at a share or a loss, linear between points (by share: rising; by kl: falling)."""
+    for a, b in pairwise(points):
+        low, high = sorted((a[key], b[key]))
+        if low <= value <= high:
+            part = 0.0 if high == low else (value - a[key]) / (b[key] - a[key])
+            return a["threshold"] + part * (b["threshold"] - a["threshold"])
+    return points[-1]["threshold"]
+
+
+@dataclass
+class State:
+    """What a loaded model did since somebody set it back: hangs on it as `model.unpacking`.
+
+    tokens: written by the base, or by the refined model. unpacked: how many of them the planes were
+    opened for. passes: of the base, of the refined model. marks: the same, token by token.
+    """
+
+    mode: str
+    gate: Gate
+    base: Gate
+    threshold: float = 0.0
+    kind: str = "entropy"
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.marks: list[list[bool]] = []
+        self.passes = {"base": 0, "refined": 0}
+        self.gate.read = 0
+
+    @property
+    def share(self) -> float:
+        """Of the tokens after the prompt."""
+        flat = [mark for row in self.marks for mark in row]
+        return sum(flat) / len(flat) if flat else 0.0
+
+
+def unpacked(
+    net: Any,
+    modules: Mapping[str, list[nn.Module]],
+    planes: Mapping[str, StoredPlane],
+    plan: Plan,
+    mode: str,
+    wanted: Unpacking,
+) -> Any:
+    """The model in this mode. modules: those that use each refined layer's weight."""
+    gate = Gate(open=mode != "hard")
+    state = State(mode, gate, gate)
+    if mode == "hard":
+        assert plan.refinement is not None
+        _check_cache(net)
+        state.threshold = wanted.threshold(plan)
+        state.kind = plan.refinement.hard["signal"]
+    drafts = _twin(net) if mode == "draft" else None
+    attach(modules, planes, gate)
+    object.__setattr__(net, "unpacking", state)
+    if drafts is not None:
+        _count(net, state, "refined")
+        _count(drafts, state, "base")
+        net.generate = _assisted(net, drafts)
+    elif mode == "hard":
+        net.forward = _watchful(net, state)
+    else:
+        _count(net, state, "refined")
+    return net
+
+
+def _twin(net: Any) -> Any:
+    """Another module tree over the same parameters and buffers."""
+    tensors = [*net.parameters(), *net.buffers()]
+    return copy.deepcopy(net, {id(value): value for value in tensors})
+
+
+def _count(net: Any, state: State, name: str) -> None:
+    inner = net.forward
+
+    @wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        state.passes[name] += 1
+        return inner(*args, **kwargs)
+
+    net.forward = forward
+
+
+# ---------------------------------------------------------------- draft
+
+
+def _assisted(net: Any, drafts: Any) -> Any:
+    inner = net.generate
+
+    @wraps(inner)
+    def generate(inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        ids = kwargs.get("input_ids", inputs)
+        if isinstance(ids, Tensor) and len(ids) > 1:
+            raise ConfigError(
+                f"unpack=draft writes one sequence at a time, since transformers' assisted generation "
+                f"does, and it was given {len(ids)}. Call generate for each, or take unpack=always."
+            )
+        kwargs.setdefault("assistant_model", drafts)
+        return inner(inputs, *args, **kwargs)
+
+    return generate
+
+
+# ---------------------------------------------------------------- hard
+
+
+def _check_cache(net: Any) -> None:
+    """Raises ConfigError for a model whose cache can't forget its last token."""
+    config = net.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    others = kinds - {"full_attention"}
+    if others or (
+        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    ):
+        what = ", ".join(sorted(others)) or "sliding windows"
+        raise ConfigError(
+            f"unpack=hard computes a token again, and this model's cache can't take one back "
+            f"({what}). "
+            "Take unpack=draft, always or never."
+        )
+
+
+def _watchful(net: Any, state: State) -> Any:
+    """A forward pass that opens planes for tokens whose next word the base is unsure of. A prompt
+    is read with the planes; a text without a cache is read twice, as in the plan's certificate."""
+    inner, gate = net.forward, state.gate
+
+    def unsure(logits: Tensor) -> Tensor:
+        return signal(logits, state.kind) > state.threshold
+
+    @wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        ids = args[0] if args else kwargs.get("input_ids")
+        if not isinstance(ids, Tensor):
+            raise ConfigError("unpack=hard reads tokens: give input_ids, or take unpack=always.")
+        cache = kwargs.get("past_key_values")
+        prompt = cache is not None and ids.shape[1] > 1
+        gate.open = prompt
+        try:
+            state.passes["refined" if prompt else "base"] += 1
+            found = inner(*args, **kwargs)
+            if prompt:
+                return found
+            mask = unsure(found.logits)
+            if cache is None and mask.shape != ids.shape:
+                raise ConfigError(
+                    "unpack=hard decides by all of a text's predictions: leave logits_to_keep out."
+                )
+            state.marks.append(mask[:, -1].tolist() if cache is not None else [])
+            if not bool(mask.any()):
+                return found
+            if cache is not None:
+                cache.crop(-1)
+            gate.open = True if bool(mask.all()) else mask
+            state.passes["refined"] += 1
+            return inner(*args, **kwargs)
+        finally:
+            gate.open = False
+
+    return forward
