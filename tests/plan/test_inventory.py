@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 
@@ -9,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimizer.errors import ConfigError
-from optimizer.plan import UNTOUCHED, Inventory, Layer, Precision, fuse, glob, packed_bytes
+from optimizer.plan import (
+    UNTOUCHED,
+    Inventory,
+    Layer,
+    Other,
+    Place,
+    Precision,
+    fuse,
+    glob,
+    packed_bytes,
+)
 from optimizer.quantization.uniform import Nearest
 
 KINDS = [("int", bits) for bits in range(1, 9)] + [("ternary", 2)]
@@ -105,6 +117,104 @@ def test_nearest_keeps_what_fits() -> None:
     precision = Precision("int", 4, 64)
     assert precision.nearest(128) is precision
     assert Precision("int", 4).nearest(7) == Precision("int", 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cols", "wanted"),
+    [
+        ("q4_k", 512, "q4_k"),  # 256 divides
+        ("q4_k", 96, "q5_0"),  # 32 does, and llama.cpp takes a bit more
+        ("q2_k", 32, "q4_0"),
+        ("q6_k", 288, "q8_0"),
+        ("iq2_xxs", 64, "iq4_nl"),
+        ("q4_k", 48, "none"),  # nothing divides
+        ("q8_0", 48, "none"),  # nothing to fall back to
+    ],
+)
+def test_what_llama_cpp_stores_where_no_block_fits(kind: str, cols: int, wanted: str) -> None:
+    """As llama-quant.cpp's tensor_type_fallback."""
+    assert Precision.ggml(kind).nearest(cols).name == wanted
+
+
+def test_a_tie_between_two_divisors_goes_to_the_smaller() -> None:
+    """Nearness is a ratio: from 8 to 16 is as far as from 8 to 4, from 10 to 25 farther than to 5."""
+    assert Precision("int", 4, 10).nearest(25) == Precision("int", 4, 5)
+    assert Precision("int", 4, 8).nearest(12) == Precision("int", 4, 6)
+    assert Precision("int", 4, 4).nearest(14) == Precision("int", 4, 7)  # 7/4 < 4/2
+    assert Precision("int", 4, 6).nearest(36) == Precision("int", 4, 6)
+    assert Precision("int", 4, 3).nearest(256) == Precision("int", 4, 4)  # 4/3 < 3/2
+
+
+# ---------------------------------------------------------------- where numbers lie
+
+
+@pytest.mark.parametrize(
+    ("place", "stored", "live", "inside"),
+    [
+        (Place("w", (4, 8), (8, 1), (8, 1)), 32, 32, True),
+        (Place("w", (4, 8), (8, 1), (8, 1)), 31, 32, False),  # the last is number 31
+        (Place("w", (4, 8), (8, 1), (8, 1)), 32, 31, False),
+        (Place("w", (4, 8), (8, 1), (8, 1), at_stored=3), 35, 32, True),
+        (Place("w", (4, 8), (8, 1), (8, 1), at_stored=3), 34, 32, False),
+        (Place("w", (4, 8), (8, 1), (8, 1), at_live=-1), 32, 32, False),
+        (Place("w", (4, 8), (8, 1), (-8, 1), at_live=24), 32, 32, False),  # strides go up only
+        (Place("w", (4, 8), (1, 4), (8, 1)), 32, 32, True),  # transposed
+        (Place("w", (4, 8), (8,), (8, 1)), 99, 99, False),
+        (Place("w", (4,), (8, 1), (8, 1)), 99, 99, False),
+        (Place("w", (4, 8), (8, 1), (8,)), 99, 99, False),
+        (Place("w", (0, 8), (8, 1), (8, 1)), 99, 99, False),
+        (Place("w", (1, 1), (8, 1), (8, 1)), 1, 1, True),
+        (Place("w", (), (), ()), 1, 1, True),
+    ],
+)
+def test_a_place_fits_if_its_last_number_does(
+    place: Place, stored: int, live: int, inside: bool
+) -> None:
+    assert place.fits(stored, live) is inside
+
+
+def test_places_survive_json() -> None:
+    place = Place("m.fused.weight", (4, 8), (8, 1), (16, 1), at_stored=32, at_live=8)
+    one = replace(layer("m.q_proj.weight"), places=(place,), expert=3, transposed=True)
+    other = Other("norm.weight", "norm.weight", "F32", (8,), "a norm", (place,))
+    left = (("mtp.weight", "the class has no place for it"),)
+    found = Inventory((one,), (other,), "BF16", left)
+    again = Inventory.from_json(json.loads(json.dumps(found.to_json())))
+    assert again == found and again.layers[0].parameters == ("m.fused.weight",)
+
+
+def test_what_is_kept_or_left_out_is_a_sentence_a_reason() -> None:
+    others = (
+        Other("a", "a", "F16", (2,)),  # no matrix: nothing to say
+        Other("b", "b", "F16", (2, 2), "they choose the experts"),
+        Other("c", "", "F16", (2, 2), "they choose the experts"),
+        Other("d", "d", "F16", (2, 2), "a vision tower's"),
+    )
+    found = Inventory((layer("m.q_proj.weight"),), others, "F16", (("e", "no place"),))
+    assert found.notes == (
+        "2 tensors (b, ...) kept as they are: they choose the experts.",
+        "d kept as they are: a vision tower's.",
+        "e left out: no place.",
+    )
+    assert [x.name for x in found.held] == ["m.q_proj.weight", "a", "b", "d"]
+
+
+@pytest.mark.parametrize(("kind", "block", "seen"), [
+    ("linear", 0, True), ("conv1d", 3, True), ("linear", None, False), ("head", 0, False),
+    ("experts", 0, False), ("embedding", 0, False),
+])  # fmt: skip
+def test_inputs_of_modules_in_blocks_can_be_watched(
+    kind: str, block: int | None, seen: bool
+) -> None:
+    assert layer("m.x.weight", kind, block).watchable is seen
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("F32", 4), ("BF16", 2), ("F16", 2)])
+def test_untouched_a_layer_keeps_the_width_that_it_has(dtype: str, width: int) -> None:
+    one = replace(layer("m.x.weight"), dtype=dtype)
+    assert one.bytes(Precision()) == 4 * 8 * width
+    # 32 codes of 4 bits, 4 fp16 scales, 4 zero points of 4 bits in a byte a row
+    assert one.bytes(Precision("int", 4)) == 16 + 8 + 4
 
 
 # ---------------------------------------------------------------- scope and groups

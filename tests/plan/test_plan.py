@@ -75,6 +75,62 @@ def test_a_budget_reads_as_it_was_given() -> None:
     assert Budget(size="1000000.0").text == "1000000 bytes"
 
 
+def test_sizes_end_at_a_thousand_exabytes() -> None:
+    assert parse_size("999999999TB") == pytest.approx(999999999e12, rel=1e-12)
+    with pytest.raises(ConfigError, match=r"below 1e\+21 bytes, and 1000000000TB"):
+        parse_size("1000000000TB")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"machine": "tpu"}, "gpu, apple or cpu, not 'tpu'"),
+        ({"usable": 0.0}, "usable is a share above 0, at most 1, not 0.0"),
+        ({"usable": 1.01}, "not 1.01"),
+        ({"context": 0}, r"budget\.context is at least 1, not 0"),
+        ({"batch": -2}, r"budget\.batch is at least 1, not -2"),
+        ({"overhead": "much"}, "A size is a number"),
+        ({"kv": 1}, "budget.kv is bits of a cache"),
+        ({"kv": 33}, "budget.kv is bits of a cache"),
+        ({"kv": []}, "budget.kv is bits of a cache"),
+        ({"kv": "half"}, "budget.kv is bits of a cache"),
+    ],
+)
+def test_a_machine_that_can_not_be(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Budget(memory="4GB", **settings).check()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"usable": 1.0}, {"context": 1, "batch": 1}, {"kv": [4, 32]}, {"kv": "auto"}, {"kv": 2},
+     {"machine": "apple"}, {"machine": "cpu"}, {"overhead": "1GB"}],
+)  # fmt: skip
+def test_a_machine_that_can(settings: dict[str, Any]) -> None:
+    Budget(memory="4GB", **settings).check()
+
+
+def test_caches_are_tried_from_the_widest() -> None:
+    assert Budget(kv=[4, 16, 8, 4]).caches == [16, 8, 4]
+    assert Budget(kv="auto").caches == []
+    assert Budget(kv=[16, 8]).with_cache(8).caches == [8]
+
+
+def test_several_caches_need_a_machine() -> None:
+    with pytest.raises(ConfigError, match="share a machine's memory"):
+        Budget(bits=4, kv=[16, 8]).check()
+    Budget(bits=4, kv=[8]).check()
+
+
+def test_what_determines_the_bytes() -> None:
+    assert Budget(bits=4.5, context=99).asked == {"bits": 4.5}
+    asked = Budget(memory="4GB", device="A phone").asked
+    assert asked["memory"] == "4GB" and asked["context"] == 4096 and asked["kv"] == 16
+    assert "overhead" not in asked and "bits" not in asked
+    assert Budget(memory="4GB", device="A phone").text == "A phone"
+    assert Budget(memory="4GB").text == "4GB"
+
+
 # ---------------------------------------------------------------- exact bytes
 
 words = st.text(st.sampled_from('abxyz019._é"\\/'), min_size=1, max_size=12)

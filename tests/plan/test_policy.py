@@ -63,6 +63,37 @@ def test_a_floor_and_a_ceiling():
     assert left("* >= 3", "m.layers.1.* <= 4")[2:4] == [(3, 4)] * 2
 
 
+def test_a_pin_to_a_kind_and_one_by_bits_that_ternary_isnt():
+    """`= 2` is two bits of uniform codes; ternary has a name of its own, and 1.6 bits."""
+    palette = [Precision("ternary", 2, 32, True), Precision("int", 2, 32), Precision()]
+    columns = tuple(p.name for p in palette)
+    fitted = {(layer.name, p.name): p for layer in LAYERS for p in palette}
+
+    def kept(pin):
+        found = allowed(Policy(pins=[pin]), LAYERS, GROUPS, columns, fitted)
+        return found[0].tolist()
+
+    assert kept("* = 2") == [False, True, False]
+    assert kept("* = ternary") == [True, False, False]
+    assert kept("* <= 1.6") == [True, False, False]
+    assert kept("* >= 2") == [False, True, True]
+
+
+def test_a_policy_is_checked_before_a_model_is_known():
+    Policy(name="hybrid", ends=0, pins=["*.v_proj = 8", "@types.txt"]).check()
+    Policy(pins="@types.txt").check()
+    for wrong, words in [
+        (Policy(name="strict"), "free or hybrid, not 'strict'"),
+        (Policy(ends=-1), "not -1"),
+        (Policy(pins=["v_proj 8"]), "not 'v_proj 8'"),
+        (Policy(pins=["@types.txt", "= 8"]), "not '= 8'"),
+        (Policy(pins=[5]), "list of texts"),
+        (Policy(pins={"a": 1}), "list of texts"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            wrong.check()
+
+
 def test_contradictions_name_both():
     with pytest.raises(ConfigError) as caught:
         left("*layers.2* >= 8", "* <= 8", "*q_proj <= 3")
