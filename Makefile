@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
 
-.PHONY: setup demo test slow api clean campaign
+.PHONY: setup demo test slow api clean campaign mutants
 
 setup: $(READY)
 
@@ -37,10 +37,18 @@ slow: $(READY)
 campaign: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m campaign
 
+# One operator or constant changed at a time, and the room's own tests run: a sample of SAMPLE mutants.
+ROOM ?= search
+SAMPLE ?= 50
+SEED ?= 0
+mutants: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt mutmut
+	PATH=$(CURDIR)/$(BIN):$$PATH OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(ROOM) $(SAMPLE) $(SEED)
+
 # The reference of the public names, made from their docstrings, in docs/api/index.html.
 api: $(READY)
 	$(BIN)/pdoc --output-directory docs/api optimizer optimizer.config optimizer.plan \
 	  optimizer.quantization.methods optimizer.sensitivity optimizer.formats.format
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) mutants

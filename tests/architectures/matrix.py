@@ -1,11 +1,16 @@
 """The support matrix: every architecture through optimize, apply and load.
 
-    python -m tests.architectures.matrix [KIND ...]     measures; without names, all of them
-    python -m tests.architectures.matrix render         writes docs/support-matrix.md from the data
+    python -m tests.architectures.matrix [KIND ...]              measures; without names, all of them
+    python -m tests.architectures.matrix transformers [KIND ...] the same for transformers' own loader
+    python -m tests.architectures.matrix render                  writes the page from the data
 
 A row is exact if the loaded model gives the logits of the reference rounded in place, bit for bit, the
 file has the bytes that the plan promises, and every tensor of the checkpoint is accounted for. With
 `scope=all`, so that nothing is left to hope.
+
+The column of transformers: a plan with `runtime=transformers`, exported in the compressed-tensors
+format; transformers' own loader reads the folder and computes the packed model's logits, see
+`formats.safetensors.read_back`. It is `read` or `refused`, with the words.
 """
 
 from __future__ import annotations
@@ -23,8 +28,10 @@ import transformers
 
 import optimizer
 from optimizer import Budget, MezzotintError, Plan
+from optimizer.commands import export
 from optimizer.config import Proof
 from optimizer.data.text import Data, Part
+from optimizer.formats.runtime import Runtime
 from optimizer.models.checkpoint import open_checkpoint
 from optimizer.models.model import Model, take_inventory
 from optimizer.models.source import quiet
@@ -43,6 +50,9 @@ SMALL = Data(
     search=Part(sequences=2, length=16),
     heldout=Part(sequences=2, length=16),
 )
+TRANSFORMERS = Runtime(
+    name="transformers", experts="model", executes=["none", "int[2-8]_*_sym"]
+)  # as conf/runtime/transformers.yaml
 LEAST = 1e-3  # what rounding moves logits by, at least
 
 
@@ -57,6 +67,8 @@ class Row:
     why: str = ""
     share: float = 0.0
     notes: tuple[str, ...] = ()
+    transformers: str = ""
+    transformers_why: str = ""
 
 
 def measure(kind: str) -> Row:
@@ -83,14 +95,44 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
 
 
-def planned(folder: Path, draft: Path) -> Plan:
+def read_by_transformers(kind: str) -> tuple[str, str]:
+    """`read`, `refused`, `not built` or `WRONG` for the export to transformers, and the words. Never
+    raises."""
+    try:
+        net = zoo.build(kind)
+    except Exception as error:  # noqa: BLE001  each architecture's own
+        return "not built", _line(error)
+    with tempfile.TemporaryDirectory() as draft:
+        folder = Path(draft) / "model"
+        try:
+            with quiet():
+                net.to(torch.bfloat16).save_pretrained(folder)
+            store = str(Path(draft) / "store")
+            plan = planned(folder, Path(draft), TRANSFORMERS)
+            found = export.export(plan, "transformers", Path(draft) / "out", store)
+            own = [x for x in found.readers if "the plan's logits" in x]
+            rounded = sum(name != "none" for name in plan.layers.values())
+            if not own:
+                return "refused", "; ".join(found.readers)
+            return "read", f"{rounded} of {len(plan.layers)} layers rounded; {own[0]}"
+        except MezzotintError as error:
+            return "refused", _line(error).replace(str(folder), "the model")
+        except Exception as error:  # noqa: BLE001  what the matrix is there to find
+            return "WRONG", f"{type(error).__name__}: {_line(error)}"
+
+
+def planned(folder: Path, draft: Path, runtime: Runtime | None = None) -> Plan:
     """`optimize` with everything in scope and no more text than it takes."""
+    symmetric = runtime is not None
     return optimizer.optimize(
         str(folder),
         draft / "run",
-        budget=Budget(bits=5),
+        runtime=runtime or Runtime(),
+        budget=Budget(bits=7 if symmetric else 5),
         scope=["all"],
-        palette=Palette(bits=[2, 3, 4, 8], group_size=16),
+        palette=Palette(
+            bits=[4, 8, 16] if symmetric else [2, 3, 4, 8], group_size=16, symmetric=symmetric
+        ),
         data=SMALL,
         quantizer=Rtn(),
         sensitivity=Fisher(),

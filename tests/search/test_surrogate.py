@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -151,3 +153,106 @@ def test_draws_follow_the_belief() -> None:
     assert np.abs(draws[:, rows, at]).max() == 0
     assert np.array_equal(belief.draw(rng, 0.0), belief.prior + belief.cross)
     assert np.array_equal(belief.draw(rng, 0.5, trust=0), belief.prior)
+
+
+# ---------------------------------------------------------------- against the formulas themselves
+
+
+def test_cross_terms_and_scale_are_what_the_legend_says() -> None:
+    """Two groups of two columns, worked out by hand: s = sqrt(B + B[b]), e = (slope's difference +
+    2 B[b]) / s, and 0 at the plan itself."""
+    posed = replace(problem(0, 2, 2), loss=np.array([[9.0, 1.0], [4.0, 0.0]]))
+    at = np.array([1, 0])
+    halves = np.array([[[5.0, 2.0], [1.0, 3.0]], [[7.0, 2.0], [1.0, 5.0]]])
+    assert surrogate.scale_at(posed, at) == pytest.approx(
+        np.sqrt([[10.0, 2.0], [8.0, 4.0]]), rel=1e-12
+    )
+    expected = [[[(5 - 2 + 2) / np.sqrt(10), 0], [0, (3 - 1 + 8) / 2]],
+                [[(7 - 2 + 2) / np.sqrt(10), 0], [0, (5 - 1 + 8) / 2]]]  # fmt: skip
+    assert cross_terms(posed, Slope(at, halves)) == pytest.approx(np.array(expected))
+
+
+def test_signal_is_what_the_halves_share_and_noise_half_of_what_they_do_not() -> None:
+    """e of the halves is x + y and x - y: their product is x^2 - y^2, their mean is off by y."""
+    posed = replace(problem(0, 3, 2), loss=np.zeros((3, 2)) + 0.5)
+    at = np.zeros(3, dtype=int)
+
+    def of(x: float, y: float, allowed: np.ndarray | None = None) -> tuple[float, float]:
+        halves = np.zeros((2, 3, 2))
+        halves[0, :, 1], halves[1, :, 1] = x + y - 1, x - y - 1  # s is 1, 2 B[b] is 1
+        halves[:, 2, 1] = 1000.0 if allowed is not None else halves[:, 0, 1]
+        return signal_and_noise(replace(posed, allowed=allowed), Slope(at, halves))
+
+    assert of(5, 3) == pytest.approx((4, 3))
+    assert of(3, 5) == pytest.approx((0.2 * 5, 5))  # nothing in common: a fifth of the noise
+    assert of(5, 0) == pytest.approx((5, surrogate.LEAST))
+    only = np.array([[True, True], [True, True], [True, False]])
+    assert of(5, 3, only) == pytest.approx((4, 3))  # what may not be chosen isn't counted
+
+
+def conditioned(
+    posed: Problem, best: np.ndarray, slopes: list[Slope], seen: list[Seen]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of s e, by conditioning a Gaussian on one observation after the other:
+    another way than the surrogate's, from its module's text alone."""
+    loss, rows = posed.loss, np.arange(len(best))
+    columns = loss.shape[1]
+    total = loss[rows, best].sum()
+    scale = np.sqrt(loss + loss[rows, best][:, None])
+    signal, noise = signal_and_noise(posed, slopes[-1])
+    mean, cov = np.zeros(loss.size), np.eye(loss.size) * signal**2
+
+    def observe(what: np.ndarray, value: float, variance: float) -> None:
+        nonlocal mean, cov
+        gain = cov @ what / (what @ cov @ what + variance)
+        mean, cov = mean + gain * (value - what @ mean), cov - np.outer(gain, what @ cov)
+
+    for slope in slopes:
+        moved = slope.at != best
+        drift = (loss[rows, slope.at] + loss[rows, best])[moved].sum() / total
+        for i, e in enumerate(cross_terms(posed, slope).mean(0).ravel()):
+            observe(np.eye(loss.size)[i], e, noise**2 + signal**2 * drift)
+    told = scale.ravel() * mean
+    for plan in seen:
+        moved = np.flatnonzero(plan.assignment != best)
+        at = moved * columns + plan.assignment[moved]
+        what = np.zeros(loss.size)
+        what[at] = scale.ravel()[at]
+        pairs = [(i, j) for i in at for j in at if i != j]
+        crowd = 0.3**2 * sum(scale.ravel()[i] ** 2 * scale.ravel()[j] ** 2 for i, j in pairs)
+        shared = sum(told[i] * told[j] for i, j in pairs) / total
+        alone = (loss[moved, plan.assignment[moved]] - loss[moved, best[moved]]).sum()
+        observe(what, plan.difference - alone - shared, plan.error**2 + crowd)
+    scale[rows, best] = 0
+    return (scale.ravel() * mean).reshape(loss.shape), np.outer(scale, scale) * cov
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_belief_is_a_gaussian_conditioned_on_all_that_was_measured(seed: int) -> None:
+    posed = problem(seed, 5, 3)
+    rng = np.random.default_rng(seed)
+    best = rng.integers(0, 3, 5)
+    before = np.where(np.arange(5) < 2, (best + 1) % 3, best)
+    slopes = [Slope(at, rng.normal(size=(2, 5, 3))) for at in (before, best)]
+    seen = []
+    for count in (1, 2, 4):
+        plan = best.copy()
+        plan[:count] = (plan[:count] + rng.integers(1, 3, count)) % 3
+        seen.append(Seen(plan, float(rng.normal()), 0.1 + float(rng.random())))
+    belief = believe(
+        posed, best, slopes, [*seen, Seen(best, 5.0, 0.1)]
+    )  # the best teaches nothing
+    mean, cov = conditioned(posed, best, slopes, seen)
+    assert belief.cross == pytest.approx(mean, rel=1e-8, abs=1e-10)
+    assert belief.root @ belief.root.T == pytest.approx(cov, rel=1e-8, abs=1e-10)
+    rows = np.arange(5)
+    assert belief.prior == pytest.approx(posed.loss - posed.loss[rows, best][:, None])
+
+
+def test_a_draw_is_the_prior_and_as_much_of_the_rest_as_is_asked() -> None:
+    prior, cross = np.array([[1.0, 2.0]]), np.array([[10.0, 20.0]])
+    belief = surrogate.Belief(prior, cross, np.diag([100.0, 200.0]))
+    noise = np.random.default_rng(3).standard_normal(2) * [100, 200]
+    drawn = belief.draw(np.random.default_rng(3), spread=0.5, trust=0.25)
+    assert drawn == pytest.approx(prior + 0.25 * (cross + 0.5 * noise[None]))
+    assert belief.draw(np.random.default_rng(3), spread=0) == pytest.approx(prior + cross)
