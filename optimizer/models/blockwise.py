@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from optimizer.errors import ModelError
 from optimizer.models.head import batches, head_input
 from optimizer.models.model import Model
+from optimizer.models.offload import block_list
 from optimizer.models.watching import first_tensor, rows_of
 from optimizer.plan import Layer
 
@@ -272,12 +273,10 @@ def _first(output: Any) -> Any:
 
 def blocks_of(model: Model) -> list[nn.Module]:
     """The transformer blocks, which the inventory numbered."""
-    layer = next((x for x in model.inventory.layers if x.block is not None), None)
-    if layer is None:
+    found = block_list(model.net, model.inventory)
+    if not found:
         raise ModelError("A calibrated quantizer needs a model with blocks. Take quantizer=rtn.")
-    stem, _, _ = layer.parameter.partition(f".{layer.block}.")
-    blocks: Any = model.net.get_submodule(stem)
-    return list(blocks)
+    return found
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -4,7 +4,7 @@ at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,18 @@ class Checkpoint:
         with readable(self.tensors[name].file) as file, safe_open(file, framework="pt") as opened:
             value: Tensor = opened.get_tensor(name)
             return value
+
+    def several(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors as they are stored, one at a time; each file is opened once."""
+        from safetensors import safe_open
+
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        for path, own in by_file.items():
+            with readable(path) as file, safe_open(file, framework="pt") as opened:
+                for name in own:
+                    yield name, opened.get_tensor(name)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from greenlet import getcurrent
 from torch import Tensor, nn
 
 from optimizer.errors import ModelError
+from optimizer.models.offload import offloaded
 
 CHUNK = 512  # tokens whose logits exist at one time, twice
 BATCH_TOKENS = 2048  # tokens that run through the blocks together
@@ -46,6 +48,13 @@ def hidden_states(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of (ids [b, l], input of the head [b, l, width]), `together` windows each."""
     device = next(net.parameters()).device
+    disk = offloaded(net)
+    if disk is not None:  # each block is read once for all windows
+        every = [batch.to(device) for batch in batches(ids, together)]
+        with torch.inference_mode():
+            found = disk.in_turns([partial(head_input, net, batch) for batch in every])
+        yield from zip(every, found, strict=True)
+        return
     for batch in batches(ids, together):
         with torch.inference_mode():
             yield batch.to(device), head_input(net, batch.to(device))
@@ -55,8 +64,11 @@ def head_input(net: nn.Module, ids: Tensor) -> Tensor:
     """ids [b, l] -> what the head receives [b, l, width]. The head itself runs on one position
     of one window only, so full logits never exist."""
     caught: list[Tensor] = []
+    own = getcurrent()
 
-    def catch(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def catch(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if getcurrent() is not own:
+            return None  # another pass of those that take turns
         caught.append(args[0])
         return (args[0][:1, -1:].contiguous(),)
 

@@ -22,11 +22,13 @@ from optimizer.models import embedding
 from optimizer.models.checkpoint import Checkpoint, open_checkpoint
 from optimizer.models.head import final_transform
 from optimizer.models.inventory import POOLER, architecture, drop_pooler, skeleton, take_inventory
-from optimizer.models.layout import gather, scatter, whole
+from optimizer.models.layout import gather, scatter
+from optimizer.models.offload import offloaded, places
+from optimizer.models.offload import opened as opened_on_disk
 from optimizer.models.source import is_encoder, pooling, quiet
-from optimizer.plan import UNTOUCHED, Inventory, Layer, Other, Place, Precision
+from optimizer.plan import UNTOUCHED, Inventory, Layer, Precision
 
-__all__ = ["DTYPES", "Model", "read", "skeleton", "take_inventory", "write"]
+__all__ = ["DTYPES", "Model", "places", "read", "skeleton", "take_inventory", "write"]
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -48,11 +50,6 @@ def unmatrix(weight: Tensor, layer: Layer) -> Tensor:
         return weight.reshape(layer.shape)
     turned = (*layer.shape[:-2], layer.shape[-1], layer.shape[-2])
     return weight.reshape(turned).transpose(-1, -2)
-
-
-def places(tensor: Layer | Other) -> tuple[Place, ...]:
-    """Where the model holds the tensor's numbers."""
-    return tensor.places or (whole(tensor.parameter, tensor.shape),)
 
 
 def read(get: Callable[[str], Tensor], layer: Layer) -> Tensor:
@@ -91,22 +88,36 @@ class Model:
         self.checkpoint = checkpoint
         self.layers = {layer.name: layer for layer in inventory.layers}
         self._rounding: Rounding | None = None  # the one change of weights that may be open
+        self._disk = None if net is None else offloaded(net)
+        if self._disk is not None:
+            self._disk.value = self._now
 
     @classmethod
     def load(
-        cls, folder: Path, inventory: Inventory, device: str = "cpu", full: bool = True
+        cls,
+        folder: Path,
+        inventory: Inventory,
+        device: str = "cpu",
+        full: bool = True,
+        offload: bool = False,
     ) -> Model:
         """Load and check. Raises ModelError that names the first tensor with NaN or infinity.
 
-        full: run in fp32; otherwise weights are only read, one at a time from the files.
+        full: run in fp32; otherwise weights are only read, one at a time from the files. offload:
+        the blocks' weights stay on disk, see `optimizer.models.offload`.
         """
         checkpoint = open_checkpoint(folder)
         if not full:
             return cls(None, inventory, checkpoint)
-        net = _loaded(folder).to(device).eval().requires_grad_(False)
-        for value in net.parameters():
-            value.data = value.data.contiguous()
-        _compare(net, inventory, checkpoint)
+        if offload:
+            for name, value in checkpoint.several([x.name for x in inventory.held]):
+                finite(name, value)
+            net = opened_on_disk(folder, inventory, checkpoint, device)
+        else:
+            net = _loaded(folder).to(device).eval().requires_grad_(False)
+            for value in net.parameters():
+                value.data = value.data.contiguous()
+            _compare(net, inventory, checkpoint)
         if is_encoder(folder):
             return cls(net, inventory, checkpoint, pooling(folder))
         final_transform(net, np.zeros((1, 2), np.int64))  # refuses early what can't be measured
@@ -133,12 +144,18 @@ class Model:
 
     def parameter(self, name: str) -> Tensor:
         """A live parameter's values."""
+        if self._disk is not None:
+            self._disk.bring(name)
         value: Tensor = self.net.get_parameter(name).detach()
         return value
 
     def reference(self, name: str) -> Tensor:
         """The layer's own matrix [rows, cols], fp32, also while it is rounded."""
         return self.weight(name) if self._rounding is None else self._rounding.original(name)
+
+    def _now(self, name: str, stored: Tensor) -> Tensor:
+        """A block's tensor as it comes from disk -> as the model holds it now."""
+        return stored if self._rounding is None else self._rounding.now(name, stored)
 
     @property
     def is_rounded(self) -> bool:
@@ -170,6 +187,7 @@ class Rounding:
 
     def __init__(self, model: Model, quantizer: Rounder) -> None:
         self._parameter, self._layers, self._quantizer = model.parameter, model.layers, quantizer
+        self._disk, self._checkpoint = model._disk, model.checkpoint
         self._stash: dict[str, Tensor] = {}
         self._now: dict[str, Precision] = {}
 
@@ -182,7 +200,18 @@ class Rounding:
         """The layer's own matrix [rows, cols], fp32."""
         if name in self._stash:
             return self._stash[name].float()
+        if self._disk is not None and self._disk.holds(name):
+            return matrix(self._checkpoint.read(name), self._layers[name]).float()
         return read(self._parameter, self._layers[name])
+
+    def now(self, name: str, stored: Tensor) -> Tensor:
+        """A block's tensor as it comes from disk -> as the choice says; layers only are rounded."""
+        precision = self._now.get(name, UNTOUCHED)
+        if precision.kind == "none":
+            return stored
+        layer = self._layers[name]
+        weight = self._quantizer.round(matrix(stored, layer).float(), precision, name)
+        return unmatrix(weight, layer)
 
     def set(self, choice: Mapping[str, Precision]) -> None:
         """Make the model's layers what `choice` says; layers that it doesn't name, untouched."""
@@ -196,6 +225,10 @@ class Rounding:
 
     def _change(self, name: str, precision: Precision) -> None:
         layer = self._layers[name]
+        if self._disk is not None and self._disk.holds(name):  # rounded whenever it is brought
+            self._now[name] = precision
+            self._disk.renew(name)
+            return
         if name not in self._stash:
             self._stash[name] = read(self._parameter, layer).to(DTYPES[layer.dtype], copy=True)
         weight = self._stash[name].float()

@@ -106,7 +106,7 @@ def holds(model: Model, stream: Stream, names: Sequence[str], found: Feeder, s: 
     parameters = {model.layers[n].parameter: model.weight(n) * s for n in names}
     if found.norm is not None:
         norm = _parameter(model, found.norm)
-        parameters[norm] = model.net.get_parameter(norm).detach() / s
+        parameters[norm] = model.parameter(norm) / s
     else:
         before = model.layers[str(found.layer)]
         rows = found.shared(s).unsqueeze(1)

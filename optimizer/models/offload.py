@@ -1,0 +1,298 @@
+"""A model whose blocks lie on disk: a block's weights are in memory only while it is needed.
+
+The last block that ran stays until another one is needed, so that passes in the order of the blocks
+read each of them once. Parameters keep their identity (hooks and gradients stay); while their block
+is away they hold NaN, so that nothing computed without it can pass for a result. A backward pass
+brings a block back when it needs the block's weights: they are not saved for it, but named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from optimizer.errors import ModelError
+from optimizer.models.checkpoint import Checkpoint
+from optimizer.models.inventory import skeleton, tie
+from optimizer.models.layout import holders, scatter, whole
+from optimizer.plan import Inventory, Layer, Other, Place
+
+T = TypeVar("T")
+Value = Callable[[str, Tensor], Tensor]  # a tensor's name, as it is stored -> what the model holds
+
+
+class OnDisk:
+    """The blocks of `net`, whose parameters `checkpoint` has; everything else stays in memory."""
+
+    def __init__(self, net: Any, inventory: Inventory, checkpoint: Checkpoint) -> None:
+        """net: a skeleton with everything outside the blocks filled in."""
+        self.value: Value = lambda _, stored: stored
+        self._net, self._checkpoint = net, checkpoint
+        self._device = _outside_device(net)
+        blocks = block_list(net, inventory)
+        self._blocks = [dict(block.named_parameters()) for block in blocks]
+        self._tensors = _by_block(net, blocks, inventory)
+        self._home = {t.name: i for i, own in enumerate(self._tensors) for t in own}
+        self._names: dict[str, int] = {}
+        for i, own in enumerate(self._tensors):
+            self._names |= {p.parameter: i for t in own for p in places(t)}
+        self._here: int | None = None
+        self._taking_turns: greenlet | None = None
+        self.brought = 0  # blocks that were read so far
+        for index, block in enumerate(blocks):
+            self._drop(index)
+            self._watch(index, block)
+        _OFFLOADED[net] = self
+
+    def holds(self, tensor: str) -> bool:
+        """Whether the checkpoint's tensor is one of a block's."""
+        return tensor in self._home
+
+    def bring(self, parameter: str) -> None:
+        """Have the live parameter's numbers in memory, until another block is needed."""
+        if parameter in self._names:
+            self._bring(self._names[parameter])
+
+    def renew(self, tensor: str) -> None:
+        """`value` gives other numbers for the tensor than before."""
+        if self._here == self._home[tensor]:
+            self._fill([t for t in self._tensors[self._here] if t.name == tensor])
+
+    def in_turns(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
+        """What the jobs return. Each is one pass of the model without gradients; all of them run
+        through a block before any enters the next one, which is then read once for all."""
+        found: list[Any] = [None] * len(jobs)
+
+        def run(index: int, job: Callable[[], T]) -> None:
+            found[index] = job()
+
+        self._taking_turns = getcurrent()
+        try:
+            passes = [greenlet(lambda i=i, job=job: run(i, job)) for i, job in enumerate(jobs)]
+            while passes:
+                for one in passes:
+                    one.switch()
+                passes = [one for one in passes if not one.dead]
+        finally:
+            self._taking_turns = None
+        return found
+
+    # ------------------------------------------------------------ when a block runs
+
+    def _watch(self, index: int, block: nn.Module) -> None:
+        saving = ExitStack()
+
+        def enter(module: nn.Module, _args: Any) -> None:
+            if "forward" in vars(module):
+                return  # somebody stands in for the block
+            if self._taking_turns not in (None, getcurrent()):
+                self._taking_turns.switch()
+            self._bring(index)
+            if torch.is_grad_enabled():
+                saving.enter_context(self._naming(index))
+
+        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+            saving.close()
+
+        block.register_forward_pre_hook(enter)
+        block.register_forward_hook(leave, always_call=True)
+
+    @contextmanager
+    def _naming(self, index: int) -> Iterator[None]:
+        """What a backward pass needs of the block's weights is noted as where to find it."""
+        starts = {p.untyped_storage().data_ptr(): p for p in self._blocks[index].values()}
+
+        def pack(saved: Tensor) -> Any:
+            if saved.device.type == "meta" or saved.layout != torch.strided:
+                return saved
+            owner = starts.get(saved.untyped_storage().data_ptr())
+            if owner is None:
+                return saved
+            return owner, saved.size(), saved.stride(), saved.storage_offset()
+
+        def unpack(kept: Any) -> Tensor:
+            if isinstance(kept, Tensor):
+                return kept
+            owner, size, stride, offset = kept
+            self._bring(index)
+            found: Tensor = owner.detach().as_strided(size, stride, offset)
+            return found
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+
+    # ------------------------------------------------------------ bring and drop
+
+    def _bring(self, index: int) -> None:
+        if self._here == index:
+            return
+        if self._here is not None:
+            self._drop(self._here)
+        self._here = None  # also if reading fails
+        with torch.inference_mode(False), torch.no_grad():
+            for value in self._blocks[index].values():
+                value.data = torch.empty(value.shape, dtype=value.dtype, device=self._device)
+            self._fill(self._tensors[index])
+        self._here = index
+        self.brought += 1
+
+    def _drop(self, index: int) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for value in self._blocks[index].values():
+                value.data = _absent(value, self._device)
+
+    def _fill(self, tensors: Sequence[Layer | Other]) -> None:
+        known = {tensor.name: tensor for tensor in tensors}
+        with torch.inference_mode(False), torch.no_grad():
+            for name, stored in self._checkpoint.several(list(known)):
+                scatter(self.value(name, stored), places(known[name]), self._live)
+
+    def _live(self, parameter: str) -> Tensor:
+        value: Tensor = self._net.get_parameter(parameter).data
+        return value
+
+
+_OFFLOADED: WeakKeyDictionary[nn.Module, OnDisk] = WeakKeyDictionary()
+
+
+def offloaded(net: nn.Module) -> OnDisk | None:
+    """Where the model's blocks come from; None for one that is in memory."""
+    return _OFFLOADED.get(net)
+
+
+def places(tensor: Layer | Other) -> tuple[Place, ...]:
+    """Where the model holds the tensor's numbers."""
+    return tensor.places or (whole(tensor.parameter, tensor.shape),)
+
+
+def block_list(net: nn.Module, inventory: Inventory) -> list[nn.Module]:
+    """The transformer blocks, which the inventory numbered; none for a model without any."""
+    layer = next((x for x in inventory.layers if x.block is not None), None)
+    if layer is None:
+        return []
+    stem, _, _ = layer.parameter.partition(f".{layer.block}.")
+    blocks: Any = net.get_submodule(stem)
+    return list(blocks)
+
+
+def opened(folder: Any, inventory: Inventory, checkpoint: Checkpoint, device: str) -> Any:
+    """The model in fp32 with its blocks on disk. Raises ModelError for numbers that the folder
+    lacks."""
+    net = skeleton(folder)
+    used = inventory.held
+    tie(net, frozenset(p.parameter for tensor in used for p in places(tensor)))
+    _check_whole(net, used, folder)
+    blocks = block_list(net, inventory)
+    if not blocks:
+        raise ModelError(
+            f"Weights are left on disk block by block, and {folder} has no blocks with layers. Take "
+            "offload=none."
+        )
+    inside = {t.name for own in _by_block(net, blocks, inventory) for t in own}
+    _assign(net, [t for t in used if t.name not in inside], checkpoint, torch.device(device))
+    for block in blocks:
+        _leave(block, torch.device(device))
+    for name, buffer in net.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        net.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+    if hasattr(net, "generation_config"):
+        _read_generation(net, folder)
+    OnDisk(net, inventory, checkpoint)
+    return net
+
+
+def _read_generation(net: Any, folder: Any) -> None:
+    from contextlib import suppress
+
+    from transformers import GenerationConfig
+
+    with suppress(OSError):
+        net.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def _check_whole(net: Any, used: Sequence[Layer | Other], folder: Any) -> None:
+    """Every parameter, and every buffer that isn't computed, has its numbers."""
+    given = {p.parameter for tensor in used for p in places(tensor)}
+    lacking = [n for n, p in net.named_parameters() if n not in given]
+    lacking += [n for n, b in net.named_buffers() if b.device.type == "meta" and n not in given]
+    if lacking:
+        raise ModelError(
+            f"A checkpoint must hold all of its model's weights; {folder} lacks {lacking[0]}. Copy "
+            "or download it again."
+        )
+
+
+def _by_block(
+    net: nn.Module, blocks: Sequence[nn.Module], inventory: Inventory
+) -> list[list[Layer | Other]]:
+    """The tensors whose numbers only one block's parameters hold; others stay in memory."""
+    held = holders(net)
+    owner: dict[str, int] = {}
+    modules = [set(block.modules()) for block in blocks]
+    names = {id(value): name for name, value in net.named_parameters()}
+    for index, own in enumerate(modules):
+        for value in blocks[index].parameters():
+            if all(module in own for module, _ in held[id(value)]):
+                owner[names[id(value)]] = index
+    found: list[list[Layer | Other]] = [[] for _ in blocks]
+    for tensor in inventory.held:
+        homes = {owner.get(place.parameter) for place in places(tensor)}
+        home = homes.pop() if len(homes) == 1 else None
+        if home is not None:
+            found[home].append(tensor)
+    return found
+
+
+def _assign(
+    net: Any, tensors: Sequence[Layer | Other], checkpoint: Checkpoint, device: torch.device
+) -> None:
+    """Fill what stays in memory, in fp32."""
+    known = {tensor.name: tensor for tensor in tensors}
+    state = net.state_dict(keep_vars=True)
+    filled: dict[str, Tensor] = {}
+    for tensor in tensors:
+        for place in places(tensor):
+            like = state[place.parameter]
+            filled.setdefault(
+                place.parameter, torch.empty(like.shape, dtype=like.dtype, device=device)
+            )
+    for name, stored in checkpoint.several(list(known)):
+        scatter(stored, places(known[name]), filled.__getitem__)
+    held = holders(net)
+    for parameter, value in filled.items():
+        owner, _, leaf = parameter.rpartition(".")
+        module = net.get_submodule(owner)
+        if leaf in module._buffers:
+            module._buffers[leaf] = value
+            continue
+        live = nn.Parameter(value, requires_grad=False)
+        for holder, attribute in held[id(state[parameter])]:
+            holder._parameters[attribute] = live
+
+
+def _leave(block: nn.Module, device: torch.device) -> None:
+    """Parameters on the device for those on the meta device: of no memory, filled later."""
+    for owners in list(holders(block).values()):
+        module, leaf = owners[0]
+        value = module._parameters[leaf]
+        assert value is not None
+        if value.device.type == "meta":
+            live = nn.Parameter(_absent(value, device), requires_grad=False)
+            for module, leaf in owners:
+                module._parameters[leaf] = live
+
+
+def _absent(value: Tensor, device: torch.device) -> Tensor:
+    """One NaN, seen as a tensor of the shape."""
+    fill = float("nan") if value.dtype.is_floating_point else 0
+    return torch.full((1,), fill, dtype=value.dtype, device=device).expand(value.shape)
+
+
+def _outside_device(net: nn.Module) -> torch.device:
+    return next(net.parameters()).device

@@ -1,0 +1,151 @@
+"""Blocks on disk give the numbers of blocks in memory, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from optimizer.data.text import Windows
+from optimizer.metrics.divergence import Teacher
+from optimizer.models.blockwise import Stream
+from optimizer.models.model import Model
+from optimizer.models.offload import OnDisk, offloaded
+from optimizer.quantization.uniform import Nearest
+from tests.conftest import Small, mixed
+
+IDS = np.random.default_rng(3).integers(3, 96, (5, 24))
+WINDOWS = Windows(IDS, np.arange(5))
+
+
+@dataclass(frozen=True)
+class Pair:
+    memory: Model
+    disk: Model
+
+
+@pytest.fixture(scope="module")
+def pair(small: Small) -> Pair:
+    return Pair(small.model, Model.load(small.folder, small.inventory, offload=True))
+
+
+def blocks(model: Model) -> OnDisk:
+    found = offloaded(model.net)
+    assert found is not None
+    return found
+
+
+def scores(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """Of the reference and of a mixture, in three batches."""
+    monkeypatch.setattr("optimizer.metrics.divergence.BATCH_TOKENS", 48)
+    teacher = Teacher(model.net, WINDOWS, own_head=True)
+    found = [teacher.score(model.net)]
+    with model.rounded(Nearest(), mixed(model.inventory.layers)):
+        found.append(teacher.score(model.net))
+    found.append(teacher.score(model.net))
+    return [value for one in found for value in one.arrays().values()]
+
+
+def test_scores_are_equal(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, found = (scores(model, monkeypatch) for model in (pair.memory, pair.disk))
+    assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert expected[7].mean() > 1e-3  # the mixture's KL: it was rounded at all
+
+
+def test_a_pass_reads_each_block_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optimizer.metrics.divergence.BATCH_TOKENS", 24)
+    teacher = Teacher(pair.disk.net, WINDOWS)
+    before = blocks(pair.disk).brought
+    teacher.score(pair.disk.net)
+    assert blocks(pair.disk).brought - before == 2
+
+
+def test_one_block_at_most_is_in_memory(pair: Pair) -> None:
+    pair.disk.net(input_ids=torch.from_numpy(IDS))
+    stem = next(x.parameter for x in pair.disk.inventory.layers if x.block == 0).partition(".0.")[
+        0
+    ]
+    first, last = (list(pair.disk.net.get_submodule(f"{stem}.{i}").parameters()) for i in (0, 1))
+    assert all(p.untyped_storage().nbytes() == p.element_size() for p in first)
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in last)
+
+
+def test_weights_are_equal(pair: Pair) -> None:
+    choice = mixed(pair.memory.inventory.layers)
+    with pair.memory.rounded(Nearest(), choice), pair.disk.rounded(Nearest(), choice) as change:
+        for name in choice:
+            assert torch.equal(pair.memory.weight(name), pair.disk.weight(name)), name
+            assert torch.equal(pair.memory.reference(name), pair.disk.reference(name)), name
+        name = next(iter(choice))
+        change.set({})
+        assert torch.equal(pair.disk.weight(name), pair.disk.reference(name))
+    for name in choice:
+        assert torch.equal(pair.memory.weight(name), pair.disk.weight(name)), name
+
+
+def test_gradients_are_equal(pair: Pair) -> None:
+    """A backward pass brings the blocks back."""
+    found = []
+    for model in (pair.memory, pair.disk):
+        names = [name for name, _ in model.net.named_parameters()]
+        try:
+            model.net.requires_grad_(True)
+            logits = model.logits(torch.from_numpy(IDS[:1]))
+            torch.log_softmax(logits, -1)[:, 7].sum().backward()
+            found.append({n: model.net.get_parameter(n).grad for n in names})
+        finally:
+            model.net.requires_grad_(False)
+            model.net.zero_grad(set_to_none=True)
+    memory, disk = found
+    assert memory.keys() == disk.keys()
+    for name, value in memory.items():
+        assert value is not None or disk[name] is None
+        assert value is None or torch.equal(value, disk[name]), name
+
+
+def test_blocks_run_one_by_one_alike(pair: Pair) -> None:
+    found = []
+    for model in (pair.memory, pair.disk):
+        stream = Stream(model, IDS)
+        found.append([])
+        for block in range(2):
+            sets = stream.inputs(block)
+            found[-1] += stream.hessians(block, sets) if sets else []
+            stream.advance(block)
+    assert len(found[0]) > 0
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_an_absent_block_holds_no_numbers(small: Small) -> None:
+    """What is computed without a block can't pass for a result."""
+    model = Model.load(small.folder, small.inventory, offload=True)
+    name = next(x.parameter for x in model.inventory.layers if x.block == 0)
+    assert bool(torch.isnan(model.net.get_parameter(name)).all())
+    assert bool(torch.isfinite(model.parameter(name)).all())
+
+
+def test_a_pass_that_fails_leaves_the_model_usable(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = scores(pair.disk, monkeypatch)
+    jobs = [lambda: pair.disk.net(input_ids=torch.from_numpy(IDS[:1])).logits] * 2
+    with pytest.raises(ZeroDivisionError):
+        blocks(pair.disk).in_turns([*jobs, lambda: 1 // 0])
+    after = scores(pair.disk, monkeypatch)
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_stories_model_in_two_files(stories: Model, tmp_path: Path) -> None:
+    """Shards are opened by tensor."""
+    from optimizer.models.inventory import take_inventory
+
+    stories.net.save_pretrained(tmp_path, max_shard_size="300KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    inventory = take_inventory(tmp_path)
+    model = Model.load(tmp_path, inventory, offload=True)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(model.net(ids).logits, stories.net(ids).logits)
