@@ -8,7 +8,7 @@ Memory: hidden states [windows, length, width], and the inputs of one batch in o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -41,16 +41,25 @@ class Batch:
 class Stream:
     """The blocks of `model` on `ids` [windows, length]; weights are read when a block runs, so
     they may change between calls. frozen: they don't, and a pass that collects Hessians serves to
-    advance, too."""
+    advance, too. together: windows in a batch."""
 
-    def __init__(self, model: Model, ids: np.ndarray, frozen: bool = False) -> None:
+    def __init__(
+        self, model: Model, ids: np.ndarray, frozen: bool = False, together: int | None = None
+    ) -> None:
         self._model, self._frozen = model, frozen
         self._watched = [layer for layer in model.inventory.layers if layer.watchable]
         self.blocks = blocks_of(model)
         self._shared: dict[int, list[list[str]]] = {}
         self._outputs = 0  # of a block that returns several things: how many
-        self._ends = False  # whether `_tail` gives what the head really gets
-        self._batches = self._begin(ids)
+        self.ends = False  # whether `tail` gives what the head really gets
+        self._seen: dict[
+            str, int
+        ] = {}  # by how many tokens of the first batch a layer was visited
+        self.batches = self._begin(batches(ids, together))
+
+    def sees_all(self, layer: str) -> bool:
+        """Whether every token runs through the layer's module."""
+        return self._seen.get(layer) == self.batches[0].ids.numel()
 
     def inputs(self, block: int) -> list[list[str]]:
         """Layers of the block that have a Hessian, in the order of execution; those that read the
@@ -68,7 +77,7 @@ class Stream:
         weights: layer -> of its tokens [windows, length], taken from the first of each set."""
         modules = [self._module(self._model.layers[names[0]]) for names in sharing]
         columns = [self._model.layers[names[0]].cols for names in sharing]
-        device = self._batches[0].hidden.device
+        device = self.batches[0].hidden.device
         found = [torch.zeros(n, n, device=device) for n in columns]
 
         def add(index: int) -> Callable[..., None]:
@@ -91,7 +100,7 @@ class Stream:
             m.register_forward_pre_hook(add(i), with_kwargs=True) for i, m in enumerate(modules)
         ]
         try:
-            for batch in self._batches:
+            for batch in self.batches:
                 now[:] = [now[1], now[1] + len(batch.ids)]
                 with suppress(_EnoughError):
                     batch.ahead = self._run(block, batch)
@@ -102,7 +111,7 @@ class Stream:
 
     def advance(self, block: int) -> None:
         """Replace the hidden states by the block's outputs, with the weights as they are now."""
-        for batch in self._batches:
+        for batch in self.batches:
             known = batch.ahead if self._frozen else None
             batch.hidden = self._run(block, batch) if known is None else known
             batch.ahead = None
@@ -110,15 +119,38 @@ class Stream:
     def head_hessian(self) -> Tensor | None:
         """sum x x' [width, width] over the output head's inputs, after the last block; None where the
         model does more between the two than can be run without its blocks."""
-        if not self._ends:
+        if not self.ends:
             return None
         found: Tensor | None = None
-        for batch in self._batches:
-            x = self._tail(batch.ids, batch.hidden).flatten(0, -2).float()
+        for batch in self.batches:
+            with torch.no_grad():
+                x = self.tail(batch.ids, batch.hidden).flatten(0, -2).float()
             found = x.T @ x if found is None else found.addmm_(x.T, x)
         return found
 
-    def _tail(self, ids: Tensor, hidden: Tensor) -> Tensor:
+    def front(self, ids: Tensor) -> Tensor:
+        """ids [b, l] -> the first block's input, with gradients where they are enabled."""
+        caught: list[Tensor] = []
+
+        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append(args[0] if args else kwargs["hidden_states"])
+            raise _EnoughError
+
+        hook = self.blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            with suppress(_EnoughError):
+                head_input(self._model.net, ids)
+        finally:
+            hook.remove()
+        return caught[0]
+
+    def through(self, block: int, batch: Batch, hidden: Tensor) -> Tensor:
+        """The block's output for other inputs than the batch's own, with gradients where they are
+        enabled."""
+        args, kwargs = batch.calls[block]
+        return _first(self.blocks[block](hidden, *args, **kwargs))
+
+    def tail(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """The last block's outputs -> the output head's inputs [b, l, width]: the model runs with
         blocks that return these outputs, whatever they get."""
 
@@ -128,8 +160,7 @@ class Stream:
         try:
             for block in self.blocks:
                 block.forward = forward
-            with torch.no_grad():
-                return head_input(self._model.net, ids)
+            return head_input(self._model.net, ids)
         finally:
             for block in self.blocks:
                 vars(block).pop("forward", None)
@@ -137,7 +168,7 @@ class Stream:
     def moved(self, block: int, parameters: Mapping[str, Tensor]) -> float:
         """How far the block's output on the first batch moves, as a share of its own size, when it
         runs with other values for some of the model's parameters. Changes nothing."""
-        batch = self._batches[0]
+        batch = self.batches[0]
         module = self.blocks[block]
         names = {id(value): name for name, value in module.named_parameters()}
         own = {names[id(self._model.net.get_parameter(k))]: v for k, v in parameters.items()}
@@ -149,20 +180,18 @@ class Stream:
         return float((found - wanted).norm() / wanted.norm())
 
     def _run(self, block: int, batch: Batch) -> Tensor:
-        args, kwargs = batch.calls[block]
         with torch.no_grad():
-            found = self.blocks[block](batch.hidden.clone(), *args, **kwargs)
-        return _first(found)
+            return self.through(block, batch, batch.hidden.clone())
 
     def _module(self, layer: Layer) -> nn.Module:
         return self._model.net.get_submodule(layer.parameter.rpartition(".")[0])
 
-    def _begin(self, ids: np.ndarray) -> list[Batch]:
+    def _begin(self, parts: Iterable[Tensor]) -> list[Batch]:
         """Every batch at the first block's door. The first batch runs through the whole model;
         others only if their calls differ from its own (inputs that depend on the tokens)."""
         found: list[Batch] = []
         device = next(self._model.net.parameters()).device
-        for batch in batches(ids):
+        for batch in parts:
             moved = batch.to(device)
             if not found:
                 with self._learning():
@@ -212,15 +241,17 @@ class Stream:
         returned. head: what the head received."""
         self._outputs = len(last) if isinstance(last, tuple) else 0
         try:
-            found = self._tail(ids, _first(last))
+            with torch.no_grad():
+                found = self.tail(ids, _first(last))
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             return
-        self._ends = found.shape == head.shape and torch.allclose(found, head, 1e-4, 1e-4)
+        self.ends = found.shape == head.shape and torch.allclose(found, head, 1e-4, 1e-4)
 
     @contextmanager
     def _learning(self) -> Iterator[None]:
         """While a whole pass runs: which layers read the same tensor, in order of execution."""
         self._shared = {}
+        self._seen = {}
         last: list[Tensor] = []  # kept alive, so that a later tensor can't be taken for it
 
         def see(layer: Layer, block: int) -> Callable[..., None]:
@@ -228,6 +259,7 @@ class Stream:
                 x = first_tensor(args, kwargs)
                 if x is None:
                     return
+                self._seen[layer.name] = x.numel() // layer.cols
                 sets = self._shared.setdefault(block, [])
                 if any(layer.name in names for names in sets):
                     return

@@ -13,7 +13,15 @@ from optimizer.sensitivity.estimators import (
     estimator,
     estimators,
 )
-from optimizer.sensitivity.table import Table, Task, agreeing, chunks, palette_columns, unfitting
+from optimizer.sensitivity.table import (
+    Table,
+    Task,
+    Text,
+    agreeing,
+    chunks,
+    palette_columns,
+    unfitting,
+)
 
 __all__ = [
     "AutoEstimator",
@@ -26,6 +34,7 @@ __all__ = [
     "Measured",
     "Table",
     "Task",
+    "Text",
     "Tokenwise",
     "agreeing",
     "chunks",

@@ -6,7 +6,7 @@ family. Others register an estimator of their own as an entry point of `mezzotin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +17,7 @@ from optimizer.extensions import extensions
 
 if TYPE_CHECKING:
     from optimizer.models.model import Model
-    from optimizer.sensitivity.table import Task
+    from optimizer.sensitivity.table import Task, Text
 
 ENTRY_POINTS = "mezzotint.estimators"
 
@@ -75,11 +75,23 @@ class Estimator:
         mean over chunks is the estimate. weights: of tokens, only where `by_token`."""
         raise NotImplementedError(f"{type(self).__name__} has no score.")
 
+    def samples(
+        self,
+        model: Model,  # noqa: ARG002
+        task: Task,  # noqa: ARG002
+        text: Text,  # noqa: ARG002
+        track: Callable[[Iterable[Any], str], Iterable[Any]],  # noqa: ARG002
+    ) -> np.ndarray | None:
+        """All chunks' losses at once [chunks, groups, precisions], where that shares work; None: they
+        are asked for chunk by chunk."""
+        return None
+
 
 @dataclass(kw_only=True)
 class Fisher(Estimator):
     """Squared gradients times squared errors, weight by weight."""
 
+    VERSION: ClassVar[int] = 2
     by_token: ClassVar[bool] = True
     estimator: str = field(default="fisher", init=False)
 
@@ -95,6 +107,17 @@ class Fisher(Estimator):
 
         return fisher.diagonal(model, task, ids, seed, weights)
 
+    def samples(
+        self,
+        model: Model,
+        task: Task,
+        text: Text,
+        track: Callable[[Iterable[Any], str], Iterable[Any]],
+    ) -> np.ndarray | None:
+        from optimizer.sensitivity import by_block
+
+        return by_block.samples(model, task, text, track)
+
 
 @dataclass(kw_only=True)
 class Gain(Fisher):
@@ -105,9 +128,10 @@ class Gain(Fisher):
 
 
 @dataclass(kw_only=True)
-class Directional(Fisher):
+class Directional(Estimator):
     """The squared slope along the error of a whole layer."""
 
+    by_token: ClassVar[bool] = True
     estimator: str = field(default="directional", init=False)
 
     def score(
@@ -124,9 +148,10 @@ class Directional(Fisher):
 
 
 @dataclass(kw_only=True)
-class Tokenwise(Fisher):
+class Tokenwise(Estimator):
     """The squared slope along the error, token by token: it follows an error's direction."""
 
+    by_token: ClassVar[bool] = True
     estimator: str = field(default="tokenwise", init=False)
 
     def score(

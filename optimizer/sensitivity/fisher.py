@@ -58,13 +58,13 @@ def squared(model: Model, task: Task, passes: Iterable[Callable[[], Tensor]]) ->
     squares: dict[str, Tensor] = {}
     layers = [model.layers[name] for name in task.layers]
     names = {name for x in layers for name in x.parameters}
-    with _gradients(model.net, names, partial(_add_square, squares)):
+    with gradients(model.net, names, partial(add_square, squares)):
         for scalar in passes:
             torch.autograd.backward(scalar())
     return task.collect({x.name: _diagonal(model, task, x, squares) for x in layers})
 
 
-def _add_square(squares: dict[str, Tensor], name: str, gradient: Tensor) -> None:
+def add_square(squares: dict[str, Tensor], name: str, gradient: Tensor) -> None:
     if name not in squares:
         squares[name] = torch.zeros_like(gradient)
     squares[name].addcmul_(gradient, gradient)
@@ -78,7 +78,7 @@ def _diagonal(model: Model, task: Task, layer: Layer, squares: dict[str, Tensor]
         return torch.zeros_like(model.net.get_parameter(name)) if found is None else found
 
     fisher = read(square, layer)
-    return _array([(fisher * e.square_()).sum() for _, e in _errors(model, task, layer)])
+    return _array([(fisher * e.square_()).sum() for _, e in rounding_errors(model, task, layer)])
 
 
 def directional(
@@ -104,11 +104,11 @@ def directional(
             if len(parts) < len(layer.parameters):
                 continue
             own = read(waiting.pop(layer.name).__getitem__, layer)
-            errors = _errors(model, task, layer)
+            errors = rounding_errors(model, task, layer)
             products[layer.name] = _array([(own * error).sum() for _, error in errors])
 
     total = np.zeros((len(task.groups), len(task.columns)))
-    with _gradients(model.net, set(by_parameter), dot):
+    with gradients(model.net, set(by_parameter), dot):
         for i, (window, own_seed) in enumerate(_windows(model.net, ids, seed)):
             likelihood(model, window, own_seed, _row(weights, i)).backward()
             total += task.collect(products) ** 2
@@ -141,10 +141,10 @@ def tokenwise(
     passes = list(_windows(model.net, ids, seed))
     with (
         watching(model, [layer.name for layer in layers if layer.watchable], keep),
-        _gradients(
+        gradients(
             model.net,
             {name for x in unseen for name in x.parameters},
-            partial(_add_square, squares),
+            partial(add_square, squares),
         ),
     ):
         for i, (window, own_seed) in enumerate(passes):
@@ -153,7 +153,7 @@ def tokenwise(
                 continue
             for name in list(seen):
                 x, d = (torch.cat(parts) for parts in zip(*seen.pop(name), strict=True))
-                errors = _errors(model, task, model.layers[name])
+                errors = rounding_errors(model, task, model.layers[name])
                 losses[name] += _array([((x @ e.T) * d).sum(-1).square().sum() for _, e in errors])
     losses |= {layer.name: _diagonal(model, task, layer, squares) for layer in unseen}
     missed = [layer for layer in layers if layer.watchable and layer.name not in met]
@@ -174,7 +174,7 @@ def unwatched(
     ids, seed, weights = text
     squares: dict[str, Tensor] = {}
     names = {name for x in missed for name in x.parameters}
-    with _gradients(model.net, names, partial(_add_square, squares)):
+    with gradients(model.net, names, partial(add_square, squares)):
         for i, (window, own_seed) in enumerate(_windows(model.net, ids, seed)):
             likelihood(model, window, own_seed, _row(weights, i)).backward()
     return {layer.name: _diagonal(model, task, layer, squares) for layer in missed}
@@ -182,10 +182,13 @@ def unwatched(
 
 @contextmanager
 def watching(
-    model: Model, names: Sequence[str], use: Callable[[str, Tensor, Tensor], None]
+    model: Model,
+    names: Sequence[str],
+    use: Callable[[str, Tensor, Tensor], None],
+    begin: bool = True,
 ) -> Iterator[None]:
     """During backward passes, hand each layer's inputs [tokens, cols] and the gradients at its
-    outputs [tokens, rows] to `use`, in fp32."""
+    outputs [tokens, rows] to `use`, in fp32. begin: let gradients begin at the embeddings."""
     handles: list[Any] = []
 
     def watch(name: str, module: nn.Module) -> None:
@@ -201,7 +204,8 @@ def watching(
     try:
         for name in names:
             watch(name, model.net.get_submodule(model.layers[name].parameter.rpartition(".")[0]))
-        handles.append(begin_gradients(model.net))
+        if begin:
+            handles.append(begin_gradients(model.net))
         yield
     finally:
         for handle in handles:
@@ -214,7 +218,8 @@ def likelihood(
     """ids [1, l] -> log-likelihood (a scalar with gradient) of labels sampled from the model's own
     predictions, each times the square root of its weight [predictions]."""
     logits = model.logits(window)
-    each = torch.log_softmax(logits, -1).gather(-1, sampled(logits, seed))[:, 0]
+    draws = np.random.default_rng(seed).random((len(logits), 1))
+    each = torch.log_softmax(logits, -1).gather(-1, sampled(logits, draws))[:, 0]
     if weights is None:
         return each.sum()
     return each @ torch.from_numpy(np.sqrt(weights)).to(each)
@@ -224,15 +229,14 @@ def _row(weights: np.ndarray | None, window: int) -> np.ndarray | None:
     return None if weights is None else weights[window]
 
 
-def sampled(logits: Tensor, seed: list[int]) -> Tensor:
-    """logits [l, vocabulary] -> one label a row [l, 1]; the seed decides.
+def sampled(logits: Tensor, draws: np.ndarray) -> Tensor:
+    """logits [l, vocabulary] -> one label a row [l, 1]. draws [l, 1]: uniform in 0 to 1.
 
     Inverse transform sampling: a uniform number per row against the cumulative probabilities.
     """
-    draws = torch.from_numpy(np.random.default_rng(seed).random((len(logits), 1)))
     cumulative = logits.detach().softmax(-1).cumsum(-1, dtype=torch.float64)
-    draws = draws.to(logits.device) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, draws).clamp_(max=logits.shape[-1] - 1)
+    places = torch.from_numpy(draws).to(logits.device) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, places).clamp_(max=logits.shape[-1] - 1)
 
 
 def _windows(
@@ -243,7 +247,7 @@ def _windows(
         yield torch.from_numpy(window)[None].to(device), [*seed, i]
 
 
-def _errors(model: Model, task: Task, layer: Layer) -> Iterator[tuple[str, Tensor]]:
+def rounding_errors(model: Model, task: Task, layer: Layer) -> Iterator[tuple[str, Tensor]]:
     weight = model.weight(layer.name)
     for column in task.columns:
         precision = task.fitted[layer.name, column]
@@ -260,7 +264,7 @@ def _array(values: list[Tensor]) -> np.ndarray:
 
 
 @contextmanager
-def _gradients(
+def gradients(
     net: nn.Module, names: set[str], use: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """Hand each named parameter's gradient to `use` during the backward pass, then free it, so

@@ -27,9 +27,9 @@ from optimizer.models.model import Model, read
 from optimizer.sensitivity import Task
 from optimizer.sensitivity.fisher import (
     _array,
-    _errors,
     _windows,
     likelihood,
+    rounding_errors,
     unwatched,
     watching,
 )
@@ -60,7 +60,7 @@ def trace(
     losses = {}
     for layer in layers:
         mean = max(total[layer.name], 0.0) / layer.weights
-        norms = _array([error.square().sum() for _, error in _errors(model, task, layer)])
+        norms = _array([error.square().sum() for _, error in rounding_errors(model, task, layer)])
         losses[layer.name] = mean * norms
     return task.collect(losses) / (2 * model.predictions(ids))
 
@@ -126,7 +126,10 @@ def kronecker(model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]) ->
         inputs, outputs = factors[layer.name]
         tau = inputs.trace().clamp_(min=1e-30)
         losses[layer.name] = _array(
-            [((outputs @ e @ inputs) * e).sum() / tau for _, e in _errors(model, task, layer)]
+            [
+                ((outputs @ e @ inputs) * e).sum() / tau
+                for _, e in rounding_errors(model, task, layer)
+            ]
         )
     missed = [layer for layer in layers if layer.name not in met]
     losses |= unwatched(model, task, missed, (ids, seed, None))

@@ -21,7 +21,7 @@ from torch import Tensor
 from optimizer.metrics.divergence import AnyTeacher
 from optimizer.models.model import Model, read
 from optimizer.sensitivity import Task
-from optimizer.sensitivity.fisher import _gradients
+from optimizer.sensitivity.fisher import gradients
 
 Beside = Callable[
     [int], Tensor
@@ -59,7 +59,7 @@ def _slope(
     layers = [model.layers[name] for name in task.layers]
     tokens = 0
     names = {name for layer in layers for name in layer.parameters}
-    with _gradients(model.net, names, add):
+    with gradients(model.net, names, add):
         for window in windows:
             kl = teacher.divergence(model.net, int(window))
             torch.autograd.backward(teacher.objective.of(kl).sum())

@@ -43,6 +43,25 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Text:
+    """What is read: ids [windows, length]; runs, the windows of each chunk; seed, of the labels;
+    weights [windows, length], how much each token counts."""
+
+    ids: np.ndarray
+    runs: Sequence[slice]
+    seed: int
+    weights: np.ndarray | None = None
+
+    def chunk(self, window: int) -> int:
+        return next(i for i, run in enumerate(self.runs) if run.start <= window < run.stop)
+
+    def labels(self, window: int) -> list[int]:
+        """The seed of a window's labels."""
+        start = self.runs[self.chunk(window)].start
+        return [self.seed, start, window - start]
+
+
+@dataclass(frozen=True)
 class Table:
     """loss, stderr: [groups, precisions], nats per token. samples [chunks, groups, precisions]
     are the chunks' own estimates; they share their weights with all groups, so a plan's standard

@@ -70,6 +70,12 @@ def measure_table(
             {name: [chosen.fitted[name, c] for c in task.columns] for name in task.layers}
         )
     weights = read.weights() if todo and read.weights is not None else None
+    if todo:
+        text = sensitivity.Text(read.ids, runs, config.seed, weights)
+        whole = settings.samples(bench.model, task, text, bench.view.track)
+        for i in range(0 if whole is None else len(runs)):
+            bench.store.arrays("tables", _part(key, i), lambda i=i: {"loss": whole[i]})  # type: ignore
+        todo = todo if whole is None else []
     for i in bench.view.track(range(len(runs)), "sensitivity") if todo else range(len(runs)):
 
         def make(i: int = i) -> dict[str, np.ndarray]:

@@ -266,7 +266,10 @@ def test_blocks_of_llama_cpp_are_calibrated_too(kind: str, made: Maker) -> None:
 def test_later_layers_see_the_rounded_ones(made: Maker) -> None:
     material = made("llama")
     choice = everything(material.model)
-    joint, alone = gptq(material).rounder(choice), gptq(material).rounder(choice, joint=False)
+    joint, alone = (
+        gptq(material, inputs="rounded").rounder(choice),
+        gptq(material).rounder(choice, joint=False),
+    )
     w = material.model.weight
     for role, same in (
         ("self_attn.q_proj", True),
@@ -467,7 +470,7 @@ def test_apply_refuses_another_text(plan: Plan, settings: Optimize, tmp_path: Pa
 
 
 def test_the_table_is_made_with_the_quantizers_own_errors(settings: Optimize) -> None:
-    from optimizer.sensitivity.fisher import _errors
+    from optimizer.sensitivity.fisher import rounding_errors
 
     bench = Bench("stories", None, settings.data, settings.store, "cpu", View())
     chosen = choices(settings, bench.inventory)
@@ -475,7 +478,7 @@ def test_the_table_is_made_with_the_quantizers_own_errors(settings: Optimize) ->
     name = chosen.scope[3].name
     quantizer.prepare({name: [chosen.fitted[name, c] for c in chosen.columns]})
     task = Task(((name,),), chosen.columns, chosen.fitted, quantizer)
-    for column, error in _errors(bench.model, task, bench.model.layers[name]):
+    for column, error in rounding_errors(bench.model, task, bench.model.layers[name]):
         own = bench.model.weight(name)
         nearest = Nearest().round(own, chosen.fitted[name, column])
         assert not torch.equal(error, nearest - own)

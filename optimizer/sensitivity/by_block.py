@@ -1,0 +1,324 @@
+"""The diagonal of Fisher's information, block by block: squares of one block at a time, and every
+precision rounded once for all windows.
+
+    forward    each block's input is kept in a file; the blocks run one after the other on all windows
+    head       labels y ~ p(.|x) from a window's own seed, and the gradient of their log-likelihood at
+               the last block's output
+    backward   from the last block to the first: run it again with gradients from its kept input; its
+               weights' gradients, window by window, are squared and summed; each precision is scored;
+               what is left is the gradient at its input
+    outside    embeddings and head, with the gradient that arrived at the first block
+
+A layer that sees every token needs no gradient of autograd's own: it is d' x of its inputs x [tokens,
+cols] and of the gradients d [tokens, rows] at its outputs. Other layers (experts) run one window at a
+time. Cost: two forward passes and a backward pass, and the head twice.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from optimizer.errors import ModelError
+from optimizer.models.blockwise import Batch, Stream
+from optimizer.models.head import CHUNK, final_transform, output_head
+from optimizer.models.model import Model, read
+from optimizer.models.watching import begin_gradients
+from optimizer.plan import Layer
+from optimizer.sensitivity.fisher import (
+    add_square,
+    gradients,
+    likelihood,
+    rounding_errors,
+    sampled,
+    watching,
+)
+from optimizer.sensitivity.table import Task, Text
+from optimizer.store import unwritable
+
+TOGETHER = 1024  # tokens that run through a block at a time
+SQUARES = 2**28  # bytes of squares that exist at a time, if more than one chunk's are to
+STACK = 2**26  # bytes of errors, the same
+AGREE = 1e-3  # how far two ways to one gradient may lie apart, as a share of it
+
+
+def samples(
+    model: Model, task: Task, text: Text, track: Callable[[Iterable[Any], str], Iterable[Any]]
+) -> np.ndarray | None:
+    """Chunks' estimates [chunks, groups, precisions], nats per token, equal to `fisher.diagonal` of
+    each chunk within float error. None where the model's blocks can't be run by themselves: they are
+    no chain, share parameters, or read more of the model than their input."""
+    if model.pooling is not None or any(len(x.parameters) > 1 for x in model.inventory.layers):
+        return None
+    own = [model.layers[name] for name in task.layers if model.layers[name].block is not None]
+    together = max(1, TOGETHER // text.ids.shape[1])
+    try:
+        stream = Stream(model, text.ids, frozen=True, together=together)
+        odd = {x.block for x in own if not (x.watchable and stream.sees_all(x.name))}
+        if odd and together > 1:
+            stream = Stream(model, text.ids, frozen=True, together=1)
+    except ModelError:
+        return None
+    if not stream.ends or _shared(stream.blocks):
+        return None
+    with closing(_Borders()) as borders:
+        return _Passes(model, task, text, stream, borders, odd).run(track)
+
+
+def _shared(blocks: Sequence[nn.Module]) -> bool:
+    """Whether a parameter belongs to several blocks."""
+    owners = [id(p) for block in blocks for p in block.parameters()]
+    return len(owners) > len(set(owners))
+
+
+class _Borders:
+    """Hidden states before each block, in a file."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as this
+        self._places: dict[tuple[int, int], int] = {}
+
+    def close(self) -> None:
+        self._file.close()
+
+    def keep(self, block: int, batch: int, hidden: Tensor) -> None:
+        data = hidden.contiguous().cpu().numpy()
+        try:
+            self._places[block, batch] = self._file.seek(0, 2)
+            self._file.write(data.data)
+        except OSError as error:
+            raise unwritable(Path(tempfile.gettempdir()), error) from None
+
+    def take(self, block: int, batch: int, like: Tensor) -> Tensor:
+        found = torch.empty(like.shape, dtype=like.dtype)
+        self._file.seek(self._places[block, batch])
+        self._file.readinto(found.numpy().data)
+        return found.to(like.device)
+
+
+class _Passes:
+    """One table in the making."""
+
+    def __init__(
+        self,
+        model: Model,
+        task: Task,
+        text: Text,
+        stream: Stream,
+        borders: _Borders,
+        odd: set[int | None],
+    ) -> None:
+        """odd: blocks with layers that some tokens pass by; they run one window at a time."""
+        self.model, self.task, self.text, self.stream = model, task, text, stream
+        self.borders, self.odd = borders, odd
+        layers = [model.layers[name] for name in task.layers]
+        self.layers = {
+            block: [x for x in layers if x.block == block]
+            for block in [None, *range(len(stream.blocks))]
+        }
+        shape = (len(text.runs), len(task.columns))
+        self.losses = {x.name: np.zeros(shape) for x in layers}
+        firsts = np.cumsum([0, *(len(batch.ids) for batch in stream.batches)])
+        self.windows = [range(a, b) for a, b in pairwise(firsts.tolist())]
+
+    def run(self, track: Callable[[Iterable[Any], str], Iterable[Any]]) -> np.ndarray | None:
+        blocks = range(len(self.stream.blocks))
+        steps = iter(track([*blocks, *blocks], "sensitivity"))
+        for block in blocks:
+            next(steps)
+            for i, batch in enumerate(self.stream.batches):
+                self.borders.keep(block, i, batch.hidden)
+            self.stream.advance(block)
+        arrived = [self._at_the_end(i) for i in range(len(self.stream.batches))]
+        for block in reversed(blocks):
+            next(steps)
+            self._backward(block, arrived)
+        if not self._agrees(arrived[0]):
+            return None
+        self._outside(arrived)
+        for _ in steps:
+            pass
+        found = [self.task.collect({n: x[c] for n, x in self.losses.items()})
+                 for c in range(len(self.text.runs))]  # fmt: skip
+        counts = [2 * self.model.predictions(self.text.ids[run]) for run in self.text.runs]
+        return np.array(found) / np.array(counts)[:, None, None]
+
+    # ------------------------------------------------------------ the head
+
+    def _likelihood(self, x: Tensor, window: int) -> None:
+        """Backward from the log-likelihood of a window's sampled labels. x: the head's inputs
+        [length, width]."""
+        net = self.model.net
+        head, shape = output_head(net), final_transform(net, self.text.ids[:1])
+        weights = self.text.weights
+        roots = None if weights is None else torch.from_numpy(np.sqrt(weights[window])).to(x)
+        draws = np.random.default_rng(self.text.labels(window)).random((len(x), 1))
+        for i in range(0, len(x), CHUNK):
+            part = slice(i, i + CHUNK)
+            logits = shape(head(x[part]).float())
+            labels = sampled(logits, draws[part])
+            each = torch.log_softmax(logits, -1).gather(-1, labels)[:, 0]
+            (each if roots is None else each * roots[part]).sum().backward()
+
+    def _at_the_end(self, index: int) -> Tensor:
+        """The gradient at the last block's output [b, l, width] of a batch."""
+        batch = self.stream.batches[index]
+        hidden = batch.hidden.clone().requires_grad_(True)
+        x = self.stream.tail(batch.ids, hidden)
+        leaf = x.detach().requires_grad_(True)
+        for row, window in zip(leaf, self.windows[index], strict=True):
+            self._likelihood(row, window)
+        assert leaf.grad is not None
+        x.backward(leaf.grad)
+        assert hidden.grad is not None
+        return hidden.grad
+
+    # ------------------------------------------------------------ a block
+
+    def _backward(self, block: int, arrived: list[Tensor]) -> None:
+        """arrived: each batch's gradient at the block's output; at its input afterwards."""
+        own = self.layers[block]
+        squares = _Squares(self, own)
+        for index, batch in enumerate(self.stream.batches):
+            hidden = self.borders.take(block, index, batch.hidden).requires_grad_(True)
+            windows = self.windows[index]
+            if block in self.odd:
+                with gradients(self.model.net, squares.names, partial(squares.add, windows[0])):
+                    self.stream.through(block, batch, hidden.clone()).backward(arrived[index])
+            else:
+                met: set[str] = set()
+                use = partial(self._multiply, squares, batch, windows, met)
+                with watching(self.model, [x.name for x in own], use, begin=False):
+                    self.stream.through(block, batch, hidden.clone()).backward(arrived[index])
+                if len(met) < len(own):
+                    raise ModelError(f"{sorted({x.name for x in own} - met)[0]} had no gradient.")
+            assert hidden.grad is not None
+            arrived[index] = hidden.grad
+        squares.score()
+
+    def _multiply(
+        self,
+        squares: _Squares,
+        batch: Batch,
+        windows: range,
+        met: set[str],
+        name: str,
+        x: Tensor,
+        d: Tensor,
+    ) -> None:
+        """x [b l, cols], d [b l, rows] -> the gradient of each window, as the parameter lies."""
+        met.add(name)
+        layer, shape = self.model.layers[name], batch.ids.shape
+        a, b = (x, d) if layer.kind == "conv1d" else (d, x)
+        for window, left, right in zip(
+            windows, a.view(*shape, -1), b.view(*shape, -1), strict=True
+        ):
+            squares.add(window, layer.parameter, left.T @ right)
+
+    # ------------------------------------------------------------ outside the blocks
+
+    def _agrees(self, arrived: Tensor) -> bool:
+        """Whether the gradient at the first block's input is the whole model's own, on a window."""
+        caught: list[Tensor] = []
+        hook = self.stream.blocks[0].register_forward_pre_hook(
+            lambda _m, args, kwargs: caught.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+        begin = begin_gradients(self.model.net)
+        try:
+            device = self.stream.batches[0].ids.device
+            window = torch.from_numpy(self.text.ids[:1]).to(device)
+            weights = None if self.text.weights is None else self.text.weights[0]
+            scalar = likelihood(self.model, window, self.text.labels(0), weights)
+            wanted = torch.autograd.grad(scalar, caught[0])[0]
+        finally:
+            hook.remove()
+            begin.remove()
+        return float((wanted[0] - arrived[0]).norm()) <= AGREE * float(wanted.norm())
+
+    def _outside(self, arrived: Sequence[Tensor]) -> None:
+        """Embeddings, the head, and what else lies before or behind the blocks."""
+        own = self.layers[None]
+        if not own:
+            return
+        net, squares = self.model.net, _Squares(self, own)
+        parameters = {name: net.get_parameter(name) for name in sorted(squares.names)}
+        heads = any(x.predicts for x in own)
+        try:
+            for value in parameters.values():
+                value.requires_grad_(True)
+            for index, batch in enumerate(self.stream.batches):
+                for row, window in enumerate(self.windows[index]):
+                    ids = batch.ids[row : row + 1]
+                    before = self.stream.front(ids)
+                    if before.requires_grad:
+                        before.backward(arrived[index][row : row + 1])
+                    last = batch.hidden[row : row + 1]
+                    if heads or any(x.kind != "embedding" for x in own):
+                        self._likelihood(self.stream.tail(ids, last)[0], window)
+                    for name, value in parameters.items():
+                        if value.grad is not None:
+                            squares.add(window, name, value.grad)
+                            value.grad = None
+        finally:
+            for value in parameters.values():
+                value.requires_grad_(False).grad = None
+        squares.score()
+
+
+class _Squares:
+    """Sums of squared gradients of some layers' parameters: of several chunks at a time, as far as
+    memory goes, since each precision is rounded once for all of them."""
+
+    def __init__(self, passes: _Passes, layers: Sequence[Layer]) -> None:
+        self._passes, self._layers = passes, layers
+        self.names = {x.parameter for x in layers}
+        size = 4 * sum(x.weights for x in layers)
+        self._some = max(1, SQUARES // max(size, 1))
+        self._first = 0
+        self._sums: dict[int, dict[str, Tensor]] = {}  # by chunk
+
+    def add(self, window: int, name: str, gradient: Tensor) -> None:
+        """Windows come in order."""
+        chunk = self._passes.text.chunk(window)
+        if chunk >= self._first + self._some:
+            self.score()
+            self._first = chunk
+        add_square(self._sums.setdefault(chunk, {}), name, gradient)
+
+    def score(self) -> None:
+        """sum_ij F_ij dW_ij^2 of each layer, precision and chunk that is here."""
+        passes = self._passes
+        for layer in self._layers:
+            chunks = [c for c, sums in self._sums.items() if layer.parameter in sums]
+            if not chunks:  # no token's loss depends on it
+                continue
+            read_of = [read(self._sums[c].__getitem__, layer).reshape(1, -1) for c in chunks]
+            fisher = read_of[0] if len(chunks) == 1 else torch.cat(read_of)
+            for columns, errors in _stacks(passes.model, passes.task, layer):
+                found = (fisher @ errors.T).double().cpu().numpy()
+                passes.losses[layer.name][np.ix_(chunks, columns)] = found
+        self._sums = {}
+
+
+def _stacks(model: Model, task: Task, layer: Layer) -> Iterator[tuple[list[int], Tensor]]:
+    """Some columns' numbers, and the squared errors of those precisions [columns, weights]."""
+    most = max(1, STACK // (4 * layer.weights))
+    columns: list[int] = []
+    stack: list[Tensor] = []
+    last = len(task.columns) - 1
+    for i, (_, error) in enumerate(rounding_errors(model, task, layer)):
+        columns.append(i)
+        stack.append(error.square_().reshape(1, -1))
+        if len(stack) == most or i == last:
+            yield columns, stack[0] if len(stack) == 1 else torch.cat(stack)
+            columns, stack = [], []

@@ -1,0 +1,115 @@
+"""Block by block or with the whole model at once: the same table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from optimizer.models.blockwise import Stream
+from optimizer.models.model import Model, take_inventory
+from optimizer.plan import Precision
+from optimizer.quantization.uniform import Nearest
+from optimizer.sensitivity import Task, Text, by_block, chunks
+from optimizer.sensitivity.fisher import diagonal
+
+torch.set_num_threads(1)
+BODY = {"num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 96, "hidden_size": 64}
+GLU = BODY | {"intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 64}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": GLU,
+    "llama tied": GLU | {"tie_word_embeddings": True},
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 96},
+    "opt": {"hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "vocab_size": 96, "word_embed_proj_dim": 32, "max_position_embeddings": 64,
+            "do_layer_norm_before": False},
+    "gemma2": GLU | {"query_pre_attn_scalar": 16, "sliding_window": 8, "head_dim": 16},
+    "mixtral": GLU | {"num_local_experts": 4, "num_experts_per_tok": 2},
+}  # fmt: skip
+COLUMNS = {"int3": Precision("int", 3, 16), "int6": Precision("int", 6, 16), "none": Precision()}
+
+
+def small(kind: str, folder: Path) -> Model:
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(kind.split(maxsplit=1)[0], **KINDS[kind])
+    net = AutoModelForCausalLM.from_config(config)
+    for name, value in net.named_parameters():
+        if value.ndim > 1:
+            torch.nn.init.normal_(value, std=0.15 if "embed" not in name else 1.0)
+    net.half().save_pretrained(folder)
+    return Model.load(folder, take_inventory(folder))
+
+
+def task_of(model: Model) -> Task:
+    names = list(model.layers)
+    fitted = {(name, key): p for name in names for key, p in COLUMNS.items()}
+    return Task(tuple((name,) for name in names), tuple(COLUMNS), fitted, Nearest())
+
+
+def text(weighted: bool) -> Text:
+    rng = np.random.default_rng(1)
+    weights = rng.random((7, 24)).astype(np.float32) if weighted else None
+    return Text(rng.integers(96, size=(7, 24)), chunks(7, 3), 5, weights)
+
+
+def whole(model: Model, task: Task, read: Text) -> np.ndarray:
+    parts = [
+        diagonal(
+            model,
+            task,
+            read.ids[run],
+            [read.seed, run.start],
+            None if read.weights is None else read.weights[run],
+        )
+        for run in read.runs
+    ]
+    return np.array(parts)
+
+
+def plain(items: Any, _text: str) -> Any:
+    return items
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_table_is_that_of_the_whole_model(kind: str, weighted: bool, tmp_path: Path) -> None:
+    model, read = small(kind, tmp_path), text(weighted)
+    task = task_of(model)
+    found = by_block.samples(model, task, read, plain)
+    assert found is not None and found.shape == (3, len(task.groups), 3)
+    wanted = whole(model, task, read)
+    np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=1e-9 * wanted.max())
+    assert (found[..., :2].sum(0) > 0).all() and (found[..., 2] == 0).all()
+    assert not any(p.requires_grad or p.grad is not None for p in model.net.parameters())
+
+
+def test_squares_of_some_chunks_at_a_time_give_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, read = small("llama tied", tmp_path), text(weighted=False)
+    wanted = by_block.samples(model, task_of(model), read, plain)
+    monkeypatch.setattr(by_block, "SQUARES", 1)
+    monkeypatch.setattr(by_block, "STACK", 1)
+    found = by_block.samples(model, task_of(model), read, plain)
+    assert found is not None and wanted is not None
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_a_model_whose_blocks_read_more_than_their_input_is_left_to_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings that each block gets besides: the gradients of the two ways differ."""
+    model, read = small("llama", tmp_path), text(weighted=False)
+    task, own = task_of(model), Stream.through
+    assert by_block.samples(model, task, read, plain) is not None
+
+    def through(self: Stream, block: int, batch: Any, hidden: torch.Tensor) -> torch.Tensor:
+        found = own(self, block, batch, hidden)
+        return found.detach() + 0.9 * (found - found.detach())  # a tenth of the gradient is lost
+
+    monkeypatch.setattr(Stream, "through", through)
+    assert by_block.samples(model, task, read, plain) is None
