@@ -66,6 +66,7 @@ class Nearest(Independent):
     """
 
     name: ClassVar[str] = "rtn"
+    by_row: ClassVar[bool] = True  # what becomes of a row doesn't depend on the others
     clip: bool = False
 
     def grids(self, weight: Tensor, kind: str, layer: str) -> list[ggml.Grid]:  # noqa: ARG002

@@ -33,12 +33,11 @@ from optimizer.models.blockwise import Batch, Stream
 from optimizer.models.head import CHUNK, final_transform, output_head
 from optimizer.models.model import Model, read
 from optimizer.models.watching import begin_gradients
-from optimizer.plan import Layer
+from optimizer.plan import Layer, Precision
 from optimizer.sensitivity.fisher import (
     add_square,
     gradients,
     likelihood,
-    rounding_errors,
     sampled,
     watching,
 )
@@ -46,8 +45,8 @@ from optimizer.sensitivity.table import Task, Text
 from optimizer.store import unwritable
 
 TOGETHER = 1024  # tokens that run through a block at a time
-SQUARES = 2**28  # bytes of squares that exist at a time, if more than one chunk's are to
-STACK = 2**26  # bytes of errors, the same
+SQUARES = 2**27  # bytes of squares that exist at a time, if more than one chunk's are to
+STACK = 2**23  # bytes of errors that exist at a time, where rows are rounded by themselves
 AGREE = 1e-3  # how far two ways to one gradient may lie apart, as a share of it
 
 
@@ -120,6 +119,7 @@ class _Passes:
         """odd: blocks with layers that some tokens pass by; they run one window at a time."""
         self.model, self.task, self.text, self.stream = model, task, text, stream
         self.borders, self.odd = borders, odd
+        self.head, self.shape = output_head(model.net), final_transform(model.net, text.ids[:1])
         layers = [model.layers[name] for name in task.layers]
         self.layers = {
             block: [x for x in layers if x.block == block]
@@ -157,14 +157,12 @@ class _Passes:
     def _likelihood(self, x: Tensor, window: int) -> None:
         """Backward from the log-likelihood of a window's sampled labels. x: the head's inputs
         [length, width]."""
-        net = self.model.net
-        head, shape = output_head(net), final_transform(net, self.text.ids[:1])
         weights = self.text.weights
         roots = None if weights is None else torch.from_numpy(np.sqrt(weights[window])).to(x)
         draws = np.random.default_rng(self.text.labels(window)).random((len(x), 1))
         for i in range(0, len(x), CHUNK):
             part = slice(i, i + CHUNK)
-            logits = shape(head(x[part]).float())
+            logits = self.shape(self.head(x[part]).float())
             labels = sampled(logits, draws[part])
             each = torch.log_softmax(logits, -1).gather(-1, labels)[:, 0]
             (each if roots is None else each * roots[part]).sum().backward()
@@ -302,23 +300,32 @@ class _Squares:
             chunks = [c for c, sums in self._sums.items() if layer.parameter in sums]
             if not chunks:  # no token's loss depends on it
                 continue
-            read_of = [read(self._sums[c].__getitem__, layer).reshape(1, -1) for c in chunks]
-            fisher = read_of[0] if len(chunks) == 1 else torch.cat(read_of)
-            for columns, errors in _stacks(passes.model, passes.task, layer):
-                found = (fisher @ errors.T).double().cpu().numpy()
-                passes.losses[layer.name][np.ix_(chunks, columns)] = found
+            for columns, rows, errors in _stacks(passes.model, passes.task, layer):
+                found = passes.losses[layer.name]
+                for c in chunks:
+                    fisher = read(self._sums[c].__getitem__, layer)[rows].reshape(-1)
+                    found[c, columns] += (errors @ fisher).double().cpu().numpy()
         self._sums = {}
 
 
-def _stacks(model: Model, task: Task, layer: Layer) -> Iterator[tuple[list[int], Tensor]]:
-    """Some columns' numbers, and the squared errors of those precisions [columns, weights]."""
-    most = max(1, STACK // (4 * layer.weights))
-    columns: list[int] = []
-    stack: list[Tensor] = []
-    last = len(task.columns) - 1
-    for i, (_, error) in enumerate(rounding_errors(model, task, layer)):
-        columns.append(i)
-        stack.append(error.square_().reshape(1, -1))
-        if len(stack) == most or i == last:
-            yield columns, stack[0] if len(stack) == 1 else torch.cat(stack)
-            columns, stack = [], []
+def _stacks(model: Model, task: Task, layer: Layer) -> Iterator[tuple[list[int], slice, Tensor]]:
+    """Some columns' numbers, some rows, and the squared errors of those precisions there [columns,
+    weights]. Rows go by themselves where the rounding of one doesn't depend on the others."""
+    precisions = [task.fitted[layer.name, column] for column in task.columns]
+    alone = getattr(task.quantizer, "by_row", False)
+    real = [i for i, p in enumerate(precisions) if p.kind != "none"]
+    split = [i for i in real if alone and precisions[i].kind in ("int", "ternary")]
+    weight = model.weight(layer.name)
+    some = max(1, STACK // (4 * layer.cols * max(len(split), 1)))
+    for start in range(0, layer.rows if split else 0, some):
+        rows = slice(start, start + some)
+        parts = [_squared(task, weight[rows], precisions[i], "") for i in split]
+        yield split, rows, torch.stack(parts)
+    for i in real:
+        if i not in split:
+            yield [i], slice(None), _squared(task, weight, precisions[i], layer.name)[None]
+
+
+def _squared(task: Task, weight: Tensor, precision: Precision, name: str) -> Tensor:
+    """(W' - W)^2 of some rows, flat."""
+    return task.quantizer.round(weight, precision, name).sub_(weight).square_().reshape(-1)
