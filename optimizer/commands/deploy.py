@@ -47,11 +47,14 @@ def apply(
 
     model: where the reference is, if no longer where the plan says.
     """
+    from optimizer.formats.folder import check_room
     from optimizer.formats.torch import packed
     from optimizer.models.model import Model
 
     view = view or View()
     packed.check_target(out, overwrite)
+    refinement = 0 if plan.refinement is None else plan.refinement.bytes["total"]
+    check_room(out, plan.bytes["total"] + refinement)
     kept = Store.open(store, view.note)
     source, inventory = reference_of(plan, model, kept)
     check_names(plan, inventory)

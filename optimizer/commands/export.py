@@ -126,7 +126,7 @@ def export(
         if job.engine == "torch":
             from optimizer.formats.torch import packed as torch_backend
 
-            torch_backend.put(tensors, plan, job.inventory, job.source.folder, draft)
+            torch_backend.put(tensors.items(), plan, job.inventory, job.source.folder, draft)
             return
         job.format.write(plan, job.subject, tensors, draft)
         view.stage("reading it back")
@@ -185,7 +185,7 @@ def _read_back(
     if why is not None:
         return [why]
     with TemporaryDirectory(dir=draft.parent, prefix="reference-") as folder:
-        packed.put(dict(tensors), job.plan, job.inventory, job.source.folder, Path(folder))
+        packed.put(tensors.items(), job.plan, job.inventory, job.source.folder, Path(folder))
         net = packed.load(folder)
         words = net.get_output_embeddings().weight.shape[0]
         wanted = read_back.log_probabilities(net, read_back.window(words))

@@ -56,6 +56,20 @@ def check_target(out: Path, overwrite: bool) -> None:
         ) from None
 
 
+def check_room(out: Path, size: int) -> None:
+    """Raise before any work if a folder of `size` bytes wouldn't fit beside what is there: the old
+    one of an overwrite=true stays until the new one is whole."""
+    place = drafts.place_of(_resolved(out))
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise StorageError(
+            f"The model's folder takes {size / 1e9:.2f} GB, and {place} has {free / 1e9:.2f} GB free. "
+            "Free space, or choose another out=DIR."
+        )
+
+
 def _resolved(out: Path) -> Path:
     """Where the folder really lies, links followed."""
     try:

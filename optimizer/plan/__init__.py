@@ -1,5 +1,6 @@
 """What a plan is made of: precisions, inventory, policy, budget. Nothing here knows torch."""
 
+from optimizer.plan.container import container_bytes
 from optimizer.plan.inventory import (
     GGML,
     REFERENCE_BITS,
@@ -21,7 +22,6 @@ from optimizer.plan.plan import (
     Budget,
     Plan,
     assemble,
-    container_bytes,
     digest,
     identity,
     parse_size,

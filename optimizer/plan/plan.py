@@ -6,14 +6,15 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from optimizer import untrusted
 from optimizer.errors import ConfigError, PlanError
-from optimizer.plan.inventory import SCALE_BYTES, UNTOUCHED, WIDTH, Inventory, Layer, Precision
+from optimizer.plan.container import Entry, container_bytes, stored_entries
+from optimizer.plan.inventory import SCALE_BYTES, UNTOUCHED, Inventory, Layer, Precision
 from optimizer.plan.refinement import SHA256, Refinement
 from optimizer.store import write_atomically
 
@@ -139,51 +140,18 @@ class Budget:
         return text if text.strip(" .0123456789") else f"{parse_size(text)} bytes"
 
 
-def container_bytes(
-    entries: Iterable[tuple[str, str, Sequence[int], int]], said: Mapping[str, str] | None = None
-) -> int:
-    """Header bytes of a safetensors file with these (name, dtype, shape, bytes) entries. said: what
-    its metadata hold besides the format.
-
-    The format: an 8-byte length, then JSON padded with spaces to a multiple of 8; tensors lie
-    in the order of the library's own list of dtypes, then name.
-    """
-    rank = {dtype: i for i, dtype in enumerate(WIDTH)}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(said or {})}}
-    offset = 0
-    for name, dtype, shape, size in sorted(entries, key=lambda e: (rank[e[1]], e[0])):
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + -(-len(text) // 8) * 8
-
-
 def stored_bytes(inventory: Inventory, choice: Mapping[str, Precision]) -> dict[str, int]:
     """Exact bytes of the packed file: {quantized, untouched, container, total}.
 
     `choice`: layer name -> precision; layers that it doesn't name stay untouched.
     """
-    entries: list[tuple[str, str, Sequence[int], int]] = []
-    quantized = untouched = 0
-    for layer in inventory.layers:
-        precision = choice.get(layer.name, UNTOUCHED)
-        size = layer.bytes(precision)
-        if precision.kind == "none":
-            untouched += size
-            entries.append((layer.name, layer.dtype, layer.shape, size))
-            continue
-        quantized += size
-        for suffix, (dtype, shape) in precision.parts(layer.rows, layer.cols).items():
-            part = math.prod(shape) * (SCALE_BYTES if dtype == "F16" else 1)
-            entries.append((f"{layer.name}.{suffix}", dtype, shape, part))
-    for tensor in inventory.others:
-        size = math.prod(tensor.shape) * WIDTH[tensor.dtype]
-        untouched += size
-        entries.append((tensor.name, tensor.dtype, tensor.shape, size))
+    quantized = sum(
+        layer.bytes(choice[layer.name])
+        for layer in inventory.layers
+        if choice.get(layer.name, UNTOUCHED).kind != "none"
+    )
+    entries = stored_entries(inventory, choice)
+    untouched = sum(entry[3] for entry in entries) - quantized
     container = container_bytes(entries)
     return {
         "quantized": quantized,
@@ -195,7 +163,7 @@ def stored_bytes(inventory: Inventory, choice: Mapping[str, Precision]) -> dict[
 
 def plane_bytes(inventory: Inventory, planes: Mapping[str, Precision]) -> dict[str, int]:
     """Exact bytes of the refinement's file: {quantized, container, total}; all 0 without planes."""
-    entries: list[tuple[str, str, Sequence[int], int]] = []
+    entries: list[Entry] = []
     for layer in inventory.layers:
         if layer.name not in planes:
             continue

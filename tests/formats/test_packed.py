@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import optimizer
 from optimizer.errors import ConfigError, PlanError, StorageError
-from optimizer.formats.folder import sha256
+from optimizer.formats.folder import check_room, sha256
 from optimizer.formats.torch import modules, packed
 from optimizer.models.model import Model
 from optimizer.plan import Plan, Precision
@@ -302,3 +303,33 @@ def test_loading_leaves_the_allocator_alone_unless_asked(
     assert not asked
     optimizer.load(folder[1], steady=True)
     assert asked == [True]
+
+
+def test_the_file_is_what_the_library_would_write(small: Small, tmp_path: Path) -> None:
+    """Written a tensor at a time, in the order in which layers come."""
+    choice = mixed(small.inventory.layers)
+    plan, out = pack(small, choice, tmp_path / "out")
+    model = Model.load(small.folder, small.inventory, full=False)
+    save_file(packed.pack(plan, model, plain), tmp_path / "whole", metadata={"format": "pt"})
+    assert (out / "packed.safetensors").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_tensors_that_the_plan_doesnt_promise_are_refused(llama: Small, tmp_path: Path) -> None:
+    plan = planned(llama.inventory, mixed(llama.inventory.layers))
+    model = Model.load(llama.folder, llama.inventory, full=False)
+    parts = packed.pack(plan, model, plain)
+    name = next(iter(parts))
+    wrong = [
+        (parts | {name: parts[name][:-1]}, "promises"),
+        (parts | {"one more": parts[name]}, "promises no one more"),
+        ({k: v for k, v in parts.items() if k != name}, "doesn't have"),
+    ]
+    for given, said in wrong:
+        with pytest.raises(PlanError, match=said):
+            packed.put(given.items(), plan, llama.inventory, llama.folder, tmp_path)
+
+
+def test_a_disk_that_is_too_small_is_told_before_work(tmp_path: Path) -> None:
+    check_room(tmp_path / "out", 1000)
+    with pytest.raises(StorageError, match="Free space"):
+        check_room(tmp_path / "new" / "out", 10**18)

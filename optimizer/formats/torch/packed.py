@@ -13,7 +13,7 @@ import ctypes
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,6 @@ from optimizer.formats.folder import (
     copy_beside,
     manifest,
     publish,
-    save_tensors,
     seal,
 )
 from optimizer.formats.format import Torch
@@ -48,12 +47,14 @@ from optimizer.formats.torch.modules import (
     within,
 )
 from optimizer.formats.torch.reader import Tensors, tensors
+from optimizer.formats.torch.writer import REMADE, write
 from optimizer.models.inventory import tie
 from optimizer.models.layout import holders, scatter
 from optimizer.models.model import Model, finite, places, skeleton
 from optimizer.models.planes import modules_of
 from optimizer.models.source import BASE_FILE, PACKED_FILE, POOLING, is_encoder, pooling
-from optimizer.plan import UNTOUCHED, Inventory, Layer, Other, Plan, Precision
+from optimizer.plan import UNTOUCHED, Inventory, Layer, Other, Plan, Precision, container_bytes
+from optimizer.plan.container import stored_entries
 from optimizer.plan.refinement import REFINEMENT_FILE
 from optimizer.quantization.ggml import Blocks
 from optimizer.quantization.residual import PlaneCodes
@@ -94,42 +95,47 @@ def save(
 ) -> Path:
     """Pack `model` as `plan` says and write it to `out`, with what `folder` says beside weights.
     encoder: gives the codes; rounding to nearest if none is given. refining: gives the planes of a
-    plan with a refinement, which is left out without. Appears whole or not at all. Memory: the packed
-    model."""
-    tensors = pack(plan, model, track, encoder)
+    plan with a refinement, which is left out without. Appears whole or not at all. Memory: a layer,
+    and a refinement's planes."""
+    parts = packing(plan, model, track, encoder)
     more: dict[str, Tensor] = {}
     if plan.refinement is not None and refining is not None:
         for name in track(plan.refinement.layers, "packing planes"):
             for suffix, part in refining.plane(model.weight(name), name).pack().items():
                 more[f"{name}.{suffix}"] = part.contiguous()
-    return publish(out, lambda draft: put(tensors, plan, model.inventory, folder, draft, more))
+    return publish(out, lambda draft: put(parts, plan, model.inventory, folder, draft, more))
 
 
 def pack(
     plan: Plan, model: Model, track: Track, encoder: Encoder | None = None
 ) -> dict[str, Tensor]:
-    """The plan's stored tensors by name, as packed.safetensors holds them; what isn't quantized is
-    the checkpoint's own, bit for bit, but for what the codes' scales went into."""
+    """The plan's stored tensors by name, as packed.safetensors holds them, all at once."""
+    return dict(packing(plan, model, track, encoder))
+
+
+def packing(
+    plan: Plan, model: Model, track: Track, encoder: Encoder | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The plan's stored tensors, one at a time; what isn't quantized is the checkpoint's own, bit for
+    bit, but for what the codes' scales went into."""
     encoder = encoder or Nearest()
     choice, inventory = plan.choice, model.inventory
-    tensors: dict[str, Tensor] = {}
     for layer in track(inventory.layers, "packing layers"):
         precision = choice[layer.name]
         if precision.kind == "none":
-            stored = finite(layer.name, model.checkpoint.read(layer.name))
-            tensors[layer.name] = stored.contiguous()
+            yield layer.name, finite(layer.name, model.checkpoint.read(layer.name)).contiguous()
             continue
         weight = model.weight(layer.name)
         for suffix, part in encoder.encode(weight, precision, layer.name).pack().items():
-            tensors[f"{layer.name}.{suffix}"] = part.contiguous()
+            yield f"{layer.name}.{suffix}", part.contiguous()
     for tensor in inventory.others:
         stored = finite(tensor.name, model.checkpoint.read(tensor.name))
-        tensors[tensor.name] = encoder.changed(tensor.name, stored).to(stored.dtype).contiguous()
-    return tensors
+        changed = encoder.changed(tensor.name, stored).to(stored.dtype)
+        yield tensor.name, changed.contiguous()
 
 
 def put(
-    parts: dict[str, Tensor],
+    parts: Iterable[tuple[str, Tensor]],
     plan: Plan,
     inventory: Inventory,
     folder: Path,
@@ -140,17 +146,13 @@ def put(
     as a plan of its own. Raises PlanError if a file isn't what was promised."""
     plan = plan if more else replace(plan, refinement=None)
     file = out / (BASE_FILE if more else PACKED_FILE)
-    save_tensors(parts, file)
-    size = file.stat().st_size
+    entries = stored_entries(inventory, plan.choice)
+    size = sum(entry[3] for entry in entries) + container_bytes(entries)
     if size != plan.bytes["total"]:
         raise PlanError(
-            f"The plan promises {plan.bytes['total']} bytes and the file has {size}. The plan was "
-            "made for another version or another checkpoint; make it again."
+            f"The plan promises {plan.bytes['total']} bytes and the file has {size}. {REMADE}"
         )
-    with tensors(file) as stored:
-        for name, value in parts.items():
-            if not torch.equal(stored.get(name, value.dtype), value):
-                raise PlanError(f"Read back, {name} is not what was written. Is the disk sound?")
+    write(file, entries, parts)
     if more:
         planes.put(more, plan, out)
     copy_beside(folder, out)
