@@ -265,3 +265,14 @@ def nested_plan(store: Path, source: Source, tmp_path_factory: pytest.TempPathFa
         )  # fmt: skip
     assert code == 0
     return folder / "plan.json"
+
+
+@pytest.fixture(scope="session")
+def nested_folder(
+    store: Path, nested_plan: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What `apply` makes of it. Tests must leave it as it is."""
+    out = tmp_path_factory.mktemp("unpack") / "model"
+    with _own_logging():
+        assert main(["apply", str(nested_plan), f"out={out}", f"store={store}"]) == 0
+    return out

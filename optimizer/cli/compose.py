@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.cli import words
+from optimizer.commands.generate import Generate
 from optimizer.config import (
     Advise,
     Apply,
@@ -51,6 +52,7 @@ COMMANDS: dict[str, type[Any]] = {
     "advise": Advise,
     "probe": Probe,
     "blur": Blur,
+    "generate": Generate,
     "judge": Judge,
     "overlay": Overlay,
     "learn": Learn,

@@ -30,6 +30,7 @@ Mezzotint: make a language model fit a memory budget and keep what it means.
   mezzotint store [prune 30d]                           what is kept; remove what is unused for 30 days
   mezzotint probe plan.json                             which distinctions of meaning it lost
   mezzotint blur plan.json text.txt out=blur.html       where in a text it changed what is said
+  mezzotint generate DIR "prompt" unpack=hard           its text, where it was unpacked, and how fast
   mezzotint judge A B [C ...]                           judge plans, packed folders, models blind
   mezzotint overlay DIR                                 write with a model, choose where it is unsure
   mezzotint learn votes.jsonl out=meaning.yaml          votes and choices -> an objective
@@ -46,7 +47,7 @@ data=    bundled (default), self (sampled from the model), text data.path=FILE, 
 """
 COMMANDS = (
     "optimize", "show", "apply", "check", "export", "evaluate", "probe", "blur", "fit", "advise",
-    "report", "compare", "store", "judge", "overlay", "learn",
+    "report", "compare", "store", "generate", "judge", "overlay", "learn",
 )  # fmt: skip
 POSITIONAL = {
     "apply": ["plan"],
@@ -56,6 +57,7 @@ POSITIONAL = {
     "probe": ["plan"],
     "blur": ["plan", "text"],
     "overlay": ["model"],
+    "generate": ["model", "prompt"],
 }
 MANY = {"judge": "models", "learn": "files"}  # all words before the settings, as a list
 
@@ -130,6 +132,7 @@ def _dispatch(command: str, rest: list[str]) -> None:
         "advise": _advise,
         "probe": _probe,
         "blur": _blur,
+        "generate": _generate,
         "judge": _judge,
         "overlay": _overlay,
         "learn": _learn,
@@ -289,6 +292,14 @@ def _blur(settings: Any) -> None:
     tables.blur(out, found, settings.passages, whole=settings.to == "terminal")
     if settings.to == "html":
         out.print(f"Wrote {settings.out}. Open it in a browser.", soft_wrap=True, markup=False)
+
+
+def _generate(settings: Any) -> None:
+    from optimizer.cli import nested, progress
+    from optimizer.commands import generate
+
+    out = _console()
+    nested.answer(out, settings.prompt, generate.generate(settings, progress.Terminal(out)))
 
 
 def _judge(settings: Any) -> None:

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from optimizer.cli.certificate import human
+from optimizer.commands.generate import Answer
 from optimizer.plan import Plan
+from optimizer.untrusted import printable
+
+OPENED = "bold cyan"
 
 
 def lines(plan: Plan) -> Iterator[str]:
@@ -40,6 +48,38 @@ def lines(plan: Plan) -> Iterator[str]:
             f"unpack=hard share={hard['share']:g}: KL {_within(held['kl'])} with "
             f"{100 * held['share']:.1f} % of the tokens unpacked, those of largest {hard['signal']}."
         )
+
+
+def answer(out: Console, prompt: str, found: Answer) -> None:
+    """The text, with marks where it was unpacked, and what each way of writing took."""
+    text = Text(printable(prompt).replace("\\x0a", "\n"), style="dim")
+    for piece, opened in found.pieces:
+        shown = printable(piece).replace("\\x0a", "\n")
+        marked = opened and found.asked.name in ("hard", "draft") and bool(piece)
+        text.append(f"\u2039{shown}\u203a" if marked else shown, OPENED if marked else "default")
+    out.print(text, soft_wrap=True)
+    out.print()
+    table = Table()
+    table.add_column("unpack=")
+    for name in ("unpacked", "passes a token", "read a token", "tokens/s"):
+        table.add_column(name, justify="right")
+    for row in found.rows:
+        base, refined = row.passes
+        share = {"hard": f"{100 * row.share:.0f} %", "always": "all", "never": "none"}
+        passes = f"{base:.2f} + {refined:.2f}" if base and refined else f"{base + refined:.2f}"
+        style = "bold" if row is found.asked else None
+        speed = f"{row.per_second:.3g}"
+        cells = (share.get(row.name, ""), passes, human(int(row.read)), speed)
+        table.add_row(Text(row.name), *cells, style=style)
+    out.print(table)
+    if found.asked.acceptance is not None:
+        out.print(f"{100 * found.asked.acceptance:.0f} % of the base's words were kept.")
+    meant = {"hard": "chosen with the planes open", "draft": "the refined model's own words"}
+    if found.asked.name in meant:
+        what = meant[found.asked.name]
+        out.print(f"\u2039marked\u203a: {what}. Passes: base + refined.", markup=False)
+    for line in found.notes:
+        out.print(line, soft_wrap=True, markup=False)
 
 
 def _within(found: Mapping[str, Any], digits: int = 4) -> str:

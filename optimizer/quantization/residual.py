@@ -13,25 +13,25 @@ GPTQ with the Hessian of the inputs that the layer gets when the layers before i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from optimizer.plan import Precision
+from optimizer.models.blockwise import Stream
+from optimizer.plan import Precision, digest
 from optimizer.quantization.calibrated import Calibrated, Material, Parts
-from optimizer.quantization.gptq import Solver, _sweep, factors
+from optimizer.quantization.gptq import STACKED, Solver, _sweep, factors
 from optimizer.quantization.methods import Bound, Gptq
 from optimizer.quantization.uniform import Levels, pack, unpack
 
 if TYPE_CHECKING:
-    from optimizer.models.blockwise import Stream
     from optimizer.models.model import Model, Rounder
 
-VERSION = 2  # raised when planes get other codes
+VERSION = 3  # raised when planes get other codes
 NEAR = (1.0, 1.15, 1.4)  # factors that are tried where the base was rounded to nearest
 
 
@@ -211,6 +211,37 @@ class Chained(Calibrated):
             return find(layer, plane) if parts.get(layer) else None
 
         return Stacked(self._base, self._choice, self._planes, planes)
+
+    def _tell(self, layers: Collection[str], why: str = "") -> None:
+        """The base said it of the same layers."""
+
+    def _heads(self, real: Mapping[str, Precision]) -> dict[str, Parts]:
+        """The head's plane, with the reference's inputs, as its base."""
+        found: dict[str, Parts] = {}
+        for name in (x.name for x in self._material.inventory.layers if x.predicts):
+            if name in real and name in self._planes and name in self._cols:
+                key = digest([self.key, "head", name])
+                kept = self._material.store.arrays("codes", key, partial(self._head, name))
+                found[name] = {k: torch.from_numpy(v) for k, v in (kept or {}).items()}
+        return found
+
+    def _head(self, name: str) -> dict[str, Any]:
+        """Its plane's arrays, some rows at a time: a vocabulary is long."""
+        model = self._material.model
+        stream = Stream(model, self._material.calibration(), frozen=True)
+        for block in self._material.track(range(len(stream.blocks)), "what the head reads"):
+            stream.advance(block)
+        hessian, weight, plane = stream.head_hessian(), model.weight(name), self._planes[name]
+        base = self._base.encode(weight, self._choice[name], name)
+        rest, rows = weight.float() - base.decode(), max(1, STACKED // weight.shape[1])
+        parts = []
+        for some, steps in zip(rest.split(rows), base.scales.split(rows), strict=True):
+            if hessian is None:
+                codes = nearest(some, steps, plane, NEAR)
+            else:
+                codes = solved(some, steps, plane, hessian, self._method)
+            parts.append(codes.pack())
+        return {k: torch.cat([part[k] for part in parts]).cpu().numpy() for k in parts[0]}
 
     def _unpacked(self, parts: Parts, precision: Precision, cols: int) -> Any:
         return PlaneCodes.unpack(parts, precision, cols)

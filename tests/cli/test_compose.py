@@ -36,6 +36,7 @@ NEEDED = {
     "advise": ["model=stories"],
     "probe": ["plan=plan.json"],
     "blur": ["plan=plan.json", "text=text.txt"],
+    "generate": ["model=packed", "prompt=once"],
     "judge": ["models=[one.json,reference]"],
     "overlay": ["model=packed"],
     "learn": ["files=[votes.jsonl]"],

@@ -16,18 +16,15 @@ import optimizer
 from optimizer.errors import ConfigError, PlanError
 from optimizer.formats.folder import sha256
 from optimizer.plan import Plan
-from tests.conftest import Command, _own_logging, main
+from tests.conftest import Command
 
 PROMPT = torch.arange(5, 17)[None]
 SAYS = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 40, "min_new_tokens": 40}
 
 
-@pytest.fixture(scope="module")
-def folder(store: Path, nested_plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("unpack") / "model"
-    with _own_logging():
-        assert main(["apply", str(nested_plan), f"out={out}", f"store={store}"]) == 0
-    return out
+@pytest.fixture
+def folder(nested_folder: Path) -> Path:
+    return nested_folder
 
 
 @pytest.fixture
@@ -77,7 +74,7 @@ def test_drafts_change_no_word(folder: Path) -> None:
 def test_sampled_drafts_have_the_refined_distribution(folder: Path) -> None:
     """The second of two sampled tokens, which a draft may have been: chi-square against the refined
     model's own probabilities."""
-    runs = 400
+    runs = 200
     net = optimizer.load(folder, unpack="draft")
     net.generation_config.update(temperature=1.0, top_k=0, top_p=1.0)
     torch.manual_seed(3)

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+import optimizer
 from optimizer.errors import PlanError
+from optimizer.models.model import Model
 from optimizer.plan import Plan
 from tests.conftest import QUICK, Command
 
-SIZES = ["budget.size=100kB", "nested.size=130kB"]
+MODES = ("never", "always")
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +70,24 @@ def test_mistakes_are_explained(mezzotint: Command, words: list[str], said: str)
     quick = [w for w in QUICK if not w.startswith("search=")]
     found = mezzotint("optimize", "model=stories", "budget.size=100kB", *quick, *words)
     assert found.code == 2 and said in found.err
+
+
+def test_gptq_refines_every_layer_the_head_too(
+    mezzotint: Command, tmp_path: Path, stories: Model
+) -> None:
+    """Its planes are made by GPTQ, too; stored under keys of their own."""
+    quick = [w for w in QUICK if not w.startswith(("scope", "quantizer"))]
+    sizes = ["budget.size=100kB", "nested.size=150kB"]
+    run = [*sizes, *quick, "quantizer=gptq", "proof.certify=false", f"hydra.run.dir={tmp_path}"]
+    assert mezzotint("optimize", "model=stories", *run).code == 0
+    assert mezzotint("apply", tmp_path / "plan.json", "out=packed").code == 0
+    tied = [x.name for x in stories.inventory.layers if x.predicts]
+    plan = Plan.load(tmp_path / "plan.json")
+    assert plan.refinement is not None and set(tied) <= plan.refinement.layers.keys()
+    ids = torch.arange(5, 35)[None]
+    with torch.inference_mode():
+        wanted, base, refined = (
+            net(input_ids=ids, use_cache=False).logits
+            for net in (stories.net, *(optimizer.load("packed", unpack=u) for u in MODES))
+        )
+    assert (refined - wanted).norm() < 0.6 * (base - wanted).norm()

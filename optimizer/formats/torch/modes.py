@@ -116,12 +116,14 @@ class State:
     base: Gate
     threshold: float = 0.0
     kind: str = "entropy"
+    prompt: int = 0  # tokens of the last one that words were drafted after
 
     def __post_init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         self.marks: list[list[bool]] = []
+        self.rounds: list[tuple[int, int]] = []  # of drafts: tokens in the cache, tokens drafted
         self.passes = {"base": 0, "refined": 0}
         self.gate.read = 0
 
@@ -130,6 +132,36 @@ class State:
         """Of the tokens after the prompt."""
         flat = [mark for row in self.marks for mark in row]
         return sum(flat) / len(flat) if flat else 0.0
+
+    def opened(self, count: int) -> list[bool]:
+        """For each of `count` new tokens whether planes were open when it was chosen; of drafts,
+        whether it is the refined model's own word instead of the base's."""
+        if self.mode == "hard":  # the first token is the prompt's pass's, which has the planes
+            return [True, *(row[0] for row in self.marks)][:count]
+        if self.mode != "draft":
+            return [True] * count
+        found = [False] * count
+        for _, last in self._kept(count):
+            found[last] = True
+        return found
+
+    def acceptance(self, count: int) -> float | None:
+        """Of the drafted words that were looked at, how many were kept; None unless words are
+        drafted."""
+        if self.mode != "draft" or not self.rounds:
+            return None
+        kept, looked, before = 0, 0, -1
+        for drafted, last in self._kept(count):
+            own = last - before - 1
+            kept, looked = kept + own, looked + min(own + 1, drafted)
+            before = last
+        return kept / looked if looked else None
+
+    def _kept(self, count: int) -> list[tuple[int, int]]:
+        """Of each round of drafts: how many, and which new token ended it."""
+        starts = [cached for cached, _ in self.rounds[1:]]
+        ends = [start - self.prompt for start in starts] + [count - 1]
+        return [(drafted, end) for (_, drafted), end in zip(self.rounds, ends, strict=True)]
 
 
 def unpacked(
@@ -154,7 +186,7 @@ def unpacked(
     if drafts is not None:
         _count(net, state, "refined")
         _count(drafts, state, "base")
-        net.generate = _assisted(net, drafts)
+        net.generate = _assisted(net, drafts, state)
     elif mode == "hard":
         net.forward = _watchful(net, state)
     else:
@@ -174,6 +206,11 @@ def _count(net: Any, state: State, name: str) -> None:
     @wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
         state.passes[name] += 1
+        if state.mode == "draft" and name == "refined":
+            ids, cache = kwargs["input_ids"], kwargs.get("past_key_values")
+            cached = 0 if cache is None else int(cache.get_seq_length())
+            drafted = ids.shape[1] - (1 if cached else state.prompt)
+            state.rounds.append((cached, drafted))
         return inner(*args, **kwargs)
 
     net.forward = forward
@@ -182,7 +219,7 @@ def _count(net: Any, state: State, name: str) -> None:
 # ---------------------------------------------------------------- draft
 
 
-def _assisted(net: Any, drafts: Any) -> Any:
+def _assisted(net: Any, drafts: Any, state: State) -> Any:
     inner = net.generate
 
     @wraps(inner)
@@ -193,6 +230,8 @@ def _assisted(net: Any, drafts: Any) -> Any:
                 f"unpack=draft writes one sequence at a time, since transformers' assisted generation "
                 f"does, and it was given {len(ids)}. Call generate for each, or take unpack=always."
             )
+        if isinstance(ids, Tensor):
+            state.prompt = ids.shape[1]
         kwargs.setdefault("assistant_model", drafts)
         return inner(inputs, *args, **kwargs)
 
