@@ -53,6 +53,7 @@ SMALL = Data(
 TRANSFORMERS = Runtime(
     name="transformers", experts="model", executes=["none", "int[2-8]_*_sym"]
 )  # as conf/runtime/transformers.yaml
+COLUMN = ("transformers", "transformers_why")
 LEAST = 1e-3  # what rounding moves logits by, at least
 
 
@@ -187,11 +188,27 @@ def load() -> dict[str, Any]:
 def save(rows: list[Row]) -> None:
     """Add the rows to the data, in place of older ones."""
     old = load()["rows"] if DATA.exists() else []
-    every = {row["kind"]: row for row in old} | {row.kind: asdict(row) for row in rows}
+    every = {row["kind"]: row for row in old}
+    for row in rows:
+        kept = {k: v for k, v in every.get(row.kind, {}).items() if k in COLUMN}
+        every[row.kind] = asdict(row) | kept
+    _write([every[kind] for kind in sorted(every)])
+
+
+def save_column(kind: str, outcome: str, why: str) -> None:
+    """What transformers' own loader said, beside the row that is there."""
+    rows = load()["rows"]
+    for row in rows:
+        if row["kind"] == kind:
+            row |= dict(zip(COLUMN, (outcome, why), strict=True))
+    _write(rows)
+
+
+def _write(rows: list[dict[str, Any]]) -> None:
     data = {
         "transformers": transformers.__version__,
         "torch": torch.__version__.partition("+")[0],
-        "rows": [every[kind] for kind in sorted(every)],
+        "rows": rows,
     }
     DOCS.mkdir(exist_ok=True)
     DATA.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -215,26 +232,41 @@ def render(data: dict[str, Any]) -> str:
         f"{_count(causal, 'refused')} are refused with the reason below, and "
         f"{_count(causal, 'not built')} couldn't be built small.",
         "",
-        "| model type | class | torch | share that can be rounded | remarks |",
-        "|---|---|---|---|---|",
+        "*transformers*: a plan for `runtime=transformers`, exported in the compressed-tensors format "
+        "and loaded by transformers' own loader, which computes the packed model's logits. Of the "
+        f"{sum(bool(row.get(COLUMN[0])) for row in causal)} types tried, "
+        f"{_count(causal, 'read', COLUMN[0])} are read; where one is refused, the words are among the "
+        "remarks.",
+        "",
+        "| model type | class | torch | share that can be rounded | transformers | remarks |",
+        "|---|---|---|---|---|---|",
     ]
     lines += [_rendered(row) for row in rows]
     return "\n".join(lines) + "\n"
 
 
-def _count(rows: list[dict[str, Any]], outcome: str) -> int:
-    return sum(row["outcome"] == outcome for row in rows)
+def _count(rows: list[dict[str, Any]], outcome: str, column: str = "outcome") -> int:
+    return sum(row.get(column) == outcome for row in rows)
 
 
 def _rendered(row: dict[str, Any]) -> str:
     share = f"{row['share']:.0%}" if row["outcome"] == "exact" else ""
     remarks = row["why"] or " ".join(row["notes"])
-    cells = (row["kind"], row["class_"], row["outcome"], share, remarks)
+    other, why = (row.get(key, "") for key in COLUMN)
+    if other not in ("", "read") and row["outcome"] == "exact":
+        remarks = f"{remarks} transformers: {why}".strip()
+    shown = other if row["outcome"] == "exact" else ""
+    cells = (row["kind"], row["class_"], row["outcome"], share, shown, remarks)
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def main(words: list[str]) -> None:
-    if words != ["render"]:
+    if words[:1] == ["transformers"]:
+        for kind in words[1:] or zoo.kinds():
+            outcome, why = read_by_transformers(kind)
+            print(kind, outcome, why, flush=True)
+            save_column(kind, outcome, why)
+    elif words != ["render"]:
         for kind in words or [*zoo.kinds(), *zoo.encoders()]:
             row = measure(kind)
             print(row.kind, row.outcome, row.why, flush=True)

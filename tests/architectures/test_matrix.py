@@ -22,6 +22,28 @@ def test_every_architecture(kind: str) -> None:
     assert matrix.measure(kind).outcome == ROWS[kind]["outcome"]
 
 
+READ = ["llama", "mixtral", "falcon"]
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_transformers_reads_the_export_of_a_few(kind: str) -> None:
+    outcome, why = matrix.read_by_transformers(kind)
+    assert outcome == "read", why
+    assert float(why.partition("KL ")[2].split()[0]) < 1e-6
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("kind", [k for k, row in ROWS.items() if row.get("transformers")])
+def test_transformers_reads_what_the_data_says(kind: str) -> None:
+    assert matrix.read_by_transformers(kind)[0] == ROWS[kind]["transformers"]
+
+
+def test_transformers_reads_most_and_nothing_is_wrong() -> None:
+    outcomes = [row.get("transformers", "") for row in ROWS.values()]
+    assert outcomes.count("read") >= 60 and "WRONG" not in outcomes
+    assert all(row["transformers_why"] for row in ROWS.values() if row.get("transformers"))
+
+
 def test_nothing_is_silently_wrong_and_most_is_exact() -> None:
     outcomes = [row["outcome"] for row in ROWS.values() if not row["kind"].endswith(" encoder")]
     assert "WRONG" not in outcomes
