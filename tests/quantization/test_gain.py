@@ -46,3 +46,18 @@ def test_inputs_that_know_nothing_of_each_other_gain_nothing() -> None:
     assert foretold(torch.eye(COLS)) == pytest.approx(1.0)
     gains = [foretold(hessian(shared)) for shared in (0.0, 0.5, 0.8, 0.95)]
     assert gains == sorted(gains, reverse=True) and 0 < gains[-1] < 0.2
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_two_inputs_by_hand(order: list[int], damping: float) -> None:
+    """The first input to be rounded pays what the second can't tell of it, the second pays all."""
+    h = torch.tensor([[4.0, 1.5], [1.5, 1.0]])
+    first, last = (float(h[i, i]) / 2.5 + damping for i in order)
+    left = first - (1.5 / 2.5) ** 2 / last
+    found = gain(h, damping, torch.tensor(order))
+    assert found == pytest.approx((left + last) / (first + last), rel=1e-5)
+
+
+def test_inputs_that_were_never_seen_gain_nothing() -> None:
+    assert gain(torch.zeros(4, 4), 0.05, torch.arange(4)) == pytest.approx(1.0)

@@ -11,12 +11,13 @@ from optimizer.data.text import Windows
 from optimizer.errors import ConfigError
 from optimizer.metrics.divergence import Teacher
 from optimizer.models.model import Model
-from optimizer.plan import Palette, Precision, fuse
+from optimizer.plan import UNTOUCHED, Layer, Palette, Precision, fuse
 from optimizer.quantization.uniform import Nearest
 from optimizer.sensitivity import Table, Task, chunks, palette_columns
 from optimizer.sensitivity import estimator as estimator_of
 from optimizer.sensitivity.estimators import Estimator, Fisher
 from optimizer.sensitivity.measured import WINDOWS, measure
+from optimizer.sensitivity.table import Text, agreeing, unfitting
 from tests.conftest import Small
 
 # ---------------------------------------------------------------- arithmetic
@@ -234,3 +235,84 @@ def test_measuring_restores_and_reads_few_windows(stories: Model, text: Windows)
         one["loss"], measure(stories, work, text, work.groups[0], "reference")["loss"]
     )
     assert all(torch.equal(v, before[k]) for k, v in stories.net.state_dict().items())
+
+
+# ---------------------------------------------------------------- words and columns
+
+
+def layer(name: str, cols: int) -> Layer:
+    return Layer(f"{name}.weight", 8, cols, "linear", name, 0, f"{name}.weight", (8, cols))
+
+
+WIDE, ODD = layer("q_proj", 128), layer("dt_proj", 48)
+P32, P64, WHOLE = Precision("int", 4, 32), Precision("int", 4, 64), Precision("int", 8)
+
+
+def test_what_a_column_means_for_a_layer_that_it_does_not_divide() -> None:
+    palette = [P32, P64, WHOLE, Precision()]
+    untouched = palette_columns([WIDE, ODD], palette, "untouched")
+    assert [untouched[WIDE.name, p.name] for p in palette] == palette
+    assert [untouched[ODD.name, p.name].name for p in palette] == (
+        ["none", "none", "int8_channel", "none"]
+    )
+    nearest = palette_columns([WIDE, ODD], palette, "nearest")
+    assert [nearest[ODD.name, p.name].group_size for p in palette] == [24, 48, None, None]
+    for fit, layers in (("strict", [WIDE, ODD]), ("untouched", [ODD])):
+        with pytest.raises(
+            ConfigError, match=r"groups of 32 don't divide the 48 columns of dt_proj"
+        ):
+            palette_columns(layers, palette, fit)
+    assert palette_columns([WIDE], palette, "strict")[WIDE.name, "int4_g64"] == P64
+
+
+def test_what_goes_together_is_untouched_together() -> None:
+    """Where one of a group has no such column, none of it has; other groups and columns stay."""
+    names = (WIDE.name, ODD.name, "other.weight")
+    fitted = {(n, c): p for n in names for c, p in (("a", P32), ("b", WHOLE))}
+    fitted[ODD.name, "a"] = UNTOUCHED
+    found = agreeing([names[:2], names[2:]], ["a", "b"], fitted)
+    assert {key for key, p in found.items() if p == UNTOUCHED} == {
+        (names[0], "a"),
+        (names[1], "a"),
+    }
+    assert found[names[2], "a"] == P32 and found[names[0], "b"] == WHOLE
+
+
+def test_layers_that_no_group_divides_are_named_once_for_each_length() -> None:
+    palette = [P32, P64, Precision("int", 2, 32), WHOLE]
+    (of_32, of_64) = unfitting([WIDE, ODD, layer("x_proj", 80)], palette, "untouched")
+    assert of_32.startswith(
+        "Groups of 32 don't divide the 48 columns of dt_proj.weight and 1 more:"
+    )
+    assert of_64.startswith(
+        "Groups of 64 don't divide the 48 columns of dt_proj.weight and 1 more:"
+    )
+    (alone,) = unfitting([WIDE, ODD], [P32], "untouched")
+    assert "dt_proj.weight: untouched" in alone
+    assert unfitting([WIDE], palette, "untouched") == ()
+    assert unfitting([WIDE, ODD], palette, "nearest") == ()
+
+
+def test_a_factor_scales_losses_errors_and_samples_alike() -> None:
+    table = example(np.random.default_rng(0).exponential(size=(6, 3, 2)))
+    found = table.scaled(np.array([1.0, 2.0, 0.5]))
+    columns = np.array([1, 0, 1])
+    wide = np.array([1.0, 2.0, 0.5])[:, None]
+    assert found.loss == pytest.approx(table.loss * wide)
+    assert found.stderr == pytest.approx(table.stderr * wide)
+    again = example(table.samples * wide)
+    assert found.predict(columns) == pytest.approx(again.predict(columns))
+
+
+def test_labels_of_a_window_depend_on_its_chunk_and_place() -> None:
+    text = Text(np.zeros((7, 2)), [slice(0, 3), slice(3, 5), slice(5, 7)], seed=9)
+    assert [text.chunk(w) for w in range(7)] == [0, 0, 0, 1, 1, 2, 2]
+    assert [text.labels(w) for w in (0, 2, 3, 4, 6)] == (
+        [[9, 0, 0], [9, 0, 2], [9, 3, 0], [9, 3, 1], [9, 5, 1]]
+    )
+
+
+def test_losses_of_a_groups_layers_add_up() -> None:
+    task = Task((("a", "b"), ("c",)), ("p",), {}, Nearest())
+    losses = {"a": np.array([1.0]), "b": np.array([2.0]), "c": np.array([5.0])}
+    assert task.collect(losses).tolist() == [[3.0], [5.0]] and task.layers == ["a", "b", "c"]
