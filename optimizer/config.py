@@ -14,6 +14,7 @@ from optimizer.errors import ConfigError
 from optimizer.formats.format import format_of
 from optimizer.formats.runtime import Runtime
 from optimizer.metrics.objective import Meaning
+from optimizer.models.residence import Residence
 from optimizer.plan import Budget, Palette, Policy, parse_size
 from optimizer.quantization.methods import Auto
 from optimizer.search import Search
@@ -154,7 +155,14 @@ class Optimize:
     wandb: Wandb = field(default_factory=Wandb)
     seed: int = 0
     device: str = "cpu"
+    offload: str = "auto"
+    memory: str | None = None
     store: str = "~/.cache/mezzotint"
+
+    @property
+    def residence(self) -> Residence:
+        """Where the model's weights shall be while it runs."""
+        return Residence(self.offload, self.memory)
 
     @property
     def scopes(self) -> list[str]:
@@ -166,6 +174,7 @@ class Optimize:
     def check(self) -> None:
         """What can be wrong before anything is loaded."""
         check_seed("seed", self.seed)
+        self.residence.check()
         if self.budget.given:  # else one is proposed, see optimizer.commands.advise
             self.budget.check()
         self.runtime.check(self.palette.precisions())
@@ -288,7 +297,14 @@ class Evaluate:
     domains: list[str] = field(default_factory=lambda: list(BUILT_IN))
     generate: int = 0
     device: str = "cpu"
+    offload: str = "auto"
+    memory: str | None = None
     store: str = "~/.cache/mezzotint"
+
+    @property
+    def residence(self) -> Residence:
+        """Where the model's weights shall be while it runs."""
+        return Residence(self.offload, self.memory)
 
     @property
     def task_names(self) -> list[str]:

@@ -211,6 +211,7 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
         config.store,
         config.device,
         view,
+        config.residence,
     )
     if bench.source.fingerprint != plan.model.get("fingerprint", bench.source.fingerprint):
         reference_of(plan, config.reference, bench.store)

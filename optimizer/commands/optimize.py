@@ -168,7 +168,16 @@ def _checked(config: Optimize, view: View) -> tuple[Optimize, Bench, Choices]:
     effort.check(config)
     config = effort.reading(config)
     _reach_storage(config, root(config.store))
-    bench = Bench(config.model, config.revision, config.data, config.store, config.device, view)
+    bench = Bench(
+        config.model,
+        config.revision,
+        config.data,
+        config.store,
+        config.device,
+        view,
+        config.residence,
+    )
+    _ = config.residence.settled(bench.inventory)  # a cap that is too small ends here
     config, said = advise.propose(config, bench.source.folder)
     config.budget.check()
     for line in said:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,11 @@ class Checkpoint:
     folder: Path
     tensors: Mapping[str, Stored]
     beside: tuple[str, ...] = ()
+    kept: dict[str, Tensor] | None = None
+
+    def keeping(self) -> Checkpoint:
+        """The same, with every tensor that was read once kept in memory, as it is stored."""
+        return replace(self, kept={})
 
     def read(self, name: str) -> Tensor:
         """The tensor as it is stored: [shape], its own dtype."""
@@ -52,11 +57,17 @@ class Checkpoint:
 
         by_file: dict[Path, list[str]] = {}
         for name in names:
+            if self.kept is not None and name in self.kept:
+                yield name, self.kept[name]
+                continue
             by_file.setdefault(self.tensors[name].file, []).append(name)
         for path, own in by_file.items():
             with readable(path) as file, safe_open(file, framework="pt") as opened:
                 for name in own:
-                    yield name, opened.get_tensor(name)
+                    value = opened.get_tensor(name)
+                    if self.kept is not None:
+                        self.kept[name] = value = value.clone()  # no view of the file
+                    yield name, value
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -119,10 +120,10 @@ def _probe(net: Any, ids: Tensor, values: Tensor, shift: int) -> tuple[Tensor, T
         sent[:] = [row[shift : shift + output.shape[-1]].to(output)]
         return sent[0].expand_as(output).clone()
 
-    head = output_head(net)
+    head, disk = output_head(net), offloaded(net)
     handles = [head.register_forward_pre_hook(shorten), head.register_forward_hook(replace)]
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), disk.bypassed() if disk is not None else nullcontext():
             found = net(input_ids=ids[:1], use_cache=False).logits
     except (IndexError, RuntimeError, TypeError, ValueError, AttributeError):
         sent.clear()  # what follows the head wants another shape than one position

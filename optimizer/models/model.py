@@ -25,6 +25,7 @@ from optimizer.models.inventory import POOLER, architecture, drop_pooler, skelet
 from optimizer.models.layout import gather, scatter
 from optimizer.models.offload import offloaded, places
 from optimizer.models.offload import opened as opened_on_disk
+from optimizer.models.residence import Residence
 from optimizer.models.source import is_encoder, pooling, quiet
 from optimizer.plan import UNTOUCHED, Inventory, Layer, Precision
 
@@ -99,17 +100,20 @@ class Model:
         inventory: Inventory,
         device: str = "cpu",
         full: bool = True,
-        offload: bool = False,
+        offload: str | None = None,
     ) -> Model:
         """Load and check. Raises ModelError that names the first tensor with NaN or infinity.
 
         full: run in fp32; otherwise weights are only read, one at a time from the files. offload:
-        the blocks' weights stay on disk, see `optimizer.models.offload`.
+        `none`, or where the blocks' weights stay, `cpu` or `disk`, see `optimizer.models.offload`;
+        None: what fits.
         """
         checkpoint = open_checkpoint(folder)
         if not full:
             return cls(None, inventory, checkpoint)
-        if offload:
+        offload = offload or Residence().settled(inventory)
+        if offload != "none":
+            checkpoint = checkpoint.keeping() if offload == "cpu" else checkpoint
             for name, value in checkpoint.several([x.name for x in inventory.held]):
                 finite(name, value)
             net = opened_on_disk(folder, inventory, checkpoint, device)

@@ -22,6 +22,7 @@ from optimizer.errors import ConfigError, ModelError, TextError
 from optimizer.formats import registry
 from optimizer.formats.rules import Demands
 from optimizer.formats.runtime import Runtime
+from optimizer.models.residence import Residence
 from optimizer.models.source import (
     Source,
     context_length,
@@ -98,9 +99,16 @@ class Bench:
     """One model with its store: everything that doesn't depend on a budget."""
 
     def __init__(
-        self, name: str, revision: str | None, data: Data, store: str, device: str, view: View
+        self,
+        name: str,
+        revision: str | None,
+        data: Data,
+        store: str,
+        device: str,
+        view: View,
+        residence: Residence | None = None,
     ) -> None:
-        self.store = Store.open(store, view.note)
+        self.store, self.residence = Store.open(store, view.note), residence or Residence()
         self.view, self.data, self.device = view, data, device
         self.cache = Kept()
         check_device(device)
@@ -143,8 +151,11 @@ class Bench:
     def model(self) -> Model:
         from optimizer.models.model import Model
 
+        where = self.residence.settled(self.inventory)
         self.view.stage("loading the reference")
-        return Model.load(self.source.folder, self.inventory, self.device)
+        if where == "disk":
+            self.view.note("The model's blocks stay on disk, and are read for each pass.")
+        return Model.load(self.source.folder, self.inventory, self.device, offload=where)
 
     @cached_property
     def tokens_key(self) -> str:

@@ -29,7 +29,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(small: Small) -> Pair:
-    return Pair(small.model, Model.load(small.folder, small.inventory, offload=True))
+    return Pair(small.model, Model.load(small.folder, small.inventory, offload="disk"))
 
 
 def blocks(model: Model) -> OnDisk:
@@ -121,7 +121,7 @@ def test_blocks_run_one_by_one_alike(pair: Pair) -> None:
 
 def test_an_absent_block_holds_no_numbers(small: Small) -> None:
     """What is computed without a block can't pass for a result."""
-    model = Model.load(small.folder, small.inventory, offload=True)
+    model = Model.load(small.folder, small.inventory, offload="disk")
     name = next(x.parameter for x in model.inventory.layers if x.block == 0)
     assert bool(torch.isnan(model.net.get_parameter(name)).all())
     assert bool(torch.isfinite(model.parameter(name)).all())
@@ -145,7 +145,7 @@ def test_the_stories_model_in_two_files(stories: Model, tmp_path: Path) -> None:
     stories.net.save_pretrained(tmp_path, max_shard_size="300KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     inventory = take_inventory(tmp_path)
-    model = Model.load(tmp_path, inventory, offload=True)
+    model = Model.load(tmp_path, inventory, offload="disk")
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         assert torch.equal(model.net(ids).logits, stories.net(ids).logits)

@@ -1,0 +1,77 @@
+"""Where a model's weights shall be while it runs, from what is free. Loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from optimizer.errors import ConfigError
+from optimizer.plan import WIDTH, Inventory, parse_size
+
+WHERE = ("auto", "none", "cpu", "disk")
+COMFORT = 2.5  # times the weights in fp32: they, sums of their size, and what runs
+PIECES = 4  # times a block in fp32: its weights, squares, a gradient, and a rounded copy
+SPARE = 1.5  # times what must be free for the checkpoint's own numbers to be kept
+
+Place = Literal["none", "cpu", "disk"]
+
+
+@dataclass(frozen=True)
+class Residence:
+    """offload: `none` keeps all weights in fp32; `cpu` keeps the checkpoint's own numbers, which are
+    half as large in 16 bits, `disk` none, and both make fp32 of one block at a time; `auto` takes the
+    first that fits. memory: what may be taken, such as 6GB; None: what is free."""
+
+    offload: str = "auto"
+    memory: str | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError for what is no such choice."""
+        if self.offload not in WHERE:
+            raise ConfigError(f"offload is one of {', '.join(WHERE)}, not {self.offload!r}.")
+        if self.memory is not None:
+            parse_size(self.memory)
+
+    def settled(self, inventory: Inventory) -> Place:
+        """Raises ConfigError for a cap that one block, or what no block has, doesn't fit."""
+        self.check()
+        blocks, outside = _sizes(inventory)
+        if not blocks:  # nothing comes and goes
+            return "none"
+        block, largest = max(blocks.items(), key=lambda one: one[1])
+        least = PIECES * largest + outside
+        room = self._room()
+        if self.memory is not None and self.offload != "none" and room < least:
+            raise ConfigError(
+                f"memory={self.memory} is less than work on one block takes. The largest is block "
+                f"{block} with {_mb(largest)} in fp32, and {_mb(outside)} belong to no block, so the "
+                f"smallest cap is memory={_mb(least).replace(' ', '')}."
+            )
+        if self.offload != "auto":
+            return self.offload  # type: ignore[return-value]  # as `check` saw
+        stored = sum(prod(x.shape) * WIDTH[x.dtype] for x in inventory.held)
+        if COMFORT * (sum(blocks.values()) + outside) <= room:
+            return "none"
+        return "cpu" if SPARE * (stored + least) <= room else "disk"
+
+    def _room(self) -> int:
+        import psutil
+
+        if self.memory is not None:
+            return int(parse_size(self.memory))
+        return int(psutil.virtual_memory().available)
+
+
+def _sizes(inventory: Inventory) -> tuple[dict[int, int], int]:
+    """Bytes in fp32 of each block's layers, and of all that no block has."""
+    blocks: dict[int, int] = {}
+    for layer in inventory.layers:
+        if layer.block is not None:
+            blocks[layer.block] = blocks.get(layer.block, 0) + 4 * layer.weights
+    outside = sum(4 * layer.weights for layer in inventory.layers if layer.block is None)
+    return blocks, outside
+
+
+def _mb(size: int) -> str:
+    return f"{-(-size // 10**6)} MB"
