@@ -28,12 +28,12 @@ from optimizer.metrics import embeddings
 from optimizer.metrics.objective import Objective
 from optimizer.models.head import (
     BATCH_TOKENS,
-    CHUNK,
     Predictor,
     final_transform,
     head_input,
     hidden_states,
     output_head,
+    tokens_together,
     unchanged,
 )
 from optimizer.models.model import Model
@@ -84,6 +84,7 @@ class Teacher:
         self._hidden = [hidden for _, hidden in hidden_states(net, windows.ids, self._together)]
         self._shape = final_transform(net, windows.ids[:1])
         head = output_head(net)
+        self._some = tokens_together(head)
         self.objective = Objective()
         self._summaries: dict[int, tuple[Tensor, Tensor]] = {}
         self._weights: dict[str, Tensor] | None = None
@@ -117,7 +118,7 @@ class Teacher:
     def pairs(self, net: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Chunks of (log p, log q [tokens, vocabulary], true ids [tokens]), in the windows' order.
 
-        Whoever takes a chunk may change it; no more than CHUNK tokens of logits exist at a time.
+        Whoever takes a chunk may change it; see `head.LOGITS` for how many tokens it has.
         """
         head = output_head(net)
         for (ids, hidden), reference in zip(
@@ -125,8 +126,8 @@ class Teacher:
         ):
             flat, target = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
             truth = reference[:, :-1].flatten(0, 1)
-            for i in range(0, len(flat), CHUNK):
-                part = slice(i, i + CHUNK)
+            for i in range(0, len(flat), self._some):
+                part = slice(i, i + self._some)
                 log_p = torch.log_softmax(self._shape(self._reference_head(truth[part])), -1)
                 log_q = torch.log_softmax(self._shape(head(flat[part]).float()), -1)
                 yield log_p, log_q, target[part]
@@ -146,7 +147,7 @@ class Teacher:
         """
         ids = torch.from_numpy(self.windows.ids[window])[None].to(self._hidden[0].device)
         hidden = head_input(net, ids)[0, :-1]
-        parts = [slice(i, i + CHUNK) for i in range(0, len(hidden), CHUNK)]
+        parts = [slice(i, i + self._some) for i in range(0, len(hidden), self._some)]
         if self._weights is None and self._shape is unchanged:
             expected, constant = self._summary(window)
             return torch.cat(
@@ -185,7 +186,7 @@ class Teacher:
     def _summarize(self, window: int) -> tuple[Tensor, Tensor]:
         head: Any = self._head
         expected, constant = [], []
-        for truth in self._truth(window).split(CHUNK):
+        for truth in self._truth(window).split(self._some):
             log_p = torch.log_softmax(head(truth).float(), -1)
             p = log_p.exp()
             bias = 0 if head.bias is None else p @ head.bias.float()
@@ -267,8 +268,9 @@ def _log_probabilities(net: nn.Module, windows: Windows) -> Iterator[tuple[Tenso
         net, windows.ids, max(1, BATCH_TOKENS // windows.ids.shape[1])
     ):
         flat, target = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-        for i in range(0, len(flat), CHUNK):
-            yield predict(flat[i : i + CHUNK]), target[i : i + CHUNK]
+        for i in range(0, len(flat), predict.together):
+            part = slice(i, i + predict.together)
+            yield predict(flat[part]), target[part]
 
 
 @torch.inference_mode()

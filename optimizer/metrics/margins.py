@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from optimizer.data.pairs import Pair
 from optimizer.data.text import text_start
-from optimizer.models.head import BATCH_TOKENS, CHUNK, Predictor, head_input
+from optimizer.models.head import BATCH_TOKENS, Predictor, head_input
 
 TOO_LONG = "longer than the model's context"
 UNKNOWN = "with words that the tokenizer doesn't know"
@@ -114,7 +114,7 @@ def _score(net: nn.Module, predict: Predictor, rows: list[tuple[list[int], int]]
     )
     hidden = head_input(net, ids.to(next(net.parameters()).device))
     total = torch.zeros(len(rows), dtype=torch.float64, device=hidden.device)
-    for part in where.split(CHUNK):
+    for part in where.split(predict.together):
         row, at = part.unbind(1)
         log_p = predict(hidden[row, at - 1])
         value = log_p.gather(-1, ids[row, at].to(hidden.device)[:, None]).squeeze(-1).double()

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from optimizer.errors import ModelError
 from optimizer.models.offload import offloaded
 
-CHUNK = 512  # tokens whose logits exist at one time, twice
+LOGITS = 2**25  # bytes of logits that exist at one time, some times over
+MOST = 512  # tokens of which they are at most
 BATCH_TOKENS = 2048  # tokens that run through the blocks together
 
 
@@ -25,10 +26,17 @@ class Predictor:
     def __init__(self, net: nn.Module) -> None:
         self._head = output_head(net)
         self._shape = final_transform(net, np.zeros((1, 2), np.int64))
+        self.together = tokens_together(self._head)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Input of the head [tokens, width] -> [tokens, vocabulary]. Give CHUNK tokens at most."""
+        """Input of the head [tokens, width] -> [tokens, vocabulary]. Give `together` at most."""
         return torch.log_softmax(self._shape(self._head(hidden).float()), -1)
+
+
+def tokens_together(head: Any) -> int:
+    """Of how many tokens the logits fit in LOGITS bytes."""
+    weight = getattr(head, "weight", None)
+    return MOST if weight is None else max(1, min(MOST, LOGITS // (4 * len(weight))))
 
 
 def batches(ids: np.ndarray, together: int | None = None) -> Iterator[Tensor]:

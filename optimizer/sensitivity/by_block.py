@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from optimizer.errors import ModelError
 from optimizer.models.blockwise import Batch, Stream
-from optimizer.models.head import CHUNK, final_transform, output_head
+from optimizer.models.head import final_transform, output_head, tokens_together
 from optimizer.models.model import Model, read
 from optimizer.models.watching import begin_gradients
 from optimizer.plan import Layer, Precision
@@ -160,8 +160,9 @@ class _Passes:
         weights = self.text.weights
         roots = None if weights is None else torch.from_numpy(np.sqrt(weights[window])).to(x)
         draws = np.random.default_rng(self.text.labels(window)).random((len(x), 1))
-        for i in range(0, len(x), CHUNK):
-            part = slice(i, i + CHUNK)
+        some = tokens_together(self.head)
+        for i in range(0, len(x), some):
+            part = slice(i, i + some)
             logits = self.shape(self.head(x[part]).float())
             labels = sampled(logits, draws[part])
             each = torch.log_softmax(logits, -1).gather(-1, labels)[:, 0]
