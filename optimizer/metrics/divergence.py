@@ -37,6 +37,7 @@ from optimizer.models.head import (
     unchanged,
 )
 from optimizer.models.model import Model
+from optimizer.models.offload import present
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Teacher:
         self._summaries: dict[int, tuple[Tensor, Tensor]] = {}
         self._weights: dict[str, Tensor] | None = None
         if own_head:
+            present(net, head)
             self._weights = {n: p.detach().clone() for n, p in head.named_parameters()}
         self._head = head
 

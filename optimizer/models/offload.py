@@ -1,14 +1,15 @@
 """A model whose blocks lie on disk: a block's weights are in memory only while it is needed.
 
 The last block that ran stays until another one is needed, so that passes in the order of the blocks
-read each of them once. Parameters keep their identity (hooks and gradients stay); while their block
+read each of them once. Large embeddings come to be looked up and go at once, a large head goes when
+the next block comes. Parameters keep their identity (hooks and gradients stay); while their block
 is away they hold NaN, so that nothing computed without it can pass for a result. A backward pass
 brings a block back when it needs the block's weights: they are not saved for it, but named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -21,6 +22,7 @@ from optimizer.errors import ModelError
 from optimizer.models.checkpoint import Checkpoint
 from optimizer.models.inventory import skeleton, tie
 from optimizer.models.layout import holders, scatter, whole
+from optimizer.models.residence import LARGE
 from optimizer.plan import Inventory, Layer, Other, Place
 
 T = TypeVar("T")
@@ -28,7 +30,8 @@ Value = Callable[[str, Tensor], Tensor]  # a tensor's name, as it is stored -> w
 
 
 class OnDisk:
-    """The blocks of `net`, whose parameters `checkpoint` has; everything else stays in memory."""
+    """The blocks of `net` and its large embeddings and head, whose parameters `checkpoint` has;
+    everything else stays in memory. Both are units, the blocks first."""
 
     def __init__(self, net: Any, inventory: Inventory, checkpoint: Checkpoint) -> None:
         """net: a skeleton with everything outside the blocks filled in."""
@@ -37,18 +40,28 @@ class OnDisk:
         self._device = _outside_device(net)
         self._modules = blocks = block_list(net, inventory)
         self._outputs: int | None = None  # how many things a block returns; 0: hidden states alone
-        self._blocks = [dict(block.named_parameters()) for block in blocks]
-        self._tensors = _by_block(net, blocks, inventory)
+        large = _large(net, blocks, inventory)
+        self._units = [dict(block.named_parameters()) for block in blocks]
+        self._units += [{name: net.get_parameter(name)} for name in large]
+        self._tensors = [*_by_block(net, blocks, inventory), *large.values()]
+        self._live = dict(net.named_parameters())
         self._home = {t.name: i for i, own in enumerate(self._tensors) for t in own}
         self._names: dict[str, int] = {}
         for i, own in enumerate(self._tensors):
             self._names |= {p.parameter: i for t in own for p in places(t)}
-        self._here: int | None = None
+        self._here: set[int] = set()
         self._taking_turns: greenlet | None = None
         self.brought = 0  # blocks that were read so far
         for index, block in enumerate(blocks):
             self._drop(index)
             self._watch(index, block)
+        held = holders(net)
+        for index, name in enumerate(large, len(blocks)):
+            self._drop(index)
+            owners = held[id(self._live[name])]
+            goes = all(isinstance(module, nn.Embedding) for module, _ in owners)
+            for module, leaf in owners:
+                self._attend(index, module, leaf, goes)
         _OFFLOADED[net] = self
 
     def holds(self, tensor: str) -> bool:
@@ -62,8 +75,9 @@ class OnDisk:
 
     def renew(self, tensor: str) -> None:
         """`value` gives other numbers for the tensor than before."""
-        if self._here == self._home[tensor]:
-            self._fill([t for t in self._tensors[self._here] if t.name == tensor])
+        home = self._home[tensor]
+        if home in self._here:
+            self._fill([t for t in self._tensors[home] if t.name == tensor])
 
     def in_turns(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """What the jobs return. Each is one pass of the model without gradients; all of them run
@@ -126,10 +140,26 @@ class OnDisk:
         block.register_forward_pre_hook(enter)
         block.register_forward_hook(leave, always_call=True)
 
+    def _attend(self, index: int, module: nn.Module, leaf: str, goes: bool) -> None:
+        """Large embeddings or a head. goes: right after its module ran, since no gradient needs it."""
+        own = next(iter(self._units[index].values()))
+
+        def enter(module: nn.Module, _args: Any) -> None:
+            if module._parameters.get(leaf) is own:  # else somebody gives it other weights
+                self._bring(index)
+
+        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+            if index in self._here:
+                self._drop(index)
+
+        module.register_forward_pre_hook(enter)
+        if goes:
+            module.register_forward_hook(leave, always_call=True)
+
     @contextmanager
     def _naming(self, index: int) -> Iterator[None]:
         """What a backward pass needs of the block's weights is noted as where to find it."""
-        starts = {p.untyped_storage().data_ptr(): p for p in self._blocks[index].values()}
+        starts = {p.untyped_storage().data_ptr(): p for p in self._units[index].values()}
 
         def pack(saved: Tensor) -> Any:
             if saved.device.type == "meta" or saved.layout != torch.strided:
@@ -153,32 +183,46 @@ class OnDisk:
     # ------------------------------------------------------------ bring and drop
 
     def _bring(self, index: int) -> None:
-        if self._here == index:
+        if index in self._here:
             return
-        if self._here is not None:
-            self._drop(self._here)
-        self._here = None  # also if reading fails
+        is_block = index < len(self._modules)
+        for other in list(self._here) if is_block else ():
+            self._drop(other)
         with torch.inference_mode(False), torch.no_grad():
-            for value in self._blocks[index].values():
+            for value in self._units[index].values():
                 value.data = torch.empty(value.shape, dtype=value.dtype, device=self._device)
-            self._fill(self._tensors[index])
-        self._here = index
-        self.brought += 1
+            try:
+                self._fill(self._tensors[index])
+            except BaseException:
+                self._drop(index)  # half of its numbers are none
+                raise
+        self._here.add(index)
+        self.brought += is_block
 
     def _drop(self, index: int) -> None:
+        self._here.discard(index)
         with torch.inference_mode(False), torch.no_grad():
-            for value in self._blocks[index].values():
+            for value in self._units[index].values():
                 value.data = _absent(value, self._device)
 
     def _fill(self, tensors: Sequence[Layer | Other]) -> None:
         known = {tensor.name: tensor for tensor in tensors}
         with torch.inference_mode(False), torch.no_grad():
             for name, stored in self._checkpoint.several(list(known)):
-                scatter(self.value(name, stored), places(known[name]), self._live)
+                scatter(self.value(name, stored), places(known[name]), self._data)
 
-    def _live(self, parameter: str) -> Tensor:
-        value: Tensor = self._net.get_parameter(parameter).data
-        return value
+    def _data(self, parameter: str) -> Tensor:
+        return self._live[parameter].data
+
+
+def present(net: nn.Module, module: nn.Module) -> None:
+    """Have the module's own weights in memory, until a block is needed."""
+    disk = offloaded(net)
+    if disk is not None:
+        own = {id(value) for value in module.parameters()}
+        for name, value in net.named_parameters():
+            if id(value) in own:
+                disk.bring(name)
 
 
 _OFFLOADED: WeakKeyDictionary[nn.Module, OnDisk] = WeakKeyDictionary()
@@ -217,10 +261,15 @@ def opened(folder: Any, inventory: Inventory, checkpoint: Checkpoint, device: st
             f"Weights are left on disk block by block, and {folder} has no blocks with layers. Take "
             "offload=none."
         )
-    inside = {t.name for own in _by_block(net, blocks, inventory) for t in own}
+    large = _large(net, blocks, inventory)
+    away = [*_by_block(net, blocks, inventory), *large.values()]
+    inside = {t.name for own in away for t in own}
     _assign(net, [t for t in used if t.name not in inside], checkpoint, torch.device(device))
     for block in blocks:
-        _leave(block, torch.device(device))
+        _leave(block.modules(), torch.device(device))
+    named = dict(net.named_parameters())
+    owners = {id(m): m for name in large for m, _ in holders(net)[id(named[name])]}
+    _leave(owners.values(), torch.device(device))
     for name, buffer in net.named_buffers():
         owner, _, leaf = name.rpartition(".")
         net.get_submodule(owner)._buffers[leaf] = buffer.to(device)
@@ -272,6 +321,25 @@ def _by_block(
     return found
 
 
+def _large(
+    net: Any, blocks: Sequence[nn.Module], inventory: Inventory
+) -> dict[str, list[Layer | Other]]:
+    """Parameter -> its tensors, of the large embeddings and head. Those whose tensor lies in several
+    parameters stay."""
+    inside = {id(value) for block in blocks for value in block.parameters()}
+    ends = [net.get_input_embeddings(), net.get_output_embeddings()]
+    found: dict[str, list[Layer | Other]] = {}
+    for name, value in net.named_parameters():
+        owners = [module for module, _ in holders(net)[id(value)]]
+        at_an_end = all(any(module is end for end in ends) for module in owners)
+        if id(value) in inside or not at_an_end or 4 * value.numel() < LARGE:
+            continue
+        own = [t for t in inventory.held if any(p.parameter == name for p in places(t))]
+        if all(p.parameter == name for t in own for p in places(t)):
+            found[name] = own
+    return found
+
+
 def _assign(
     net: Any, tensors: Sequence[Layer | Other], checkpoint: Checkpoint, device: torch.device
 ) -> None:
@@ -299,16 +367,17 @@ def _assign(
             holder._parameters[attribute] = live
 
 
-def _leave(block: nn.Module, device: torch.device) -> None:
-    """Parameters on the device for those on the meta device: of no memory, filled later."""
-    for owners in list(holders(block).values()):
-        module, leaf = owners[0]
-        value = module._parameters[leaf]
-        assert value is not None
-        if value.device.type == "meta":
-            live = nn.Parameter(_absent(value, device), requires_grad=False)
-            for module, leaf in owners:
-                module._parameters[leaf] = live
+def _leave(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Parameters on the device for those on the meta device: of no memory, filled later. modules: all
+    that hold one of them."""
+    made: dict[int, nn.Parameter] = {}
+    for module in modules:
+        for leaf, value in module._parameters.items():
+            if value is not None and value.device.type == "meta":
+                if id(value) not in made:
+                    live = nn.Parameter(_absent(value, device), requires_grad=False)
+                    made[id(value)] = live
+                module._parameters[leaf] = made[id(value)]
 
 
 def _absent(value: Tensor, device: torch.device) -> Tensor:

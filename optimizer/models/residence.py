@@ -12,6 +12,7 @@ from optimizer.plan import WIDTH, Inventory, parse_size
 WHERE = ("auto", "none", "cpu", "disk")
 COMFORT = 2.5  # times the weights in fp32: they, sums of their size, and what runs
 PIECES = 4  # times a block in fp32: its weights, squares, a gradient, and a rounded copy
+LARGE = 2**28  # bytes in fp32 from which embeddings and head don't stay in memory
 SPARE = 1.5  # times what must be free for the checkpoint's own numbers to be kept
 
 Place = Literal["none", "cpu", "disk"]
@@ -36,22 +37,23 @@ class Residence:
     def settled(self, inventory: Inventory) -> Place:
         """Raises ConfigError for a cap that one block, or what no block has, doesn't fit."""
         self.check()
-        blocks, outside = _sizes(inventory)
+        blocks, ends = _sizes(inventory)
+        outside = sum(size for size in ends if size < LARGE)
         if not blocks:  # nothing comes and goes
             return "none"
         block, largest = max(blocks.items(), key=lambda one: one[1])
-        least = PIECES * largest + outside
+        least = PIECES * max(largest, max(ends, default=0) // 2) + outside
         room = self._room()
         if self.memory is not None and self.offload != "none" and room < least:
             raise ConfigError(
                 f"memory={self.memory} is less than work on one block takes. The largest is block "
-                f"{block} with {_mb(largest)} in fp32, and {_mb(outside)} belong to no block, so the "
-                f"smallest cap is memory={_mb(least).replace(' ', '')}."
+                f"{block} with {_mb(largest)} in fp32, and {_mb(sum(ends))} belong to no block, so "
+                f"the smallest cap is memory={_mb(least).replace(' ', '')}."
             )
         if self.offload != "auto":
             return self.offload  # type: ignore[return-value]  # as `check` saw
         stored = sum(prod(x.shape) * WIDTH[x.dtype] for x in inventory.held)
-        if COMFORT * (sum(blocks.values()) + outside) <= room:
+        if COMFORT * (sum(blocks.values()) + sum(ends)) <= room:
             return "none"
         return "cpu" if SPARE * (stored + least) <= room else "disk"
 
@@ -63,14 +65,13 @@ class Residence:
         return int(psutil.virtual_memory().available)
 
 
-def _sizes(inventory: Inventory) -> tuple[dict[int, int], int]:
-    """Bytes in fp32 of each block's layers, and of all that no block has."""
+def _sizes(inventory: Inventory) -> tuple[dict[int, int], list[int]]:
+    """Bytes in fp32 of each block's layers, and of each that no block has."""
     blocks: dict[int, int] = {}
     for layer in inventory.layers:
         if layer.block is not None:
             blocks[layer.block] = blocks.get(layer.block, 0) + 4 * layer.weights
-    outside = sum(4 * layer.weights for layer in inventory.layers if layer.block is None)
-    return blocks, outside
+    return blocks, [4 * layer.weights for layer in inventory.layers if layer.block is None]
 
 
 def _mb(size: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +28,14 @@ class Pair:
     disk: Model
 
 
-@pytest.fixture(scope="module")
-def pair(small: Small) -> Pair:
-    return Pair(small.model, Model.load(small.folder, small.inventory, offload="disk"))
+@pytest.fixture(scope="module", params=["ends stay", "ends go"])
+def pair(small: Small, request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """With embeddings and head in memory, and with them on disk as large ones are."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "ends go":
+            patch.setattr("optimizer.models.offload.LARGE", 0)
+        disk = Model.load(small.folder, small.inventory, offload="disk")
+    yield Pair(small.model, disk)
 
 
 def blocks(model: Model) -> OnDisk:
@@ -125,6 +131,19 @@ def test_an_absent_block_holds_no_numbers(small: Small) -> None:
     name = next(x.parameter for x in model.inventory.layers if x.block == 0)
     assert bool(torch.isnan(model.net.get_parameter(name)).all())
     assert bool(torch.isfinite(model.parameter(name)).all())
+
+
+def test_large_ends_are_away_once_a_block_is_here(
+    llama: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optimizer.models.offload.LARGE", 0)
+    model = Model.load(llama.folder, llama.inventory, offload="disk")
+    own = model.net.get_input_embeddings().weight
+    assert model.net.get_output_embeddings().weight is own
+    model.net(input_ids=torch.from_numpy(IDS))
+    assert bool(torch.isfinite(own).all())
+    model.parameter(next(x.parameter for x in llama.inventory.layers if x.block == 0))
+    assert own.untyped_storage().nbytes() == own.element_size()
 
 
 def test_a_pass_that_fails_leaves_the_model_usable(

@@ -87,6 +87,19 @@ def test_the_table_is_that_of_the_whole_model(kind: str, weighted: bool, tmp_pat
     assert not any(p.requires_grad or p.grad is not None for p in model.net.parameters())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_on_disk_gives_the_same_table(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, read = small(kind, tmp_path), text(weighted=True)
+    wanted = by_block.samples(model, task_of(model), read, plain)
+    monkeypatch.setattr("optimizer.models.offload.LARGE", 0)
+    disk = Model.load(tmp_path, model.inventory, offload="disk")
+    found = by_block.samples(disk, task_of(disk), read, plain)
+    assert wanted is not None and found is not None
+    np.testing.assert_array_equal(found, wanted)
+
+
 def test_squares_of_some_chunks_at_a_time_give_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
