@@ -1,5 +1,5 @@
-"""W&B: the only module that imports wandb. Called when a run is finished and all its files lie in
-its folder, so that nothing that happens here can cost a result: failures become notes.
+"""W&B: this module and its tables alone import wandb. Called when a run is finished and all its files
+lie in its folder, so that nothing that happens here can cost a result: failures become notes.
 
 A record holds every measured plan as a row of a table, the held-out rows of the certificate as
 another, charts that W&B draws itself, the heat map and shaded examples as small pages,
@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import http.client
 import json
-import math
 import os
 import re
 import ssl
@@ -23,7 +22,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,8 +33,9 @@ import psutil
 from optimizer.config import Wandb
 from optimizer.plan import Plan
 from optimizer.reports import html
+from optimizer.reports import wandb_tables as tables
 from optimizer.reports.html import blur_example, chart
-from optimizer.reports.run import Point, Run
+from optimizer.reports.run import Run
 from optimizer.store import write_atomically
 
 REACH_SECONDS = 20  # from the run's start: whether W&B answers at all is asked while the run works
@@ -302,8 +302,8 @@ def _config(plan: Plan, run: Run) -> dict[str, Any]:
 def _log(live: Any, plan: Plan, run: Run, folder: Path) -> None:
     import wandb
 
-    plans = plan_table(run)
-    log: dict[str, Any] = {"plans": plans, "front": front_chart(run)}
+    plans = tables.plan_table(run)
+    log: dict[str, Any] = {"plans": plans, "front": tables.front_chart(run)}
     log["predicted against measured"] = wandb.plot.scatter(
         plans, "predicted_kl", "kl", f"Predicted against measured KL, nats per {run.unit}"
     )
@@ -317,11 +317,11 @@ def _log(live: Any, plan: Plan, run: Run, folder: Path) -> None:
         shaded = (folder / blur_example.FILE).read_text(encoding="utf-8")
         log["blur"] = wandb.Html(shaded, inject=False)
     if plan.certificate:
-        log["certificate"] = certificate_table(plan.certificate)
+        log["certificate"] = tables.certificate_table(plan.certificate)
     live.log(log)
     for trial in trials(folder):
         live.log(trial)
-    live.summary.update(_summary(plan, run))
+    live.summary.update(tables.summary(plan, run))
     stem = NAME.sub("-", Path(run.model).name).strip("-.") or "model"
     certificate = write_atomically(
         folder / CERTIFICATE, (json.dumps(plan.certificate, indent=1) + "\n").encode()
@@ -367,95 +367,6 @@ def _artifact(
         if file.exists():
             artifact.add_file(str(file))
     live.log_artifact(artifact)
-
-
-# ---------------------------------------------------------------- tables
-
-
-def plan_table(run: Run) -> Any:
-    """A row per measured plan: who, bytes, bits, promise, and each measure with its interval."""
-    import wandb
-
-    points = [(p, role) for p, role in chart.shown(run) if role != "front"]
-    measures = list(dict.fromkeys(key for point, _ in points for key in point.measures))
-    columns: list[str | int] = ["plan", "role", "plan_id", "bytes", "bits", "bytes_per_token"]
-    columns += ["seconds_per_token", "price_of_a_million", "predicted_kl"]
-    for key in measures:
-        columns += [key, f"{key}_low", f"{key}_high"]
-    rows = [_plan_row(run, point, role, measures) for point, role in points]
-    return wandb.Table(columns=columns, data=rows, allow_mixed_types=True)
-
-
-def _plan_row(run: Run, point: Point, role: str, measures: list[str]) -> list[Any]:
-    row: list[Any] = [point.name, role, point.id, point.bytes, point.bits, point.moved]
-    row += [point.seconds or None, run.price(point), point.predicted]
-    for key in measures:
-        row += _three(point.measures.get(key, {}))
-    return row
-
-
-def _three(interval: Mapping[str, float]) -> list[float | None]:
-    return [interval.get(end) for end in ("value", "low", "high")]
-
-
-def certificate_table(proof: Mapping[str, Any]) -> Any:
-    """The held-out rows: plan, bytes, each measure with its interval."""
-    import wandb
-
-    measures = [key for key, value in proof["rows"][0].items() if isinstance(value, dict)]
-    columns: list[str | int] = ["plan", "bytes"]
-    for key in measures:
-        columns += [key, f"{key}_low", f"{key}_high"]
-    rows = [
-        [row["name"], row["bytes"], *(v for key in measures for v in _three(row.get(key, {})))]
-        for row in proof["rows"]
-    ]
-    return wandb.Table(columns=columns, data=rows, allow_mixed_types=True)
-
-
-def front_chart(run: Run) -> Any:
-    """Size against loss as W&B's own lines. Its preset has linear axes, so the loss is its log10;
-    a loss of zero has none and is left out."""
-    import wandb
-
-    shown = chart.shown(run)
-    uniform = [p for p, role in shown if role == "uniform"]
-    lines = {
-        "predicted front": [(p.bytes, p.predicted) for p in run.front],
-        "uniform, predicted": [(p.bytes, p.predicted) for p in uniform],
-        "uniform, measured": [(p.bytes, p.measured or 0.0) for p in uniform],
-        "chosen plan": [(run.chosen.bytes, run.chosen.measured or run.chosen.predicted)],
-    }
-    xs: list[list[float]] = []
-    ys: list[list[float]] = []
-    keys: list[str] = []
-    for name, values in lines.items():
-        usable = [(size, math.log10(loss)) for size, loss in sorted(values) if loss > 0]
-        if usable:
-            keys.append(name)
-            xs.append([size / 1e6 for size, _ in usable])
-            ys.append([loss for _, loss in usable])
-    title = f"log10 of KL (nats per {run.unit}) against size"
-    return wandb.plot.line_series(xs=xs, ys=ys, keys=keys, title=title, xname="MB")
-
-
-def _summary(plan: Plan, run: Run) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "plan_id": plan.id,
-        "bytes": plan.bytes["total"],
-        "bits": plan.effective_bits,
-        "predicted_kl": plan.predicted["kl"],
-        "seconds": run.seconds,
-        "notes": list(run.notes),
-    }
-    found |= {f"prediction.{key}": value for key, value in run.prediction.items()}
-    if plan.certificate:
-        found["verdict"] = plan.certificate["verdict"]
-        row = plan.certificate["rows"][0]
-        for key, value in row.items():
-            if isinstance(value, dict):
-                found[f"heldout.{key}"] = value["value"]
-    return found
 
 
 if __name__ == "__main__":

@@ -221,6 +221,7 @@ def load(
             from transformers import GenerationConfig
 
             net.generation_config = GenerationConfig.from_pretrained(folder)
+    net.all_tied_weights_keys = {}  # what is tied is one module; whoever ties again finds no weights
     net = net.to(device).eval()
     if not refined:
         return net
