@@ -221,13 +221,17 @@ def load(
             from transformers import GenerationConfig
 
             net.generation_config = GenerationConfig.from_pretrained(folder)
-    net.all_tied_weights_keys = {}  # what is tied is one module; whoever ties again finds no weights
+    net.tie_weights = _already_tied
     net = net.to(device).eval()
     if not refined:
         return net
     quick = (dtype, device) if fast else None
     own = planes.read(folder, plan, named, stored.kept, wanted.refinement, quick, device)
     return modes.unpacked(net, filling.refined, own, plan, mode, wanted)
+
+
+def _already_tied(*_args: Any, **_kwargs: Any) -> None:
+    """In the place of the model's own, which would look for weights: what is tied is one module."""
 
 
 class _Scales:
