@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from optimizer.errors import ModelError
 from optimizer.models.model import Model, read
 from optimizer.models.watching import begin_gradients, on_gradient, rows_of
 from optimizer.plan import Layer
@@ -280,6 +281,13 @@ def gradients(
 
             handles.append(parameter.register_post_accumulate_grad_hook(consume))
         yield
+    except (AssertionError, NotImplementedError) as error:  # a backward pass of the model's own
+        raise ModelError(
+            f"{type(net).__name__} gives no gradients as it is used (transformers says: "
+            f"{' '.join(str(error).split())[:200]}), and every table of sensitivities needs them. "
+            "This architecture isn't supported; take one that the documentation's support matrix "
+            "lists."
+        ) from None
     finally:
         for handle in handles:
             handle.remove()

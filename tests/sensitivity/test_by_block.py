@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from optimizer.errors import ModelError
 from optimizer.models.blockwise import Stream
 from optimizer.models.model import Model, take_inventory
 from optimizer.plan import Precision
@@ -126,3 +127,21 @@ def test_a_model_whose_blocks_read_more_than_their_input_is_left_to_the_whole(
 
     monkeypatch.setattr(Stream, "through", through)
     assert by_block.samples(model, task, read, plain) is None
+
+
+def test_a_class_whose_gradients_are_for_training_only_is_refused(tmp_path: Path) -> None:
+    """Reformer's blocks take two streams, and run backwards in training mode alone."""
+    settings = {
+        "hidden_size": 64, "feed_forward_size": 96, "num_attention_heads": 4, "vocab_size": 96,
+        "attention_head_size": 16, "attn_layers": ["local", "local"], "is_decoder": True,
+        "axial_pos_embds": False, "max_position_embeddings": 64, "local_attn_chunk_length": 8,
+    }  # fmt: skip
+    torch.manual_seed(3)
+    net = AutoModelForCausalLM.from_config(AutoConfig.for_model("reformer", **settings))
+    net.save_pretrained(tmp_path / "model")
+    model = Model.load(tmp_path / "model", take_inventory(tmp_path / "model"))
+    assert by_block.samples(model, task_of(model), text(weighted=False), plain) is None
+    with pytest.raises(
+        ModelError, match=r"ReformerModelWithLMHead gives no gradients.*model\.train"
+    ):
+        diagonal(model, task_of(model), text(weighted=False).ids, [0])
