@@ -64,7 +64,7 @@ class Nested:
 
     size: str | None = None
     bits: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5, 6])
-    weight: float = 1.0
+    weight: float = 0.03
     signal: str = "entropy"
     share: float = 0.2
     separate: bool = True

@@ -53,8 +53,8 @@ def settings(argv: list[str]) -> Optimize:
     return Optimize(
         model=model,
         budget=Budget(size=size),
-        nested=Nested(size=both, weight=float(more.get("weight", 1))),
-        palette=Palette(fit=more.get("fit", "untouched")),
+        nested=Nested(size=both, weight=float(more.get("weight", 0.03))),
+        palette=Palette(bits=[2, 3, 4, 5, 6, 8, 16], fit=more.get("fit", "untouched")),
         quantizer=method(quantizer)(),
         search=Search(space="exact"),
         proof=Proof(certify=False),

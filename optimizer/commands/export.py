@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 ALIASES = {"compressed-tensors": "vllm", "gguf": "llamacpp"}
 HARNESS = "lm-eval"  # our probes as its tasks; the plan says nothing about them
+BASE_ALONE = (
+    "The plan's refinement stays behind, since only `optimizer.load` unpacks one: this is the "
+    "base alone."
+)
 RECIPES = {"llm-compressor": "vllm", "llama-quantize": "llamacpp"}
 
 
@@ -45,6 +49,7 @@ class Job:
     engine: str
     base: Any = None  # see `Format.base`
     refused: str | None = None  # why there is no base
+    nested: bool = False  # the plan had a refinement, which no engine reads
 
     @property
     def subject(self) -> Subject:
@@ -57,7 +62,8 @@ class Job:
     def check(self) -> Verdict:
         if self.refused is not None:
             return Verdict(self.engine, (self.refused,))
-        return registry.check(self.plan, profile(self.engine), self.subject)
+        found = registry.check(self.plan, profile(self.engine), self.subject)
+        return replace(found, notes=(*found.notes, BASE_ALONE)) if self.nested else found
 
 
 def check(
@@ -80,11 +86,12 @@ def _job(
     if to != "torch":
         check_language_model(source, command)
     check_names(plan, inventory)
+    nested, plan = plan.refinement is not None, replace(plan, refinement=None)
     try:
         base = registry.base_of(profile(known[to]), source, inventory, kept, gguf)
     except ModelError as error:
-        return Job(plan, source, inventory, known[to], None, str(error))
-    return Job(plan, source, inventory, known[to], base)
+        return Job(plan, source, inventory, known[to], None, str(error), nested)
+    return Job(plan, source, inventory, known[to], base, nested=nested)
 
 
 def export(
@@ -112,6 +119,7 @@ def export(
         folders.publish(out, lambda draft: lm_eval.write(pairs.built_in(), draft, out))
         return Verdict(to)
     job = _job("export", plan, to, store, model, gguf)
+    plan = job.plan
     verdict = job.check()
     verdict.require()
     if to in RECIPES:

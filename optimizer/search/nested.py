@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint
 
 from optimizer.errors import BudgetError
+from optimizer.search.exact import _solved
 
 GAP, SECONDS = 1e-4, 20.0
 SLACK = 2e-6  # of a budget: the solver's tolerance, twice
@@ -78,7 +79,7 @@ def _best(pairs: Pairs, share: float) -> tuple[np.ndarray, np.ndarray] | None:
         LinearConstraint(used.reshape(1, -1) / max(limit, 1.0), -np.inf, share)
         for used, limit in ((size, pairs.first), (size + pairs.extra, pairs.both))
     ]
-    result = milp(
+    result = _solved(
         loss.ravel() / max(float(np.abs(loss).max()), 1e-30),
         integrality=np.ones(loss.size),
         bounds=Bounds(0, pairs.free.ravel().astype(float)),

@@ -1,0 +1,69 @@
+"""How many of the base's words the refined model keeps while it writes, beside what its
+certificate says.
+
+    drafts.py FOLDER OUT.csv [PROMPTS]
+
+Sampled at temperature 1, four words drafted at a time, after the first 24 tokens of held-out windows.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import optimizer
+from optimizer.data.text import Data, Part
+from optimizer.plan import Plan
+from optimizer.stages.session import Bench, View
+
+BEGUN, WRITTEN, DRAFTED = 24, 64, 4
+
+
+def main(argv: list[str]) -> None:
+    folder, count = argv[0], int(argv[2]) if len(argv) > 2 else 24
+    plan = Plan.load(folder)
+    assert plan.refinement is not None
+    said = dict(plan.provenance["data"])
+    parts = {k: Part(**v) for k, v in said.items() if isinstance(v, dict)}
+    store = argv[3] if len(argv) > 3 else "~/.cache/mezzotint"
+    bench = Bench(str(plan.model["name"]), None, Data(**(said | parts)), store, "cpu", View())
+    net = optimizer.load(folder, unpack="draft")
+    torch.manual_seed(0)
+    rates = []
+    drafts = (
+        net.generate.__closure__
+    )  # the assistant's own settings decide how many words it drafts
+    assistant = next(
+        c.cell_contents for c in drafts if hasattr(c.cell_contents, "generation_config")
+    )
+    assistant.generation_config.num_assistant_tokens = DRAFTED
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    for ids in bench.windows("heldout").ids[:count]:
+        net.unpacking.reset()
+        net.generate(
+            torch.from_numpy(ids[None, :BEGUN]), do_sample=True, top_k=0, top_p=1.0,
+            temperature=1.0, max_new_tokens=WRITTEN, min_new_tokens=WRITTEN, pad_token_id=0,
+        )  # fmt: skip
+        rates.append((net.unpacking.acceptance(WRITTEN), WRITTEN / len(net.unpacking.rounds)))
+    kept, each = np.array(rates).T
+    error = kept.std(ddof=1) / np.sqrt(len(kept))
+    foretold = plan.refinement.certificate["acceptance"]
+    row = {
+        "folder": Path(folder).name, "prompts": len(kept), "acceptance": kept.mean(),
+        "stderr": error, "foretold": foretold["value"], "tokens a pass": each.mean(),
+        "expected a pass": sum(foretold["value"] ** i for i in range(DRAFTED + 1)),
+    }  # fmt: skip
+    print(row)
+    with Path(argv[1]).open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        writer.writeheader()
+        writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
