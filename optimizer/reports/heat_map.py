@@ -10,8 +10,18 @@ from collections.abc import Iterable
 from optimizer.plan import Precision
 
 # viridis, dark to light: readable by people with any kind of colour-blindness
-COLOURS = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
-STEPS = (1, 2, 3, 4, 5, 6, 8, 16)
+COLOURS = (
+    "#440154",
+    "#472d7b",
+    "#3b528b",
+    "#2c728e",
+    "#21918c",
+    "#28ae80",
+    "#5ec962",
+    "#addc30",
+    "#fde725",
+)
+STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 MOST_CELLS = 100_000  # that are drawn; models have some thousands
 DARK = 4  # colours below this index carry white text; each pair has a contrast of 4.5 or more
 

@@ -2,7 +2,7 @@
 // Hovering names a plan; clicking shows its bits in the heat map. Without this the page is whole.
 (() => {
   const { points = [], columns = [] } = JSON.parse(document.getElementById("data").textContent);
-  const STEPS = [1, 2, 3, 4, 5, 6, 8, 16], FIRST = 48, REACH = 40;
+  const STEPS = [1, 2, 3, 4, 5, 6, 7, 8, 16], FIRST = 48, REACH = 40;
   const tip = document.getElementById("tip"), shown = document.getElementById("shown");
   document.documentElement.classList.add("js");
 
