@@ -10,9 +10,8 @@ process, gets the same bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from optimizer.models.blockwise import Stream
 from optimizer.plan import Inventory, Precision, digest
-from optimizer.quantization import ggml
 from optimizer.quantization.gain import gain
 from optimizer.quantization.ggml import Blocks
 from optimizer.quantization.gptq import STACKED, Solver
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
     from optimizer.store import Store
 
 GAINS = 2  # raised when the foretold gains change
-GRIDS = 1  # the same for grids
 CHAINED = 4  # bits a weight below which layers see what those before them, rounded, send
 SEED = 0  # of the labels that weigh tokens
 Parts = dict[str, Tensor]  # a layer's packed tensors by suffix
@@ -54,60 +51,6 @@ class Material(Protocol):
     def calibration(self) -> np.ndarray: ...
     def track(self, items: Iterable[Any], text: str) -> Iterable[Any]: ...
     def note(self, text: str) -> None: ...
-
-
-@dataclass
-class Keeping(Nearest):
-    """`quantizer=rtn`. Grids of llama.cpp's blocks are kept by the weights' content: a table asks for
-    each of them once a chunk, a search once a plan, and the search for scales is most of the work."""
-
-    store: Store | None = None
-
-    def blocks(self, weight: Tensor, precision: Precision, layer: str) -> Blocks:
-        if self.store is None or not layer:
-            return super().blocks(weight, precision, layer)
-
-        def make() -> dict[str, np.ndarray]:
-            return {"blocks": ggml.encode(weight, precision).data.cpu().numpy()}
-
-        key = digest(["blocks", GRIDS, precision.kind, list(weight.shape), _content(weight)])
-        found = self.store.arrays("grids", key, make)
-        assert found is not None
-        data = torch.from_numpy(found["blocks"]).to(weight.device)
-        return Blocks(precision, data, weight.shape[1])
-
-    def grids(self, weight: Tensor, kind: str, layer: str) -> list[ggml.Grid]:
-        if self.store is None or not layer:
-            return super().grids(weight, kind, layer)
-        content = _content(weight)
-
-        def make() -> dict[str, np.ndarray]:
-            return {
-                f"{i}.{name}": part.cpu().numpy()
-                for i, grid in enumerate(ggml.fitted(weight, kind))
-                for name, part in grid.parts().items()
-            }
-
-        key = digest(["grids", GRIDS, ggml.CHUNK, kind, list(weight.shape), content])
-        found = self.store.arrays("grids", key, make)
-        assert found is not None
-        kept: list[Parts] = []
-        for name, array in found.items():
-            number, _, part = name.partition(".")
-            kept += [{} for _ in range(int(number) + 1 - len(kept))]
-            kept[int(number)][part] = torch.from_numpy(array).to(weight.device)
-        shapes = (rows.shape for rows in ggml.slices(weight))
-        return [
-            ggml.Grid.of(kind, (rows, cols), parts)
-            for (rows, cols), parts in zip(shapes, kept, strict=True)
-        ]
-
-
-UNREACHED = "no calibration token reached their input. More calibration text may."
-
-
-def _content(weight: Tensor) -> str:
-    return sha256(weight.float().cpu().contiguous().numpy().data).hexdigest()
 
 
 class Calibrated:
@@ -168,6 +111,14 @@ class Calibrated:
             return self._jointly(choice)
         self.prepare({name: [precision] for name, precision in choice.items()})
         return self
+
+    def ready(self, choices: Sequence[Mapping[str, Precision]]) -> None:
+        """Make the codes of several whole choices in one pass, where layers are rounded alone."""
+        wanted: dict[str, list[Precision]] = {}
+        for choice in choices:
+            for name, precision in {} if self._chained(choice) else choice.items():
+                wanted.setdefault(name, []).append(precision)
+        self.prepare(wanted)
 
     def _chained(self, choice: Mapping[str, Precision]) -> bool:
         """Whether a whole choice is rounded with inputs from layers that are rounded already."""
@@ -355,8 +306,8 @@ class Calibrated:
     def _heads(self, real: Mapping[str, Precision]) -> dict[str, Parts]:
         """The head's codes, with the reference's inputs also in a joint rounding: a tied embedding
         has to be rounded before the first block runs."""
-        layers = [x for x in self._material.inventory.layers if x.predicts]
-        own = {x.name: real[x.name] for x in layers if x.name in real and x.name in self._cols}
+        heads = {x.name for x in self._material.inventory.layers if x.predicts} & self._cols.keys()
+        own = {name: p for name, p in real.items() if name in heads}
         self.prepare({name: [p] for name, p in own.items()})
         kept = {
             name: self._material.store.arrays("codes", self._alone(name, p))

@@ -80,7 +80,7 @@ class Rtn(Quantizer):
     clip: bool = False
 
     def build(self, material: Material) -> Any:
-        from optimizer.quantization.calibrated import Keeping
+        from optimizer.quantization.keeping import Keeping
 
         return Keeping(clip=self.clip, store=material.store)
 

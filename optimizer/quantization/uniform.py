@@ -56,6 +56,9 @@ class Independent:
     def prepare(self, wanted: Mapping[str, Sequence[Precision]]) -> None:
         """Nothing has to be made before `round`."""
 
+    def ready(self, choices: Sequence[Mapping[str, Precision]]) -> None:
+        """Nor for several whole choices."""
+
 
 @dataclass(kw_only=True)
 class Nearest(Independent):

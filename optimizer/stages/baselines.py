@@ -97,6 +97,7 @@ def measure(
     weights = problem.weights.sum()
     rows = []
     part = "check" if config.proof.random else "heldout"
+    bench.ready([chosen.choice(x) for x in plans.values()], part, quantizer)
     for name in bench.view.track(list(plans), "measuring plans"):
         choice = chosen.choice(plans[name])
         size = sum(x.bytes(choice[x.name]) for x in chosen.scope)

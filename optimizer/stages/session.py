@@ -304,6 +304,17 @@ class Bench:
     def teachers(self) -> dict[str, AnyTeacher]:
         return {}
 
+    def _scores_key(self, choice: Mapping[str, Precision], part: str, quantizer: Any) -> str:
+        real = {name: p.name for name, p in sorted(choice.items()) if p.kind != "none"}
+        return digest(["scores", SCORES, self.part_key(part), quantizer.key, real])
+
+    def ready(self, choices: Iterable[Mapping[str, Precision]], part: str, quantizer: Any) -> None:
+        """Make the codes of all plans that have no scores yet in one pass, where they can be."""
+        keys = ((x, self._scores_key(x, part, quantizer)) for x in choices)
+        new = [x for x, key in keys if self.store.arrays("scores", key) is None]
+        if len(new) > 1:
+            quantizer.ready(new)
+
     def score(self, choice: Mapping[str, Precision], part: str, quantizer: Any) -> AnyScores:
         """The plan's scores on a part of the tokens; kept by content. Held-out: of the plan's joint
         rounding, which is what gets packed. Search: of layers rounded by themselves, whose codes
@@ -311,8 +322,7 @@ class Bench:
         from optimizer.metrics.divergence import stored
         from optimizer.models.kv_cache import rounded
 
-        real = {name: p.name for name, p in sorted(choice.items()) if p.kind != "none"}
-        key = digest(["scores", SCORES, self.part_key(part), quantizer.key, real])
+        key = self._scores_key(choice, part, quantizer)
 
         def make() -> dict[str, np.ndarray]:
             # first what is kept piece by piece, so that a killed run doesn't read again for nothing

@@ -25,8 +25,8 @@ from optimizer.models.source import PACKED_FILE, quiet
 from optimizer.models.stories import corpus
 from optimizer.plan import GGML, Budget, Inventory, Palette, Plan, Precision
 from optimizer.quantization import ggml
-from optimizer.quantization.calibrated import Keeping
 from optimizer.quantization.ggml_native import NATIVE
+from optimizer.quantization.keeping import Keeping
 from optimizer.quantization.methods import Awq, Gptq, Rtn, bind
 from optimizer.quantization.uniform import Nearest
 from optimizer.search import Search
@@ -261,6 +261,17 @@ def test_blocks_of_llama_cpp_are_calibrated_too(kind: str, made: Maker) -> None:
     again = gptq(material).rounder(choice)  # from the store
     name = "model.layers.1.mlp.down_proj.weight"
     assert again.encode(model.weight(name), precision, name).precision == precision
+
+
+def test_several_choices_are_made_in_one_pass(made: Maker) -> None:
+    material = made("llama")
+    choices = [everything(material.model, Precision("int", bits, 16)) for bits in (5, 6)]
+    rounder = gptq(material)
+    rounder.ready(choices)
+    asked = len(material.asked)
+    for choice in choices:
+        rounder.rounder(choice)
+    assert len(material.asked) == asked == 1
 
 
 def test_later_layers_see_the_rounded_ones(made: Maker) -> None:
