@@ -53,6 +53,9 @@ class Material(Protocol):
     def note(self, text: str) -> None: ...
 
 
+UNREACHED = "no calibration token reached their input. More calibration text may."
+
+
 class Calibrated:
     """`quantizer=gptq`, bound to a model."""
 
