@@ -16,6 +16,7 @@ time. Cost: two forward passes and a backward pass, and the head twice.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from optimizer.errors import ModelError
+from optimizer.errors import ModelError, StorageError
 from optimizer.models.blockwise import Batch, Stream
 from optimizer.models.head import final_transform, output_head, tokens_together
 from optimizer.models.model import Model, read
@@ -69,7 +70,8 @@ def samples(
         return None
     if not stream.ends or _shared(stream.blocks):
         return None
-    with closing(_Borders()) as borders:
+    size = sum(x.hidden.numel() * x.hidden.element_size() for x in stream.batches)
+    with closing(_Borders(size * len(stream.blocks))) as borders:
         return _Passes(model, task, text, stream, borders, odd).run(track)
 
 
@@ -80,9 +82,18 @@ def _shared(blocks: Sequence[nn.Module]) -> bool:
 
 
 class _Borders:
-    """Hidden states before each block, in a file."""
+    """Hidden states before each block, in a file of `size` bytes. Raises StorageError before any
+    work if the disk hasn't that much."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
+        folder = Path(tempfile.gettempdir())
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            raise StorageError(
+                f"The table keeps the inputs of all blocks, {size} bytes, in {folder}, which has "
+                f"{free} left. Free some, set TMPDIR to a folder on a larger disk, or lower "
+                "data.calibration.sequences."
+            )
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as this
         self._places: dict[tuple[int, int], int] = {}
 

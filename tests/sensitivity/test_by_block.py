@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optimizer.errors import ModelError
+from optimizer.errors import ModelError, StorageError
 from optimizer.models.blockwise import Stream
 from optimizer.models.model import Model, take_inventory
 from optimizer.plan import Precision
@@ -99,6 +100,19 @@ def test_a_model_on_disk_gives_the_same_table(
     found = by_block.samples(disk, task_of(disk), read, plain)
     assert wanted is not None and found is not None
     np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_disk_too_small_for_the_blocks_inputs_is_named_with_their_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, read = small("llama", tmp_path), text(weighted=False)
+    size = 7 * 24 * 64 * 4 * 3  # windows, tokens, width, fp32, blocks
+    used = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: used._replace(free=size - 1))
+    with pytest.raises(StorageError, match=f"inputs of all blocks, {size} bytes"):
+        by_block.samples(model, task_of(model), read, plain)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: used._replace(free=size))
+    assert by_block.samples(model, task_of(model), read, plain) is not None
 
 
 def test_squares_of_some_chunks_at_a_time_give_the_same(
