@@ -45,6 +45,11 @@ class Subject:
         check_device(device)
         self.plan, self.view, self.device = Plan.load(plan), view, device
         self.store = Store.open(store, view.note)
+        if self.plan.refinement is not None:
+            view.note(
+                f"`mezzotint {command}` looks at the plan's base, without its refinement; `mezzotint "
+                "evaluate` and `generate` unpack it."
+            )
         view.stage(f"finding {model or self.plan.model['name']}")
         self.source, self.inventory = reference_of(self.plan, model, self.store)
         check_language_model(self.source, command)

@@ -213,6 +213,8 @@ def opened(one: Entrant, store: Store, device: str, view: View) -> Iterator[Open
     source, inventory = reference_of(one.plan, str(one.home.folder), store)
     check_names(one.plan, inventory)
     model = Model.load(source.folder, inventory, device)
+    if one.plan.refinement is not None:
+        view.note(f"{one.name} is the plan's base; its packed folder has the refinement, too.")
     quantizer = quantizer_of(one.plan, one.home, inventory, store, view)
     with model.rounded(quantizer.rounder(one.plan.choice, joint=True), one.plan.choice):
         yield Open(model.net, tokenizer, cache(model.net))
