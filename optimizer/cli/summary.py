@@ -15,7 +15,7 @@ from rich.text import Text
 from optimizer.certificate.wording import brief, in_unit, unit_of
 from optimizer.cli import nested, screen
 from optimizer.cli.certificate import human
-from optimizer.commands.optimize import Outcome
+from optimizer.commands.product import Outcome
 from optimizer.plan import Plan
 
 SHOWN = {

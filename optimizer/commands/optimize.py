@@ -6,33 +6,29 @@ a measured model costs seconds. No Hydra, no printing.
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from optimizer import search
 from optimizer.commands import advise, effort
 from optimizer.commands import notes as remarks
+from optimizer.commands.product import Outcome, plan_of
+from optimizer.commands.prove import HELD, NOISE, asked, prove
 from optimizer.config import Optimize
-from optimizer.errors import ModelError
 from optimizer.formats import registry
 from optimizer.formats.format import Subject
-from optimizer.plan import Budget, Inventory, Plan, Precision, assemble
-from optimizer.quantization.methods import bind
+from optimizer.plan import Budget, Inventory, Precision
 from optimizer.reports import html as page
 from optimizer.reports.run import (
     FRONT_ROWS,
     Run,
     Scale,
     chosen_point,
-    overrides,
     run_key,
     save_front,
     save_history,
@@ -40,7 +36,7 @@ from optimizer.reports.run import (
 )
 from optimizer.search import Problem, exact
 from optimizer.sensitivity import Table
-from optimizer.stages import baselines, certify, kv_budget, nested, objective
+from optimizer.stages import certify, kv_budget, nested, objective
 from optimizer.stages.session import Bench, Choices, View, choices, unchained
 from optimizer.stages.table import measure_table
 from optimizer.store import root, unwritable, write_atomically
@@ -48,20 +44,7 @@ from optimizer.store import root, unwritable, write_atomically
 if TYPE_CHECKING:
     from optimizer.stages.refine import Refined
 
-TABLE, SEARCH, HELD, NOISE = "table", "search", "held-out text", "noise and domains"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run made. prediction: how well the table foretold the measured plans."""
-
-    plan: Plan
-    files: dict[str, Path]
-    measured: list[baselines.Row] = field(default_factory=list)
-    prediction: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    run: Run | None = None
+TABLE, SEARCH = "table", "search"  # stages, as a person sees them
 
 
 def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
@@ -97,7 +80,7 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     notes += remarks.ample(config, problem)
     if bench.cache.tried:
         notes.append(kv_budget.told(bench.cache.tried, bench.cache.bits))
-    plan = _plan(bench, config, chosen, table, assignment)
+    plan = plan_of(bench, config, chosen, table, assignment)
     plan.save(out / "plan.json")  # within seconds on a measured model; what follows improves it
     view.note(f"wrote {out / 'plan.json'}: the table's optimum")
     view.enter(SEARCH)
@@ -110,7 +93,7 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
         notes += _save_front(bench, config, chosen, table, searched, out / "front")
     problem = replace(problem, loss=table.loss)  # from here on for showing: KL
     notes += remarks.price_of_policy(config, chosen, problem, assignment)
-    plan = _plan(bench, config, chosen, table, assignment)
+    plan = plan_of(bench, config, chosen, table, assignment)
     notes += remarks.file(config, bench, chosen, plan)
     files = {"plan": plan.save(out / "plan.json"), "front": save_front(problem, out / "front.csv")}
     if refined is not None:
@@ -194,7 +177,7 @@ def _checked(config: Optimize, view: View) -> tuple[Optimize, Bench, Choices]:
         over = registry.overhead(config.runtime, Subject(bench.inventory, folder, base), every)
         chosen = replace(chosen, overhead=over)
     if config.proof.certify:
-        certify.check(bench, _asked(config))
+        certify.check(bench, asked(config))
     if config.search.third in ("time", "price"):
         from optimizer.stages import latency
 
@@ -252,7 +235,7 @@ def _save_front(
     """Each plan of a searched front as a file of its own, so that any of them can be applied."""
     for name, assignment in searched.items():
         path = folder / f"{name.replace(' ', '-')}.json"
-        _plan(bench, config, chosen, table, assignment).save(path)
+        plan_of(bench, config, chosen, table, assignment).save(path)
     return [f"The plans of the front are in {folder}, without certificates."] if searched else []
 
 
@@ -332,158 +315,3 @@ def _refine(
             return refine(bench, config, chosen, problem, start, journal)
     except OSError as error:  # Optuna's, writing the journal
         raise unwritable(Path(error.filename or journal), error) from None
-
-
-def _plan(
-    bench: Bench, config: Optimize, chosen: Choices, table: Table, assignment: np.ndarray
-) -> Plan:
-    kl, error = table.predict(assignment)
-    return assemble(
-        bench.inventory,
-        chosen.scope,
-        chosen.choice(assignment),
-        model={
-            "name": bench.source.name,
-            "revision": bench.source.revision,
-            "fingerprint": bench.source.fingerprint,
-        },
-        runtime=config.runtime.name,
-        quantizer=config.quantizer.described(bench.calibration_key),
-        predicted={"kl": kl, "stderr": error, "estimator": config.sensitivity.estimator}
-        | ({"unit": "text"} if bench.encoder else {}),
-        kv=bench.cache.bits,
-        budget=config.budget.asked,
-        provenance={
-            "command": shlex.join(["mezzotint", "optimize", *overrides(asdict(config))]),
-            "seed": config.seed,
-            "data": asdict(config.data),
-            "tuned": objective.tuned(config.meaning),
-            "geometry": bench.geometry(),
-            "caches": list(bench.cache.tried),
-            "read": kv_budget.traffic(config, bench).weights(
-                bench.inventory, chosen.choice(assignment)
-            ),
-            "versions": versions(),
-        },
-    )
-
-
-def versions() -> dict[str, str]:
-    names = ("mezzotint", "torch", "transformers", "numpy", "scipy")
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-# ---------------------------------------------------------------- prove
-
-
-def prove(
-    bench: Bench,
-    config: Optimize,
-    chosen: Choices,
-    table: Table,
-    problem: Problem,
-    assignment: np.ndarray,
-    searched: Mapping[str, np.ndarray],
-    outcome: Outcome,
-    out: Path,
-) -> Outcome:
-    """Measure the prediction on search documents and the plan on held-out ones. If no uniform
-    plan that fits is worse, the best uniform one becomes the plan. searched: plans of other sizes,
-    measured on search documents only."""
-    from optimizer.certificate import comparison
-
-    quantizer = bind(config.quantizer, bench)
-    bench.view.enter(HELD)
-    others = baselines.rivals(config, problem)
-    rows = baselines.measure(
-        bench, config, chosen, table, problem, {**others, **searched, "plan": assignment}
-    )
-    best_random = min(
-        (r for r in rows if r.name.startswith("random")), key=baselines.measured_loss, default=None
-    )
-    held = {k: v for k, v in others.items() if not k.startswith("random")} | {"plan": assignment}
-    if best_random is not None:
-        held[f"best of {config.proof.random} random"] = others[best_random.name]
-    held = {k: v for k, v in held.items() if baselines.worth_measuring(k, v, problem, assignment)}
-    found = {}
-    for name in bench.view.track(list(held), "held-out measurement"):
-        choice = chosen.choice(held[name])
-        stored = baselines.tensor_bytes(bench.inventory, choice)
-        scores = bench.score(choice, "heldout", quantizer)
-        found[name] = comparison.Candidate(name, stored, problem.sizes(held[name]), scores)
-    bench.view.enter(NOISE)
-    notes = list(outcome.notes)
-    uniforms = [c for n, c in found.items() if n in problem.columns]
-    fitting = [c for c in uniforms if baselines.may_be(held[c.name], problem)]
-    best = min(fitting, key=lambda c: c.scores.mean_kl, default=None)
-    winner = "plan"
-    whole = np.array_equal(
-        assignment, problem.largest
-    )  # what seems to keep more does so by chance
-    if best is not None and not whole and best.scores.mean_kl <= found["plan"].scores.mean_kl:
-        winner = best.name
-        if not np.array_equal(held[winner], assignment):
-            notes.append(
-                f"The searched plan was not better than {winner} everywhere on held-out text (KL "
-                f"{found['plan'].scores.mean_kl:.4f} against {best.scores.mean_kl:.4f}), so the "
-                f"plan is {winner} everywhere."
-            )
-            assignment = held[winner]
-            outcome = replace(outcome, plan=_plan(bench, config, chosen, table, assignment))
-    mine = replace(found[winner], name="plan")
-    mixed = [c for n, c in found.items() if n != "plan" and n not in problem.columns]
-    kept = certify.certified(bench, outcome.plan)
-    bench.store.arrays("scores", kept, mine.scores.arrays)
-    found_to_be = comparison.certify(mine, uniforms, mixed, config.seed)
-    weights = _weights(bench, chosen.choice(assignment), quantizer)
-    found_to_be["meaning"] = certify.judge(bench, weights, mine.scores, _asked(config))
-    plan = replace(outcome.plan, certificate=found_to_be)
-    files = outcome.files | {
-        "plan": plan.save(out / "plan.json"),
-        "measured": baselines.save(rows, out / "measured.csv"),
-    }
-    files |= _blurred(bench, mine.scores.kl, plan, out)
-    quality = baselines.quality(rows)
-    return replace(outcome, plan=plan, files=files, measured=rows, prediction=quality, notes=notes)
-
-
-def _asked(config: Optimize) -> certify.Asked:
-    wanted = config.proof
-    tuned = objective.tuned(config.meaning)["domains"]
-    entries = [*wanted.domains, *objective.missing(config.meaning, wanted.domains)]
-    return certify.Asked(wanted.tolerance, entries, wanted.generate, config.seed, tuned)
-
-
-def _weights(bench: Bench, choice: Mapping[str, Precision], quantizer: Any) -> certify.Weights:
-    """The plan's joint rounding, which is what gets packed, and its cache."""
-
-    @contextmanager
-    def hold() -> Iterator[Any]:
-        rounder = quantizer.rounder(choice, joint=True)
-        with bench.model.rounded(rounder, choice):
-            yield bench.model.net
-
-    real = {name: p.name for name, p in sorted(choice.items()) if p.kind != "none"}
-    return certify.Weights([quantizer.key, real], hold, bench.cache.bits, bench.cache.floating)
-
-
-def _blurred(bench: Bench, kl: np.ndarray, plan: Plan, out: Path) -> dict[str, Path]:
-    """Held-out text, shaded; nothing where the model has no tokenizer that works, or embeds texts."""
-    if bench.encoder:
-        return {}
-    from optimizer.models.tokenizer import load_tokenizer
-    from optimizer.reports.html import blur_example
-
-    ids = bench.windows("heldout").ids
-    try:
-        tokenizer = load_tokenizer(bench.source.folder)
-        page = blur_example.render(ids, kl, tokenizer, f"Plan {plan.id} on held-out text")
-    except ModelError:
-        return {}
-    return {"blur": write_atomically(out / blur_example.FILE, page.encode())}

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from optimizer.certificate.wording import brief, marks
 from optimizer.cli import summary
-from optimizer.commands.optimize import Outcome
+from optimizer.commands.product import Outcome
 from optimizer.plan import Plan
 
 

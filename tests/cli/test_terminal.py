@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from optimizer.cli import progress, summary, terminal
-from optimizer.commands.optimize import Outcome
+from optimizer.commands.product import Outcome
 from optimizer.plan import Plan
 
 ODD = "my [red]model[/x]"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from optimizer.commands import inspect, optimize
+from optimizer.commands import inspect, optimize, prove
 from optimizer.config import Optimize, Probe
 from optimizer.data import pairs as probes
 from optimizer.data.text import Part
@@ -257,7 +257,7 @@ def test_no_document_is_tuned_on_and_certified(
     config = asked(source, tmp_path / "s", texts, domain=1.0)
     made, _ = opened(config)
     config.proof.domains = ["prose", config.meaning.domains[0]]
-    judged = optimize._asked(config).texts
+    judged = prove.asked(config).texts
     assert [(d.name, d.half) for d in judged] == [("prose", None), ("told", 1), ("odd", 1)]
     tuned = objective._cuts(made, config.meaning.domains)
     for domain, own in tuned.items():

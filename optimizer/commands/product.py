@@ -1,0 +1,75 @@
+"""A run's product: the plan with where it came from, and what lies around it."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from optimizer.config import Optimize
+from optimizer.plan import Plan, assemble
+from optimizer.reports.run import Run, overrides
+from optimizer.sensitivity import Table
+from optimizer.stages import baselines, kv_budget, objective
+from optimizer.stages.session import Bench, Choices
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run made. prediction: how well the table foretold the measured plans."""
+
+    plan: Plan
+    files: dict[str, Path]
+    measured: list[baselines.Row] = field(default_factory=list)
+    prediction: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    run: Run | None = None
+
+
+def plan_of(
+    bench: Bench, config: Optimize, chosen: Choices, table: Table, assignment: np.ndarray
+) -> Plan:
+    kl, error = table.predict(assignment)
+    return assemble(
+        bench.inventory,
+        chosen.scope,
+        chosen.choice(assignment),
+        model={
+            "name": bench.source.name,
+            "revision": bench.source.revision,
+            "fingerprint": bench.source.fingerprint,
+        },
+        runtime=config.runtime.name,
+        quantizer=config.quantizer.described(bench.calibration_key),
+        predicted={"kl": kl, "stderr": error, "estimator": config.sensitivity.estimator}
+        | ({"unit": "text"} if bench.encoder else {}),
+        kv=bench.cache.bits,
+        budget=config.budget.asked,
+        provenance={
+            "command": shlex.join(["mezzotint", "optimize", *overrides(asdict(config))]),
+            "seed": config.seed,
+            "data": asdict(config.data),
+            "tuned": objective.tuned(config.meaning),
+            "geometry": bench.geometry(),
+            "caches": list(bench.cache.tried),
+            "read": kv_budget.traffic(config, bench).weights(
+                bench.inventory, chosen.choice(assignment)
+            ),
+            "versions": versions(),
+        },
+    )
+
+
+def versions() -> dict[str, str]:
+    names = ("mezzotint", "torch", "transformers", "numpy", "scipy")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
