@@ -16,25 +16,23 @@ time. Cost: two forward passes and a backward pass, and the head twice.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from optimizer.errors import ModelError, StorageError
+from optimizer.errors import ModelError
 from optimizer.models.blockwise import Batch, Stream
 from optimizer.models.head import final_transform, output_head, tokens_together
 from optimizer.models.model import Model, read
 from optimizer.models.watching import begin_gradients
 from optimizer.plan import Layer, Precision
+from optimizer.sensitivity.borders import Borders
 from optimizer.sensitivity.fisher import (
     add_square,
     gradients,
@@ -43,7 +41,6 @@ from optimizer.sensitivity.fisher import (
     watching,
 )
 from optimizer.sensitivity.table import Task, Text
-from optimizer.store import unwritable
 
 TOGETHER = 1024  # tokens that run through a block at a time
 SQUARES = 2**27  # bytes of squares that exist at a time, if more than one chunk's are to
@@ -71,7 +68,7 @@ def samples(
     if not stream.ends or _shared(stream.blocks):
         return None
     size = sum(x.hidden.numel() * x.hidden.element_size() for x in stream.batches)
-    with closing(_Borders(size * len(stream.blocks))) as borders:
+    with closing(Borders(size * len(stream.blocks))) as borders:
         return _Passes(model, task, text, stream, borders, odd).run(track)
 
 
@@ -79,40 +76,6 @@ def _shared(blocks: Sequence[nn.Module]) -> bool:
     """Whether a parameter belongs to several blocks."""
     owners = [id(p) for block in blocks for p in block.parameters()]
     return len(owners) > len(set(owners))
-
-
-class _Borders:
-    """Hidden states before each block, in a file of `size` bytes. Raises StorageError before any
-    work if the disk hasn't that much."""
-
-    def __init__(self, size: int) -> None:
-        folder = Path(tempfile.gettempdir())
-        free = shutil.disk_usage(folder).free
-        if free < size:
-            raise StorageError(
-                f"The table keeps the inputs of all blocks, {size} bytes, in {folder}, which has "
-                f"{free} left. Free some, set TMPDIR to a folder on a larger disk, or lower "
-                "data.calibration.sequences."
-            )
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as this
-        self._places: dict[tuple[int, int], int] = {}
-
-    def close(self) -> None:
-        self._file.close()
-
-    def keep(self, block: int, batch: int, hidden: Tensor) -> None:
-        data = hidden.contiguous().cpu().numpy()
-        try:
-            self._places[block, batch] = self._file.seek(0, 2)
-            self._file.write(data.data)
-        except OSError as error:
-            raise unwritable(Path(tempfile.gettempdir()), error) from None
-
-    def take(self, block: int, batch: int, like: Tensor) -> Tensor:
-        found = torch.empty(like.shape, dtype=like.dtype)
-        self._file.seek(self._places[block, batch])
-        self._file.readinto(found.numpy().data)
-        return found.to(like.device)
 
 
 class _Passes:
@@ -124,7 +87,7 @@ class _Passes:
         task: Task,
         text: Text,
         stream: Stream,
-        borders: _Borders,
+        borders: Borders,
         odd: set[int | None],
     ) -> None:
         """odd: blocks with layers that some tokens pass by; they run one window at a time."""

@@ -218,7 +218,11 @@ def likelihood(
 ) -> Tensor:
     """ids [1, l] -> log-likelihood (a scalar with gradient) of labels sampled from the model's own
     predictions, each times the square root of its weight [predictions]."""
-    logits = model.logits(window)
+    return likelihood_of(model.logits(window), seed, weights)
+
+
+def likelihood_of(logits: Tensor, seed: list[int], weights: np.ndarray | None = None) -> Tensor:
+    """The same from a window's logits [predictions, choices]."""
     draws = np.random.default_rng(seed).random((len(logits), 1))
     each = torch.log_softmax(logits, -1).gather(-1, sampled(logits, draws))[:, 0]
     if weights is None:

@@ -12,16 +12,22 @@ better (experiments/03-rounding).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from optimizer.errors import ModelError
+from optimizer.models.blockwise import Stream
+from optimizer.models.head import final_transform, output_head
 from optimizer.models.model import Model
+from optimizer.models.offload import offloaded
 from optimizer.models.watching import begin_gradients, on_gradient
 from optimizer.plan import Layer
-from optimizer.sensitivity.fisher import likelihood
+from optimizer.sensitivity.borders import Borders
+from optimizer.sensitivity.fisher import likelihood, likelihood_of
 
 
 def token_weights(
@@ -55,13 +61,60 @@ def token_weights(
     handles = [m.register_forward_hook(catch(name)) for name, m in modules.items()]
     handles.append(begin_gradients(net))  # weights stay without
     try:
-        for now[0] in track(range(len(ids)), "weights of tokens"):
-            window = torch.from_numpy(ids[now[0]])[None].to(device)
-            likelihood(model, window, [seed, now[0]]).backward()
+        windows = [torch.from_numpy(row)[None].to(device) for row in ids]
+        away = offloaded(net) is not None and model.pooling is None
+        if not (away and _block_by_block(model, windows, seed, track, now)):
+            for now[0] in track(range(len(ids)), "weights of tokens"):
+                likelihood(model, windows[now[0]], [seed, now[0]]).backward()
     finally:
         for handle in handles:
             handle.remove()
     return {name: _normal(s**2 if squared else s) for name, s in found.items()}
+
+
+def _block_by_block(
+    model: Model,
+    windows: Sequence[Tensor],
+    seed: int,
+    track: Callable[[Iterable[Any], str], Iterable[Any]],
+    now: list[int],
+) -> bool:
+    """The same backward passes, all windows through a block before the next is read. now: gets the
+    number of the window that runs. False: the blocks are no chain."""
+    try:
+        stream = Stream(model, torch.cat(list(windows)).cpu().numpy(), frozen=True, together=1)
+    except ModelError:
+        return False
+    if not stream.ends:
+        return False
+    shape = final_transform(model.net, windows[0].cpu().numpy())
+    blocks = range(len(stream.blocks))
+    steps = iter(track([*blocks, *blocks], "weights of tokens"))
+    size = sum(x.hidden.numel() * x.hidden.element_size() for x in stream.batches) * len(blocks)
+    with closing(Borders(size)) as borders:
+        for block in blocks:
+            next(steps)
+            for i, batch in enumerate(stream.batches):
+                borders.keep(block, i, batch.hidden)
+            stream.advance(block)
+        arrived = []
+        for now[0], batch in enumerate(stream.batches):
+            last = batch.hidden.clone().requires_grad_(True)
+            x = stream.tail(batch.ids, last)
+            logits = shape(output_head(model.net)(x)[0].float())
+            likelihood_of(logits, [seed, now[0]]).backward()
+            assert last.grad is not None
+            arrived.append(last.grad)
+        for block in reversed(blocks):
+            next(steps)
+            for now[0], batch in enumerate(stream.batches):
+                hidden = borders.take(block, now[0], batch.hidden).requires_grad_(True)
+                stream.through(block, batch, hidden.clone()).backward(arrived[now[0]])
+                assert hidden.grad is not None
+                arrived[now[0]] = hidden.grad
+    for _ in steps:
+        pass
+    return True
 
 
 def _normal(s: np.ndarray) -> np.ndarray:

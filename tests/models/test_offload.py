@@ -16,6 +16,7 @@ from optimizer.models.blockwise import Stream
 from optimizer.models.model import Model
 from optimizer.models.offload import OnDisk, offloaded
 from optimizer.quantization.uniform import Nearest
+from optimizer.sensitivity.outputs import token_weights
 from tests.conftest import Small, mixed
 
 IDS = np.random.default_rng(3).integers(3, 96, (5, 24))
@@ -123,6 +124,18 @@ def test_blocks_run_one_by_one_alike(pair: Pair) -> None:
             stream.advance(block)
     assert len(found[0]) > 0
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_weights_of_tokens_are_equal_and_read_each_block_few_times(pair: Pair) -> None:
+    def found(model: Model) -> dict[str, np.ndarray]:
+        layers = [x for x in model.inventory.layers if x.watchable]
+        return token_weights(model, layers, IDS, 4, lambda items, _text: items, squared=False)
+
+    expected, before = found(pair.memory), blocks(pair.disk).brought
+    for name, value in found(pair.disk).items():
+        assert np.array_equal(value, expected[name]), name
+    assert max(value.std() for value in expected.values()) > 0.1
+    assert blocks(pair.disk).brought - before <= 4 * 2  # not once a window
 
 
 def test_an_absent_block_holds_no_numbers(small: Small) -> None:
