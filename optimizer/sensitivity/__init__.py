@@ -14,6 +14,7 @@ from optimizer.sensitivity.estimators import (
     estimators,
 )
 from optimizer.sensitivity.table import (
+    Desk,
     Table,
     Task,
     Text,
@@ -25,6 +26,7 @@ from optimizer.sensitivity.table import (
 
 __all__ = [
     "AutoEstimator",
+    "Desk",
     "Directional",
     "Estimator",
     "Fisher",

@@ -11,16 +11,16 @@ precision rounded once for all windows.
 
 A layer that sees every token needs no gradient of autograd's own: it is d' x of its inputs x [tokens,
 cols] and of the gradients d [tokens, rows] at its outputs. Other layers (experts) run one window at a
-time. Cost: two forward passes and a backward pass, and the head twice.
+time. What is known is left on a desk after each block. Cost: two forward passes and a backward pass,
+and the head twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from optimizer.sensitivity.fisher import (
     sampled,
     watching,
 )
-from optimizer.sensitivity.table import Task, Text
+from optimizer.sensitivity.table import Desk, Task, Text
 
 TOGETHER = 1024  # tokens that run through a block at a time
 SQUARES = 2**27  # bytes of squares that exist at a time, if more than one chunk's are to
@@ -48,9 +48,7 @@ STACK = 2**23  # bytes of errors that exist at a time, where rows are rounded by
 AGREE = 1e-3  # how far two ways to one gradient may lie apart, as a share of it
 
 
-def samples(
-    model: Model, task: Task, text: Text, track: Callable[[Iterable[Any], str], Iterable[Any]]
-) -> np.ndarray | None:
+def samples(model: Model, task: Task, text: Text, desk: Desk) -> np.ndarray | None:
     """Chunks' estimates [chunks, groups, precisions], nats per token, equal to `fisher.diagonal` of
     each chunk within float error. None where the model's blocks can't be run by themselves: they are
     no chain, share parameters, or read more of the model than their input."""
@@ -69,7 +67,7 @@ def samples(
         return None
     size = sum(x.hidden.numel() * x.hidden.element_size() for x in stream.batches)
     with closing(Borders(size * len(stream.blocks))) as borders:
-        return _Passes(model, task, text, stream, borders, odd).run(track)
+        return _Passes(model, task, text, stream, borders, odd).run(desk)
 
 
 def _shared(blocks: Sequence[nn.Module]) -> bool:
@@ -104,18 +102,25 @@ class _Passes:
         firsts = np.cumsum([0, *(len(batch.ids) for batch in stream.batches)])
         self.windows = [range(a, b) for a, b in pairwise(firsts.tolist())]
 
-    def run(self, track: Callable[[Iterable[Any], str], Iterable[Any]]) -> np.ndarray | None:
+    def run(self, desk: Desk) -> np.ndarray | None:
         blocks = range(len(self.stream.blocks))
-        steps = iter(track([*blocks, *blocks], "sensitivity"))
+        steps = iter(desk.track([*blocks, *blocks], "sensitivity"))
         for block in blocks:
             next(steps)
             for i, batch in enumerate(self.stream.batches):
                 self.borders.keep(block, i, batch.hidden)
             self.stream.advance(block)
-        arrived = [self._at_the_end(i) for i in range(len(self.stream.batches))]
+        left = desk.left()
+        if left is None:
+            first = len(blocks)
+            arrived = [self._at_the_end(i) for i in range(len(self.stream.batches))]
+        else:
+            first, arrived = self._resume(left)
         for block in reversed(blocks):
             next(steps)
-            self._backward(block, arrived)
+            if block < first:
+                self._backward(block, arrived)
+                desk.leave(self._state(block, arrived))
         if not self._agrees(arrived[0]):
             return None
         self._outside(arrived)
@@ -125,6 +130,19 @@ class _Passes:
                  for c in range(len(self.text.runs))]  # fmt: skip
         counts = [2 * self.model.predictions(self.text.ids[run]) for run in self.text.runs]
         return np.array(found) / np.array(counts)[:, None, None]
+
+    def _state(self, block: int, arrived: Sequence[Tensor]) -> dict[str, np.ndarray]:
+        """What is known when a block is done: gradients at its input, the losses from there on."""
+        borders = {f"border {i}": x.cpu().numpy() for i, x in enumerate(arrived)}
+        return {"block": np.array([block]), **borders, **self.losses}
+
+    def _resume(self, left: dict[str, np.ndarray]) -> tuple[int, list[Tensor]]:
+        """The last block that was done, and the gradients at its input."""
+        for name, losses in self.losses.items():
+            losses[:] = left[name]
+        device = self.stream.batches[0].hidden.device
+        borders = [left[f"border {i}"] for i in range(len(self.stream.batches))]
+        return int(left["block"][0]), [torch.from_numpy(x).to(device) for x in borders]
 
     # ------------------------------------------------------------ the head
 

@@ -6,7 +6,7 @@ family. Others register an estimator of their own as an entry point of `mezzotin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +17,7 @@ from optimizer.extensions import extensions
 
 if TYPE_CHECKING:
     from optimizer.models.model import Model
-    from optimizer.sensitivity.table import Task, Text
+    from optimizer.sensitivity.table import Desk, Task, Text
 
 ENTRY_POINTS = "mezzotint.estimators"
 
@@ -40,7 +40,7 @@ class Estimator:
 
     VERSION: raise it when the same settings give other numbers; it is part of a table's key.
     by_token: it can weigh single tokens. chunks: the windows are scored in this many parts; the
-    parts' spread gives the standard errors, and a killed run loses at most one part.
+    parts' spread gives the standard errors, and a killed run loses at most one part, or a block.
     """
 
     VERSION: ClassVar[int] = 1
@@ -80,7 +80,7 @@ class Estimator:
         model: Model,  # noqa: ARG002
         task: Task,  # noqa: ARG002
         text: Text,  # noqa: ARG002
-        track: Callable[[Iterable[Any], str], Iterable[Any]],  # noqa: ARG002
+        desk: Desk,  # noqa: ARG002
     ) -> np.ndarray | None:
         """All chunks' losses at once [chunks, groups, precisions], where that shares work; None: they
         are asked for chunk by chunk."""
@@ -112,11 +112,11 @@ class Fisher(Estimator):
         model: Model,
         task: Task,
         text: Text,
-        track: Callable[[Iterable[Any], str], Iterable[Any]],
+        desk: Desk,
     ) -> np.ndarray | None:
         from optimizer.sensitivity import by_block
 
-        return by_block.samples(model, task, text, track)
+        return by_block.samples(model, task, text, desk)
 
 
 @dataclass(kw_only=True)

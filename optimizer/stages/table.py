@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,6 +45,27 @@ def read_for(bench: Bench, config: Optimize) -> Windows:
     return bench.windows(read_part(config)).head(bench.data.calibration.sequences)
 
 
+@dataclass(frozen=True)
+class Kept(sensitivity.Desk):
+    """A desk in the store."""
+
+    bench: Bench
+    key: str
+
+    def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:
+        return self.bench.view.track(items, text)
+
+    def leave(self, state: dict[str, np.ndarray]) -> None:
+        self.clear()
+        self.bench.store.arrays("tables", self.key, lambda: state)
+
+    def left(self) -> dict[str, np.ndarray] | None:
+        return self.bench.store.arrays("tables", self.key)
+
+    def clear(self) -> None:
+        self.bench.store.path("tables", self.key, ".safetensors").unlink(missing_ok=True)
+
+
 def measure_table(
     bench: Bench, config: Optimize, chosen: Choices, reading: Reading | None = None
 ) -> Table:
@@ -72,10 +93,12 @@ def measure_table(
     weights = read.weights() if todo and read.weights is not None else None
     if todo:
         text = sensitivity.Text(read.ids, runs, config.seed, weights)
-        whole = settings.samples(bench.model, task, text, bench.view.track)
+        desk = Kept(bench, digest([key, "so far"]))
+        whole = settings.samples(bench.model, task, text, desk)
         for i in range(0 if whole is None else len(runs)):
             bench.store.arrays("tables", _part(key, i), lambda i=i: {"loss": whole[i]})  # type: ignore
         todo = todo if whole is None else []
+        desk.clear()
     for i in bench.view.track(range(len(runs)), "sensitivity") if todo else range(len(runs)):
 
         def make(i: int = i) -> dict[str, np.ndarray]:

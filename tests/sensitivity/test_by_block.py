@@ -16,7 +16,7 @@ from optimizer.models.blockwise import Stream
 from optimizer.models.model import Model, take_inventory
 from optimizer.plan import Precision
 from optimizer.quantization.uniform import Nearest
-from optimizer.sensitivity import Task, Text, by_block, chunks
+from optimizer.sensitivity import Desk, Task, Text, by_block, chunks
 from optimizer.sensitivity.fisher import diagonal
 
 torch.set_num_threads(1)
@@ -72,8 +72,39 @@ def whole(model: Model, task: Task, read: Text) -> np.ndarray:
     return np.array(parts)
 
 
-def plain(items: Any, _text: str) -> Any:
-    return items
+class Killed(Desk):
+    """Keeps the last state, and ends the run after some blocks."""
+
+    def __init__(self, after: int) -> None:
+        self.after, self.states = after, list[dict[str, np.ndarray]]()
+
+    def leave(self, state: dict[str, np.ndarray]) -> None:
+        self.states.append({key: value.copy() for key, value in state.items()})
+        if len(self.states) == self.after:
+            raise KeyboardInterrupt
+
+    def left(self) -> dict[str, np.ndarray] | None:
+        return self.states[-1] if self.states else None
+
+
+def test_a_killed_table_goes_on_after_the_last_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, read = small("llama", tmp_path), text(weighted=False)
+    task, desk = task_of(model), Killed(2)
+    wanted = by_block.samples(model, task, read, Desk())
+    with pytest.raises(KeyboardInterrupt):
+        by_block.samples(model, task, read, desk)
+    done, own = list[int](), by_block._Passes._backward
+
+    def backward(self: Any, block: int, arrived: Any) -> None:
+        done.append(block)
+        own(self, block, arrived)
+
+    monkeypatch.setattr(by_block._Passes, "_backward", backward)
+    found = by_block.samples(model, task, read, desk)
+    assert found is not None and wanted is not None
+    assert np.array_equal(found, wanted) and done == [0]
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -81,7 +112,7 @@ def plain(items: Any, _text: str) -> Any:
 def test_the_table_is_that_of_the_whole_model(kind: str, weighted: bool, tmp_path: Path) -> None:
     model, read = small(kind, tmp_path), text(weighted)
     task = task_of(model)
-    found = by_block.samples(model, task, read, plain)
+    found = by_block.samples(model, task, read, Desk())
     assert found is not None and found.shape == (3, len(task.groups), 3)
     wanted = whole(model, task, read)
     np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=1e-9 * wanted.max())
@@ -94,10 +125,10 @@ def test_a_model_on_disk_gives_the_same_table(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, read = small(kind, tmp_path), text(weighted=True)
-    wanted = by_block.samples(model, task_of(model), read, plain)
+    wanted = by_block.samples(model, task_of(model), read, Desk())
     monkeypatch.setattr("optimizer.models.offload.LARGE", 0)
     disk = Model.load(tmp_path, model.inventory, offload="disk")
-    found = by_block.samples(disk, task_of(disk), read, plain)
+    found = by_block.samples(disk, task_of(disk), read, Desk())
     assert wanted is not None and found is not None
     np.testing.assert_array_equal(found, wanted)
 
@@ -110,19 +141,19 @@ def test_a_disk_too_small_for_the_blocks_inputs_is_named_with_their_bytes(
     used = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: used._replace(free=size - 1))
     with pytest.raises(StorageError, match=f"inputs of all blocks, {size} bytes"):
-        by_block.samples(model, task_of(model), read, plain)
+        by_block.samples(model, task_of(model), read, Desk())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: used._replace(free=size))
-    assert by_block.samples(model, task_of(model), read, plain) is not None
+    assert by_block.samples(model, task_of(model), read, Desk()) is not None
 
 
 def test_squares_of_some_chunks_at_a_time_give_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, read = small("llama tied", tmp_path), text(weighted=False)
-    wanted = by_block.samples(model, task_of(model), read, plain)
+    wanted = by_block.samples(model, task_of(model), read, Desk())
     monkeypatch.setattr(by_block, "SQUARES", 1)
     monkeypatch.setattr(by_block, "STACK", 1)
-    found = by_block.samples(model, task_of(model), read, plain)
+    found = by_block.samples(model, task_of(model), read, Desk())
     assert found is not None and wanted is not None
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
@@ -133,14 +164,14 @@ def test_a_model_whose_blocks_read_more_than_their_input_is_left_to_the_whole(
     """Embeddings that each block gets besides: the gradients of the two ways differ."""
     model, read = small("llama", tmp_path), text(weighted=False)
     task, own = task_of(model), Stream.through
-    assert by_block.samples(model, task, read, plain) is not None
+    assert by_block.samples(model, task, read, Desk()) is not None
 
     def through(self: Stream, block: int, batch: Any, hidden: torch.Tensor) -> torch.Tensor:
         found = own(self, block, batch, hidden)
         return found.detach() + 0.9 * (found - found.detach())  # a tenth of the gradient is lost
 
     monkeypatch.setattr(Stream, "through", through)
-    assert by_block.samples(model, task, read, plain) is None
+    assert by_block.samples(model, task, read, Desk()) is None
 
 
 def test_a_class_whose_gradients_are_for_training_only_is_refused(tmp_path: Path) -> None:
@@ -154,7 +185,7 @@ def test_a_class_whose_gradients_are_for_training_only_is_refused(tmp_path: Path
     net = AutoModelForCausalLM.from_config(AutoConfig.for_model("reformer", **settings))
     net.save_pretrained(tmp_path / "model")
     model = Model.load(tmp_path / "model", take_inventory(tmp_path / "model"))
-    assert by_block.samples(model, task_of(model), text(weighted=False), plain) is None
+    assert by_block.samples(model, task_of(model), text(weighted=False), Desk()) is None
     with pytest.raises(
         ModelError, match=r"ReformerModelWithLMHead gives no gradients.*model\.train"
     ):
