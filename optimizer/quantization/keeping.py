@@ -68,8 +68,5 @@ class Keeping(Nearest):
         ]
 
 
-UNREACHED = "no calibration token reached their input. More calibration text may."
-
-
 def _content(weight: Tensor) -> str:
     return sha256(weight.float().cpu().contiguous().numpy().data).hexdigest()

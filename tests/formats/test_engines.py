@@ -21,7 +21,7 @@ from optimizer.errors import ConfigError, MezzotintError, PlanError
 from optimizer.formats import folder, rules
 from optimizer.formats.gguf import writer
 from optimizer.formats.safetensors import autoround, compressed_tensors, gptq
-from optimizer.formats.torch import packed
+from optimizer.formats.torch import packed, writer
 from optimizer.models.source import PACKED_FILE
 from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import UNTOUCHED, Precision
@@ -224,13 +224,19 @@ def test_the_torch_folder_is_what_apply_writes(wide: Wide, tmp_path: Path) -> No
 def test_a_torch_file_is_read_back(
     wide: Wide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = packed.save_tensors
+    own, opened = writer.tensors, list[Path]()
 
-    def damaged(tensors: dict[str, torch.Tensor], file: Path) -> None:
-        name = next(iter(tensors))
-        own(tensors | {name: tensors[name] + 1}, file)
+    def damaged(file: Path) -> Any:
+        opened.append(file)
+        if len(opened) == 2:  # all is written, and is read back now
+            with file.open("r+b") as written:
+                written.seek(-1, 2)
+                last = written.read(1)[0]
+                written.seek(-1, 2)
+                written.write(bytes([last ^ 1]))
+        return own(file)
 
-    monkeypatch.setattr(packed, "save_tensors", damaged)
+    monkeypatch.setattr(writer, "tensors", damaged)
     plan = wide.plan(uniform(wide, G64), "vllm")
     with pytest.raises(PlanError, match="Read back"):
         export.export(plan, "torch", tmp_path / "out", str(wide.store))

@@ -16,7 +16,7 @@ def names(**settings: Any) -> list[str]:
 
 
 def test_the_default_is_asymmetric_in_groups_of_64_and_the_reference() -> None:
-    every = [f"int{bits}_g64" for bits in (2, 3, 4, 5, 6, 8)]
+    every = [f"int{bits}_g64" for bits in (2, 3, 4, 5, 6, 7, 8)]
     assert names() == [*every, "none"]
     assert not any(p.symmetric for p in Palette().precisions())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -362,16 +363,17 @@ def test_a_killed_run_goes_on_to_identical_codes(made: Maker) -> None:
 
 def test_codes_depend_on_tokens_settings_and_earlier_choices_only(made: Maker) -> None:
     material = made("llama")
+    joint = partial(gptq, material, inputs="rounded")
     choice = everything(material.model)
-    gptq(material).rounder(choice)
+    joint().rounder(choice)
     entries = lambda: len(list(material.store.root.glob("codes/*.safetensors")))  # noqa: E731
     assert entries() == 3
-    gptq(material).rounder(choice | {"model.layers.2.mlp.up_proj.weight": Precision("int", 8)})
+    joint().rounder(choice | {"model.layers.2.mlp.up_proj.weight": Precision("int", 8)})
     assert entries() == 4, "only the last block is new"
-    gptq(material, damping=0.1).rounder(choice)
+    joint(damping=0.1).rounder(choice)
     assert entries() == 7
     material.calibration_key = "others"
-    gptq(material).rounder(choice)
+    joint().rounder(choice)
     assert entries() == 10
 
 
