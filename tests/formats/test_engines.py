@@ -21,7 +21,8 @@ from optimizer.errors import ConfigError, MezzotintError, PlanError
 from optimizer.formats import folder, rules
 from optimizer.formats.gguf import writer
 from optimizer.formats.safetensors import autoround, compressed_tensors, gptq
-from optimizer.formats.torch import packed, writer
+from optimizer.formats.torch import packed
+from optimizer.formats.torch import writer as torch_writer
 from optimizer.models.source import PACKED_FILE
 from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import UNTOUCHED, Precision
@@ -224,7 +225,7 @@ def test_the_torch_folder_is_what_apply_writes(wide: Wide, tmp_path: Path) -> No
 def test_a_torch_file_is_read_back(
     wide: Wide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own, opened = writer.tensors, list[Path]()
+    own, opened = torch_writer.tensors, list[Path]()
 
     def damaged(file: Path) -> Any:
         opened.append(file)
@@ -236,7 +237,7 @@ def test_a_torch_file_is_read_back(
                 written.write(bytes([last ^ 1]))
         return own(file)
 
-    monkeypatch.setattr(writer, "tensors", damaged)
+    monkeypatch.setattr(torch_writer, "tensors", damaged)
     plan = wide.plan(uniform(wide, G64), "vllm")
     with pytest.raises(PlanError, match="Read back"):
         export.export(plan, "torch", tmp_path / "out", str(wide.store))
