@@ -1,8 +1,8 @@
 """A model whose blocks lie on disk: a block's weights are in memory only while it is needed.
 
 The last block that ran stays until another one is needed, so that passes in the order of the blocks
-read each of them once. Large embeddings come to be looked up and go at once, a large head goes when
-the next block comes. Parameters keep their identity (hooks and gradients stay); while their block
+read each of them once. Large embeddings come to be looked up and go at once; a large head is
+a unit of its own. Parameters keep their identity (hooks and gradients stay); while their block
 is away they hold NaN, so that nothing computed without it can pass for a result. A backward pass
 brings a block back when it needs the block's weights: they are not saved for it, but named.
 """
@@ -143,18 +143,22 @@ class OnDisk:
     def _attend(self, index: int, module: nn.Module, leaf: str, goes: bool) -> None:
         """Large embeddings or a head. goes: right after its module ran, since no gradient needs it."""
         own = next(iter(self._units[index].values()))
+        saving = ExitStack()
 
         def enter(module: nn.Module, _args: Any) -> None:
-            if module._parameters.get(leaf) is own:  # else somebody gives it other weights
-                self._bring(index)
+            if module._parameters.get(leaf) is not own:
+                return  # somebody gives it other weights
+            self._bring(index)
+            if torch.is_grad_enabled() and not goes:
+                saving.enter_context(self._naming(index))
 
         def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-            if index in self._here:
+            saving.close()
+            if goes and index in self._here:
                 self._drop(index)
 
         module.register_forward_pre_hook(enter)
-        if goes:
-            module.register_forward_hook(leave, always_call=True)
+        module.register_forward_hook(leave, always_call=True)
 
     @contextmanager
     def _naming(self, index: int) -> Iterator[None]:
@@ -185,9 +189,10 @@ class OnDisk:
     def _bring(self, index: int) -> None:
         if index in self._here:
             return
-        is_block = index < len(self._modules)
-        for other in list(self._here) if is_block else ():
-            self._drop(other)
+        blocks = len(self._modules)
+        for other in list(self._here):
+            if index < blocks or other >= blocks:  # a head leaves the last block for other windows
+                self._drop(other)
         with torch.inference_mode(False), torch.no_grad():
             for value in self._units[index].values():
                 value.data = torch.empty(value.shape, dtype=value.dtype, device=self._device)
@@ -197,7 +202,7 @@ class OnDisk:
                 self._drop(index)  # half of its numbers are none
                 raise
         self._here.add(index)
-        self.brought += is_block
+        self.brought += index < blocks
 
     def _drop(self, index: int) -> None:
         self._here.discard(index)

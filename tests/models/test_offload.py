@@ -14,7 +14,7 @@ from optimizer.data.text import Windows
 from optimizer.metrics.divergence import Teacher
 from optimizer.models.blockwise import Stream
 from optimizer.models.model import Model
-from optimizer.models.offload import OnDisk, offloaded
+from optimizer.models.offload import OnDisk, block_list, offloaded
 from optimizer.quantization.uniform import Nearest
 from optimizer.sensitivity.outputs import token_weights
 from tests.conftest import Small, mixed
@@ -124,6 +124,31 @@ def test_blocks_run_one_by_one_alike(pair: Pair) -> None:
             stream.advance(block)
     assert len(found[0]) > 0
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_two_passes_may_come_before_their_backward_passes(pair: Pair) -> None:
+    """A head that was dropped in between is brought back for its gradient."""
+    found = []
+    for model in (pair.memory, pair.disk):
+        embeddings = model.net.get_input_embeddings()
+        begin = embeddings.register_forward_hook(lambda _m, _a, x: x.requires_grad_(True).clone())
+        caught: list[torch.Tensor] = []
+        first = blocks(pair.disk) if model is pair.disk else None
+        hook = (block_list(model.net, model.inventory)[0]).register_forward_pre_hook(
+            lambda _m, args, kwargs, caught=caught: caught.append(
+                args[0] if args else kwargs["hidden_states"]
+            ),
+            with_kwargs=True,
+        )
+        try:
+            total = sum(model.logits(torch.from_numpy(IDS[i : i + 1]))[:, 5].sum() for i in (0, 1))
+            found.append(torch.autograd.grad(total, caught[:2]))
+        finally:
+            hook.remove()
+            begin.remove()
+        assert first is None or len(first._here) <= 2
+    for wanted, value in zip(*found, strict=True):
+        assert torch.equal(wanted, value)
 
 
 def test_weights_of_tokens_are_equal_and_read_each_block_few_times(pair: Pair) -> None:
