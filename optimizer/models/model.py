@@ -31,6 +31,7 @@ from optimizer.plan import UNTOUCHED, Inventory, Layer, Precision
 
 __all__ = ["DTYPES", "Model", "places", "read", "skeleton", "take_inventory", "write"]
 
+PIECE = 2**22  # numbers that are looked at together
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -301,8 +302,9 @@ def _unlike(name: str, stored: Tensor, live: Tensor) -> str:
 
 def finite(name: str, value: Tensor) -> Tensor:
     """The value. Raises ModelError if one of its numbers is none."""
-    if value.is_floating_point() and not bool(torch.isfinite(value.float()).all()):
-        bad = int((~torch.isfinite(value.float())).sum())
+    pieces = value.flatten().split(PIECE) if value.is_floating_point() else ()
+    bad = sum(len(x) - int(torch.isfinite(x.float()).sum()) for x in pieces)
+    if bad:
         raise ModelError(
             f"Weights must be finite numbers; {name} has {bad} that are NaN or infinite. The "
             "checkpoint is damaged: get it again, or repair that tensor."
