@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from optimizer.errors import ModelError
 from optimizer.models.offload import offloaded
 
-LOGITS = 2**25  # bytes of logits that exist at one time, some times over
+# glibc gives pieces of more than 32 MiB back at once; smaller ones tore the heap to gigabytes.
+LOGITS = 2**26  # bytes of logits that exist at one time, some times over
 MOST = 512  # tokens of which they are at most
 BATCH_TOKENS = 2048  # tokens that run through the blocks together
 

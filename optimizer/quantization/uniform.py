@@ -24,6 +24,7 @@ from optimizer.quantization import ggml, ggml_native
 
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # fp16's subnormal step and maximum
 TINY = 1e-30  # as a step: every weight is far from zero, so only its sign counts
+PIECE = 2**22  # codes that are unpacked at a time
 CACHED = 2**17  # weights that are rounded at a time: what stays in a CPU's cache, twice as fast
 SHRINKS = [1 - i / 20 for i in range(1, 11)]
 
@@ -152,13 +153,21 @@ class Codes:
     zeros: Tensor | None
 
     def decode(self) -> Tensor:
-        """W' [rows, cols] fp32."""
+        """W' [rows, cols] fp32, some rows at a time."""
         rows, cols = self.codes.shape
-        codes = self.codes.view(rows, self.scales.shape[1], -1).float()
+        found = torch.empty(rows, cols, device=self.codes.device)
+        for start in range(0, rows, max(1, PIECE // cols)):
+            own = slice(start, start + max(1, PIECE // cols))
+            found[own] = self._rows(own).view(-1, cols)
+        return found
+
+    def _rows(self, own: slice) -> Tensor:
+        """[rows, groups, g]"""
+        scales = self.scales[own].float().unsqueeze(-1)
+        codes = self.codes[own].view(len(scales), scales.shape[1], -1).float()
         if self.zeros is None:
-            codes = _signed(codes, self.precision)
-        zeros = None if self.zeros is None else self.zeros.float().unsqueeze(-1)
-        return _values(codes, self.scales.float().unsqueeze(-1), zeros).view(rows, cols)
+            return _signed(codes, self.precision) * scales
+        return (codes - self.zeros[own].float().unsqueeze(-1)) * scales
 
     def pack(self) -> dict[str, Tensor]:
         """Stored tensors by suffix, shaped as `Precision.parts` says."""
@@ -277,10 +286,6 @@ def _half(scales: Tensor) -> Tensor:
     return scales.clamp_(SMALLEST, LARGEST).half().float()
 
 
-def _values(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    return (codes if zeros is None else codes - zeros) * scales
-
-
 def _signed(codes: Tensor, precision: Precision) -> Tensor:
     """Stored codes of a symmetric precision -> multiples of the scale."""
     if precision.kind == "ternary":
@@ -309,7 +314,14 @@ def pack(codes: Tensor, precision: Precision) -> Tensor:
 
 
 def unpack(packed: Tensor, precision: Precision, count: int) -> Tensor:
-    """The inverse of `pack`: uint8 [rows, bytes] -> uint8 codes [rows, count]."""
+    """The inverse of `pack`: uint8 [rows, bytes] -> uint8 codes [rows, count], some rows at a time:
+    64-bit words are in between."""
+    some = max(1, PIECE // max(1, packed.shape[1]))
+    parts = [_unpacked(part, precision, count) for part in packed.split(some)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _unpacked(packed: Tensor, precision: Precision, count: int) -> Tensor:
     rows, device = packed.shape[0], packed.device
     if precision.kind == "ternary":
         trits = (packed.int().unsqueeze(-1) // _powers(3, device)) % 3
