@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from optimizer.metrics.divergence import AnyScores, Scores, Teacher
 
 VERSION = 1  # raised when a measurement changes
-NOISE_WINDOWS = 16  # enough for a floor
+NOISE_WINDOWS = 8  # enough for a floor
 LONG_DOCUMENTS, LONG_TOKENS = 8, 1024  # sampled once per model
 BEGINNING = 40  # characters by which a document is named
 
