@@ -239,9 +239,14 @@ def worst_documents(texts: Mapping[str, AnyScores]) -> list[dict[str, Any]]:
     for name, scores in texts.items():
         sums, sizes, first = per_document(scores.kl, scores.documents)
         found += [
-            {"text": name, "document": int(scores.documents[w]), "window": int(w), "kl": float(s / n)}
+            {
+                "text": name,
+                "document": int(scores.documents[w]),
+                "window": int(w),
+                "kl": float(s / n),
+            }
             for s, n, w in zip(sums, sizes, first, strict=True)
-        ]  # fmt: skip
+        ]
     return sorted(found, key=lambda one: one["kl"], reverse=True)[:WORST]
 
 

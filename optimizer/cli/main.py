@@ -46,9 +46,24 @@ data=    bundled (default), self (sampled from the model), text data.path=FILE, 
 `--config-dir DIR` adds a folder of your own settings. Results: hydra.run.dir=DIR chooses where.
 """
 COMMANDS = (
-    "optimize", "show", "apply", "check", "export", "evaluate", "probe", "blur", "fit", "advise",
-    "report", "compare", "store", "generate", "judge", "overlay", "learn",
-)  # fmt: skip
+    "optimize",
+    "show",
+    "apply",
+    "check",
+    "export",
+    "evaluate",
+    "probe",
+    "blur",
+    "fit",
+    "advise",
+    "report",
+    "compare",
+    "store",
+    "generate",
+    "judge",
+    "overlay",
+    "learn",
+)
 POSITIONAL = {
     "apply": ["plan"],
     "check": ["plan"],

@@ -22,8 +22,12 @@ def result(out: Console, found: Result) -> None:
         table = Table()
         for name in (*duel.models, "alike", "both lost"):
             table.add_column(Text(name))
-        table.add_row(*(_share(duel.shares[name].value, duel.shares[name].low, duel.shares[name].high)
-                        for name in SHARES))  # fmt: skip
+        table.add_row(
+            *(
+                _share(duel.shares[name].value, duel.shares[name].low, duel.shares[name].high)
+                for name in SHARES
+            )
+        )
         out.print(table)
     for line in (found.noise, found.sides):
         out.print(line, soft_wrap=True, markup=False) if line else None

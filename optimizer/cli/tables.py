@@ -20,8 +20,14 @@ if TYPE_CHECKING:
     from optimizer.metrics.bootstrap import Interval
 
 # the page's shades on a dark ground and on a light one are both readable with their own ink
-SHADES = ("", "#1b1d21 on #fff7cf", "#1b1d21 on #fee391", "#1b1d21 on #fdb84a",
-          "bold underline #000000 on #e0700f", "bold underline #ffffff on #7f2704")  # fmt: skip
+SHADES = (
+    "",
+    "#1b1d21 on #fff7cf",
+    "#1b1d21 on #fee391",
+    "#1b1d21 on #fdb84a",
+    "bold underline #000000 on #e0700f",
+    "bold underline #ffffff on #7f2704",
+)
 WORST_TOKENS = 10
 FEW = 8  # pairs; below this a bootstrap's interval is too narrow to be believed
 

@@ -107,9 +107,14 @@ def _answers(
 
     model = HFLM(pretrained=net, tokenizer=tokenizer, batch_size=8)
     done = lm_eval.simple_evaluate(
-        model=model, tasks=list(names), limit=limit, task_manager=manager, log_samples=True,
-        bootstrap_iters=0, verbosity="ERROR",
-    )  # fmt: skip
+        model=model,
+        tasks=list(names),
+        limit=limit,
+        task_manager=manager,
+        log_samples=True,
+        bootstrap_iters=0,
+        verbosity="ERROR",
+    )
     found: dict[str, dict[int, bool]] = {}
     for task, samples in done["samples"].items():
         measure = next((m for m in ("acc", "exact_match") if samples and m in samples[0]), None)

@@ -261,6 +261,9 @@ def _llama3(told: Metadata) -> dict[str, Any]:
     if not np.allclose(1 / ((1 - again) / factor + again), f, rtol=1e-3):
         raise refused
     return {
-        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
-        "high_freq_factor": float(high), "original_max_position_embeddings": round(float(old)),
-    }  # fmt: skip
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": float(high),
+        "original_max_position_embeddings": round(float(old)),
+    }

@@ -196,10 +196,13 @@ class _Taking:
             else:
                 others.append(found)
         others += [self._unused(name, reason) for name, reason in self.layout.unused.items()]
-        left_out = [(a, f"its numbers are those of {b}, to which it is tied")
-                    for a, b in self.doubled.items()]  # fmt: skip
-        left_out += [(file, "the model's index doesn't name this file")
-                     for file in self.checkpoint.beside]  # fmt: skip
+        left_out = [
+            (a, f"its numbers are those of {b}, to which it is tied")
+            for a, b in self.doubled.items()
+        ]
+        left_out += [
+            (file, "the model's index doesn't name this file") for file in self.checkpoint.beside
+        ]
         return Inventory(tuple(layers), tuple(others), self._dtype(), tuple(left_out))
 
     def _rank(self, name: str) -> tuple[int, int, str]:

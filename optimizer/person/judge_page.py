@@ -31,8 +31,13 @@ ANSWERS = (
     ("alike", "0", "Alike"),
     ("lost", "x", "Both lost the meaning"),
 )
-SAID = {"first": "first", "second": "second", "alike": "alike", "lost": "both lost the meaning",
-        "skip": "skipped"}  # fmt: skip
+SAID = {
+    "first": "first",
+    "second": "second",
+    "alike": "alike",
+    "lost": "both lost the meaning",
+    "skip": "skipped",
+}
 
 
 @dataclass(frozen=True)

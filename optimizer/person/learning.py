@@ -201,9 +201,17 @@ def learn(votes: Sequence[Vote], settings: Settings) -> Learned:
     parts = {} if p > NOISE else _parts(data, fit, settings.strength)
     meaning, left_out = as_meaning(parts, settings)
     return Learned(
-        rows, data.scales, fit.scale, spread, len(used), p, _judges(used), agreement(used),
-        meaning, left_out,
-    )  # fmt: skip
+        rows,
+        data.scales,
+        fit.scale,
+        spread,
+        len(used),
+        p,
+        _judges(used),
+        agreement(used),
+        meaning,
+        left_out,
+    )
 
 
 def _weight(

@@ -42,26 +42,72 @@ def _record(
 
 def vote_table(votes: Sequence[Vote]) -> Table:
     """A row per vote, without the texts."""
-    columns = ["judge", "time", "prompt", "domain", "language", "phenomenon", "first", "second",
-               "choice", "tags", "seconds", "catch"]  # fmt: skip
+    columns = [
+        "judge",
+        "time",
+        "prompt",
+        "domain",
+        "language",
+        "phenomenon",
+        "first",
+        "second",
+        "choice",
+        "tags",
+        "seconds",
+        "catch",
+    ]
     rows = [
-        [v.judge, v.time, v.about.prompt, v.about.domain, v.about.language, v.about.phenomenon,
-         *v.about.models, v.choice, ", ".join(v.tags), v.seconds, v.about.catch]
+        [
+            v.judge,
+            v.time,
+            v.about.prompt,
+            v.about.domain,
+            v.about.language,
+            v.about.phenomenon,
+            *v.about.models,
+            v.choice,
+            ", ".join(v.tags),
+            v.seconds,
+            v.about.catch,
+        ]
         for v in votes
-    ]  # fmt: skip
+    ]
     return columns, rows
 
 
 def preference_table(result: Result) -> Table:
     """A row per pair of models."""
-    columns = ["first", "second", "first_bytes", "second_bytes", "won", "lost", "alike",
-               "both_lost", "same", "net", "net_low", "net_high", "verdict"]  # fmt: skip
+    columns = [
+        "first",
+        "second",
+        "first_bytes",
+        "second_bytes",
+        "won",
+        "lost",
+        "alike",
+        "both_lost",
+        "same",
+        "net",
+        "net_low",
+        "net_high",
+        "verdict",
+    ]
     rows = [
-        [*duel.models, *duel.bytes, duel.tally.won, duel.tally.lost, duel.tally.alike,
-         duel.tally.both_lost, duel.same, duel.net.value, duel.net.low, duel.net.high,
-         duel.verdict]
+        [
+            *duel.models,
+            *duel.bytes,
+            duel.tally.won,
+            duel.tally.lost,
+            duel.tally.alike,
+            duel.tally.both_lost,
+            duel.same,
+            duel.net.value,
+            duel.net.low,
+            duel.net.high,
+            duel.verdict,
+        ]
         for duel in result.duels
-    ]  # fmt: skip
+    ]
     return columns, rows
 
 

@@ -152,9 +152,15 @@ def _traps(material: Material, count: int) -> list[Pair]:
             names = (REFERENCE, f"{REFERENCE}, second choice")
             features = (sides[0].features[prompt.id], sides[1].features[prompt.id])
             about = About(
-                prompt.id, prompt.domain, prompt.language, prompt.phenomenon,
-                names, (0, 0), features, True,
-            )  # fmt: skip
+                prompt.id,
+                prompt.domain,
+                prompt.language,
+                prompt.phenomenon,
+                names,
+                (0, 0),
+                features,
+                True,
+            )
             found.append((prompt, about, (texts[0], texts[1])))
     return found[:count]
 

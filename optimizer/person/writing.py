@@ -179,9 +179,16 @@ class _Job:
 
     def key(self, what: str, identity: str) -> str:
         return digest(
-            [what, VERSION, self.reference.identity, identity, [p.id for p in self.prompts],
-             self.asked.tokens, self.asked.chat]
-        )  # fmt: skip
+            [
+                what,
+                VERSION,
+                self.reference.identity,
+                identity,
+                [p.id for p in self.prompts],
+                self.asked.tokens,
+                self.asked.chat,
+            ]
+        )
 
     def of_reference(self) -> Written:
         """The reference's own texts; its loss is 0 by definition."""

@@ -20,9 +20,24 @@ from optimizer.errors import ConfigError
 REFERENCE_BITS = 16
 # bytes of one number, by safetensors' name of its dtype
 WIDTH = {
-    "U64": 8, "I64": 8, "F64": 8, "C64": 8, "F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2,
-    "U16": 2, "I16": 2, "F8_E8M0": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+    "C64": 8,
+    "F32": 4,
+    "U32": 4,
+    "I32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "U16": 2,
+    "I16": 2,
+    "F8_E8M0": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 SCALE_BYTES = 2  # fp16
 TRITS_PER_BYTE = 5  # 3**5 = 243 <= 256
 
@@ -189,14 +204,20 @@ class Place:
     def fits(self, stored: int, live: int) -> bool:
         """Whether all numbers lie inside tensors of so many."""
         counted = len(self.extents) == len(self.stored) == len(self.live)
-        return counted and all(
-            start >= 0 and all(s >= 0 for s in strides)
-            and start + sum((n - 1) * s for n, s in zip(self.extents, strides, strict=True)) < size
-            for start, strides, size in (
-                (self.at_stored, self.stored, stored),
-                (self.at_live, self.live, live),
+        return (
+            counted
+            and all(
+                start >= 0
+                and all(s >= 0 for s in strides)
+                and start + sum((n - 1) * s for n, s in zip(self.extents, strides, strict=True))
+                < size
+                for start, strides, size in (
+                    (self.at_stored, self.stored, stored),
+                    (self.at_live, self.live, live),
+                )
             )
-        ) and all(n >= 1 for n in self.extents)  # fmt: skip
+            and all(n >= 1 for n in self.extents)
+        )
 
 
 @dataclass(frozen=True)

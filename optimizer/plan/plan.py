@@ -353,9 +353,22 @@ class Plan:
 
 
 _KEYS = (
-    "model", "runtime", "quantizer", "palette", "layers", "shapes", "scope", "bytes",
-    "effective_bits", "code_bits", "predicted", "kv", "budget", "certificate", "provenance",
-)  # fmt: skip
+    "model",
+    "runtime",
+    "quantizer",
+    "palette",
+    "layers",
+    "shapes",
+    "scope",
+    "bytes",
+    "effective_bits",
+    "code_bits",
+    "predicted",
+    "kv",
+    "budget",
+    "certificate",
+    "provenance",
+)
 
 
 def digest(content: Any) -> str:

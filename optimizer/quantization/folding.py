@@ -64,8 +64,14 @@ def norm_of(inventory: Inventory, layer: Layer) -> str | None:
     for roles, norms in NORMS.items():
         if layer.role in roles:
             found = (f"{stem}.{n}" for n in norms)
-            return next((f"{n}.weight" for n in found
-                         if f"{n}.weight" in names and f"{n}.bias" not in names), None)  # fmt: skip
+            return next(
+                (
+                    f"{n}.weight"
+                    for n in found
+                    if f"{n}.weight" in names and f"{n}.bias" not in names
+                ),
+                None,
+            )
     return None
 
 

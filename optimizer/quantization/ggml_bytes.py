@@ -215,12 +215,18 @@ def _unpack_iq4_xs(raw: Tensor, kind: str) -> Opened:  # noqa: ARG001
 _K = {"q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"}
 _PLAIN = LAYOUTS.keys() - _K
 PACK: Mapping[str, Callable[[Scales, Tensor], Tensor]] = dict.fromkeys(_PLAIN, _pack_plain) | {
-    "q2_k": _pack_q2_k, "q3_k": _pack_q3_k, "q4_k": _pack_q45_k, "q5_k": _pack_q45_k,
+    "q2_k": _pack_q2_k,
+    "q3_k": _pack_q3_k,
+    "q4_k": _pack_q45_k,
+    "q5_k": _pack_q45_k,
     "q6_k": _pack_q6_k,
     "iq4_xs": _pack_iq4_xs,
-}  # fmt: skip
+}
 UNPACK: Mapping[str, Callable[[Tensor, str], Opened]] = dict.fromkeys(_PLAIN, _unpack_plain) | {
-    "q2_k": _unpack_q2_k, "q3_k": _unpack_q3_k, "q4_k": _unpack_q45_k, "q5_k": _unpack_q45_k,
+    "q2_k": _unpack_q2_k,
+    "q3_k": _unpack_q3_k,
+    "q4_k": _unpack_q45_k,
+    "q5_k": _unpack_q45_k,
     "q6_k": _unpack_q6_k,
     "iq4_xs": _unpack_iq4_xs,
-}  # fmt: skip
+}

@@ -54,9 +54,14 @@ def library() -> Any:
     found = ctypes.CDLL(str(files[0]))
     found.ggml_quantize_chunk.restype = ctypes.c_size_t
     found.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64,
-        ctypes.c_int64, ctypes.c_void_p,
-    ]  # fmt: skip
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
     found.ggml_quantize_init.argtypes = [ctypes.c_int]
     return found
 

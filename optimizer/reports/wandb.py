@@ -308,8 +308,11 @@ def _log(live: Any, plan: Plan, run: Run, folder: Path) -> None:
         plans, "predicted_kl", "kl", f"Predicted against measured KL, nats per {run.unit}"
     )
     if run.third is not None:
-        column = {"read": "bytes_per_token", "time": "seconds_per_token",
-                  "price": "price_of_a_million"}[run.third]  # fmt: skip
+        column = {
+            "read": "bytes_per_token",
+            "time": "seconds_per_token",
+            "price": "price_of_a_million",
+        }[run.third]
         title = f"{column} against measured KL, nats per token"
         log["third objective"] = wandb.plot.scatter(plans, column, "kl", title)
     log["heat map"] = wandb.Html(html.heat_document(plan), inject=False)

@@ -69,8 +69,11 @@ class CmaEs(BaseSampler):
         axes = {name: Axis(kind) for name, kind in sorted(search_space.items())}
         if len(axes) < 2:  # the method has no covariance there
             return {}
-        done = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-                if axes.keys() <= t.params.keys()]  # fmt: skip
+        done = [
+            t
+            for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            if axes.keys() <= t.params.keys()
+        ]
         own = [t for t in done if GENERATION in t.system_attrs]
         others = [t for t in done if GENERATION not in t.system_attrs]
         optimizer = cmaes.CMA(

@@ -260,8 +260,12 @@ def starts_of(
     else:
         plans = starts.of_a_budget(problem, first)
         by_layers = space == "layers"
-        found = [Start(layers_of(problem, plan)) if by_layers
-                 else Start(moves_of(problem, plan, first), plan) for plan in plans]  # fmt: skip
+        found = [
+            Start(layers_of(problem, plan))
+            if by_layers
+            else Start(moves_of(problem, plan, first), plan)
+            for plan in plans
+        ]
     return list({json.dumps(start.told): start for start in found}.values())
 
 

@@ -54,7 +54,7 @@ FIELDS: dict[int, dict[str, Any]] = {
     7: {"trial_id": int, "step": int, "intermediate_value": NUMBER},
     8: {"trial_id": int, "user_attr": dict},
     9: {"trial_id": int, "system_attr": dict},
-}  # fmt: skip
+}
 
 
 def open_storage(url: str | None, default: Path, heartbeat: int = 30) -> BaseStorage:
@@ -273,8 +273,12 @@ def _database(url: str, heartbeat: int, tries: int = 10) -> BaseStorage:
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
             )
     except (
-        sqlalchemy.exc.SQLAlchemyError, StorageInternalError, ImportError, ValueError, OSError
-    ) as error:  # fmt: skip
+        sqlalchemy.exc.SQLAlchemyError,
+        StorageInternalError,
+        ImportError,
+        ValueError,
+        OSError,
+    ) as error:
         if tries == 1 or not _beaten(error):
             raise _unusable(url, error) from None
     time.sleep(np.random.default_rng().uniform(0.05, 0.5))

@@ -126,8 +126,10 @@ class _Passes:
         self._outside(arrived)
         for _ in steps:
             pass
-        found = [self.task.collect({n: x[c] for n, x in self.losses.items()})
-                 for c in range(len(self.text.runs))]  # fmt: skip
+        found = [
+            self.task.collect({n: x[c] for n, x in self.losses.items()})
+            for c in range(len(self.text.runs))
+        ]
         counts = [2 * self.model.predictions(self.text.ids[run]) for run in self.text.runs]
         return np.array(found) / np.array(counts)[:, None, None]
 

@@ -183,9 +183,15 @@ def _cut(bench: Bench, domain: Domain) -> tuple[Windows | None, dict[str, int]]:
     """From the store or cut now; the tokenizer is needed only then."""
     longest = bench.data.heldout.length
     key = digest(
-        ["domain", domains.VERSION, bench.source.fingerprint, domain.key(), longest,
-         bench.data.key("") if bench.data.source == "text" else ""]
-    )  # fmt: skip
+        [
+            "domain",
+            domains.VERSION,
+            bench.source.fingerprint,
+            domain.key(),
+            longest,
+            bench.data.key("") if bench.data.source == "text" else "",
+        ]
+    )
 
     def make() -> dict[str, Any]:
         from optimizer.models.tokenizer import load_tokenizer

@@ -67,10 +67,20 @@ def times(bench: Bench, chosen: Choices, batch: int) -> Times:
     kinds = _kinds(chosen)
     todo = list(dict.fromkeys(kinds.values()))
     key = digest(
-        ["times", VERSION, bench.source.fingerprint, torch.__version__, platform.node(),
-         os.cpu_count(), torch.get_num_threads(), bench.device, batch,
-         [layer.name for layer in chosen.scope], todo]
-    )  # fmt: skip
+        [
+            "times",
+            VERSION,
+            bench.source.fingerprint,
+            torch.__version__,
+            platform.node(),
+            os.cpu_count(),
+            torch.get_num_threads(),
+            bench.device,
+            batch,
+            [layer.name for layer in chosen.scope],
+            todo,
+        ]
+    )
 
     def make() -> dict[str, np.ndarray]:
         return _measure(bench, chosen, todo, batch)
@@ -79,10 +89,12 @@ def times(bench: Bench, chosen: Choices, batch: int) -> Times:
     assert found is not None
     seconds = dict(zip(todo, found["layers"], strict=True))
     each = [
-        [sum(seconds[kinds[name, c]] if (name, c) in kinds else 0.0 for name in group)
-         for c in chosen.columns]
+        [
+            sum(seconds[kinds[name, c]] if (name, c) in kinds else 0.0 for name in group)
+            for c in chosen.columns
+        ]
         for group in chosen.groups
-    ]  # fmt: skip
+    ]
     return Times(np.array(each) / batch, found["outside"].item() / batch)
 
 

@@ -152,9 +152,17 @@ def _ratios(
     columns = [[chosen.fitted[g[0], c].name for c in chosen.columns] for g in chosen.groups]
     planes = [plane.name for plane in ladder]
     key = digest(
-        ["ratios", VERSION, bench.source.fingerprint, chosen.groups, columns, planes,
-         free.tolist(), config.quantizer.clip]
-    )  # fmt: skip
+        [
+            "ratios",
+            VERSION,
+            bench.source.fingerprint,
+            chosen.groups,
+            columns,
+            planes,
+            free.tolist(),
+            config.quantizer.clip,
+        ]
+    )
 
     def make() -> dict[str, np.ndarray]:
         from optimizer.quantization.residual import NEAR

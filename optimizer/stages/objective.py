@@ -86,8 +86,10 @@ def own_head(bench: Bench, chosen: Choices) -> bool:
 def _uniform(chosen: Choices) -> tuple[str, dict[str, Precision]]:
     """Name and choice of the plan at which tangents are taken."""
     first = chosen.groups[0][0]
-    at = next((c for c in chosen.columns if chosen.fitted[first, c].code_bits >= FOUR),
-              chosen.columns[-1])  # fmt: skip
+    at = next(
+        (c for c in chosen.columns if chosen.fitted[first, c].code_bits >= FOUR),
+        chosen.columns[-1],
+    )
     return at, {layer.name: chosen.fitted[layer.name, at] for layer in chosen.scope}
 
 
@@ -115,8 +117,16 @@ def _cuts(bench: Bench, entries: Sequence[str]) -> dict[Domain, Windows]:
     found = {}
     for domain in (replace(whole, half=0) for whole in domains.parse(entries)):
         length = bench.data.search.length
-        key = digest(["tuned domain", domains.VERSION, bench.source.fingerprint, domain.key(), length,
-                      bench.data.key("") if bench.data.source == "text" else ""])  # fmt: skip
+        key = digest(
+            [
+                "tuned domain",
+                domains.VERSION,
+                bench.source.fingerprint,
+                domain.key(),
+                length,
+                bench.data.key("") if bench.data.source == "text" else "",
+            ]
+        )
 
         def make(domain: Domain = domain, length: int = length) -> dict[str, np.ndarray]:
             from optimizer.models.tokenizer import load_tokenizer
@@ -160,9 +170,17 @@ def _worst_domain(
     """Of the highest weighted KL at the uniform plan."""
     name, choice = _uniform(chosen)
     quantizer = bind(config.quantizer, bench)
-    key = digest(["domain losses", VERSION, bench.source.fingerprint, quantizer.key, name,
-                  [layer.name for layer in chosen.scope],
-                  [cut.ids.tolist() for cut in cuts.values()]])  # fmt: skip
+    key = digest(
+        [
+            "domain losses",
+            VERSION,
+            bench.source.fingerprint,
+            quantizer.key,
+            name,
+            [layer.name for layer in chosen.scope],
+            [cut.ids.tolist() for cut in cuts.values()],
+        ]
+    )
 
     def make() -> dict[str, np.ndarray]:
         from optimizer.metrics.divergence import Teacher
@@ -258,9 +276,20 @@ def _margins_table(bench: Bench, config: Optimize, chosen: Choices) -> np.ndarra
     quantizer = bind(config.quantizer, bench)
     task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
     fitted = [[chosen.fitted[g[0], c].name for c in chosen.columns] for g in chosen.groups]
-    key = digest(["margins", VERSION, bench.source.fingerprint, [asdict(job) for job in jobs],
-                  chosen.groups, chosen.columns, fitted, quantizer.key, config.seed,
-                  *([] if (each == 1).all() else [each.tolist()])])  # fmt: skip
+    key = digest(
+        [
+            "margins",
+            VERSION,
+            bench.source.fingerprint,
+            [asdict(job) for job in jobs],
+            chosen.groups,
+            chosen.columns,
+            fitted,
+            quantizer.key,
+            config.seed,
+            *([] if (each == 1).all() else [each.tolist()]),
+        ]
+    )
 
     def make() -> dict[str, np.ndarray]:
         bench.view.stage("sensitivity of the probes")
@@ -362,8 +391,10 @@ class Beside:
         """The number of the domain that is worst with the weights that the model holds now."""
         if not self.teachers:
             return 0
-        kl = [np.mean([t.window(self.net, i) for i in self._windows(t, True)])
-              for t in self.teachers.values()]  # fmt: skip
+        kl = [
+            np.mean([t.window(self.net, i) for i in self._windows(t, True)])
+            for t in self.teachers.values()
+        ]
         return list(self.teachers).index(worst(list(self.teachers), np.array(kl)))
 
     def aim(self, number: int) -> None:

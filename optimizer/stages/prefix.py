@@ -63,8 +63,9 @@ class Shortcut:
         start = 0
         if known is not None:
             reached = self.first(known.choice, own.choice)
-            start = max((d for d in self.doors if d <= reached and (d, window) in known.hidden),
-                        default=0)  # fmt: skip
+            start = max(
+                (d for d in self.doors if d <= reached and (d, window) in known.hidden), default=0
+            )
         if known is not None:
             shared = {(d, window) for d in self.doors if d <= start} & known.hidden.keys()
             own.hidden.update({key: known.hidden[key] for key in shared})

@@ -77,10 +77,19 @@ def measure_table(
     windows = read_for(bench, config)
     quantizer = bind(config.quantizer, bench)
     key = digest(
-        ["table", VERSION, bench.key_of(windows), settings.key, chosen.groups,
-         chosen.columns, fitted, quantizer.key, config.seed,
-         *([] if reading is None else [reading.key])]
-    )  # fmt: skip
+        [
+            "table",
+            VERSION,
+            bench.key_of(windows),
+            settings.key,
+            chosen.groups,
+            chosen.columns,
+            fitted,
+            quantizer.key,
+            config.seed,
+            *([] if reading is None else [reading.key]),
+        ]
+    )
     task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
     read = reading or Reading(None, windows.ids)
     runs = sensitivity.chunks(len(read.ids), min(settings.chunks, len(read.ids)))

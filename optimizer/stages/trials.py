@@ -46,8 +46,10 @@ def history(study: Study) -> list[dict[str, float]]:
         row = {"tokens": spent, "loss": tried.loss, "windows": tried.windows, "best": best}
         if study.search.front:
             third = study.problem.third
-            row |= {"size": study.problem.sizes(tried.assignment),
-                    **({third.name: third.of(tried.assignment)} if third else {}),
-                    "hypervolume": volume(study, finished)}  # fmt: skip
+            row |= {
+                "size": study.problem.sizes(tried.assignment),
+                **({third.name: third.of(tried.assignment)} if third else {}),
+                "hypervolume": volume(study, finished),
+            }
         rows.append(row)
     return rows

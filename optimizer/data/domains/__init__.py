@@ -25,9 +25,17 @@ from optimizer.errors import ConfigError, TextError
 HERE = Path(__file__).parent
 # name -> share of a bundled run's windows
 MIXTURE = {
-    "prose": 3, "dialogue": 1, "code": 2, "mathematics": 1, "russian": 1, "german": 1, "french": 1,
-    "spanish": 1, "italian": 1, "chinese": 1,
-}  # fmt: skip
+    "prose": 3,
+    "dialogue": 1,
+    "code": 2,
+    "mathematics": 1,
+    "russian": 1,
+    "german": 1,
+    "french": 1,
+    "spanish": 1,
+    "italian": 1,
+    "chinese": 1,
+}
 BUILT_IN = tuple(MIXTURE)
 LONG = "long"
 VERSION = 3  # raised when the same text gives other windows

@@ -88,8 +88,9 @@ def find(source: Source, inventory: Inventory, store: Store, given: str | None) 
     gguf_metadata.check(subject.config, told)
     key = digest(["gguf base", VERSION, source.fingerprint, file_hash(file, store), origin])
     placed = _placed(subject, file, origin, key)
-    notes = store.json("gguf", digest([key, llamacpp.installed()]), lambda: _compared(
-        subject, file, origin, told))  # fmt: skip
+    notes = store.json(
+        "gguf", digest([key, llamacpp.installed()]), lambda: _compared(subject, file, origin, told)
+    )
     return Base(file, origin, placed, tuple(notes))
 
 
@@ -163,8 +164,9 @@ def _place(subject: Subject, file: Path, origin: str) -> Placement:
 
 def _arrays(placed: Placement) -> dict[str, np.ndarray]:
     """As arrays that the store keeps: texts as uint8, a tensor's layers joined by line ends."""
-    found: dict[str, np.ndarray] = {"refused": _bytes(
-        [f"{name}\t{reason}" for name, reason in placed.refused.items()])}  # fmt: skip
+    found: dict[str, np.ndarray] = {
+        "refused": _bytes([f"{name}\t{reason}" for name, reason in placed.refused.items()])
+    }
     for name, piece in placed.pieces.items():
         found[f"names|{name}"] = _bytes(piece.layers)
         found[f"layer|{name}"], found[f"row|{name}"] = piece.layer, piece.row

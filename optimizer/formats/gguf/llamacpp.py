@@ -76,8 +76,13 @@ def log_probabilities(
     The server tells probabilities with a token that it writes, and writes no halves of a letter and no
     end of the text; so it is made to write a plain word, which changes no probability that it tells.
     """
-    told = {"n_predict": 1, "n_probs": words, "temperature": 0, "cache_prompt": False,
-            "logit_bias": [[_plain_word(file), 1e4]]}  # fmt: skip
+    told = {
+        "n_predict": 1,
+        "n_probs": words,
+        "temperature": 0,
+        "cache_prompt": False,
+        "logit_bias": [[_plain_word(file), 1e4]],
+    }
     bodies = [{"prompt": [int(i) for i in ids[: p + 1]], **told} for p in positions]
     found = np.full((len(positions), words), np.nan, np.float64)
     replies = ask(file, len(ids) + BESIDES, [("/completion", body) for body in bodies])

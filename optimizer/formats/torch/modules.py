@@ -25,9 +25,14 @@ def linear(weight: Tensor, precision: Precision, tied: bool, device: str) -> Cal
     shape = (rows, cols)
     layer = Layer("own", rows, cols, "linear", "own", None, "weight", shape, tied=tied)
     untouched = precision.kind == "none"
-    stored = {"own": weight.bfloat16()} if untouched else {
-        f"own.{suffix}": part for suffix, part in Nearest().encode(weight, precision).pack().items()
-    }  # fmt: skip
+    stored = (
+        {"own": weight.bfloat16()}
+        if untouched
+        else {
+            f"own.{suffix}": part
+            for suffix, part in Nearest().encode(weight, precision).pack().items()
+        }
+    )
 
     def make() -> Any:
         module = nn.Linear(cols, rows, bias=False, device="meta")

@@ -59,9 +59,11 @@ def _summary(found: Map) -> str:
         kl = reading.kl[~np.isnan(reading.kl)]
         worst = np.sort(kl)[-max(1, math.ceil(len(kl) / 100)) :]
         cells = [
-            f"{reading.bytes / 1e6:.2f}", f"{kl.mean():.4f}", f"{worst.mean():.3f}",
+            f"{reading.bytes / 1e6:.2f}",
+            f"{kl.mean():.4f}",
+            f"{worst.mean():.3f}",
             f"{100 * reading.flip.mean():.1f} %",
-        ]  # fmt: skip
+        ]
         numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells)
         rows.append(f"<tr><th>{_text(reading.name)}</th>{numbers}</tr>")
     heads = ("MB of weights", "mean KL", "mean of the worst 1 %", "other top word")
