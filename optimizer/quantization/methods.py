@@ -97,7 +97,7 @@ class Gptq(Quantizer):
     first), groups (whole groups are moved) or none. clip: also try smaller ranges of a group.
     inputs: rounded (from the model as rounded so far), reference (each layer by itself), or auto:
     rounded where the choice has less than 4 bits a weight on average. SmolLM2: KL .78 and
-    .87 at 3 bits, .197 and .198 at 4, in three times the time (experiments/15-defaults).
+    .87 at 3 bits, .197 and .198 at 4, in almost three times the time (experiments/LOG.md).
     weighting of tokens: alike, gradient (the length of the loss's gradient at the layer's output) or
     fisher (its square). head: round the output head with what it receives, too, also where it is the
     tied embedding; else to nearest.
