@@ -113,9 +113,10 @@ def _apart(demands: Demands, inventory: Inventory, scope: Sequence[Layer]) -> di
     """Layers of the scope that the engine joins with others that are out of it, and why they then stay
     as they are."""
     names = {layer.name for layer in scope}
+    alone = names | demands.beside
     found: dict[str, str] = {}
     for group in demands.groups(inventory.layers):
-        out = [name for name in group if name not in names]
+        out = [name for name in group if name not in alone]
         if out and len(out) < len(group):
             why = f"it loads them with {rules.listed(out)}, which scope leaves out, as one"
             found |= dict.fromkeys(names.intersection(group), why)
@@ -132,7 +133,8 @@ def _uneven(
     found: dict[tuple[str, str], str] = {}
     for group in demands.groups(scope):
         for column in columns:
-            if len({fitted[name, column] for name in group}) > 1:
+            given = [(name, fitted[name, column]) for name in group]
+            if len({p for x, p in given if p.kind != "none" or x not in demands.beside}) > 1:
                 why = f"it loads them with one precision, and {column} doesn't fit all of them"
                 found |= {(name, column): why for name in group}
     return found

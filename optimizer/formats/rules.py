@@ -52,12 +52,14 @@ class Demands:
     """What an engine asks of the plans for one model. groups: layers -> those that have one precision
     together; holds: a layer and a precision that isn't `none` -> None, or why the engine can't hold
     it; agreed: a plan -> layers that must have one precision in it, where that differs from `groups`
-    of all layers; notes: for a person."""
+    of all layers; beside: layers that may stay untouched where others of their group don't; notes:
+    for a person."""
 
     profile: Runtime
     groups: Callable[[Sequence[Layer]], Groups] = singly
     holds: Callable[[Layer, Precision], str | None] = anything
     agreed: Callable[[Plan], Groups] | None = None
+    beside: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
     def refusal(self, layer: Layer, precision: Precision) -> str | None:

@@ -13,7 +13,6 @@ from optimizer.plan.inventory import (
     Other,
     Place,
     Precision,
-    fuse,
     glob,
     packed_bytes,
 )
@@ -54,7 +53,6 @@ __all__ = [
     "assemble",
     "container_bytes",
     "digest",
-    "fuse",
     "glob",
     "identity",
     "packed_bytes",

@@ -385,26 +385,3 @@ def glob(pattern: str) -> re.Pattern[str]:
     """`*` and `?` as in a shell, over a layer's whole name; a `.weight` may be left out."""
     stem = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
     return re.compile(rf"{stem}(\.weight)?")
-
-
-def fuse(
-    layers: Sequence[Layer], rules: Sequence[Sequence[str]], experts: str
-) -> tuple[tuple[str, ...], ...]:
-    """Groups of layer names that one runtime must load with the same precision.
-
-    rules: lists of roles that are fused within one parent module, such as [q_proj, k_proj,
-    v_proj]. experts: `tensor` (one fused parameter, one precision), `block` (all experts of
-    a block) or `model` (all experts).
-    """
-    fused = {role: index for index, roles in enumerate(rules) for role in roles}
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for layer in layers:
-        key: tuple[Any, ...] = (layer.parameter,)
-        if layer.kind == "experts":
-            shared = {"block": ("experts", layer.block), "model": ("experts",)}
-            key = shared.get(experts, key)
-        elif layer.role in fused:
-            parent = layer.parameter.rsplit(".", 2)[0]
-            key = ("fused", parent, fused[layer.role])
-        groups.setdefault(key, []).append(layer.name)
-    return tuple(tuple(names) for names in groups.values())

@@ -6,7 +6,7 @@ Every estimator fills the same table. Nothing here loads torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -146,13 +146,15 @@ def agreeing(
     groups: Sequence[Sequence[str]],
     columns: Sequence[str],
     fitted: dict[tuple[str, str], Precision],
+    beside: Collection[str] = (),
 ) -> dict[tuple[str, str], Precision]:
-    """With a whole group untouched where one of its layers is: an engine loads them alike."""
+    """With a whole group untouched where one of its layers is: an engine loads them alike. beside:
+    layers that it also loads untouched beside quantized ones."""
     bare = {
         (name, column)
         for group in groups
         for column in columns
-        if any(fitted[x, column].kind == "none" for x in group)
+        if any(fitted[x, column].kind == "none" for x in group if x not in beside)
         for name in group
     }
     return {key: UNTOUCHED if key in bare else p for key, p in fitted.items()}

@@ -401,7 +401,7 @@ def choices(
         scope, outside = registry.rounded(demands, scope, [p.name for p in palette], fitted)
     groups = demands.groups(scope)
     columns = tuple(p.name for p in palette)
-    fitted = sensitivity.agreeing(groups, columns, fitted)
+    fitted = sensitivity.agreeing(groups, columns, fitted, demands.beside)
     rules = registry.offered(demands, inventory, scope, columns, fitted)
     pins = translated(
         config.policy.listed,

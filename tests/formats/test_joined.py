@@ -73,3 +73,28 @@ def test_the_table_is_vllms() -> None:
         for whole, parts in sets.items():
             assert len(parts) > 1 and "expert" not in whole
     assert known["Qwen3ForCausalLM"]["gate_up_proj"] == ["gate_proj", "up_proj"]
+
+
+def test_own_sets_join_only_within_one_module() -> None:
+    roles = ("attn.q_proj", "attn.k_proj", "attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+    layers = [linear(f"m.{b}.{role}") for b in (0, 1) for role in roles]
+    found = Joined({"qk": ("q_proj", "k_proj"), "gu": ("gate_proj", "up_proj")}, "tensor")
+    assert found.groups(layers) == tuple(
+        tuple(f"m.{b}.{x}.weight" for x in names)
+        for b in (0, 1)
+        for names in (roles[:2], roles[2:3], roles[3:])
+    )
+    assert Joined({}, "tensor").groups(layers) == tuple((x.name,) for x in layers)
+
+
+@pytest.mark.parametrize(
+    ("experts", "sizes"), [("tensor", [3, 3, 3, 3]), ("block", [6, 6]), ("model", [12])]
+)
+def test_experts_go_together_by_tensor_by_block_or_all(experts: str, sizes: list[int]) -> None:
+    layers = [
+        Layer(f"m.{b}.{e}.{n}.weight", 8, 8, "experts", n, b, f"m.{b}.{n}", (8, 8), expert=e)
+        for b in (0, 1)
+        for n in ("up", "down")
+        for e in (0, 1, 2)
+    ]
+    assert [len(group) for group in Joined({}, experts).groups(layers)] == sizes

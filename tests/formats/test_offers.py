@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from optimizer import search
 from optimizer.commands import export, notes, optimize
@@ -19,7 +20,7 @@ from optimizer.plan import Budget, Plan, assemble
 from optimizer.stages.session import Choices, choices
 from optimizer.store import Store
 from tests.cli.test_compose import composed
-from tests.conftest import ARCHITECTURES, QUICK, Command, Small, build
+from tests.conftest import ARCHITECTURES, QUICK, WIDE, Command, Small, build, opened
 from tests.formats.conftest import Wide
 
 CHECKPOINTS = ("vllm", "transformers", "autoround", "gptq")
@@ -187,3 +188,37 @@ def test_an_engines_limits_are_not_the_policys(wide: Wide) -> None:
         np.ones(found.allowed.shape), Budget(bits=12), found.allowed,
     )  # fmt: skip
     assert notes.price_of_policy(config, found, problem, problem.largest) == []
+
+
+ODD = {
+    "mamba": {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "time_step_rank": 12},
+    "falcon": WIDE | {"multi_query": True, "alibi": False, "tie_word_embeddings": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "scope", "bare"),
+    [("mamba", "blocks", 2), ("falcon", "blocks", 0), ("falcon", "*query_key_value", 0)],
+)
+def test_layers_that_stay_untouched_beside_those_unpacked_at_once(
+    tmp_path: Path, kind: str, scope: str, bare: int
+) -> None:
+    """transformers gives all quantized layers of these classes one scheme, and leaves others alone:
+    one that no group divides, or that is out of scope, doesn't hinder the rest."""
+    model = opened(kind, build(tmp_path / "model", kind, ODD[kind], torch.bfloat16))
+    given = [
+        "runtime=transformers",
+        f"scope=['{scope}']",
+        "palette.group_size=32",
+        "palette.bits=[4,8]",
+    ]
+    found = choices(composed("optimize", *given), model.inventory, model.folder)
+    assert found.allowed is not None and found.allowed.all() and len(found.groups) == 1
+    odd = [name for name in found.groups[0] if found.fitted[name, found.columns[0]].kind == "none"]
+    assert len(odd) == bare and all("dt_proj" in name for name in odd)
+    store = str(tmp_path / "store")
+    plan = drawn(
+        found, np.random.default_rng(0), model, locate(str(model.folder), Store(store)).fingerprint
+    )
+    told = export.export(plan, "transformers", tmp_path / "out", store)
+    assert "the plan's logits" in told.readers[0]

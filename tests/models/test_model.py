@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from optimizer.errors import ModelError, PlanError
+from optimizer.formats.safetensors.joined import Joined
 from optimizer.models.model import Model, read, take_inventory, write
 from optimizer.models.source import quiet
 from optimizer.models.tokenizer import load_tokenizer
-from optimizer.plan import UNTOUCHED, Precision, fuse
+from optimizer.plan import UNTOUCHED, Precision
 from optimizer.quantization.uniform import Nearest
 from tests.conftest import Small, build, mixed, opened
 
@@ -118,7 +119,7 @@ def test_experts_of_a_block_can_be_grouped(small: Small) -> None:
     scope = small.inventory.scoped(["blocks"])
     experts = {x.name for x in scope if x.kind == "experts"}
     assert bool(experts) == (small.name in ("qwen3_moe", "gpt_oss", "mixtral"))
-    groups = [set(g) for g in fuse(scope, [], "block") if set(g) & experts]
+    groups = [set(g) for g in Joined({}, "block").groups(scope) if set(g) & experts]
     assert len(groups) == (2 if experts else 0)
     assert set().union(*groups) == experts if experts else True
 

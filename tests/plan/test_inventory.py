@@ -18,7 +18,6 @@ from optimizer.plan import (
     Other,
     Place,
     Precision,
-    fuse,
     glob,
     packed_bytes,
 )
@@ -279,28 +278,3 @@ def test_glob_is_over_the_whole_name_and_takes_dots_literally() -> None:
 
 def test_inventory_survives_json() -> None:
     assert Inventory.from_json(INVENTORY.to_json()) == INVENTORY
-
-
-def test_fusing_groups_only_within_one_module() -> None:
-    scope = INVENTORY.scoped(["all"])
-    groups = fuse(scope, [["q_proj", "k_proj"], ["gate_proj", "up_proj"]], "tensor")
-    assert sorted(name for group in groups for name in group) == sorted(x.name for x in scope)
-    assert ("model.layers.0.q_proj.weight", "model.layers.0.k_proj.weight") in groups
-    assert ("model.layers.1.gate_proj.weight", "model.layers.1.up_proj.weight") in groups
-    assert len(groups) == 12 - 4
-
-
-def test_without_rules_every_layer_is_alone() -> None:
-    assert fuse(INVENTORY.layers, [], "tensor") == tuple((x.name,) for x in INVENTORY.layers)
-
-
-def test_experts_go_together_by_tensor_or_by_block() -> None:
-    experts = [
-        layer(f"m.{b}.mlp.{e}.{n}.weight", "experts", b, parameter=f"m.{b}.mlp.{n}", expert=e)
-        for b in (0, 1)
-        for n in ("up", "down")
-        for e in (0, 1, 2)
-    ]
-    assert [len(g) for g in fuse(experts, [], "tensor")] == [3, 3, 3, 3]
-    assert [len(g) for g in fuse(experts, [], "block")] == [6, 6]
-    assert [len(g) for g in fuse(experts, [], "model")] == [12]

@@ -9,9 +9,10 @@ from scipy.stats import spearmanr
 
 from optimizer.data.text import Windows
 from optimizer.errors import ConfigError
+from optimizer.formats.safetensors.joined import Joined
 from optimizer.metrics.divergence import Teacher
 from optimizer.models.model import Model
-from optimizer.plan import UNTOUCHED, Layer, Palette, Precision, fuse
+from optimizer.plan import UNTOUCHED, Layer, Palette, Precision
 from optimizer.quantization.uniform import Nearest
 from optimizer.sensitivity import Table, Task, chunks, palette_columns
 from optimizer.sensitivity import estimator as estimator_of
@@ -106,7 +107,8 @@ def task(model: Model, scope: str = "blocks", experts: str = "tensor") -> Task:
     layers = model.inventory.scoped([scope])
     palette = Palette(bits=[3, 4, 6, 16], group_size=32).precisions()
     fitted = palette_columns(layers, palette, "strict")
-    return Task(fuse(layers, [], experts), tuple(p.name for p in palette), fitted, Nearest())
+    groups = Joined({}, experts).groups(layers)
+    return Task(groups, tuple(p.name for p in palette), fitted, Nearest())
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -276,6 +278,7 @@ def test_what_goes_together_is_untouched_together() -> None:
         (names[1], "a"),
     }
     assert found[names[2], "a"] == P32 and found[names[0], "b"] == WHOLE
+    assert agreeing([names[:2], names[2:]], ["a", "b"], fitted, {ODD.name}) == fitted
 
 
 def test_layers_that_no_group_divides_are_named_once_for_each_length() -> None:

@@ -44,8 +44,8 @@ EXPERTS_IN_HALVES = (
 
 
 def demands(profile: Runtime, inventory: Inventory, loading: Loading) -> Demands:
-    """Of transformers. Where a layer of the scope can only be unpacked at once, all dense layers have
-    one scheme; else each has its own."""
+    """Of transformers. Where a layer of the scope can only be unpacked at once, all dense layers that
+    are quantized have one scheme; else each has its own."""
     bare = loading.bare
 
     def groups(layers: Sequence[Layer]) -> Groups:
@@ -62,7 +62,8 @@ def demands(profile: Runtime, inventory: Inventory, loading: Loading) -> Demands
         merged = tuple(x.name for x in inventory.layers if x.name in loading.merged)
         return (merged, tuple(real)) if any(name in bare for name in real) else (merged,)
 
-    return Demands(profile, groups, lambda x, _p: loading.reason(x), agreed)
+    beside = frozenset(loading.modules)
+    return Demands(profile, groups, lambda x, _p: loading.reason(x), agreed, beside)
 
 
 def check(
