@@ -58,14 +58,14 @@ class Nested:
     size: of the plan's file and the refinement's together; None: no refinement. bits: of planes, each
     with symmetric groups of the palette's size. weight: how much a hundredth of the refined
     model's loss counts beside a hundredth of the base's. signal: by which unpack=hard finds the
-    tokens that need the planes, entropy or margin; share: of them, checked on held-out text.
+    tokens that need the planes, probe, entropy or margin; share: of them, checked on held-out text.
     separate: measure two plans of the same sizes that know nothing of each other, too.
     """
 
     size: str | None = None
     bits: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5, 6])
     weight: float = 0.03
-    signal: str = "entropy"
+    signal: str = "probe"
     share: float = 0.2
     separate: bool = True
 
@@ -86,8 +86,8 @@ class Nested:
             raise ConfigError(f"nested.bits is a list of whole numbers 1 to 8, not {self.bits}.")
         if not 0 < self.weight < float("inf"):
             raise ConfigError(f"nested.weight is a number above 0, not {self.weight}.")
-        if self.signal not in ("entropy", "margin"):
-            raise ConfigError(f"nested.signal is entropy or margin, not {self.signal!r}.")
+        if self.signal not in ("probe", "entropy", "margin"):
+            raise ConfigError(f"nested.signal is probe, entropy or margin, not {self.signal!r}.")
         if not 0 < self.share < 1:
             raise ConfigError(f"nested.share is a share of tokens in (0, 1), not {self.share}.")
         self._check_rest(config)

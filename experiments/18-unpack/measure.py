@@ -4,7 +4,7 @@
 
 Held-out KL to the reference, 95 % over documents, of: base and refined model, two separate plans
 of the same sizes, and the base with the planes opened for a share of the tokens, chosen by a
-signal: entropy, margin, norm (of the planes' contribution to every layer's output, relative,
+signal: probe, entropy, margin, norm (of the planes' contribution to every layer's output, relative,
 which reads the planes: an upper bound for cheap versions), random (what any signal must beat) and
 oracle (the base's true KL).
 """
@@ -34,7 +34,7 @@ from optimizer.stages.session import Bench, View
 from optimizer.stages.unpacking import Unpacked
 
 SHARES = {"entropy": (0.1, 0.2, 0.3, 0.5), "random": (0.1, 0.3, 0.5), "oracle": (0.1, 0.3, 0.5)}
-SHARES |= {"margin": (0.3,), "norm": (0.3,)}
+SHARES |= {"probe": (0.1, 0.2, 0.3, 0.5), "margin": (0.3,), "norm": (0.3,)}
 
 
 class Said(View):
@@ -134,8 +134,7 @@ def main(argv: list[str]) -> None:
     view = Unpacked(bench, plan, quantizer, refining)
     row("acceptance (EAR of base and refined)", 0, total, view.acceptance())
     signals = {
-        "entropy": view.signals(windows, "heldout", "entropy"),
-        "margin": view.signals(windows, "heldout", "margin"),
+        **{k: view.signals(windows, "heldout", view.signal(k)) for k in planes.SIGNALS},
         "random": np.random.default_rng(0).random(base.shape),
         "oracle": base,
     }

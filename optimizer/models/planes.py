@@ -2,14 +2,15 @@
 
 A plane refines one layer: with it open, the layer's output for inputs x [tokens, cols] is
     y = B' x + R' x,      B' the base's weight, R' the plane's, both [rows, cols].
-Planes are opened for all tokens or for some (a mask), so that one pass over a text gives exactly what
-reading it token by token gives, each token with the weights that were chosen for it: keys and
-values of an unpacked token are the refined ones.
+Planes are opened for all tokens or for some (a mask). Weights are read from memory once a pass,
+however many tokens it has, so that whoever opens planes for one token reads all before it with them,
+too: after that the cache is the refined model's. `caught_up` reads a text as if it had been
+written so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,7 +22,8 @@ from optimizer.errors import ModelError
 from optimizer.models.layout import holders
 from optimizer.plan import Inventory, Layer
 
-SIGNALS = ("entropy", "margin")
+SIGNALS = ("probe", "entropy", "margin")
+FEATURES = 6  # of a distribution, before those of the head's input
 
 
 class Plane(Protocol):
@@ -157,13 +159,113 @@ def _added(output: Tensor, x: Tensor, mask: Tensor, more: Any) -> Tensor:
     return found
 
 
-def signal(logits: Tensor, kind: str) -> Tensor:
-    """How unsure a distribution is [...], higher is less sure. logits [..., vocabulary].
+def caught_up(
+    forward: Callable[..., Any], gate: Gate, ids: Tensor, opened: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Logits of a text where planes are opened for some tokens, and then for all that came before.
 
-    entropy: -sum q log q, nats. margin: log q of the second token less that of the first, <= 0.
+    ids [windows, length]; opened: bool, the same. A token with planes is the refined model's own. One
+    without is the base's, which reads the keys and values of the refined model up to the last token
+    with planes, and its own since. Both models read side by side in one pass of twice the length:
+    the base's tokens see the refined ones that an attention mask (of `dtype`, the model's) leaves
+    them. For models whose every layer sees all tokens before and that take a mask of their caller's.
+    Returns the logits [windows, length, vocabulary], and those of the base at every token, which are
+    what says whether planes are needed there.
     """
+    length = ids.shape[1]
+    at = torch.arange(length, device=ids.device)
+    before = at <= at[:, None]
+    refined = torch.cat([before, torch.zeros_like(before)], 1).expand(len(ids), -1, -1)
+    # the last token before each that has planes: [windows, length, 1]
+    last = torch.where(opened, at, -1).cummax(1).values.roll(1, 1)
+    last[:, 0] = -1
+    last = last[:, :, None]
+    base = torch.cat([at <= last, (at > last) & before], 2)
+    seen = torch.cat([refined, base], 1)[:, None]
+    gate.open = torch.cat([torch.ones_like(opened), torch.zeros_like(opened)], 1)
+    try:
+        logits = forward(
+            input_ids=torch.cat([ids, ids], 1),
+            position_ids=torch.cat([at, at]).expand(len(ids), -1),
+            attention_mask=torch.zeros(seen.shape, dtype=dtype, device=ids.device).masked_fill_(
+                ~seen, torch.finfo(dtype).min
+            ),
+            use_cache=False,
+        ).logits
+    finally:
+        gate.open = False
+    first, second = logits[:, :length], logits[:, length:]
+    return torch.where(opened[:, :, None], first, second), second
+
+
+# ---------------------------------------------------------------- where the base is unsure
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Says where planes are needed; higher is more. kind: of SIGNALS.
+
+    entropy: -sum q log q of the base's distribution, nats. margin: log q of the second token less that
+    of the first, <= 0. probe: weights [FEATURES + width] and bias of a linear probe of the
+    distribution and the head's input, fitted to the log of the loss.
+    """
+
+    kind: str
+    weights: tuple[float, ...] = ()
+    bias: float = 0.0
+
+    def __call__(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        """[...]. logits [..., vocabulary]; hidden [..., width]: what the head made them of."""
+        if self.kind == "probe":
+            found = features(logits, hidden)
+            return found @ torch.tensor(self.weights, device=found.device) + self.bias
+        log_q = torch.log_softmax(logits.float(), -1)
+        if self.kind == "margin":
+            top = log_q.topk(2, dim=-1).values
+            return top[..., 1] - top[..., 0]
+        return -(log_q.exp() * log_q).sum(-1)
+
+
+def features(logits: Tensor, hidden: Tensor) -> Tensor:
+    """What a probe looks at [..., FEATURES + width] fp32: entropy and its root, the best token's
+    probability and its log, the lead on the second and on the eighth; the head's input."""
     log_q = torch.log_softmax(logits.float(), -1)
-    if kind == "margin":
-        top = log_q.topk(2, dim=-1).values
-        return top[..., 1] - top[..., 0]
-    return -(log_q.exp() * log_q).sum(-1)
+    entropy = -(log_q.exp() * log_q).sum(-1)
+    top = log_q.topk(min(8, log_q.shape[-1]), dim=-1).values
+    best = top[..., 0]
+    of = [
+        entropy,
+        entropy.clamp(min=0).sqrt(),
+        best,
+        best.exp(),
+        best - top[..., 1],
+        best - top[..., -1],
+    ]
+    return torch.cat([torch.stack(of, -1), hidden.float()], -1)
+
+
+@contextmanager
+def watched(net: Any) -> Iterator[list[Tensor]]:
+    """Inside, the yielded list holds what the head read in the last pass [windows, tokens, width].
+    Raises ModelError for a model whose head can't be told."""
+    seen, handle = watch(net)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def watch(net: Any) -> tuple[list[Tensor], Any]:
+    """As `watched`, until the returned handle is removed."""
+    head = net.get_output_embeddings()
+    if head is None:
+        raise ModelError(
+            "This model doesn't say which layer is its head, so that a probe can't read what goes in. "
+            "Set nested.signal=entropy."
+        )
+    seen: list[Tensor] = []
+
+    def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen[:] = [args[0] if args else kwargs["input"]]
+
+    return seen, head.register_forward_pre_hook(hook, with_kwargs=True)

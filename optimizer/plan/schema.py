@@ -261,6 +261,9 @@ class Provenance(Fields):
     versions: dict[Name, LineOfText] = Field(default_factory=dict)
 
 
+Weight = Annotated[float, Field(ge=-1e9, le=1e9)]
+
+
 class Point(Fields):
     """unpack=hard at one threshold: the share of tokens that are unpacked, and the loss."""
 
@@ -270,9 +273,12 @@ class Point(Fields):
 
 
 class Hard(Fields):
-    """points: on search text, by share. heldout: one of them, measured on held-out text."""
+    """points: on search text, by share. heldout: one of them, measured on held-out text. weights,
+    bias: of the probe, see `optimizer.models.planes.Signal`."""
 
-    signal: Literal["entropy", "margin"]
+    signal: Literal["probe", "entropy", "margin"]
+    weights: Annotated[list[Weight], Field(max_length=100_000)] = Field(default_factory=list)
+    bias: Weight = 0.0
     points: Annotated[list[Point], Field(min_length=1, max_length=100)]
     share: Annotated[float, Field(ge=0, le=1)] = 0.2
     heldout: dict[str, Any] = Field(default_factory=dict)

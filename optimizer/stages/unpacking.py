@@ -3,7 +3,8 @@ of the same sizes beside them, how often the refined model would accept the base
 unpacking only the tokens that the base is unsure of leaves of its loss.
 
 Decisions are made on the base's own reading of a text; while writing, the base reads what was unpacked
-before, so that shares may differ by some per cent.
+before, so that shares may differ by some per cent. A prompt is read with the planes while writing,
+and not here: a text counts from its first word.
 """
 
 from __future__ import annotations
@@ -28,9 +29,14 @@ from optimizer.stages.session import SCORES, Bench, Choices
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from optimizer.models.planes import Signal
 
-VERSION = 1  # raised when a measurement changes
+
+VERSION = 2  # raised when a measurement changes
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5)
+FITTED = 8192  # tokens that a probe is fitted to
+RIDGE = 0.1  # of the inputs' variances
+LEAST = 1e-4  # nats: losses below are alike to a probe
 SAME = 5e-3  # of a probability: planes that are added to outputs, and to weights
 
 
@@ -64,7 +70,14 @@ def measure(bench: Bench, config: Optimize, chosen: Choices, nest: Nest, plan: P
             certificate[f"{name} over separate"] = asdict(found)
     view = Unpacked(bench, plan, quantizer, refining)
     certificate["acceptance"] = asdict(bootstrap.mean(view.acceptance(), counts))
-    hard = view.calibrate(config.nested.signal, config.nested.share)
+    hard: dict[str, Any] = {}
+    if view.catches_up():
+        hard = view.calibrate(config.nested.signal, config.nested.share)
+    else:
+        bench.view.note(
+            "unpack=hard is not offered: this architecture takes no attention mask of ours, so that what "
+            "it would do to a text can't be measured. draft, always and never are."
+        )
     return replace(plan, refinement=replace(section, certificate=certificate, hard=hard))
 
 
@@ -121,39 +134,98 @@ class Unpacked:
 
         return self._kept(["acceptance", self.bench.part_key("heldout")], make)["ear"]
 
-    def calibrate(self, signal: str, share: float) -> dict[str, Any]:
+    def catches_up(self) -> bool:
+        """Whether `planes.caught_up` says of this model what its own passes say, at both ends."""
+        import torch
+
+        ids = self.bench.windows("search").ids[:1]
+        with self._opened() as read:
+            for open_ in (False, True):
+                try:
+                    found = read(ids, torch.full(ids.shape, open_))
+                except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+                    return False
+                far = (found.softmax(-1) - read(ids, open_).softmax(-1)).abs().max()
+                if not float(far) < SAME:
+                    return False
+        return True
+
+    def calibrate(self, kind: str, share: float) -> dict[str, Any]:
         """Thresholds from search text, and one of them on held-out text; see `plan.schema.Hard`."""
-        search = self.bench.windows("search")
+        search, signal = self.bench.windows("search"), self.signal(kind)
         base = self.signals(search, "search", signal)
         cuts = {s: float(np.quantile(base, 1 - s)) for s in sorted({*SHARES, share})}
         ends = {0.0: float(base.max()) + 1.0, 1.0: float(base.min()) - 1.0}
         points = []
         for wanted, threshold in sorted((cuts | ends).items()):
-            found = self.read(search, "search", base > threshold, [signal, threshold])
+            found = self.read(search, "search", base > threshold, [kind, threshold])
             points.append({"share": found.share, "threshold": threshold, "kl": _mean(found)})
             del wanted
         held = self.bench.windows("heldout")
         mask = self.signals(held, "heldout", signal) > cuts[share]
-        found = self.read(held, "heldout", mask, [signal, cuts[share]])
+        found = self.read(held, "heldout", mask, [kind, cuts[share]])
         counts = bootstrap.resamples(found.documents, np.random.default_rng(0))
         heldout = {"share": found.share, "kl": asdict(bootstrap.mean(found.kl, counts))}
-        return {"signal": signal, "points": points, "share": share, "heldout": heldout}
+        known = {"signal": kind, "weights": list(signal.weights), "bias": signal.bias}
+        return known | {"points": points, "share": share, "heldout": heldout}
 
-    def signals(self, windows: Windows, part: str, signal: str) -> np.ndarray:
+    def signals(self, windows: Windows, part: str, signal: Signal) -> np.ndarray:
         """Of the base [windows, length - 1], higher is less sure."""
 
         def make() -> dict[str, np.ndarray]:
             from optimizer.models import planes
 
-            found: dict[str, list[Any]] = {name: [] for name in planes.SIGNALS}
-            with self._opened() as read:
+            values = []
+            with self._opened() as read, planes.watched(self.bench.model.net) as seen:
                 for ids in self.bench.view.track(windows.ids, "what the base is unsure of"):
                     logits = read(ids[None], False)[0, :-1]
-                    for name, values in found.items():
-                        values.append(planes.signal(logits, name).float().cpu().numpy())
-            return {name: np.array(values) for name, values in found.items()}
+                    values.append(signal(logits, seen[0][0, :-1]).float().cpu().numpy())
+            return {"signal": np.array(values)}
 
-        return self._kept(["signals", self.bench.part_key(part)], make)[signal]
+        what = [signal.kind, *signal.weights, signal.bias]
+        return self._kept(["signals", self.bench.part_key(part), what], make)["signal"]
+
+    def signal(self, kind: str) -> Signal:
+        """A probe is fitted on calibration text: ridge regression of the log of the base's loss."""
+        from optimizer.models import planes
+
+        if kind != "probe":
+            return planes.Signal(kind)
+        length = self.bench.windows("calibration").ids.shape[1]
+        windows = self.bench.windows("calibration").head(max(1, FITTED // length))
+
+        def make() -> dict[str, np.ndarray]:
+            from scipy import linalg
+
+            inputs, losses = self._known(windows)
+            centre, scale = inputs.mean(0), inputs.std(0) + 1e-6
+            x, y = (inputs - centre) / scale, np.log(losses + LEAST)
+            gram = x.T @ x + RIDGE * len(x) * np.eye(x.shape[1])
+            found = linalg.solve(gram, x.T @ (y - y.mean()), assume_a="pos") / scale
+            return {"weights": np.append(found, y.mean() - centre @ found)}
+
+        kept = self._kept(["probe", self.bench.key_of(windows)], make)["weights"]
+        *weights, bias = (float(f"{x:.7g}") for x in kept)
+        return planes.Signal(kind, tuple(weights), bias)
+
+    def _known(self, windows: Windows) -> tuple[np.ndarray, np.ndarray]:
+        """What a probe looks at [tokens, inputs], and the base's loss [tokens], nats."""
+        import torch
+
+        from optimizer.metrics.divergence import Teacher, compare
+        from optimizer.models import planes
+
+        bench = self.bench
+        teacher = Teacher(bench.model.net, windows, own_head=True)
+        inputs, losses = [], []
+        with self._opened() as read, planes.watched(bench.model.net) as seen:
+            for i, ids in enumerate(bench.view.track(windows.ids, "where the base fails")):
+                logits = read(ids[None], False)[0, :-1]
+                inputs.append(planes.features(logits, seen[0][0, :-1]).cpu().numpy())
+                log_q, log_p = torch.log_softmax(logits, -1), teacher.log_probabilities(i)
+                target = torch.from_numpy(ids[1:]).to(log_q.device)
+                losses.append(compare(log_p, log_q, target)["kl"].double().cpu().numpy())
+        return np.concatenate(inputs).astype(np.float64), np.concatenate(losses).clip(0)
 
     def read(self, windows: Windows, part: str, mask: np.ndarray, what: Any) -> Reading:
         """With the planes open where `mask` [windows, length - 1] says so. what: determines it."""
@@ -201,14 +273,16 @@ class Unpacked:
 
         def read(ids: np.ndarray, open_: bool | Tensor) -> Tensor:
             net = bench.model.net
-            device = next(net.parameters()).device
-            gate.open = open_ if isinstance(open_, bool) else open_.to(device)
+            device, dtype = (getattr(next(net.parameters()), k) for k in ("device", "dtype"))
             batch = torch.from_numpy(ids).to(device)
-            try:
-                with torch.inference_mode():
+            with torch.inference_mode():
+                if not isinstance(open_, bool):
+                    return planes.caught_up(net, gate, batch, open_.to(device), dtype)[0].float()
+                gate.open = open_
+                try:
                     logits: Tensor = net(input_ids=batch, use_cache=False).logits
-            finally:  # a teacher runs the same head
-                gate.open = False
+                finally:  # a teacher runs the same head
+                    gate.open = False
             return logits.float()
 
         with bench.model.rounded(rounder, choice), planes.attached(modules, dense, gate):

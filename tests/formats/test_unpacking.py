@@ -15,6 +15,7 @@ from scipy import stats
 import optimizer
 from optimizer.errors import ConfigError, PlanError
 from optimizer.formats.folder import sha256
+from optimizer.models import planes
 from optimizer.plan import Plan
 from tests.conftest import Command
 
@@ -98,22 +99,51 @@ def test_sampled_drafts_have_the_refined_distribution(folder: Path) -> None:
     assert stats.chisquare(seen[expected > 0], expected[expected > 0]).pvalue > 1e-3
 
 
-def test_a_mask_over_a_text_is_reading_it_token_by_token(folder: Path) -> None:
+def test_a_text_is_read_as_if_it_had_been_written(folder: Path) -> None:
+    """With planes open for some tokens: as writing them one by one, where the refined model catches
+    up with all that the base alone has read."""
     net = optimizer.load(folder, unpack="hard")
     gate, inner = net.unpacking.gate, net.forward.__wrapped__
     mask = torch.arange(PROMPT.shape[1])[None] % 3 == 1
-    gate.open = mask
     with torch.inference_mode():
-        whole = inner(input_ids=PROMPT, use_cache=False).logits[0]
-        cache, steps = None, []
+        whole, base = planes.caught_up(inner, gate, PROMPT, mask, torch.float32)
+        cache, pending, steps, own = None, 0, [], []
         for i in range(PROMPT.shape[1]):
-            gate.open = bool(mask[0, i])
             found = inner(input_ids=PROMPT[:, i : i + 1], past_key_values=cache, use_cache=True)
-            cache = found.past_key_values
+            cache, pending = found.past_key_values, pending + 1
+            own.append(found.logits[0, -1])
+            if mask[0, i]:
+                cache.crop(-pending)
+                gate.open = True
+                ids = PROMPT[:, i + 1 - pending : i + 1]
+                found = inner(input_ids=ids, past_key_values=cache, use_cache=True)
+                gate.open, pending = False, 0
             steps.append(found.logits[0, -1])
-    assert torch.allclose(whole, torch.stack(steps), atol=1e-3)
-    gate.open = False
-    assert not torch.allclose(whole, logits(optimizer.load(folder, unpack="never"))[0], atol=1e-3)
+    assert torch.allclose(whole[0], torch.stack(steps), atol=1e-3)
+    assert torch.allclose(base[0], torch.stack(own), atol=1e-3)
+    refined = logits(optimizer.load(folder, unpack="always"))
+    assert torch.allclose(whole[mask], refined[mask], atol=1e-3), (
+        "planes make it the refined model"
+    )
+    assert not torch.allclose(whole[~mask], refined[~mask], atol=1e-3)
+    assert not torch.allclose(whole, logits(optimizer.load(folder, unpack="never")), atol=1e-3)
+
+
+def test_writing_catches_up_in_one_pass(folder: Path) -> None:
+    """Each word is what reading all before it says: the base's where it is sure, else the refined
+    model's own."""
+    net = optimizer.load(folder, unpack="hard", share=0.3)
+    said = net.generate(PROMPT, **SAYS)
+    state, length = net.unpacking, PROMPT.shape[1]
+    opened = torch.tensor([state.opened(40)])
+    assert 0 < opened.sum() < 40
+    mask = torch.cat([torch.ones(1, length - 1, dtype=torch.bool), opened], 1)
+    assert state.passes == {"base": 39, "refined": int(opened.sum())}
+    with torch.inference_mode():
+        found, _ = planes.caught_up(
+            net.forward.__wrapped__, state.gate, said[:, :-1], mask, torch.float32
+        )
+    assert torch.equal(found[0, length - 1 :].argmax(-1), said[0, length:])
 
 
 def test_hard_unpacks_what_it_is_told(folder: Path) -> None:

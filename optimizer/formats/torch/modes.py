@@ -4,29 +4,31 @@ never    the base alone; the refinement isn't opened
 always   planes for every token
 draft    the base drafts, the refined model checks (transformers' assisted generation): its words, as
          if it had written alone. Two module trees over the same buffers
-hard     the base reads and writes; a token whose next word it is unsure of is computed again with the
-         planes, and its keys and values are the refined ones from then on
+hard     the base writes; where it is unsure of the next word, the planes are opened, and all words since
+         they were last open are read again in that one pass, which reads the weights once: the next
+         word is the refined model's own, and so is the cache from then on
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from optimizer.errors import ConfigError
+from optimizer.errors import ConfigError, PlanError
 from optimizer.formats.torch.planes import PLACES, StoredPlane
-from optimizer.models.planes import Gate, attach, signal
+from optimizer.models.planes import FEATURES, Gate, Signal, attach, caught_up, watch
 from optimizer.plan import Plan
 
 MODES = ("never", "always", "draft", "hard")
-SHARE = 0.2  # of tokens, where a plan's own isn't known
+OF_TOKENS = ("input_ids", "position_ids", "cache_position")  # [..., tokens] of a forward pass
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,9 @@ class Unpacking:
         hard = plan.refinement.hard
         if not hard:
             raise ConfigError(
-                "unpack=hard goes by thresholds that a certificate measures, and this plan was made "
-                "without one. Make it again with proof.certify=true."
+                "unpack=hard goes by thresholds that a certificate measures, and this plan has none: it was "
+                "made with proof.certify=false, or its architecture's attention can't be measured so. "
+                "Make it again with proof.certify=true, or take unpack=draft."
             )
         points = hard["points"]
         share = hard["share"] if self.share is None else self.share
@@ -115,8 +118,8 @@ class State:
     gate: Gate
     base: Gate
     threshold: float = 0.0
-    kind: str = "entropy"
     prompt: int = 0  # tokens of the last one that words were drafted after
+    pending: list[dict[str, Tensor]] = field(default_factory=list)  # what the base alone has read
 
     def __post_init__(self) -> None:
         self.reset()
@@ -179,7 +182,7 @@ def unpacked(
         assert plan.refinement is not None
         _check_cache(net)
         state.threshold = wanted.threshold(plan)
-        state.kind = plan.refinement.hard["signal"]
+        signal = _signal(net, plan)
     drafts = _twin(net) if mode == "draft" else None
     attach(modules, planes, gate)
     object.__setattr__(net, "unpacking", state)
@@ -188,7 +191,7 @@ def unpacked(
         _count(drafts, state, "base")
         net.generate = _assisted(net, drafts, state)
     elif mode == "hard":
-        net.forward = _watchful(net, state)
+        net.forward = _watchful(net, state, signal)
     else:
         _count(net, state, "refined")
     return net
@@ -257,40 +260,87 @@ def _check_cache(net: Any) -> None:
         )
 
 
-def _watchful(net: Any, state: State) -> Any:
-    """A forward pass that opens planes for tokens whose next word the base is unsure of. A prompt
-    is read with the planes; a text without a cache is read twice, as in the plan's certificate."""
+def _signal(net: Any, plan: Plan) -> Signal:
+    """The plan's. Raises PlanError for a probe of another model."""
+    assert plan.refinement is not None
+    hard = plan.refinement.hard
+    found = Signal(hard["signal"], tuple(hard["weights"]), hard["bias"])
+    width = int(net.get_input_embeddings().weight.shape[1])
+    if found.kind == "probe" and len(found.weights) != FEATURES + width:
+        raise PlanError(
+            f"The plan's probe has {len(found.weights)} weights; this model's needs {FEATURES + width}. "
+            "It was changed by hand: make the plan again."
+        )
+    return found
+
+
+def _watchful(net: Any, state: State, signal: Signal) -> Any:
+    """A forward pass that opens planes where the base is unsure of the next word. A prompt is read
+    with them; a text without a cache is read as if it had been written so."""
     inner, gate = net.forward, state.gate
+    seen, _ = watch(net)
 
     def unsure(logits: Tensor) -> Tensor:
-        return signal(logits, state.kind) > state.threshold
+        """[windows, tokens] of the last pass."""
+        return signal(logits, seen[0][:, -logits.shape[1] :]) > state.threshold
+
+    def whole(ids: Tensor, kwargs: dict[str, Any]) -> Any:
+        """A text: decided by what the base alone makes of it, as in the plan's certificate."""
+        state.passes["base"] += 1
+        found = inner(input_ids=ids, **kwargs)
+        if found.logits.shape[1] != ids.shape[1]:
+            raise ConfigError(
+                "unpack=hard decides by all of a text's predictions: leave logits_to_keep out."
+            )
+        mask = unsure(found.logits)
+        if bool(mask.any()):
+            state.passes["refined"] += 1
+            found.logits, _ = caught_up(inner, gate, ids, mask, net.dtype)
+        return found
+
+    def refined(now: dict[str, Tensor], cache: Any, kwargs: dict[str, Any]) -> Any:
+        """These tokens with the planes, and those before them that the base alone has read."""
+        count = now["input_ids"].shape[1]
+        if state.pending:
+            cache.crop(-sum(x["input_ids"].shape[1] for x in state.pending))
+            parts = [*state.pending, now]
+            now = {k: torch.cat([x[k] for x in parts], -1) for k in now}
+            state.pending = []
+        gate.open = True
+        state.passes["refined"] += 1
+        found = inner(**now, **kwargs)
+        found.logits = found.logits[:, -count:]
+        return found
 
     @wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        ids = args[0] if args else kwargs.get("input_ids")
-        if not isinstance(ids, Tensor):
+        if args:
+            kwargs["input_ids"] = args[0]
+        ids = kwargs.get("input_ids")
+        if not isinstance(ids, Tensor) or len(args) > 1:
             raise ConfigError("unpack=hard reads tokens: give input_ids, or take unpack=always.")
         cache = kwargs.get("past_key_values")
-        prompt = cache is not None and ids.shape[1] > 1
-        gate.open = prompt
         try:
-            state.passes["refined" if prompt else "base"] += 1
-            found = inner(*args, **kwargs)
-            if prompt:
+            if cache is None:
+                return whole(kwargs.pop("input_ids"), kwargs)
+            now = {k: kwargs.pop(k) for k in OF_TOKENS if isinstance(kwargs.get(k), Tensor)}
+            if int(cache.get_seq_length()) == 0:
+                state.pending = []
+                return refined(now, cache, kwargs)
+            if ids.shape[1] > 1:
+                return refined(now, cache, kwargs)
+            state.passes["base"] += 1
+            found = inner(**now, **kwargs)
+            mask = unsure(found.logits[:, -1:])
+            open_ = bool(
+                mask.any()
+            )  # the planes are read for all sequences, so they all have them
+            state.marks.append([open_] * len(ids))
+            if not open_:
+                state.pending.append(now)
                 return found
-            mask = unsure(found.logits)
-            if cache is None and mask.shape != ids.shape:
-                raise ConfigError(
-                    "unpack=hard decides by all of a text's predictions: leave logits_to_keep out."
-                )
-            state.marks.append(mask[:, -1].tolist() if cache is not None else [])
-            if not bool(mask.any()):
-                return found
-            if cache is not None:
-                cache.crop(-1)
-            gate.open = True if bool(mask.all()) else mask
-            state.passes["refined"] += 1
-            return inner(*args, **kwargs)
+            cache.crop(-1)
+            return refined(now, cache, kwargs)
         finally:
             gate.open = False
 
