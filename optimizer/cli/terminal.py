@@ -20,7 +20,7 @@ from optimizer.commands.advise import Advice
 from optimizer.commands.capacity import Answer
 from optimizer.commands.store import Kind, Pruned
 from optimizer.formats.rules import Verdict
-from optimizer.hardware.memory import mib, usable
+from optimizer.hardware.memory import kind, kind_of, mib, usable
 from optimizer.hardware.throughput import price
 from optimizer.plan import Plan, Precision
 from optimizer.reports import heat_map as grid
@@ -140,8 +140,8 @@ def caches(plan: Plan) -> list[str]:
     """Which cache the plan is for, and why."""
     tried = plan.provenance.get("caches")
     if tried:
-        return [room.told(tried, plan.kv)]
-    return [f"Measured with a cache of {plan.kv} bits."] if plan.kv < 16 else []
+        return [room.told(tried, plan.kv, plan.keep)]
+    return [f"Measured with a cache of {kind_of(plan).said}."] if plan.kv < 16 else []
 
 
 def heat_map(plan: Plan) -> Text:
@@ -220,7 +220,8 @@ def fitting(out: Console, found: Answer) -> None:
     table = Table()
     table.add_column("")
     table.add_column("memory", justify="right")
-    tokens = f"{budget.context} tokens, batch {budget.batch}, {budget.kv} bits"
+    cache = kind(found.plan.runtime, budget.kv, budget.keep).said
+    tokens = f"{budget.context} tokens, batch {budget.batch}, {cache}"
     table.add_row("weights", mib(need.weights))
     table.add_row(f"cache: {tokens}", mib(need.cache))
     table.add_row("activations", mib(need.activations))

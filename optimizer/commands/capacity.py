@@ -69,7 +69,7 @@ def answer(config: Fit) -> Answer:
     run = Run.load(path) if path.is_dir() and (path / FILE).exists() else None
     budget = config.budget
     if budget.kv == "auto":
-        budget = budget.with_cache(plan.kv)
+        budget = budget.with_cache(plan.kv, plan.keep)
     weights, wanted = memory.resident_weights(plan), None
     unpacked = memory.unpacked_bytes(plan)
     if config.loss is not None:
@@ -177,6 +177,7 @@ def _fitting(
             context=budget.context,
             batch=budget.batch,
             kv=budget.kv,
+            keep=budget.keep,
             overhead=budget.overhead,
         )
         need = memory.use(shape, plan.runtime, asked, weights, unpacked)

@@ -15,7 +15,7 @@ from optimizer.config import Evaluate
 from optimizer.data.text import Data, Part
 from optimizer.errors import ConfigError, MezzotintError, PlanError
 from optimizer.hardware import throughput
-from optimizer.hardware.memory import floating
+from optimizer.hardware.memory import kind_of
 from optimizer.hardware.throughput import Speed
 from optimizer.models.source import Source, context_length, is_encoder, locate
 from optimizer.plan import Inventory, Plan
@@ -225,7 +225,7 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
     certify.check(bench, asked)
     tokenizer = _asking(config, bench)
     net = packed.load(folder, device=config.device, steady=True, unpacking=_unpacking(config))
-    with rounded(net, plan.kv, floating(plan.runtime)):
+    with rounded(net, kind_of(plan)):
         kept = mode == "never" and not config.again
         scores = _certified(bench, plan, net) if kept else None
         if scores is None:
@@ -233,7 +233,7 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
             teacher = bench.teacher("heldout")
             view.stage("the packed model reads")
             scores = _token_by_token(teacher, net) if mode == "hard" else teacher.score(net)
-    weights = certify.Weights(None, lambda: nullcontext(net), plan.kv, floating(plan.runtime))
+    weights = certify.Weights(None, lambda: nullcontext(net), kind_of(plan))
     counts = bootstrap.resamples(scores.documents, np.random.default_rng(0))
     found = comparison.describe(scores, counts)
     return {
@@ -304,7 +304,7 @@ def _asked(
     from optimizer.models.kv_cache import rounded
 
     found: dict[str, Any] = {"tasks": [], "refusals": []}
-    with rounded(nets["packed"], plan.kv, floating(plan.runtime)):
+    with rounded(nets["packed"], kind_of(plan)):
         if config.task_names:
             view.stage(f"both answer {', '.join(config.task_names)}")
             found["tasks"] = harness.compare(nets, tokenizer, config.task_names, config.limit)
@@ -381,7 +381,7 @@ def _speed(config: Evaluate, plan: Plan, bench: Bench, view: View) -> Speed:
 
     def cache(model: Any) -> Any:
         if model is net and plan.kv in BITS:
-            return Cache(net.config, plan.kv, floating(plan.runtime))
+            return Cache(net.config, kind_of(plan))
         return DynamicCache(config=model.config)
 
     ids = bench.windows("heldout").ids[0]

@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,10 @@ from optimizer.commands.deploy import check_language_model, check_names, quantiz
 from optimizer.config import Blur, Probe
 from optimizer.data import pairs as probes
 from optimizer.errors import ConfigError, StorageError, TextError
-from optimizer.hardware.memory import floating
+from optimizer.hardware.memory import kind_of
 from optimizer.models.source import context_length
 from optimizer.plan import UNTOUCHED, Inventory, Plan, Precision, digest, stored_bytes
+from optimizer.plan.cache import WHOLE, CacheKind
 from optimizer.stages.session import View, check_device
 from optimizer.store import Store, write_atomically
 
@@ -86,17 +87,17 @@ class Subject:
         afterwards with the reference's own again."""
         from optimizer.models.kv_cache import rounded
 
-        bits, floats = self.cache if choice else (16, False)
+        kind = self.cache if choice else WHOLE
         with (
             self.model.rounded(self.quantizer.rounder(choice), choice),
-            rounded(self.model.net, bits, floats),
+            rounded(self.model.net, kind),
         ):
             yield self.model.net
 
     @property
-    def cache(self) -> tuple[int, bool]:
-        """Bits of the plan's cache, and whether they are floating-point numbers."""
-        return self.plan.kv, floating(self.plan.runtime)
+    def cache(self) -> CacheKind:
+        """The plan's."""
+        return kind_of(self.plan)
 
 
 def uniform_beside(plan: Plan, inventory: Inventory) -> tuple[str, dict[str, Precision]] | None:
@@ -230,7 +231,7 @@ def _margins(
 
     real = {layer: p.name for layer, p in sorted(choice.items()) if p.kind != "none"}
     weights = [subject.source.fingerprint, subject.quantizer.key, real]
-    weights += [subject.cache] if choice and subject.plan.kv < 16 else []
+    weights += [astuple(subject.cache)] if choice and subject.plan.kv < 16 else []
     found = np.full(len(pairs), np.nan)
     rows = {
         key: [

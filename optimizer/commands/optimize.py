@@ -79,7 +79,9 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     problem = replace(problem, third=_third(config, scale))
     notes += remarks.ample(config, problem)
     if bench.cache.tried:
-        notes.append(kv_budget.told(bench.cache.tried, bench.cache.bits))
+        notes.append(
+            kv_budget.told(bench.cache.tried, bench.cache.kind.bits, bench.cache.kind.keep)
+        )
     plan = plan_of(bench, config, chosen, table, assignment)
     plan.save(out / "plan.json")  # within seconds on a measured model; what follows improves it
     view.note(f"wrote {out / 'plan.json'}: the table's optimum")

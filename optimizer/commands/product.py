@@ -47,7 +47,8 @@ def plan_of(
         quantizer=config.quantizer.described(bench.calibration_key),
         predicted={"kl": kl, "stderr": error, "estimator": config.sensitivity.estimator}
         | ({"unit": "text"} if bench.encoder else {}),
-        kv=bench.cache.bits,
+        kv=bench.cache.kind.bits,
+        keep=bench.cache.kind.keep,
         budget=config.budget.asked,
         provenance={
             "command": shlex.join(["mezzotint", "optimize", *overrides(asdict(config))]),

@@ -112,7 +112,7 @@ def weights_of(bench: Bench, choice: Mapping[str, Precision], quantizer: Any) ->
             yield bench.model.net
 
     real = {name: p.name for name, p in sorted(choice.items()) if p.kind != "none"}
-    return certify.Weights([quantizer.key, real], hold, bench.cache.bits, bench.cache.floating)
+    return certify.Weights([quantizer.key, real], hold, bench.cache.kind)
 
 
 def blurred(bench: Bench, kl: np.ndarray, plan: Plan, out: Path) -> dict[str, Path]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from optimizer.errors import BudgetError, ConfigError
 from optimizer.hardware.geometry import Geometry
 from optimizer.plan import Budget, Plan, Precision, parse_size
+from optimizer.plan.cache import CacheKind, parse_keep
 
 MIB = 2**20
 STATE_BYTES = 4  # recurrent states are kept in fp32
@@ -110,12 +111,30 @@ def stored_bits(shape: Geometry, runtime: str, kv: int) -> float:
     return kv + 16 / block_of(shape.head) if short else engine.kv[kv]
 
 
-def cache_bytes(shape: Geometry, context: int, batch: int, bits: float) -> int:
-    """`batch` sequences of `context` tokens."""
+def kind(runtime: str, bits: int, keep: str | None = None) -> CacheKind:
+    """A cache as the runtime keeps it. Raises ConfigError for tokens kept whole where it can't."""
+    if keep is not None and bits < 16 and _engine(runtime) is not ENGINES["torch"]:
+        raise ConfigError(
+            f"budget.keep={keep} keeps some tokens of a cache at 16 bits, which {runtime} can't. Take "
+            "runtime=torch, or leave it out."
+        )
+    first, last = parse_keep(keep if bits < 16 else None)
+    return CacheKind(bits, floating(runtime), first, last)
+
+
+def kind_of(plan: Plan) -> CacheKind:
+    """The cache that a plan was measured with."""
+    return kind(plan.runtime, plan.kv, plan.keep)
+
+
+def cache_bytes(shape: Geometry, context: int, batch: int, bits: float, exact: int = 0) -> int:
+    """`batch` sequences of `context` tokens, of which `exact` are kept at 16 bits."""
     total = 0.0
     for block in shape.blocks:
         tokens = min(context, block.window) if block.window else context
-        one = block.values * tokens * bits / 8 + block.state * STATE_BYTES
+        whole = min(tokens, exact)
+        stored = whole * 16 + (tokens - whole) * bits
+        one = block.values * stored / 8 + block.state * STATE_BYTES
         total += block.count * one
     return int(total * batch)
 
@@ -219,7 +238,8 @@ def use(
     unpacked = unpacked if runtime == "torch" else 0
     context, batch = budget.context, budget.batch
     bits = stored_bits(shape, runtime, budget.kv)
-    cache = cache_bytes(shape, context, batch, bits)
+    exact = kind(runtime, budget.kv, budget.keep).exact(context) if budget.kv < 16 else 0
+    cache = cache_bytes(shape, context, batch, bits, exact)
     activations = activation_bytes(shape, runtime, context, batch, bits, compute, unpacked)
     return Use(weights, cache, activations, overhead)
 
@@ -297,7 +317,8 @@ def resolve(
         )
     text = (
         f"{budget.device or 'the machine'}: {mib(usable(budget))} usable - cache {mib(need.cache)} "
-        f"({budget.context} tokens, batch {budget.batch}, {budget.kv} bits) - activations "
+        f"({budget.context} tokens, batch {budget.batch}, "
+        f"{kind(runtime, budget.kv, budget.keep).said}) - activations "
         f"{mib(need.activations)} - runtime {mib(need.runtime)} = "
         f"{mib(room)} for weights"
     )

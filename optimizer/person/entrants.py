@@ -17,7 +17,7 @@ from optimizer import untrusted
 from optimizer.commands.deploy import check_language_model, check_names, quantizer_of, reference_of
 from optimizer.errors import ConfigError
 from optimizer.formats.folder import MANIFEST
-from optimizer.hardware.memory import floating
+from optimizer.hardware.memory import kind_of
 from optimizer.models.source import Source, locate, packed_file
 from optimizer.plan import Plan, digest
 from optimizer.stages.session import View
@@ -102,7 +102,7 @@ def _of_plan(path: Path, plan: Plan, model: str | None, store: Store) -> Entrant
             f"another model ({home.fingerprint[:19]}). Say where its own one is with model=..."
         )
     folder = path if packed_file(path) is not None else None
-    content = [plan.id, home.fingerprint, plan.quantizer, plan.kv]
+    content = [plan.id, home.fingerprint, plan.quantizer, plan.kv, plan.keep]
     if folder is not None:
         content.append(_manifest_mark(folder))
     name = path.name if path.name != "plan.json" else path.parent.name or path.name
@@ -194,7 +194,7 @@ def opened(one: Entrant, store: Store, device: str, view: View) -> Iterator[Open
         plan = one.plan
         if plan is None or plan.kv not in BITS:
             return lambda: None
-        return lambda: Cache(net.config, plan.kv, floating(plan.runtime))
+        return lambda: Cache(net.config, kind_of(plan))
 
     view.stage(f"loading {one.name}")
     if one.packed is not None:

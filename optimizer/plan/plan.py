@@ -13,6 +13,7 @@ from typing import Any
 
 from optimizer import untrusted
 from optimizer.errors import ConfigError, PlanError
+from optimizer.plan.cache import parse_keep
 from optimizer.plan.container import Entry, container_bytes, stored_entries
 from optimizer.plan.inventory import SCALE_BYTES, UNTOUCHED, Inventory, Layer, Precision
 from optimizer.plan.refinement import SHA256, Refinement
@@ -53,6 +54,8 @@ class Budget:
         subtracted (optimizer.hardware.memory). overhead: replaces the runtime's own estimate.
     kv: 32, 16, 8 or 4; several as a list, or `auto` for all that the runtime has: then weights and
         cache are searched together (optimizer.stages.kv_budget).
+    keep: of a cache below 16 bits, how many of the first and the last tokens stay at 16, such as
+        `4+64` (runtime=torch); a list, with null for none: they are searched, too.
     machine: gpu, apple or cpu. device, source: what it is called and where that is known from.
     """
 
@@ -64,6 +67,7 @@ class Budget:
     context: int = 4096
     batch: int = 1
     kv: Any = 16
+    keep: Any = None
     overhead: str | None = None
     machine: str = "gpu"
     device: str | None = None
@@ -95,14 +99,31 @@ class Budget:
             )
         return sorted(set(found), reverse=True)
 
-    def with_cache(self, bits: int) -> Budget:
-        return replace(self, kv=bits)
+    @property
+    def keeps(self) -> list[str | None]:
+        """What to try beside each cache that is rounded."""
+        found = self.keep if isinstance(self.keep, list) else [self.keep]
+        for one in found:
+            parse_keep(one)
+        if not found:
+            raise ConfigError("budget.keep is an empty list. Write 4+64, a list of such, or null.")
+        return list(dict.fromkeys(None if one is None else str(one) for one in found))
+
+    def with_cache(self, bits: int, keep: str | None = None) -> Budget:
+        return replace(self, kv=bits, keep=keep)
 
     def check(self) -> None:
-        if self.memory is None and len(self.caches) != 1:
+        _ = self.keeps
+        if self.memory is None and len(self.caches) * len(self.keeps) != 1:
             raise ConfigError(
                 "A smaller cache saves bytes for the weights only where both share a machine's "
-                f"memory. Add budget=NAME (a machine), or choose one cache instead of {self.kv}."
+                f"memory. Add budget=NAME (a machine), or choose one cache instead of "
+                f"budget.kv={self.kv}, budget.keep={self.keep}."
+            )
+        if self.keeps != [None] and self.caches and min(self.caches) >= 16:
+            raise ConfigError(
+                f"budget.keep={self.keep} is about a cache of fewer than 16 bits, and budget.kv is "
+                f"{self.kv}. Set budget.kv=8 or 4, or leave budget.keep out."
             )
         given = self.given
         if len(given) != 1:
@@ -198,6 +219,7 @@ class Plan:
     code_bits: float
     predicted: dict[str, Any]
     kv: int = 16
+    keep: str | None = None
     budget: dict[str, Any] = field(default_factory=dict)
     certificate: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -301,6 +323,7 @@ class Plan:
             code_bits=found.code_bits,
             predicted=dict(data["predicted"]),
             kv=found.kv,
+            keep=found.keep,
             budget=found.budget,
             certificate=dict(data.get("certificate", {})),
             provenance=dict(data.get("provenance", {})),
@@ -365,6 +388,7 @@ _KEYS = (
     "code_bits",
     "predicted",
     "kv",
+    "keep",
     "budget",
     "certificate",
     "provenance",

@@ -244,8 +244,12 @@ class Geometry(Fields):
     head: Count = 32
 
 
+Keep = Annotated[str, Field(pattern=r"^\d{1,7}\+\d{1,7}$")]
+
+
 class Cache(Fields):
     kv: Count
+    keep: Keep | None = None
     kl: Number
     bits: Number
 
@@ -311,6 +315,7 @@ class PlanFile(Fields):
     code_bits: Share = 0.0
     predicted: Promise
     kv: Annotated[int, Field(ge=1, le=32)] = 16
+    keep: Keep | None = None
     budget: dict[str, Any] = Field(default_factory=dict)
     certificate: Certificate | Empty = Empty()
     provenance: Provenance = Provenance()
@@ -318,7 +323,7 @@ class PlanFile(Fields):
 
     @model_validator(mode="after")
     def _cache(self) -> PlanFile:
-        tried = [cache.kv for cache in self.provenance.caches]
-        if tried and self.kv not in tried:
-            raise ValueError("kv is none of the caches that were tried")
+        tried = [(cache.kv, cache.keep) for cache in self.provenance.caches]
+        if tried and (self.kv, self.keep) not in tried:
+            raise ValueError("kv and keep are none of the caches that were tried")
         return self

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from optimizer.errors import ConfigError, ModelError
 from optimizer.metrics import generation
 from optimizer.models.source import context_length
 from optimizer.plan import Plan, digest
+from optimizer.plan.cache import WHOLE, CacheKind
 from optimizer.stages.session import SCORES, Bench
 
 if TYPE_CHECKING:
@@ -53,16 +54,15 @@ class Asked:
 @dataclass(frozen=True)
 class Weights:
     """A plan's weights. key: what determines them, None = keep nothing. hold: inside, the yielded
-    network has them. kv, floating: how keys and values are kept; see `optimizer.models.kv_cache`."""
+    network has them. cache: how keys and values are kept; see `optimizer.models.kv_cache`."""
 
     key: Any
     hold: Hold
-    kv: int = 16
-    floating: bool = False
+    cache: CacheKind = WHOLE
 
     @property
     def identity(self) -> Any:
-        return [self.key, self.kv, self.floating]
+        return [self.key, astuple(self.cache)]
 
 
 def check(bench: Bench, asked: Asked) -> None:
@@ -110,7 +110,7 @@ def _check_encoder(bench: Bench, asked: Asked) -> None:
 
 def certified(bench: Bench, plan: Plan) -> str:
     """Where the store keeps the held-out scores of a plan's joint rounding."""
-    return digest(["certified", SCORES, plan.id, bench.part_key("heldout"), plan.kv])
+    return digest(["certified", SCORES, plan.id, bench.part_key("heldout"), plan.kv, plan.keep])
 
 
 def judge(bench: Bench, weights: Weights, heldout: AnyScores, asked: Asked) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def _measured(bench: Bench, weights: Weights, missing: Mapping[str, Windows]) ->
         name: Teacher(bench.model.net, cut, own_head=True)
         for name, cut in bench.view.track(list(missing.items()), "the reference reads domains")
     }
-    with weights.hold() as net, rounded(net, weights.kv, weights.floating):
+    with weights.hold() as net, rounded(net, weights.cache):
         return {
             name: teacher.score(net)
             for name, teacher in bench.view.track(list(teachers.items()), "the plan reads domains")
@@ -319,7 +319,7 @@ def _greedy(bench: Bench, weights: Weights, asked: Asked) -> dict[str, Any]:
 
         bench.view.stage(f"{who} writes {len(begun)} texts of {asked.generate} tokens")
         with own.hold() as net:
-            cache = Cache(net.config, own.kv, own.floating) if own.kv in BITS else None
+            cache = Cache(net.config, own.cache) if own.cache.bits in BITS else None
             return {"ids": generation.continuations(net, begun, asked.generate, cache)}
 
     base = digest(["greedy", VERSION, asked_for])

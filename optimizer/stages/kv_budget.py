@@ -19,6 +19,7 @@ from optimizer.hardware import memory
 from optimizer.hardware.geometry import geometry
 from optimizer.hardware.throughput import Traffic, active_share
 from optimizer.plan import Budget, stored_bytes
+from optimizer.plan.cache import CacheKind
 from optimizer.quantization.methods import bind
 from optimizer.search import Problem
 from optimizer.stages.session import Bench, Choices, Kept
@@ -26,9 +27,9 @@ from optimizer.stages.session import Bench, Choices, Kept
 
 @dataclass(frozen=True)
 class Room:
-    """kv: bits of the cache. budget: of the weights alone. text: how that came about."""
+    """kind: of the cache. budget: of the weights alone. text: how that came about."""
 
-    kv: int
+    kind: CacheKind
     budget: Budget
     text: str = ""
 
@@ -42,36 +43,42 @@ class Settled:
     assignment: np.ndarray
 
 
-def told(tried: Sequence[Mapping[str, Any]], kv: int) -> str:
-    """Why this cache, in a sentence. tried: {kv, bytes, bits, kl} each."""
-    own = next(t for t in tried if t["kv"] == kv)
+def told(tried: Sequence[Mapping[str, Any]], kv: int, keep: str | None) -> str:
+    """Why this cache, in a sentence. tried: {kv, keep, bytes, bits, kl} each."""
+
+    def cache(one: Mapping[str, Any]) -> str:
+        kept = one.get("keep")
+        return f"{one['kv']}" if kept is None else f"{one['kv']} (but {kept} tokens at 16)"
+
+    own = next(t for t in tried if (t["kv"], t.get("keep")) == (kv, keep))
     others = ", ".join(
-        f"{t['kl']:.3g} with weights at {t['bits']:.2f} and cache at {t['kv']}"
+        f"{t['kl']:.3g} with weights at {t['bits']:.2f} and cache at {cache(t)}"
         for t in tried
         if t is not own
     )
     return (
-        f"Weights at {own['bits']:.2f} bits, cache at {kv}: measured together on search text, KL was "
-        f"{own['kl']:.3g}, before the search; it was {others}."
+        f"Weights at {own['bits']:.2f} bits, cache at {cache(own)}: measured together on search "
+        f"text, KL was {own['kl']:.3g}, before the search; it was {others}."
     )
 
 
 def rooms(config: Optimize, bench: Bench, chosen: Choices) -> list[Room]:
     """One per cache precision that leaves enough for the smallest plan, widest cache first.
     Raises BudgetError if none does, with what the smallest cache would need."""
-    budget = config.budget
+    budget, runtime = config.budget, config.runtime.name
     if budget.memory is None:
-        return [Room(budget.caches[0], budget)]
+        return [Room(memory.kind(runtime, budget.caches[0], budget.keeps[0]), budget)]
     shape = geometry(bench.config)
     least, unpacked = _smallest(bench, chosen), _unpacked(chosen)
     found: list[Room] = []
     refusal: BudgetError | None = None
-    for kv in budget.caches or memory.caches(config.runtime.name):
+    bits = budget.caches or memory.caches(runtime)
+    for kv, keep in ((b, k) for b in bits for k in (budget.keeps if b < 16 else [None])):
         try:
             left, text = memory.resolve(
-                budget.with_cache(kv), shape, config.runtime.name, least, unpacked
+                budget.with_cache(kv, keep), shape, runtime, least, unpacked
             )
-            found.append(Room(kv, left, text))
+            found.append(Room(memory.kind(runtime, kv, keep), left, text))
         except BudgetError as error:
             refusal = error
     if refusal is not None and not found:
@@ -85,8 +92,9 @@ def traffic(config: Optimize, bench: Bench) -> Traffic:
     if config.budget.memory is None:
         return Traffic(experts=share)
     shape = geometry(bench.config)
-    bits = memory.stored_bits(shape, config.runtime.name, bench.cache.bits)
-    cache = memory.cache_bytes(shape, config.budget.context, 1, bits)
+    kind, context = bench.cache.kind, config.budget.context
+    bits = memory.stored_bits(shape, config.runtime.name, kind.bits)
+    cache = memory.cache_bytes(shape, context, 1, bits, 0 if kind.whole else kind.exact(context))
     return Traffic(config.budget.batch, cache, share)
 
 
@@ -127,19 +135,19 @@ def settle(
     """The room whose best plan measures best together with its cache. Sets the bench's cache.
     solve: a budget of weights -> its problem and the table's optimum. Cost: the search windows
     once per room, where there are several."""
-    floating = memory.floating(config.runtime.name)
     if len(found) == 1:
-        bench.cache = Kept(found[0].kv, floating)
+        bench.cache = Kept(found[0].kind)
         return Settled(found[0], *solve(found[0].budget))
     quantizer = bind(config.quantizer, bench)
     tried, solved = [], []
     for room in bench.view.track(found, "caches with their plans"):
         problem, assignment = solve(room.budget)
-        bench.cache = Kept(room.kv, floating)
+        bench.cache = Kept(room.kind)
         choice = chosen.choice(assignment)
         inside = sum(x.bytes(choice[x.name]) for x in chosen.scope)
         row = {
-            "kv": room.kv,
+            "kv": room.kind.bits,
+            "keep": room.kind.keep,
             "bytes": stored_bytes(bench.inventory, choice)["total"],
             "bits": 8 * inside / sum(x.weights for x in chosen.scope),
             "kl": bench.score(choice, "search", quantizer).mean_kl,
@@ -147,5 +155,5 @@ def settle(
         tried.append(row)
         solved.append(Settled(room, problem, assignment))
     best = min(range(len(found)), key=lambda i: float(tried[i]["kl"]))
-    bench.cache = Kept(found[best].kv, floating, tuple(tried))
+    bench.cache = Kept(found[best].kind, tuple(tried))
     return solved[best]

@@ -31,6 +31,7 @@ from optimizer.models.source import (
     read_config,
 )
 from optimizer.plan import Inventory, Layer, Policy, Precision, digest, policy
+from optimizer.plan.cache import WHOLE, CacheKind
 from optimizer.plan.pins import translated
 from optimizer.store import Store
 
@@ -74,8 +75,7 @@ class Kept:
     """How plans keep keys and values while they are measured. tried: what each cache gave, where
     several were."""
 
-    bits: int = 16
-    floating: bool = False
+    kind: CacheKind = WHOLE
     tried: tuple[dict[str, Any], ...] = ()
 
 
@@ -262,8 +262,10 @@ class Bench:
     def part_key(self, part: str) -> str:
         """What results on these windows depend on: the model, the tokens themselves and, except
         for calibration, the cache."""
-        own = self.cache.bits < 16 and part != "calibration"
-        kept = [[self.cache.bits, self.cache.floating]] if own else []
+        kind = self.cache.kind
+        own = not kind.whole and part != "calibration"
+        whole = [kind.first, kind.last] if kind.keep else []
+        kept = [[kind.bits, kind.floating, *whole]] if own else []
         return self.key_of(self.windows(part), *kept)
 
     def key_of(self, windows: Windows, *rest: Any) -> str:
@@ -279,11 +281,10 @@ class Bench:
         weights. With its own weights it is the reference, which nothing rounds."""
         from optimizer.models.kv_cache import BITS, rounded
 
-        if self.cache.bits not in BITS:
+        if self.cache.kind.bits not in BITS:
             yield
             return
-        net, bits, floating = self.model.net, self.cache.bits, self.cache.floating
-        with rounded(net, bits, floating, lambda: self.model.is_rounded):
+        with rounded(self.model.net, self.cache.kind, lambda: self.model.is_rounded):
             yield
 
     @property
@@ -328,7 +329,7 @@ class Bench:
             # first what is kept piece by piece, so that a killed run doesn't read again for nothing
             rounder = quantizer.rounder(choice, joint=part == "heldout")
             teacher = self.teacher(part)
-            kept = rounded(self.model.net, self.cache.bits, self.cache.floating)
+            kept = rounded(self.model.net, self.cache.kind)
             with self.model.rounded(rounder, choice), kept:
                 return teacher.score(self.model.net).arrays()
 

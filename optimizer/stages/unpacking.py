@@ -75,8 +75,8 @@ def measure(bench: Bench, config: Optimize, chosen: Choices, nest: Nest, plan: P
         hard = view.calibrate(config.nested.signal, config.nested.share)
     else:
         bench.view.note(
-            "unpack=hard is not offered: this architecture takes no attention mask of ours, so that what "
-            "it would do to a text can't be measured. draft, always and never are."
+            "unpack=hard is not offered: this architecture takes no attention mask of ours, so that "
+            "what it would do to a text can't be measured. draft, always and never are."
         )
     return replace(plan, refinement=replace(section, certificate=certificate, hard=hard))
 

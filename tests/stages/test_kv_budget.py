@@ -108,3 +108,35 @@ def test_a_search_over_caches_needs_a_machine():
 def test_a_cache_that_the_runtime_lacks(mezzotint):
     done = mezzotint("optimize", "model=stories", *MACHINE, "budget.kv=5")
     assert done.code == 2 and "budget.kv=5" in done.err
+
+
+def test_tokens_that_are_kept_whole_are_searched_and_certified(mezzotint):
+    """Few bytes: the first and last tokens of a cache of 4 bits at 16 are tried beside others."""
+    done, plan = made(mezzotint, "880KB", "4", "out", "budget.keep=[null,4+32]")
+    tried = {row["keep"]: row for row in plan.provenance["caches"]}
+    assert list(tried) == [None, "4+32"]
+    assert tried["4+32"]["bits"] < tried[None]["bits"], "they cost bytes of the weights"
+    assert plan.keep == min(tried, key=lambda keep: tried[keep]["kl"])
+    _, rough = made(mezzotint, "2MB", "4", "rough")
+    _, kept = made(mezzotint, "2MB", "4", "kept", "budget.keep=4+32")
+    loss = [p.certificate["rows"][0]["kl"]["value"] for p in (rough, kept)]
+    assert 0 < loss[1] < 0.8 * loss[0], "the same weights, and more of the cache"
+    assert mezzotint("apply", "kept/plan.json", "out=packed").code == 0
+    again = mezzotint("evaluate", "model=packed", *QUICK[:6])
+    found = float(again.out.split("mean KL (nats/token)")[1].split()[1])
+    assert found == pytest.approx(loss[1], abs=2e-4)
+    fitting = mezzotint("fit", "kept", *MACHINE, "budget.memory=2MB")
+    assert "4 bits, the first 4 and" in fitting.out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["budget.kv=4", "budget.keep=much"], "such as 4+64"),
+        (["budget.kv=16", "budget.keep=4+64"], "fewer than 16 bits"),
+        (["budget.kv=4", "budget.keep=4+64", "runtime=vllm"], "runtime=torch"),
+    ],
+)
+def test_what_can_not_be_kept(mezzotint, words, said):
+    done = mezzotint("optimize", "model=stories", "budget=pi3_1gb", *words)
+    assert done.code == 2 and said in " ".join(done.err.split()), done.err

@@ -4,16 +4,16 @@ never    the base alone; the refinement isn't opened
 always   planes for every token
 draft    the base drafts, the refined model checks (transformers' assisted generation): its words, as
          if it had written alone. Two module trees over the same buffers
-hard     the base writes; where it is unsure of the next word, the planes are opened, and all words since
-         they were last open are read again in that one pass, which reads the weights once: the next
-         word is the refined model's own, and so is the cache from then on
+hard     the base writes; where it is unsure of the next word, the planes are opened, and all words
+         since they were last open are read again in that one pass, which reads the weights once: the
+         next word is the refined model's own, and so is the cache from then on
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import wraps
 from itertools import pairwise
 from pathlib import Path
@@ -79,9 +79,9 @@ class Unpacking:
         hard = plan.refinement.hard
         if not hard:
             raise ConfigError(
-                "unpack=hard goes by thresholds that a certificate measures, and this plan has none: it was "
-                "made with proof.certify=false, or its architecture's attention can't be measured so. "
-                "Make it again with proof.certify=true, or take unpack=draft."
+                "unpack=hard goes by thresholds that a certificate measures, and this plan has none: "
+                "it was made with proof.certify=false, or its architecture can't be measured so. Make "
+                "it again with proof.certify=true, or take unpack=draft."
             )
         points = hard["points"]
         share = hard["share"] if self.share is None else self.share
@@ -119,7 +119,6 @@ class State:
     base: Gate
     threshold: float = 0.0
     prompt: int = 0  # tokens of the last one that words were drafted after
-    pending: list[dict[str, Tensor]] = field(default_factory=list)  # what the base alone has read
 
     def __post_init__(self) -> None:
         self.reset()
@@ -191,7 +190,7 @@ def unpacked(
         _count(drafts, state, "base")
         net.generate = _assisted(net, drafts, state)
     elif mode == "hard":
-        net.forward = _watchful(net, state, signal)
+        net.forward = _Watchful(net, state, signal)
     else:
         _count(net, state, "refined")
     return net
@@ -268,52 +267,23 @@ def _signal(net: Any, plan: Plan) -> Signal:
     width = int(net.get_input_embeddings().weight.shape[1])
     if found.kind == "probe" and len(found.weights) != FEATURES + width:
         raise PlanError(
-            f"The plan's probe has {len(found.weights)} weights; this model's needs {FEATURES + width}. "
-            "It was changed by hand: make the plan again."
+            f"The plan's probe has {len(found.weights)} weights; this model's needs "
+            f"{FEATURES + width}. It was changed by hand: make the plan again."
         )
     return found
 
 
-def _watchful(net: Any, state: State, signal: Signal) -> Any:
+class _Watchful:
     """A forward pass that opens planes where the base is unsure of the next word. A prompt is read
     with them; a text without a cache is read as if it had been written so."""
-    inner, gate = net.forward, state.gate
-    seen, _ = watch(net)
 
-    def unsure(logits: Tensor) -> Tensor:
-        """[windows, tokens] of the last pass."""
-        return signal(logits, seen[0][:, -logits.shape[1] :]) > state.threshold
+    def __init__(self, net: Any, state: State, signal: Signal) -> None:
+        self._inner, self._net, self._state, self._signal = net.forward, net, state, signal
+        self._seen, _ = watch(net)
+        self._pending: list[dict[str, Tensor]] = []  # what the base alone has read
+        wraps(self._inner)(self)
 
-    def whole(ids: Tensor, kwargs: dict[str, Any]) -> Any:
-        """A text: decided by what the base alone makes of it, as in the plan's certificate."""
-        state.passes["base"] += 1
-        found = inner(input_ids=ids, **kwargs)
-        if found.logits.shape[1] != ids.shape[1]:
-            raise ConfigError(
-                "unpack=hard decides by all of a text's predictions: leave logits_to_keep out."
-            )
-        mask = unsure(found.logits)
-        if bool(mask.any()):
-            state.passes["refined"] += 1
-            found.logits, _ = caught_up(inner, gate, ids, mask, net.dtype)
-        return found
-
-    def refined(now: dict[str, Tensor], cache: Any, kwargs: dict[str, Any]) -> Any:
-        """These tokens with the planes, and those before them that the base alone has read."""
-        count = now["input_ids"].shape[1]
-        if state.pending:
-            cache.crop(-sum(x["input_ids"].shape[1] for x in state.pending))
-            parts = [*state.pending, now]
-            now = {k: torch.cat([x[k] for x in parts], -1) for k in now}
-            state.pending = []
-        gate.open = True
-        state.passes["refined"] += 1
-        found = inner(**now, **kwargs)
-        found.logits = found.logits[:, -count:]
-        return found
-
-    @wraps(inner)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args:
             kwargs["input_ids"] = args[0]
         ids = kwargs.get("input_ids")
@@ -322,26 +292,57 @@ def _watchful(net: Any, state: State, signal: Signal) -> Any:
         cache = kwargs.get("past_key_values")
         try:
             if cache is None:
-                return whole(kwargs.pop("input_ids"), kwargs)
+                return self._whole(kwargs.pop("input_ids"), kwargs)
             now = {k: kwargs.pop(k) for k in OF_TOKENS if isinstance(kwargs.get(k), Tensor)}
             if int(cache.get_seq_length()) == 0:
-                state.pending = []
-                return refined(now, cache, kwargs)
-            if ids.shape[1] > 1:
-                return refined(now, cache, kwargs)
-            state.passes["base"] += 1
-            found = inner(**now, **kwargs)
-            mask = unsure(found.logits[:, -1:])
-            open_ = bool(
-                mask.any()
-            )  # the planes are read for all sequences, so they all have them
-            state.marks.append([open_] * len(ids))
-            if not open_:
-                state.pending.append(now)
-                return found
-            cache.crop(-1)
-            return refined(now, cache, kwargs)
+                self._pending = []
+            elif ids.shape[1] == 1:
+                return self._next(now, cache, kwargs)
+            return self._refined(now, cache, kwargs)
         finally:
-            gate.open = False
+            self._state.gate.open = False
 
-    return forward
+    def _unsure(self, logits: Tensor) -> Tensor:
+        """[windows, tokens] of the last pass."""
+        return self._signal(logits, self._seen[0][:, -logits.shape[1] :]) > self._state.threshold
+
+    def _whole(self, ids: Tensor, kwargs: dict[str, Any]) -> Any:
+        """A text: decided by what the base alone makes of it, as in the plan's certificate."""
+        self._state.passes["base"] += 1
+        found = self._inner(input_ids=ids, **kwargs)
+        if found.logits.shape[1] != ids.shape[1]:
+            raise ConfigError(
+                "unpack=hard decides by all of a text's predictions: leave logits_to_keep out."
+            )
+        mask = self._unsure(found.logits)
+        if bool(mask.any()):
+            self._state.passes["refined"] += 1
+            gate, dtype = self._state.gate, self._net.dtype
+            found.logits, _ = caught_up(self._inner, gate, ids, mask, dtype)
+        return found
+
+    def _next(self, now: dict[str, Tensor], cache: Any, kwargs: dict[str, Any]) -> Any:
+        """One token of each sequence. The planes are read for all of them, so they all have them."""
+        self._state.passes["base"] += 1
+        found = self._inner(**now, **kwargs)
+        opened = bool(self._unsure(found.logits[:, -1:]).any())
+        self._state.marks.append([opened] * len(now["input_ids"]))
+        if not opened:
+            self._pending.append(now)
+            return found
+        cache.crop(-1)
+        return self._refined(now, cache, kwargs)
+
+    def _refined(self, now: dict[str, Tensor], cache: Any, kwargs: dict[str, Any]) -> Any:
+        """These tokens with the planes, and those before them that the base alone has read."""
+        count = now["input_ids"].shape[1]
+        if self._pending:
+            cache.crop(-len(self._pending))
+            parts = [*self._pending, now]
+            now = {k: torch.cat([x[k] for x in parts], -1) for k in now}
+            self._pending = []
+        self._state.gate.open = True
+        self._state.passes["refined"] += 1
+        found = self._inner(**now, **kwargs)
+        found.logits = found.logits[:, -count:]
+        return found
