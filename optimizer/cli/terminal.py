@@ -20,7 +20,8 @@ from optimizer.commands.advise import Advice
 from optimizer.commands.capacity import Answer
 from optimizer.commands.store import Kind, Pruned
 from optimizer.formats.rules import Verdict
-from optimizer.hardware.memory import kind, kind_of, mib, usable
+from optimizer.hardware.memory import kind as cache_kind
+from optimizer.hardware.memory import kind_of, mib, usable
 from optimizer.hardware.throughput import price
 from optimizer.plan import Plan, Precision
 from optimizer.reports import heat_map as grid
@@ -220,7 +221,7 @@ def fitting(out: Console, found: Answer) -> None:
     table = Table()
     table.add_column("")
     table.add_column("memory", justify="right")
-    cache = kind(found.plan.runtime, budget.kv, budget.keep).said
+    cache = cache_kind(found.plan.runtime, budget.kv, budget.keep).said
     tokens = f"{budget.context} tokens, batch {budget.batch}, {cache}"
     table.add_row("weights", mib(need.weights))
     table.add_row(f"cache: {tokens}", mib(need.cache))

@@ -112,7 +112,7 @@ def test_a_cache_that_the_runtime_lacks(mezzotint):
 
 def test_tokens_that_are_kept_whole_are_searched_and_certified(mezzotint):
     """Few bytes: the first and last tokens of a cache of 4 bits at 16 are tried beside others."""
-    done, plan = made(mezzotint, "880KB", "4", "out", "budget.keep=[null,4+32]")
+    _, plan = made(mezzotint, "880KB", "4", "out", "budget.keep=[null,4+32]")
     tried = {row["keep"]: row for row in plan.provenance["caches"]}
     assert list(tried) == [None, "4+32"]
     assert tried["4+32"]["bits"] < tried[None]["bits"], "they cost bytes of the weights"
@@ -134,7 +134,7 @@ def test_tokens_that_are_kept_whole_are_searched_and_certified(mezzotint):
     [
         (["budget.kv=4", "budget.keep=much"], "such as 4+64"),
         (["budget.kv=16", "budget.keep=4+64"], "fewer than 16 bits"),
-        (["budget.kv=4", "budget.keep=4+64", "runtime=vllm"], "runtime=torch"),
+        (["budget.kv=8", "budget.keep=4+64", "runtime=vllm"], "runtime=torch"),
     ],
 )
 def test_what_can_not_be_kept(mezzotint, words, said):
