@@ -1,21 +1,7 @@
 """What a plan is made of: precisions, inventory, policy, budget. Nothing here knows torch."""
 
 from optimizer.plan.container import container_bytes
-from optimizer.plan.inventory import (
-    GGML,
-    REFERENCE_BITS,
-    SCALE_BYTES,
-    TRITS_PER_BYTE,
-    UNTOUCHED,
-    WIDTH,
-    Inventory,
-    Layer,
-    Other,
-    Place,
-    Precision,
-    glob,
-    packed_bytes,
-)
+from optimizer.plan.inventory import Inventory, Layer, Other, Place, glob
 from optimizer.plan.palette import Palette
 from optimizer.plan.plan import (
     Budget,
@@ -28,12 +14,22 @@ from optimizer.plan.plan import (
     stored_bytes,
 )
 from optimizer.plan.policy import Policy, Rule, allowed
+from optimizer.plan.precision import (
+    FLOATS,
+    GGML,
+    REFERENCE_BITS,
+    TRITS_PER_BYTE,
+    UNTOUCHED,
+    WIDTH,
+    Precision,
+    packed_bytes,
+)
 from optimizer.plan.refinement import Pair, Refinement
 
 __all__ = [
+    "FLOATS",
     "GGML",
     "REFERENCE_BITS",
-    "SCALE_BYTES",
     "TRITS_PER_BYTE",
     "UNTOUCHED",
     "WIDTH",

@@ -12,7 +12,8 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from optimizer.plan.inventory import SCALE_BYTES, UNTOUCHED, WIDTH, Inventory, Precision
+from optimizer.plan.inventory import Inventory
+from optimizer.plan.precision import UNTOUCHED, WIDTH, Precision
 
 Entry = tuple[str, str, Sequence[int], int]  # name, dtype, shape, bytes
 
@@ -49,7 +50,7 @@ def stored_entries(inventory: Inventory, choice: Mapping[str, Precision]) -> lis
             entries.append((layer.name, layer.dtype, layer.shape, layer.bytes(precision)))
             continue
         for suffix, (dtype, shape) in precision.parts(layer.rows, layer.cols).items():
-            part = math.prod(shape) * (SCALE_BYTES if dtype == "F16" else 1)
+            part = math.prod(shape) * WIDTH[dtype]
             entries.append((f"{layer.name}.{suffix}", dtype, shape, part))
     for tensor in inventory.others:
         size = math.prod(tensor.shape) * WIDTH[tensor.dtype]

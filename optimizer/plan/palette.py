@@ -6,16 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optimizer.errors import ConfigError
-from optimizer.plan.inventory import GGML, Precision
+from optimizer.plan.precision import FLOATS, GGML, Precision
 
 FITS = ("untouched", "nearest", "strict")
 
 
 @dataclass(kw_only=True)
 class Palette:
-    """bits: numbers 1 to 8, `ternary`, 16 (untouched), and types of llama.cpp such as q4_k.
-    group_size: one or several; 0 = per channel. fit: where a group doesn't divide a layer's columns,
-    the layer stays `untouched`, gets the `nearest` divisor, or is an error (`strict`)."""
+    """bits: numbers 1 to 8, `ternary`, 16 (untouched), floats such as nvfp4 and types of llama.cpp
+    such as q4_k. group_size: one or several; 0 = per channel. fit: where a group doesn't divide a
+    layer's columns, the layer stays `untouched`, gets the `nearest` divisor, or is an error
+    (`strict`)."""
 
     bits: list[Any] = field(default_factory=lambda: [2, 3, 4, 5, 6, 7, 8, 16])
     group_size: Any = 64
@@ -47,10 +48,12 @@ class Palette:
             return Precision("ternary", 2, group, True)
         if bits in GGML:
             return Precision.ggml(bits)
+        if bits in FLOATS:
+            return Precision.floating(bits)
         if not isinstance(bits, int) or isinstance(bits, bool):
             raise ConfigError(
-                f"palette.bits holds whole numbers 1 to 8, 16, ternary, and types of llama.cpp "
-                f"({', '.join(GGML)}), not {bits!r}."
+                "palette.bits holds whole numbers 1 to 8, 16, ternary, floats of GPUs "
+                f"({', '.join(FLOATS)}), and types of llama.cpp ({', '.join(GGML)}), not {bits!r}."
             )
         if bits == 16:
             return Precision()

@@ -15,7 +15,8 @@ from optimizer import untrusted
 from optimizer.errors import ConfigError, PlanError
 from optimizer.plan.cache import parse_keep
 from optimizer.plan.container import Entry, container_bytes, stored_entries
-from optimizer.plan.inventory import SCALE_BYTES, UNTOUCHED, Inventory, Layer, Precision
+from optimizer.plan.inventory import Inventory, Layer
+from optimizer.plan.precision import UNTOUCHED, WIDTH, Precision
 from optimizer.plan.refinement import SHA256, Refinement
 from optimizer.store import write_atomically
 
@@ -190,7 +191,7 @@ def plane_bytes(inventory: Inventory, planes: Mapping[str, Precision]) -> dict[s
             continue
         parts = planes[layer.name].parts(layer.rows, layer.cols)
         for suffix, (dtype, shape) in parts.items():
-            size = math.prod(shape) * (SCALE_BYTES if dtype == "F16" else 1)
+            size = math.prod(shape) * WIDTH[dtype]
             entries.append((f"{layer.name}.{suffix}", dtype, shape, size))
     quantized = sum(entry[3] for entry in entries)
     container = container_bytes(entries, {"base": "0" * SHA256}) if entries else 0

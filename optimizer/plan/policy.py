@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from optimizer.errors import ConfigError
-from optimizer.plan.inventory import REFERENCE_BITS, Layer, Precision, glob
+from optimizer.plan.inventory import Layer, glob
+from optimizer.plan.precision import REFERENCE_BITS, Precision
 
 if TYPE_CHECKING:
     import numpy as np

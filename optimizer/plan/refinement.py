@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from optimizer.errors import PlanError
-from optimizer.plan.inventory import UNTOUCHED, Precision
+from optimizer.plan.precision import UNTOUCHED, Precision
 from optimizer.plan.schema import Refined
 
 REFINEMENT_FILE = "refinement.safetensors"

@@ -9,7 +9,8 @@ of the layers' outputs, without running them.
 
 The 1/s is folded into the previous operator: into a norm's weights, or into the rows of the layer
 before (up_proj for down_proj, v_proj for o_proj). A norm's weights g become g' = g / s in 16 bits,
-and s is then g / g' exactly. A layer's rows are divided in its group scales, so its codes stay.
+and s is then g / g' exactly. A layer's rows are divided in its group scales, so its codes stay; the
+scales of floats have few bits, and its rows are divided before they are rounded.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from optimizer.plan import Precision
+from optimizer.quantization.floats import Floats
 from optimizer.quantization.gptq import Job
 from optimizer.quantization.uniform import Codes, Nearest
 
@@ -33,7 +35,7 @@ class Scaled:
     """A layer's codes with the scales around them. inputs: s [cols]; outputs: t [rows], what the
     layer behind it has its inputs divided by. Both fp32."""
 
-    codes: Codes
+    codes: Codes | Floats
     inputs: Tensor
     outputs: Tensor
 
@@ -44,21 +46,27 @@ class Scaled:
     def pack(self) -> dict[str, Tensor]:
         return self.codes.pack() | {"inputs": self.inputs, "outputs": self.outputs}
 
-    def divided(self, by: Tensor) -> Scaled:
-        """Its rows divided by t [rows]: the codes stay, the group scales shrink."""
+    def divided(self, by: Tensor, weight: Tensor | None = None) -> Scaled:
+        """Its rows divided by t [rows]: the codes stay, the group scales shrink. weight: W, which
+        floats need, whose scales can't."""
+        if isinstance(self.codes, Floats):
+            assert weight is not None
+            divided = scale(weight / by.unsqueeze(1), self.codes.precision, self.inputs)
+            return replace(divided, outputs=by)
         scales = (self.codes.scales.float() / by.unsqueeze(1)).half()
         return Scaled(replace(self.codes, scales=scales), self.inputs, by)
 
     @classmethod
     def unpack(cls, parts: Mapping[str, Tensor], precision: Precision, cols: int) -> Scaled:
         codes = Codes.unpack(dict(parts), precision, cols)
-        assert isinstance(codes, Codes)
+        assert isinstance(codes, Codes | Floats)
         return cls(codes, parts["inputs"], parts["outputs"])
 
 
 def scale(weight: Tensor, precision: Precision, inputs: Tensor) -> Scaled:
     """Round W S."""
-    codes = Nearest().codes(weight * inputs, precision)
+    codes = Nearest().encode(weight * inputs, precision)
+    assert isinstance(codes, Codes | Floats)
     return Scaled(codes, inputs, torch.ones(len(weight), device=weight.device))
 
 

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from optimizer.models.blockwise import Stream
-from optimizer.plan import Inventory, Precision, digest
+from optimizer.plan import FLOATS, Inventory, Precision, digest
 from optimizer.quantization.gain import gain
-from optimizer.quantization.ggml import Blocks
 from optimizer.quantization.gptq import STACKED, Solver
 from optimizer.quantization.methods import Gptq, Quantizer
-from optimizer.quantization.uniform import Codes, Given, Nearest
+from optimizer.quantization.uniform import Codes, Encoded, Given, Nearest
 from optimizer.sensitivity.outputs import token_weights
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class Calibrated:
         self._material, self._nearest = material, Nearest()
         self._told: set[str] = set()  # layers that a person was told of
 
-    def _unpacked(self, parts: Parts, precision: Precision, cols: int) -> Codes | Blocks:
+    def _unpacked(self, parts: Parts, precision: Precision, cols: int) -> Encoded:
         return Codes.unpack(parts, precision, cols)
 
     def _plain(self, weight: Tensor, precision: Precision) -> Any:
@@ -169,7 +168,7 @@ class Calibrated:
             return weight.float()
         return self.encode(weight, precision, layer).decode().to(weight.device)
 
-    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes | Blocks:
+    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Encoded:
         """Raises KeyError for a layer that has inputs and wasn't prepared."""
         if layer not in self._cols:
             return self._nearest.encode(weight, precision)
@@ -225,11 +224,12 @@ class Calibrated:
         weight = self._material.model.weight(name)
         rows = max(1, STACKED // weight.shape[1])
         for precision in precisions:
+            floating = precision.kind in FLOATS  # one scale of the whole; the solver cuts it
             codes = [
                 self._plain(part, precision)
                 if hessian is None
                 else self._method.solve([(part, precision)], hessian)[0]
-                for part in weight.split(rows)
+                for part in (weight.split(len(weight) if floating else rows))
             ]
             packed = [part.pack() for part in codes]
             whole = {key: torch.cat([part[key] for part in packed]) for key in packed[0]}
@@ -246,7 +246,7 @@ class Calibrated:
         block: int,
         sets: Sequence[Sequence[str]],
         wanted: Mapping[str, Sequence[Precision]],
-    ) -> Iterable[tuple[str, Precision, Codes | Blocks]]:
+    ) -> Iterable[tuple[str, Precision, Encoded]]:
         sets = [names for names in sets if names]
         if not sets:
             return
@@ -280,7 +280,7 @@ class Calibrated:
     def _jointly(self, choice: Mapping[str, Precision]) -> Rounder:
         parts: dict[str, Parts] = {}
 
-        def find(layer: str, precision: Precision) -> Codes | Blocks | None:
+        def find(layer: str, precision: Precision) -> Encoded | None:
             if layer not in parts:
                 return None
             return self._unpacked(parts[layer], precision, self._cols[layer])

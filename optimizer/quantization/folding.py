@@ -20,7 +20,7 @@ from optimizer.quantization import awq
 from optimizer.quantization.awq import Scaled
 from optimizer.quantization.calibrated import Calibrated, Material, Parts
 from optimizer.quantization.methods import Awq, Gptq
-from optimizer.quantization.uniform import Codes, Given
+from optimizer.quantization.uniform import Encoded, Given
 
 if TYPE_CHECKING:
     from optimizer.models.blockwise import Stream
@@ -149,9 +149,9 @@ class Folded(Given):
         super().__init__(find)
         self._parts, self._inventory = parts, inventory
 
-    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes:
+    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Encoded:
         scaled: Any = self._find(layer, precision)
-        return self._other.codes(weight, precision) if scaled is None else scaled.codes
+        return self._other.encode(weight, precision) if scaled is None else scaled.codes
 
     def changed(self, name: str, value: Tensor) -> Tensor:
         reader = self._readers.get(name)
@@ -260,7 +260,9 @@ class ActivationAware(Calibrated):
                 if fed is not None and fed.layer is not None:
                     cols = self._cols[fed.layer]
                     scaled = Scaled.unpack(parts[fed.layer], own[fed.layer], cols)
-                    parts[fed.layer] = scaled.divided(fed.shared(s)).pack()
+                    parts[fed.layer] = scaled.divided(
+                        fed.shared(s), model.reference(fed.layer)
+                    ).pack()
                     rounding.set({k: v for k, v in done.items() if k != fed.layer})
                 done |= {name: own[name] for name in mine}
             rounding.set(done)

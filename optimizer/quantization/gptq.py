@@ -10,7 +10,8 @@ Legend: W [rows, cols]; H, U [cols, cols]; g group size; matrices of the inner l
 [cols, rows], so that a column of W is contiguous.
 
 llama.cpp's blocks get their grid (super-block scales and all) from the unrounded weights, since a
-super-block's 256 columns share two numbers; GPTQ then chooses the codes inside of that grid.
+super-block's 256 columns share two numbers; GPTQ then chooses the codes inside of that grid. So do
+floats, whose scales are searched for under (1)'s importance.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ import torch
 from torch import Tensor
 
 from optimizer.errors import ModelError
-from optimizer.plan import GGML, Precision
-from optimizer.quantization import ggml, ggml_native, lattice
+from optimizer.plan import FLOATS, GGML, Precision
+from optimizer.quantization import floats, ggml, ggml_native, lattice
+from optimizer.quantization.floats import Floats
 from optimizer.quantization.ggml import Blocks, Grid
-from optimizer.quantization.uniform import Codes, Levels, Nearest, clipped, levels_of
+from optimizer.quantization.uniform import Codes, Encoded, Levels, Nearest, clipped, levels_of
 
 BLOCK = 128  # columns whose errors reach the columns behind them as one matrix product
 UNIT = 16  # columns that share their scale in every type of ggml
 STACKED = 2**26  # weights that are solved together; bounds the memory
 Job = tuple[Tensor, Precision]  # a weight [rows, cols] and what it becomes
-Solved = tuple[list[Codes | Blocks], list[Tensor]]  # of each job; losses [rows]
+Solved = tuple[list[Encoded], list[Tensor]]  # of each job; losses [rows]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Solver:
     of the unrounded weights, since a stored group is contiguous; `groups`, the loudest group
     first and its loudest column first, with scales of the weights as updated so far.
     clip: shrink a group's range where that lowers the loss; see `quantizer.clipped`.
-    Blocks of ggml have their own search for scales; `groups` means `columns` there, and clip nothing.
+    Blocks of ggml and floats have their own search for scales; `groups` means `columns` there, and
+    clip nothing.
     Never worse than rounding to nearest in the damped loss, row by row.
     """
 
@@ -52,10 +55,10 @@ class Solver:
     order: str = "groups"
     clip: bool = False
 
-    def solve(self, jobs: Sequence[Job], hessian: Tensor) -> list[Codes | Blocks]:
+    def solve(self, jobs: Sequence[Job], hessian: Tensor) -> list[Encoded]:
         """Codes of every job, all under one Hessian [cols, cols]. Cost of a job: rows cols^2
         multiplications, and cols short steps that all jobs of one family share."""
-        done: dict[int, Codes | Blocks] = {}
+        done: dict[int, Encoded] = {}
         for family in dict.fromkeys(_family(precision) for _, precision in jobs):
             mine = [i for i, (_, precision) in enumerate(jobs) if _family(precision) == family]
             group = family if isinstance(family, int) else None
@@ -92,16 +95,24 @@ class Solver:
         return by_column[rank[by_column // group].argsort(stable=True)]
 
     def _or_nearest(
-        self, job: Job, codes: Codes | Blocks, losses: Tensor, root: Tensor, order: Tensor
-    ) -> Codes | Blocks:
+        self, job: Job, codes: Encoded, losses: Tensor, root: Tensor, order: Tensor
+    ) -> Encoded:
         """Rows that are better off rounded to nearest get that: below 2 bits a few are, where the
         corrections leave the range of the levels."""
         weight, precision = job
         nearest = Nearest(clip=self.clip).encode(weight, precision)
+        if isinstance(codes, Floats) and isinstance(nearest, Floats):
+            for own in _some_rows(weight):  # a vocabulary is long
+                error = (nearest.take(own).decode() - weight[own].float())[:, order]
+                better = losses[own] > (error @ root).square_().sum(1)
+                codes.put(own, better, nearest)
+            return codes
         error = (nearest.decode() - weight.float())[:, order]
         keep = (losses <= (error @ root).square_().sum(1)).unsqueeze(1)
         if isinstance(codes, Blocks) or isinstance(nearest, Blocks):
             return _rows_of(keep, codes, nearest)
+        assert isinstance(codes, Codes)
+        assert isinstance(nearest, Codes)
         return Codes(
             precision,
             torch.where(keep, codes.codes, nearest.codes),
@@ -113,6 +124,8 @@ class Solver:
 
     def _stack(self, jobs: Sequence[Job], upper: Tensor, order: Tensor) -> Solved:
         """Jobs of one family -> their codes, and the loss of each row [rows]."""
+        if jobs[0][1].kind in FLOATS:
+            return _floats(jobs, upper, order)
         w = torch.cat([weight.float() for weight, _ in jobs]).T.contiguous()
         cols = len(w)
         importance = upper.diagonal().pow(-2)  # (1): what an error in a column costs
@@ -158,6 +171,50 @@ class Solver:
             )
             found.append(levels)
         return _each(lambda *parts: torch.cat(parts).squeeze(-1), found)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a group's columns of some rows may become. step: s g of each row [rows]."""
+
+    step: Tensor
+    bits: int
+
+    def nearest(self, w: Tensor) -> Tensor:
+        """w [rows] -> values of codes [rows]."""
+        return floats.nearest(w * torch.where(self.step == 0, 0.0, 1 / self.step), self.bits)
+
+    def values(self, level: Tensor) -> Tensor:
+        return level * self.step
+
+
+def _floats(jobs: Sequence[Job], upper: Tensor, order: Tensor) -> Solved:
+    """As `Solver._stack`, for floats of one kind, whose scales are those of the unrounded weights."""
+    importance = torch.empty_like(upper[0]).index_copy_(0, order, upper.diagonal().pow(-2))
+    solved: Solved = ([], [])
+    for weight, precision in jobs:
+        grid = floats.fit(weight, precision, importance)
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        losses = []
+        for own in _some_rows(weight):
+            w = weight[own].float().T.contiguous()
+            found = [Steps(s, precision.bits) for s in grid.step(own).T.contiguous()]
+
+            def steps(group: int, _j: int, _w: Tensor, found: list[Steps] = found) -> Steps:
+                return found[group]
+
+            q, loss = _sweep(w, upper, order, precision.group_size or len(w), steps)
+            codes[own] = grid.codes(q.T)
+            losses.append(loss)
+        solved[0].append(grid.pack(codes))
+        solved[1].append(torch.cat(losses))
+    return solved
+
+
+def _some_rows(weight: Tensor) -> Iterator[slice]:
+    """Runs of at most about STACKED / 4 weights."""
+    size = max(1, STACKED // (4 * weight.shape[1]))
+    yield from (slice(i, i + size) for i in range(0, len(weight), size))
 
 
 def _vectors(jobs: Sequence[Job], upper: Tensor) -> Solved:
@@ -220,7 +277,10 @@ def lines(grids: Sequence[Grid]) -> list[Lines]:
 
 
 def _family(precision: Precision) -> int | str | None:
-    """What is solved in one stack: one group size, or all blocks with evenly spaced levels."""
+    """What is solved in one stack: one group size, one kind of floats, or all blocks with evenly
+    spaced levels."""
+    if precision.kind in FLOATS:
+        return precision.kind
     if precision.kind in GGML:
         alone = (*ggml.CURVED, *ggml_native.NATIVE)
         return precision.kind if precision.kind in alone else "even"
@@ -232,7 +292,7 @@ def _sweep(
     upper: Tensor,
     order: Tensor,
     size: int,
-    levels: Callable[[int, int, Tensor], Levels | Lines],
+    levels: Callable[[int, int, Tensor], Levels | Lines | Steps],
 ) -> tuple[Tensor, Tensor]:
     """(1) and (2) on w [cols, rows]. levels: a run of `size` columns, the place of its first one to
     come, and the weights as updated so far -> what that run may become. Returns the levels' numbers
@@ -334,7 +394,7 @@ def _each(change: Callable[..., Tensor], levels: Sequence[Levels]) -> Levels:
     return Levels(*(change(*(getattr(x, f.name) for x in levels)) for f in fields(Levels)))
 
 
-def _rows_of(keep: Tensor, codes: Codes | Blocks, nearest: Codes | Blocks) -> Blocks:
+def _rows_of(keep: Tensor, codes: Encoded, nearest: Encoded) -> Blocks:
     """Row by row the one or the other. keep [rows, 1]."""
     assert isinstance(codes, Blocks)
     assert isinstance(nearest, Blocks)

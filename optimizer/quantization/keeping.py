@@ -1,4 +1,4 @@
-"""Rounding to nearest with llama.cpp's grids kept in the store."""
+"""Rounding to nearest with searched grids, llama.cpp's and floats', kept in the store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from optimizer.plan import Precision, digest
-from optimizer.quantization import ggml
+from optimizer.quantization import floats, ggml
 from optimizer.quantization.ggml import Blocks
 from optimizer.quantization.uniform import Nearest
 
@@ -23,7 +23,7 @@ GRIDS = 1  # raised when the grids change
 
 @dataclass
 class Keeping(Nearest):
-    """`quantizer=rtn`. Grids of llama.cpp's blocks are kept by the weights' content: a table asks for
+    """`quantizer=rtn`. Grids that are searched for are kept by the weights' content: a table asks for
     each of them once a chunk, a search once a plan, and the search for scales is most of the work."""
 
     store: Store | None = None
@@ -40,6 +40,21 @@ class Keeping(Nearest):
         assert found is not None
         data = torch.from_numpy(found["blocks"]).to(weight.device)
         return Blocks(precision, data, weight.shape[1])
+
+    def scales(self, weight: Tensor, precision: Precision, layer: str) -> floats.Grid:
+        if self.store is None or not layer:
+            return super().scales(weight, precision, layer)
+        shape = (weight.shape[0], weight.shape[1])
+
+        def make() -> dict[str, np.ndarray]:
+            grid = floats.fit(weight, precision)
+            return {"stored": grid.stored.cpu().numpy(), "whole": grid.whole.cpu().numpy()}
+
+        key = digest(["floats", GRIDS, precision.kind, list(shape), _content(weight)])
+        found = self.store.arrays("grids", key, make)
+        assert found is not None
+        stored, whole = (torch.from_numpy(found[k]).to(weight.device) for k in ("stored", "whole"))
+        return floats.Grid(precision, shape, stored, whole)
 
     def grids(self, weight: Tensor, kind: str, layer: str) -> list[ggml.Grid]:
         if self.store is None or not layer:

@@ -51,7 +51,7 @@ class Quantizer:
         """Raises ConfigError for a precision that the method can't round to."""
 
     def quantize(self, weight: Tensor, precision: Precision, layer: str) -> Any:
-        """weight [rows, cols], fp32 -> `uniform.Codes` or `ggml.Blocks`. precision is never
+        """weight [rows, cols], fp32 -> `uniform.Encoded`. precision is never
         `none`; layer is the tensor's name in the checkpoint."""
         raise NotImplementedError(f"{type(self).__name__} has neither quantize nor build.")
 
@@ -161,7 +161,7 @@ class Awq(Quantizer):
         if blocks:
             raise ConfigError(
                 f"llama.cpp's blocks ({blocks[0]}) are rounded by rtn or gptq; quantizer=awq knows "
-                "integer groups only. Take quantizer=gptq, or a palette of integers."
+                "integer groups and floats only. Take quantizer=gptq, or another palette."
             )
 
     def build(self, material: Material) -> Any:

@@ -19,8 +19,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from optimizer.plan import GGML, TRITS_PER_BYTE, Precision, packed_bytes
-from optimizer.quantization import ggml, ggml_native
+from optimizer.plan import FLOATS, GGML, TRITS_PER_BYTE, Precision, packed_bytes
+from optimizer.quantization import floats, ggml, ggml_native
 
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # fp16's subnormal step and maximum
 TINY = 1e-30  # as a step: every weight is far from zero, so only its sign counts
@@ -31,9 +31,9 @@ SHRINKS = [1 - i / 20 for i in range(1, 11)]
 
 class Independent:
     """Rounds each layer by itself with a function: weight [rows, cols], precision, layer's name ->
-    `Codes` or `ggml.Blocks`. This is what a model, a table and a packer call."""
+    what it becomes, encoded. This is what a model, a table and a packer call."""
 
-    def __init__(self, quantize: Callable[[Tensor, Precision, str], Codes | ggml.Blocks]) -> None:
+    def __init__(self, quantize: Callable[[Tensor, Precision, str], Encoded]) -> None:
         self._quantize = quantize
 
     def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:
@@ -42,7 +42,7 @@ class Independent:
             return weight.float()
         return self.encode(weight, precision, layer).decode().to(weight.device)
 
-    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes | ggml.Blocks:
+    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Encoded:
         """The layer's codes."""
         return self._quantize(weight, precision, layer)
 
@@ -81,10 +81,16 @@ class Nearest(Independent):
         """Of the kinds that llama.cpp's own functions round."""
         return ggml.encode(weight, precision)
 
+    def scales(self, weight: Tensor, precision: Precision, layer: str) -> floats.Grid:  # noqa: ARG002
+        """Of floats, searched for as well."""
+        return floats.fit(weight, precision)
+
     def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:
         """W' [rows, cols] fp32, exactly what the packed layer unpacks to."""
         if precision.kind == "none":
             return weight.float()
+        if precision.kind in FLOATS:
+            return floats.round_to(weight, self.scales(weight, precision, layer))
         if precision.kind in ggml_native.NATIVE:
             return self.blocks(weight, precision, layer).decode()
         if precision.kind in GGML:
@@ -103,7 +109,9 @@ class Nearest(Independent):
         weight: Tensor,
         precision: Precision,
         layer: str = "",
-    ) -> Codes | ggml.Blocks:
+    ) -> Encoded:
+        if precision.kind in FLOATS:
+            return floats.encode(weight, self.scales(weight, precision, layer))
         if precision.kind in ggml_native.NATIVE:
             return self.blocks(weight, precision, layer)
         if precision.kind in GGML:
@@ -111,7 +119,7 @@ class Nearest(Independent):
         return self.codes(weight, precision)
 
     def codes(self, weight: Tensor, precision: Precision) -> Codes:
-        """As `encode`, for the kinds that have groups with scales (not ggml's blocks)."""
+        """As `encode`, for uniform levels."""
         w = grouped(weight, precision)
         levels = self._levels(w, precision)
         return levels.codes(levels.nearest(w).view(weight.shape), precision)
@@ -125,7 +133,7 @@ class Nearest(Independent):
 class Given:
     """Codes that were made beforehand, by layer. Layers without any are rounded to nearest."""
 
-    def __init__(self, find: Callable[[str, Precision], Codes | ggml.Blocks | None]) -> None:
+    def __init__(self, find: Callable[[str, Precision], Encoded | None]) -> None:
         self._find, self._other = find, Nearest()
 
     def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:
@@ -134,7 +142,7 @@ class Given:
             return self._other.round(weight, precision)
         return codes.decode().to(weight.device)
 
-    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes | ggml.Blocks:
+    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Encoded:
         return self._find(layer, precision) or self._other.encode(weight, precision)
 
     def changed(self, name: str, value: Tensor) -> Tensor:  # noqa: ARG002
@@ -177,11 +185,11 @@ class Codes:
         return parts
 
     @classmethod
-    def unpack(
-        cls, parts: dict[str, Tensor], precision: Precision, cols: int
-    ) -> Codes | ggml.Blocks:
+    def unpack(cls, parts: dict[str, Tensor], precision: Precision, cols: int) -> Encoded:
         if precision.kind in GGML:
             return ggml.Blocks(precision, parts["blocks"], cols)
+        if precision.kind in FLOATS:
+            return floats.Floats.unpack(parts, precision)
         zeros = parts.get("zeros")
         return cls(
             precision,
@@ -189,6 +197,16 @@ class Codes:
             parts["scales"],
             None if zeros is None else unpack(zeros, precision, precision.groups(cols)),
         )
+
+
+Encoded = Codes | ggml.Blocks | floats.Floats
+
+
+def rows_of(parts: Mapping[str, Tensor], precision: Precision, ids: Tensor) -> dict[str, Tensor]:
+    """A layer's stored tensors -> those of some of its rows, ids [n]."""
+    if precision.kind in FLOATS:
+        return floats.some(parts, precision, ids)
+    return {suffix: part[ids] for suffix, part in parts.items()}
 
 
 def grouped(weight: Tensor, precision: Precision) -> Tensor:

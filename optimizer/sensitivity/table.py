@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optimizer.errors import ConfigError
-from optimizer.plan import GGML, UNTOUCHED, Precision
+from optimizer.plan import FLOATS, GGML, UNTOUCHED, Precision
 
 if TYPE_CHECKING:
     from optimizer.models.model import Rounder
@@ -162,23 +162,30 @@ def agreeing(
 
 def unfitting(layers: Sequence[Any], palette: Sequence[Precision], fit: str) -> tuple[str, ...]:
     """A word on the layers that stay untouched since no group divides them, for each length."""
-    if fit != "untouched":
-        return ()
+    grouped = [p for p in palette if p.group_size is not None]
+    if fit != "untouched":  # strict raised; the groups of floats have no other size
+        grouped = [p for p in grouped if p.kind in FLOATS]
     notes = []
-    for size in sorted({p.group_size for p in palette if p.group_size is not None}):
+    for size in sorted({p.group_size for p in grouped if p.group_size is not None}):
         odd = [layer for layer in layers if layer.cols % size]
+        names = [p.name for p in grouped if p.group_size == size]
+        flexible = any(p.group_size == size and p.kind not in FLOATS for p in grouped)
         if odd:
             more = f" and {len(odd) - 1} more" * (len(odd) > 1)
+            what = "every precision with such groups" if flexible else " and ".join(names)
             notes.append(
                 f"Groups of {size} don't divide the {odd[0].cols} columns of {odd[0].name}{more}: "
-                "untouched in every precision with such groups. palette.fit=nearest rounds them in "
-                "other groups."
+                f"untouched in {what}."
+                + " palette.fit=nearest rounds them in other groups."
+                * flexible
             )
     return tuple(notes)
 
 
 def _remedy(layers: Sequence[Any], precision: Precision) -> str:
     """What would divide every layer; the blocks of llama.cpp have the length that they have."""
+    if precision.kind in FLOATS:
+        return f"Leave {precision.name}, whose groups have that size, out of palette.bits."
     if precision.kind in GGML:
         return (
             f"Leave {precision.name} out of palette.bits, or set palette.fit=nearest to take what "

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from optimizer.errors import ConfigError
 from optimizer.plan import (
+    FLOATS,
     UNTOUCHED,
     Inventory,
     Layer,
@@ -28,7 +29,9 @@ KINDS = [("int", bits) for bits in range(1, 9)] + [("ternary", 2)]
 
 @st.composite
 def precisions(draw: st.DrawFn) -> Precision:
-    kind, bits = draw(st.sampled_from(KINDS))
+    kind, bits = draw(st.sampled_from([*KINDS, *((kind, 0) for kind in FLOATS)]))
+    if kind in FLOATS:
+        return Precision.floating(kind)
     symmetric = kind == "ternary" or bits == 1 or draw(st.booleans())
     return Precision(kind, bits, draw(st.sampled_from([None, 1, 2, 3, 5, 8, 32])), symmetric)
 
@@ -43,7 +46,7 @@ def test_bytes_are_those_of_the_stored_tensors(
     assert {k: tuple(v.shape) for k, v in stored.items()} == {
         k: s for k, (_, s) in promised.items()
     }
-    dtypes = {"U8": torch.uint8, "F16": torch.float16}
+    dtypes = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
     assert {k: v.dtype for k, v in stored.items()} == {
         k: dtypes[d] for k, (d, _) in promised.items()
     }
@@ -79,6 +82,7 @@ def test_int4_in_groups_of_64_is_what_a_person_computes() -> None:
 
 
 def test_names_are_distinct_and_say_what_they_mean() -> None:
+    assert Precision.floating("fp8_block").name == "fp8_block"
     found = {
         Precision(kind, bits, group, symmetric).name
         for (kind, bits), group, symmetric in product(KINDS[1:8], (None, 32, 64), (True, False))

@@ -52,6 +52,19 @@ def test_llama_cpps_types_have_their_own_blocks_and_no_repetition() -> None:
     assert names(bits=[16, 16, 4, 4]) == ["int4_g64", "none"]
 
 
+def test_floats_have_groups_of_their_own() -> None:
+    found = Palette(bits=["fp8", "nvfp4", "mxfp4", "fp8_block", 16], group_size=64).precisions()
+    assert [(p.name, p.group_size) for p in found] == [
+        ("nvfp4", 16), ("mxfp4", 32), ("fp8_block", 128), ("fp8", None), ("none", None),
+    ]  # fmt: skip
+    assert all(p.symmetric for p in found[:-1])
+
+
+def test_a_channel_and_groups_of_the_same_width_can_be_put_in_order() -> None:
+    found = Palette(bits=[8], group_size=[64, 0], symmetric=True).precisions()
+    assert [p.name for p in sorted(found, key=lambda p: p)] == ["int8_g64_sym", "int8_channel_sym"]
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from optimizer.formats.torch.reader import TYPES
 from optimizer.models.model import Model
 from optimizer.plan import Precision
 from optimizer.quantization.methods import Quantizer, bind, methods
@@ -21,7 +22,9 @@ PRECISIONS = [
     Precision("int", 4, None, True),
     Precision("ternary", 2, 32, True),
     Precision("int", 8, 16),
+    *(Precision.floating(kind) for kind in ("nvfp4", "mxfp4", "fp8")),
 ]
+ROUGH = [Precision("int", 3, 32), Precision.floating("nvfp4"), Precision.floating("mxfp4")]
 NAMES = sorted(methods().keys() - {"auto"})  # auto stands for one of the others
 
 
@@ -59,7 +62,7 @@ def test_the_parts_have_the_promised_shapes_and_decode_to_what_is_rounded(
     parts = codes.pack()
     for part, (dtype, shape) in precision.parts(*weight.shape).items():
         assert parts[part].shape == shape
-        assert parts[part].dtype == {"U8": torch.uint8, "F16": torch.float16}[dtype]
+        assert parts[part].dtype == TYPES[dtype]
     assert torch.equal(codes.decode(), rounder.round(weight, precision, layer))
 
 
@@ -70,9 +73,12 @@ def test_untouched_stays_untouched(stories: Model, tmp_path: Path, name: str) ->
     assert torch.equal(found, weight.float())
 
 
+@pytest.mark.parametrize("precision", ROUGH, ids=lambda p: p.name)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_input_gives_the_same_codes(stories: Model, tmp_path: Path, name: str) -> None:
-    layer, precision = watched(stories), Precision("int", 3, 32)
+def test_the_same_input_gives_the_same_codes(
+    stories: Model, tmp_path: Path, name: str, precision: Precision
+) -> None:
+    layer = watched(stories)
     found = []
     for folder in ("one", "two"):
         rounder = made(name, stories, tmp_path / folder)
@@ -81,15 +87,16 @@ def test_the_same_input_gives_the_same_codes(stories: Model, tmp_path: Path, nam
     assert all(torch.equal(found[0][part], found[1][part]) for part in found[0])
 
 
+@pytest.mark.parametrize("precision", ROUGH, ids=lambda p: p.name)
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_no_worse_than_nearest_on_its_own_tokens(
-    stories: Model, tmp_path: Path, name: str
+    stories: Model, tmp_path: Path, name: str, precision: Precision
 ) -> None:
     """The error of the layer's output over the inputs that it is calibrated with; a calibrated
     method may lose a little to the damping of its Hessian."""
     from optimizer.models.blockwise import Stream
 
-    layer, precision = watched(stories), Precision("int", 3, 32)
+    layer = watched(stories)
     material = Material(stories, Store(tmp_path))
     rounder = bind(methods()[name](), material)
     rounder.prepare({layer: [precision]})
@@ -104,9 +111,11 @@ def test_it_is_no_worse_than_nearest_on_its_own_tokens(
     assert own <= 1.05 * loss(Nearest().round(weight, precision))
 
 
+@pytest.mark.parametrize("precision", PRECISIONS[1:], ids=lambda p: p.name)
 @pytest.mark.parametrize("name", NAMES)
-def test_dead_rows_stay_finite(stories: Model, tmp_path: Path, name: str) -> None:
-    precision = Precision("int", 4, 32)
+def test_dead_rows_stay_finite(
+    stories: Model, tmp_path: Path, name: str, precision: Precision
+) -> None:
     rounder = made(name, stories, tmp_path)
     weight = torch.zeros(4, 64)  # of a layer whose inputs nobody watches: rounded to nearest
     found = rounder.round(weight, precision, "unseen")

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from optimizer.formats.safetensors import checkpoint, compressed_tensors
 from optimizer.formats.safetensors import gptq as gptq_format
-from optimizer.plan import GGML, Layer, Precision
+from optimizer.plan import FLOATS, GGML, Layer, Precision
 from optimizer.quantization import awq, ggml, gptq
 from optimizer.quantization.uniform import Codes, Nearest, pack, unpack
 
@@ -25,6 +25,7 @@ INTEGERS = [
     *(Precision("int", bits, 32, symmetric) for bits in range(2, 9) for symmetric in (True, False)),
     Precision("int", 1, 32, True), Precision("ternary", 2, 32, True), Precision("int", 4, None, True),
 ]  # fmt: skip
+FLOATING = [Precision.floating(kind) for kind in FLOATS]
 BLOCKS = [Precision.ggml(kind) for kind in GGML if kind in ggml.LAYOUTS]
 SYMMETRIC = [p for p in INTEGERS if p.kind == "int" and p.symmetric and p.bits > 1]
 
@@ -49,7 +50,7 @@ def everything(device: str) -> dict[str, torch.Tensor]:
     hessian = x.T @ x
     found = {}
     with Placed():
-        for precision in [*INTEGERS, *BLOCKS]:
+        for precision in [*INTEGERS, *FLOATING, *BLOCKS]:
             coded = Nearest().encode(w, precision)
             found[f"rtn {precision.name}"] = coded.decode()
             parts = coded.pack()
@@ -57,7 +58,8 @@ def everything(device: str) -> dict[str, torch.Tensor]:
             assert torch.equal(back.decode(), coded.decode())
         for order in ("none", "columns", "groups"):
             method = gptq.Solver(order=order, clip=order == "none")
-            jobs = [(w, p) for p in (INTEGERS[2], INTEGERS[3], *BLOCKS[:1], *BLOCKS[-2:])]
+            own = (INTEGERS[2], INTEGERS[3], *FLOATING, *BLOCKS[:1], *BLOCKS[-2:])
+            jobs = [(w, p) for p in own]
             for (_, p), codes in zip(jobs, method.solve(jobs, hessian), strict=True):
                 found[f"gptq {order} {p.name}"] = codes.decode()
         r = awq.loudness(hessian)

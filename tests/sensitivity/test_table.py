@@ -319,3 +319,16 @@ def test_losses_of_a_groups_layers_add_up() -> None:
     task = Task((("a", "b"), ("c",)), ("p",), {}, Nearest())
     losses = {"a": np.array([1.0]), "b": np.array([2.0]), "c": np.array([5.0])}
     assert task.collect(losses).tolist() == [[3.0], [5.0]] and task.layers == ["a", "b", "c"]
+
+
+def test_rows_that_no_group_of_a_float_divides_are_told_with_any_fit() -> None:
+    palette = [Precision.floating("mxfp4"), Precision.floating("fp8"), Precision()]
+    for fit in ("untouched", "nearest"):
+        (text,) = unfitting([WIDE, ODD], palette, fit)
+        assert text == (
+            "Groups of 32 don't divide the 48 columns of dt_proj.weight: untouched in mxfp4."
+        )
+        fitted = palette_columns([WIDE, ODD], palette, fit)
+        assert fitted[ODD.name, "mxfp4"].kind == "none" and fitted[ODD.name, "fp8"].kind == "fp8"
+    with pytest.raises(ConfigError, match="Leave mxfp4, whose groups"):
+        palette_columns([WIDE, ODD], palette, "strict")

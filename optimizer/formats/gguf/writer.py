@@ -165,6 +165,7 @@ def _blocks(layer: Layer, precision: Precision, kind: str, packed: Mapping[str, 
     stored = Codes.unpack(parts, precision, layer.cols)
     if isinstance(stored, Blocks):
         return stored
+    assert isinstance(stored, Codes)
     each = layer.cols // 32 // stored.scales.shape[1]
     scales = stored.scales.float().repeat_interleave(each, 1).view(-1, 1)
     lower, one = torch.zeros_like(scales), torch.ones(scales.shape, dtype=torch.long)

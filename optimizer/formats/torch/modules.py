@@ -15,7 +15,7 @@ from optimizer.models.layout import scatter
 from optimizer.models.model import places, unmatrix
 from optimizer.plan import Layer, Other, Precision
 from optimizer.plan.inventory import Place
-from optimizer.quantization.uniform import Codes, Nearest
+from optimizer.quantization.uniform import Codes, Nearest, rows_of
 
 
 def linear(weight: Tensor, precision: Precision, tied: bool, device: str) -> Callable[[], Any]:
@@ -74,8 +74,8 @@ class Piece(nn.Module):
         first = next(iter(parts.values()))
         value = torch.empty(self.layer.rows, self.layer.cols, device=first.device)
         for i in range(0, self.layer.rows, step):
-            piece = {suffix: part[i : i + step] for suffix, part in parts.items()}
-            value[i : i + step] = self._decoded(piece)
+            ids = torch.arange(i, min(i + step, self.layer.rows), device=first.device)
+            value[i : i + step] = self._decoded(rows_of(parts, self.precision, ids))
         return unmatrix(value, self.layer)
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Piece(nn.Module):
         parts: dict[str, Tensor] = {k: v for k, v in self._buffers.items() if v is not None}
         if self.precision.kind == "none":
             return parts["weight"][ids].float()
-        return self._decoded({suffix: part[ids] for suffix, part in parts.items()})
+        return self._decoded(rows_of(parts, self.precision, ids))
 
     def _decoded(self, parts: dict[str, Tensor]) -> Tensor:
         assert isinstance(self.layer, Layer)

@@ -56,9 +56,8 @@ from optimizer.models.source import BASE_FILE, PACKED_FILE, POOLING, is_encoder,
 from optimizer.plan import UNTOUCHED, Inventory, Layer, Other, Plan, Precision, container_bytes
 from optimizer.plan.container import stored_entries
 from optimizer.plan.refinement import REFINEMENT_FILE
-from optimizer.quantization.ggml import Blocks
 from optimizer.quantization.residual import PlaneCodes
-from optimizer.quantization.uniform import Codes, Nearest
+from optimizer.quantization.uniform import Encoded, Nearest
 
 __all__ = ["check_target", "load", "pack", "save", "verify"]
 
@@ -74,7 +73,7 @@ class Encoder(Protocol):
     """What packing needs of a quantizer; `layer` is its name. changed: what a tensor that isn't
     quantized becomes beside these codes."""
 
-    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Codes | Blocks: ...
+    def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Encoded: ...
     def changed(self, name: str, value: Tensor) -> Tensor: ...
 
 
