@@ -414,10 +414,13 @@ class Probe:
 class Blur:
     """`mezzotint blur`. to: html (the page `out`) or terminal. context: tokens that one prediction
     may look back on, at most. tokens: of the text that are read, at most. top: words shown per
-    prediction. passages: how many are listed as the worst. model: as Apply.model."""
+    prediction. passages: how many are listed as the worst. unpack: hard shows where a packed folder's
+    planes are opened, for `share` of the tokens, and what that saves. model: as Apply.model."""
 
     plan: str
     text: str
+    unpack: str | None = None
+    share: float | None = None
     to: str = "html"
     out: str = "blur.html"
     context: int = 1024
@@ -431,6 +434,8 @@ class Blur:
     def check(self) -> None:
         if self.to not in ("html", "terminal"):
             raise ConfigError(f"to is html or terminal, not {self.to!r}.")
+        if self.unpack not in (None, "hard"):
+            raise ConfigError(f"unpack is hard or null, not {self.unpack!r}.")
         for name, least in (("context", 8), ("tokens", 8), ("top", 1), ("passages", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {least} or more, not {getattr(self, name)}.")

@@ -127,6 +127,8 @@ def blur(out: Console, found: Map, listed: int, whole: bool) -> None:
             f"{100 * reading.flip.mean():.1f}",
         )
     out.print(table)
+    if found.unpacking is not None:
+        out.print(found.unpacking, soft_wrap=True, markup=False)
     for line in found.notes:
         note(out, line)
 
@@ -160,7 +162,8 @@ def _shaded(found: Map, reading: Reading, passage: range, plain: bool) -> Text:
         word = visible(found.text[unit.start : unit.end])
         inner = word.lstrip(" \n\t")
         text.append("" if index == passage.start else word[: len(word) - len(inner)])
-        text.append(f"[[{inner}]]" if plain and shade >= MARKED else inner, SHADES[shade])
+        shown = f"[[{inner}]]" if plain and shade >= MARKED else inner
+        text.append(f"\u2039{shown}\u203a" if reading.unpacked(unit) else shown, SHADES[shade])
         if index + 1 < len(found.units):
             text.append(visible(found.text[unit.end : found.units[index + 1].start]))
     text.rstrip()

@@ -262,19 +262,11 @@ def _refinement(plan: Plan, mode: str) -> int:
 
 def _token_by_token(teacher: Any, net: Any) -> AnyScores:
     """The scores of a model that decides at each token, which must see all of its predictions."""
-    import torch
-
     from optimizer.metrics.divergence import COLUMNS, Scores, compare
 
     columns: dict[str, list[Any]] = {key: [] for key in COLUMNS}
-    device = next(iter(net.parameters())).device
-    for i, ids in enumerate(teacher.windows.ids):
-        batch = torch.from_numpy(ids)[None].to(device)
-        with torch.inference_mode():
-            logits = net(input_ids=batch, use_cache=False).logits[0, :-1].float()
-        log_q = torch.log_softmax(logits, -1)
-        found = compare(teacher.log_probabilities(i), log_q, batch[0, 1:])
-        for key, value in found.items():
+    for pair in teacher.whole_pairs(net):
+        for key, value in compare(*pair).items():
             columns[key].append(value.float().cpu().numpy())
     arrays = {key: np.array(values) for key, values in columns.items()}
     return Scores(**arrays, documents=teacher.windows.documents)

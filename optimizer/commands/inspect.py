@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from optimizer.store import Store, write_atomically
 
 if TYPE_CHECKING:
     from optimizer.certificate.pairs import Cell
+    from optimizer.formats.torch.modes import Unpacking
     from optimizer.metrics.blur import Map
     from optimizer.models.model import Model
 
@@ -41,12 +42,19 @@ class Subject:
     """A plan, the reference that it was made for, and the weights that are looked at."""
 
     def __init__(
-        self, command: str, plan: str, model: str | None, store: str, device: str, view: View
+        self,
+        command: str,
+        plan: str,
+        model: str | None,
+        store: str,
+        device: str,
+        view: View,
+        unpack: bool = False,
     ) -> None:
         check_device(device)
         self.plan, self.view, self.device = Plan.load(plan), view, device
         self.store = Store.open(store, view.note)
-        if self.plan.refinement is not None:
+        if self.plan.refinement is not None and not unpack:
             view.note(
                 f"`mezzotint {command}` looks at the plan's base, without its refinement; `mezzotint "
                 "evaluate` and `generate` unpack it."
@@ -280,7 +288,10 @@ def blur(config: Blur, view: View | None = None) -> Map:
     _check_target(config.out if html else None, [config.plan, config.text])
     text = map_of.read(Path(config.text))
     view = view or View()
-    subject = Subject("blur", config.plan, config.model, config.store, config.device, view)
+    way = _way(config)
+    subject = Subject(
+        "blur", config.plan, config.model, config.store, config.device, view, way is not None
+    )
     cut = map_of.cut(
         text, subject.tokenizer, config.context, subject.context, config.tokens, config.top
     )
@@ -288,12 +299,54 @@ def blur(config: Blur, view: View | None = None) -> Map:
         map_of.Weights(name, subject.bytes(choice), choice)
         for name, choice in subject.weights.items()
     ]
-    found = map_of.measure(
-        cut, subject.model.net, subject.holding, weights, subject.tokenizer, view.track
-    )
+    holding = subject.holding
+    if way is not None:
+        weights, holding = _unpacked(subject, Path(config.plan), way, weights[0])
+    found = map_of.measure(cut, subject.model.net, holding, weights, subject.tokenizer, view.track)
     if html:
         title = (
             f"{Path(config.text).name}: plan {subject.plan.id} for {subject.plan.model['name']}"
         )
         write_atomically(Path(config.out), blur_map.render(found, title, config.passages).encode())
     return found
+
+
+def _way(config: Blur) -> Unpacking | None:
+    """How the folder is unpacked, if it is to be shown. What can be wrong with it ends here."""
+    if config.unpack is None and config.share is None:
+        return None
+    from optimizer.formats.torch import packed
+    from optimizer.formats.torch.modes import Unpacking
+
+    folder, way = Path(config.plan), Unpacking(config.unpack, config.share)
+    way.check()
+    if not folder.is_dir():
+        raise ConfigError(
+            f"unpack={config.unpack} opens the planes of a packed folder, and {folder} is none. Give "
+            "the folder that `mezzotint apply` wrote."
+        )
+    way.settle(packed.verify(folder), folder)
+    return way
+
+
+def _unpacked(subject: Subject, folder: Path, way: Unpacking, base: Any) -> tuple[list[Any], Any]:
+    """The packed folder as it is unpacked, then its base alone; and how they are held."""
+    from optimizer.formats.torch import packed
+    from optimizer.models.kv_cache import rounded
+
+    section = subject.plan.refinement
+    assert section is not None
+    both = base.bytes + section.bytes["quantized"]
+    opened = replace(base, name=f"unpack={way.mode}", bytes=both, choice=None)
+
+    @contextmanager
+    def holding(choice: Choice | None) -> Iterator[Any]:
+        if choice is not None:
+            with subject.holding(choice) as net:
+                yield net
+            return
+        net = packed.load(folder, device=subject.device, steady=True, unpacking=way)
+        with rounded(net, subject.cache):
+            yield net
+
+    return [opened, replace(base, name="base alone")], holding

@@ -57,17 +57,19 @@ class Cut:
 
 @dataclass(frozen=True)
 class Weights:
-    """What is compared with the reference. bytes: of its tensors."""
+    """What is compared with the reference. bytes: of its tensors. choice: for `holding`; None: what it
+    makes of it."""
 
     name: str
     bytes: int
-    choice: Mapping[str, Precision]
+    choice: Mapping[str, Precision] | None
 
 
 @dataclass(frozen=True)
 class Reading:
     """One model on the text. Over tokens: kl and true (probability of the real token) [n], NaN
-    where nothing is predicted; flip [n]; words (ids), chances [n, top], the likeliest first."""
+    where nothing is predicted; flip [n]; words (ids), chances [n, top], the likeliest first;
+    opened [n]: where planes were open, None: the model has none."""
 
     name: str
     bytes: int
@@ -76,6 +78,11 @@ class Reading:
     flip: np.ndarray
     words: np.ndarray
     chances: np.ndarray
+    opened: np.ndarray | None = None
+
+    def unpacked(self, unit: Unit) -> bool:
+        """Whether planes were open for any of its tokens."""
+        return self.opened is not None and bool(self.opened[list(unit.tokens)].any())
 
     def shade(self, unit: Unit) -> float:
         """KL of a unit: of its worst token. NaN if none is predicted."""
@@ -101,6 +108,21 @@ class Map:
     @property
     def plan(self) -> Reading:
         return self.others[0]
+
+    @property
+    def unpacking(self) -> str | None:
+        """What was unpacked and what it saved, in a sentence; None: nothing could be."""
+        opened = self.plan.opened
+        if opened is None:
+            return None
+        seen = ~np.isnan(self.plan.kl)
+        mine, base = (float(r.kl[seen].mean()) for r in self.others[:2])
+        saved = f", {100 * (1 - mine / base):.0f} % less" if base > 0 else ""
+        share = f"{100 * opened[seen].mean():.0f} % of the tokens"
+        return (
+            f"Planes were opened for {share}: mean KL {mine:.4f} instead of {base:.4f} "
+            f"nats{saved}."
+        )
 
     def mean_kl(self, reading: Reading, passage: range) -> float:
         tokens = [token for unit in passage for token in self.units[unit].tokens]
@@ -224,7 +246,7 @@ def passages(text: str, found: tuple[Unit, ...]) -> tuple[range, ...]:
 def measure(
     made: Cut,
     net: Any,
-    holding: Callable[[Mapping[str, Precision]], AbstractContextManager[Any]],
+    holding: Callable[[Any], AbstractContextManager[Any]],
     weights: list[Weights],
     tokenizer: Any,
     track: Callable[..., Iterable[Any]],
@@ -269,12 +291,15 @@ def _read(teacher: Any, net: Any, made: Cut, one: Weights) -> tuple[Reading, Rea
     from optimizer.metrics.divergence import compare
 
     columns: dict[str, list[np.ndarray]] = {}
-    for log_p, log_q, target in teacher.pairs(net):
+    state = getattr(net, "unpacking", None)
+    for log_p, log_q, target in teacher.pairs(net) if state is None else teacher.whole_pairs(net):
         top = min(made.top, log_p.shape[-1])
         found: dict[str, Any] = {}
         found["p"], found["p_words"] = log_p.topk(top)
         found["q"], found["q_words"] = log_q.topk(top)
         found |= compare(log_p, log_q, target)
+        if state is not None and state.read is not None:
+            found["opened"] = state.read[0, :-1]
         for name, value in found.items():
             columns.setdefault(name, []).append(value.cpu().numpy())
     flat = {name: np.concatenate(values)[made.at] for name, values in columns.items()}
@@ -282,9 +307,9 @@ def _read(teacher: Any, net: Any, made: Cut, one: Weights) -> tuple[Reading, Rea
     for name in ("kl", "nll", "nll_reference"):
         flat[name] = np.where(blind, np.nan, flat[name])
     kl, flip = flat["kl"], flat["flip"] & ~blind
-    mine = Reading(
-        one.name, one.bytes, kl, np.exp(-flat["nll"]), flip, flat["q_words"], np.exp(flat["q"])
-    )
+    opened = flat["opened"] & ~blind if "opened" in flat else None
+    words, chances = flat["q_words"], np.exp(flat["q"])
+    mine = Reading(one.name, one.bytes, kl, np.exp(-flat["nll"]), flip, words, chances, opened)
     other = Reading(
         "reference",
         0,

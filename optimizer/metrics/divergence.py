@@ -134,6 +134,14 @@ class Teacher:
                 log_q = torch.log_softmax(self._shape(head(flat[part]).float()), -1)
                 yield log_p, log_q, target[part]
 
+    def whole_pairs(self, net: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """As `pairs`, a window at a time, of a model that decides by all of a text's predictions."""
+        for i, ids in enumerate(self.windows.ids):
+            batch = torch.from_numpy(ids)[None].to(next(iter(net.parameters())).device)
+            with torch.inference_mode():
+                logits = net(input_ids=batch, use_cache=False).logits[0, :-1].float()
+            yield self.log_probabilities(i), torch.log_softmax(logits, -1), batch[0, 1:]
+
     @torch.inference_mode()
     def log_probabilities(self, window: int) -> Tensor:
         """The reference's own of one window [length - 1, vocabulary]."""

@@ -249,6 +249,37 @@ def test_blur_from_the_command_line(
         assert wanted in ended.err
 
 
+def test_what_is_unpacked_is_framed_and_saves(
+    mezzotint: Command, nested_folder: Path, nested_plan: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "story.txt"
+    text.write_text(
+        "Once upon a time there was a little girl. She had a red ball, and a dog. " * 4
+    )
+    call = ("blur", nested_folder, text, "out=map.html", "unpack=hard", "share=0.3")
+    ended = mezzotint(*call)
+    assert ended.code == 0, ended.err
+    said = re.search(
+        r"opened for (\d+) % of the tokens: mean KL ([\d.]+) instead of ([\d.]+)", ended.out
+    )
+    assert said is not None, ended.out
+    share, mine, base = map(float, said.groups())
+    assert 5 < share < 95 and mine < base
+    page = Path("map.html").read_text()
+    framed = len(re.findall(r'<span data-i="\d+" class="[^"]*\bo"', page))
+    assert framed and "framed" in page and "base alone" in page
+    plain = mezzotint(*call[:3], "out=plain.html")
+    assert plain.code == 0 and f"{base:.4f}" in plain.out, "the base is the plan's own"
+    assert "without its refinement" in " ".join((plain.out + plain.err).split())
+    for words, wrong in (
+        ((nested_plan, "unpack=hard"), "is none"),
+        ((nested_folder, "unpack=always"), "hard or null"),
+        ((nested_folder, "share=0.3"), "share says how much"),
+    ):
+        refused = mezzotint("blur", words[0], text, words[1])
+        assert refused.code == 2 and wrong in " ".join(refused.err.split()), refused.err
+
+
 def test_examples_are_shaded_by_the_scores_themselves(run_folder, source):
     """The page of the run: its words are the held-out text, its shades their KL."""
     import html

@@ -118,6 +118,7 @@ class State:
     gate: Gate
     base: Gate
     threshold: float = 0.0
+    read: Tensor | None = None  # of the last whole text, where planes were open [windows, tokens]
     prompt: int = 0  # tokens of the last one that words were drafted after
 
     def __post_init__(self) -> None:
@@ -314,7 +315,7 @@ class _Watchful:
             raise ConfigError(
                 "unpack=hard decides by all of a text's predictions: leave logits_to_keep out."
             )
-        mask = self._unsure(found.logits)
+        self._state.read = mask = self._unsure(found.logits)
         if bool(mask.any()):
             self._state.passes["refined"] += 1
             gate, dtype = self._state.gate, self._net.dtype

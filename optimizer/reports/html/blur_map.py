@@ -69,6 +69,11 @@ def _summary(found: Map) -> str:
     heads = ("MB of weights", "mean KL", "mean of the worst 1 %", "other top word")
     columns = "".join(f'<th class="n">{head}</th>' for head in heads)
     notes = "".join(f'<p class="quiet">{_text(note)}</p>' for note in found.notes)
+    if found.unpacking is not None:
+        notes = (
+            f"<p>{_text(found.unpacking)} Tokens that they were opened for are "
+            f'<span class="o">framed</span>.</p>{notes}'
+        )
     return (
         "<p>Each token is shaded by how far the quantized model's distribution at its prediction "
         f"moved from the reference's: KL in nats. {len(found.ids)} tokens were read. Choose a token "
@@ -176,7 +181,8 @@ def _shaded(found: Map, reading: Reading, passage: range) -> str:
     for index in passage:
         unit = found.units[index]
         shade = level(reading.shade(unit))
-        name = f' class="k{shade}"' if shade else ""
+        marks = [f"k{shade}"] * bool(shade) + ["o"] * reading.unpacked(unit)
+        name = f' class="{" ".join(marks)}"' if marks else ""
         word = found.text[unit.start : unit.end]
         inner = word.lstrip(" \n\t")
         space = word[: len(word) - len(inner)]
