@@ -245,23 +245,22 @@ def _export(settings: Any) -> None:
     from pathlib import Path
 
     from optimizer.cli import progress, terminal
-    from optimizer.commands import export
+    from optimizer.commands import export, speculative
     from optimizer.models.source import packed_file
     from optimizer.plan import Plan
 
     out = _console()
     given, folder = Path(settings.plan), Path(settings.out)
-    verdict = export.export(
-        Plan.load(given),
-        settings.to,
-        folder,
-        settings.store,
-        settings.model,
-        settings.overwrite,
-        given if packed_file(given) is not None else None,
-        progress.Terminal(out),
-        settings.gguf,
-    )
+    view, rest = progress.Terminal(out), (settings.store, settings.model, settings.overwrite)
+    if settings.nested:
+        verdict = speculative.export_pair(
+            Plan.load(given), settings.to, folder, *rest, view, settings.gguf
+        )
+    else:
+        packed = given if packed_file(given) is not None else None
+        verdict = export.export(
+            Plan.load(given), settings.to, folder, *rest, packed, view, settings.gguf
+        )
     terminal.verdict(out, verdict)
     out.print(f"Wrote {folder}. Its README.md says how it was made.", soft_wrap=True, markup=False)
 

@@ -71,10 +71,10 @@ def check(
 ) -> Verdict:
     """Would the engine load and run it? gguf: a 16-bit GGUF file of the model, for to=gguf, instead of
     the one that llama.cpp's converter makes. Raises only if the question itself is wrong."""
-    return _job("check", plan, to, store, model, gguf).check()
+    return job_of("check", plan, to, store, model, gguf).check()
 
 
-def _job(
+def job_of(
     command: str, plan: Plan, to: str, store: str, model: str | None, gguf: str | None
 ) -> Job:
     known = {name: name for name in formats()} | ALIASES | RECIPES
@@ -118,7 +118,7 @@ def export(
     if to == HARNESS:
         folders.publish(out, lambda draft: lm_eval.write(pairs.built_in(), draft, out))
         return Verdict(to)
-    job = _job("export", plan, to, store, model, gguf)
+    job = job_of("export", plan, to, store, model, gguf)
     plan = job.plan
     verdict = job.check()
     verdict.require()
@@ -138,7 +138,7 @@ def export(
             return
         job.format.write(plan, job.subject, tensors, draft)
         view.stage("reading it back")
-        own = _compare(job, tensors, draft, verdict)
+        own = compare(job, tensors, draft, verdict)
         readers.extend(_read_back(job, tensors, own, draft))
         found = replace(verdict, readers=tuple(readers))
         (draft / "README.md").write_text(card(plan, found, job.format.run), encoding="utf-8")
@@ -204,7 +204,7 @@ def _read_back(
     return [read_back.by_transformers(job.engine, draft, wanted, halves)]
 
 
-def _compare(
+def compare(
     job: Job, tensors: Mapping[str, Tensor], draft: Path, verdict: Verdict
 ) -> Mapping[str, Tensor]:
     """Every quantized weight in the file against the plan's own; returns what our reader found. Raises

@@ -18,6 +18,7 @@ from optimizer.data.domains import BUILT_IN, LONG, Domain
 from optimizer.data.text import Windows
 from optimizer.errors import ConfigError, ModelError
 from optimizer.metrics import generation
+from optimizer.metrics.blur import visible
 from optimizer.models.source import context_length
 from optimizer.plan import Plan, digest
 from optimizer.plan.cache import WHOLE, CacheKind
@@ -286,8 +287,8 @@ def _kept(bench: Bench, key: str | None) -> dict[str, np.ndarray] | None:
 
 
 def _beginning(bench: Bench, chosen: Sequence[Domain], one: Mapping[str, Any]) -> str:
-    """The first words of a document, to find it again; its first tokens' numbers where the model has
-    no tokenizer."""
+    """The first words of a document, to find it again, control characters as their pictures; its first
+    tokens' numbers where the model has no tokenizer."""
     domain = next((d for d in chosen if d.name == one["text"]), None)
     windows = bench.windows("heldout") if domain is None else _windows(bench, domain)
     assert windows is not None
@@ -303,7 +304,7 @@ def _beginning(bench: Bench, chosen: Sequence[Domain], one: Mapping[str, Any]) -
         return " ".join(str(text).replace('"', "'").split())[:BEGINNING]
 
     key = digest(["beginning", VERSION, bench.source.fingerprint, ids])
-    return str(bench.store.json("beginnings", key, make))
+    return visible(str(bench.store.json("beginnings", key, make)))
 
 
 # ---------------------------------------------------------------- long greedy text

@@ -1,0 +1,138 @@
+"""`mezzotint export to=gguf nested=true`: two GGUF files for llama.cpp's speculative decoding.
+
+The draft is the base, in block types that hold its levels exactly. The target is the refined model: no
+block type holds base and plane together, so its refined layers are stored as q8_0, 8.5 bits a weight,
+whatever they take in our own folder. llama.cpp holds both files whole; it reads no planes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optimizer.commands import export
+from optimizer.commands.deploy import codes_of, planes_of
+from optimizer.errors import ConfigError
+from optimizer.formats import folder as folders
+from optimizer.formats.model_card import card
+from optimizer.formats.rules import Verdict
+from optimizer.plan import Inventory, Plan, Precision
+from optimizer.plan.plan import assemble
+from optimizer.stages.session import View
+from optimizer.store import Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DRAFT, TARGET = "draft", "target"
+STORED = Precision.ggml("q8_0")
+CARD = """# A draft and a target for llama.cpp's speculative decoding
+
+`{draft}` is the base of plan {id}, `{target}` the refined model, its refined layers stored as q8_0.
+The target writes its own text; the draft only proposes words, which it checks several at a time.
+
+    llama-server -m {target} -md {draft} --draft-max 8
+"""
+
+
+def export_pair(
+    plan: Plan,
+    to: str,
+    out: Path,
+    store: str,
+    model: str | None = None,
+    overwrite: bool = False,
+    view: View | None = None,
+    gguf: str | None = None,
+) -> Verdict:
+    """Write out/draft/model.gguf and out/target/model.gguf. Raises before any work if the plan has no
+    refinement, or if a GGUF file can't hold the base."""
+    view = view or View()
+    folders.check_target(out, overwrite)
+    if export.ALIASES.get(to, to) != "llamacpp":
+        raise ConfigError(f"nested=true writes for llama.cpp, to=gguf, not to={to}. Leave it out.")
+    if plan.refinement is None:
+        raise ConfigError(
+            "nested=true writes a base and a refined model, and this plan has no refinement. Make one "
+            "with nested.size=SIZE, or leave nested out."
+        )
+    job = replace(export.job_of("export", plan, "llamacpp", store, model, gguf), nested=False)
+    verdicts = {DRAFT: job.check()}
+    if verdicts[DRAFT].errors:
+        raise ConfigError(
+            f"A GGUF file can't hold this plan's base: {verdicts[DRAFT].errors[0]} Make the plan with "
+            "palette.bits=[4,5,8,16] and palette.group_size=32, whose levels ggml has."
+        )
+    kept = Store.open(store, view.note)
+    jobs = {DRAFT: job, TARGET: replace(job, plan=target_of(plan, job.inventory))}
+    verdicts[TARGET] = jobs[TARGET].check()
+    verdicts[TARGET].require()
+    tensors = _stored(plan, job, kept, view)
+
+    def fill(draft: Path) -> None:
+        for name, one in jobs.items():
+            view.stage(f"writing the {name}")
+            (draft / name).mkdir()
+            one.format.write(one.plan, one.subject, tensors[name], draft / name)
+            export.compare(one, tensors[name], draft / name, verdicts[name])
+            text = card(one.plan, verdicts[name], one.format.run)
+            (draft / name / "README.md").write_text(text, encoding="utf-8")
+            folders.seal(one.plan, draft / name, {"engine": one.engine})
+        names = {name: f"{name}/{one.format.file}" for name, one in jobs.items()}
+        (draft / "README.md").write_text(CARD.format(id=plan.id, **names), encoding="utf-8")
+
+    folders.publish(out, fill)
+    sizes = [verdict.bytes or 0 for verdict in verdicts.values()]
+    notes = (*verdicts[DRAFT].notes, f"The draft takes {sizes[0]} bytes, the target {sizes[1]}.")
+    return replace(verdicts[TARGET], notes=notes, bytes=sum(sizes))
+
+
+def target_of(plan: Plan, inventory: Inventory) -> Plan:
+    """The refined model as a plan of its own."""
+    assert plan.refinement is not None
+    refined = dict.fromkeys(plan.refinement.layers, STORED)
+    inside = set(plan.scope)
+    return assemble(
+        inventory,
+        [layer for layer in inventory.layers if layer.name in inside],
+        plan.choice | refined,
+        model=plan.model,
+        runtime="llamacpp",
+        quantizer=plan.quantizer,
+        predicted={"estimator": "", **plan.refinement.predicted},
+        kv=plan.kv,
+        keep=plan.keep,
+        budget=plan.budget,
+    )
+
+
+def _stored(plan: Plan, job: export.Job, store: Store, view: View) -> dict[str, dict[str, Tensor]]:
+    """The stored tensors of both."""
+    from optimizer.models.model import Model
+    from optimizer.quantization.ggml import encode
+    from optimizer.quantization.uniform import Codes
+
+    found = (plan, job.source, job.inventory, store, view)
+    base, planes = codes_of(*found), planes_of(*found)
+    view.stage("loading the reference")
+    reference = Model.load(job.source.folder, job.inventory, full=False)
+    tensors: dict[str, dict[str, Tensor]] = {DRAFT: {}, TARGET: {}}
+    assert plan.refinement is not None
+    for name in view.track(list(_rounded(plan)), "base and refined model"):
+        weight = reference.weight(name)
+        codes = base.encode(weight, plan.choice[name], name)
+        parts = {f"{name}.{suffix}": value for suffix, value in codes.pack().items()}
+        tensors[DRAFT] |= parts
+        if name in plan.refinement.layers:
+            assert isinstance(codes, Codes)  # a plane goes on from its base's group scales
+            refined = codes.decode() + planes.plane(weight, name).decode(codes.scales)
+            packed = encode(refined, STORED).pack()
+            parts = {f"{name}.{suffix}": value for suffix, value in packed.items()}
+        tensors[TARGET] |= parts
+    return tensors
+
+
+def _rounded(plan: Plan) -> Iterator[str]:
+    return (name for name, precision in plan.choice.items() if precision.kind != "none")
