@@ -33,6 +33,7 @@ COHERENT = (
     1.0  # measured on SmolLM2: .9 at 4 bits, 1.4 to 2.2 at 5; see experiments/11-cross-terms
 )
 LEAST = 1e-3  # of v: nothing is believed entirely
+SURE = 1e-6  # least standard error of a measured difference, in units of the best plan's loss
 WEAKEST = 0.2  # of k, in units of v: a signal that two halves of a slope can't show may be there
 
 
@@ -125,7 +126,8 @@ def believe(
         at = moved * columns + plan.assignment[moved]
         size = scale[moved, plan.assignment[moved]]
         alone = size**2
-        variance = plan.error**2 + CROWD**2 * float(alone.sum() ** 2 - alone @ alone)
+        error = max(plan.error, SURE * total)  # 0 where it changed nothing that is ever read
+        variance = error**2 + CROWD**2 * float(alone.sum() ** 2 - alone @ alone)
         own = told[moved, plan.assignment[moved]]
         together = COHERENT * float(own.sum() ** 2 - own @ own) / total
         rest = plan.difference - float(prior[moved, plan.assignment[moved]].sum()) - together

@@ -141,6 +141,24 @@ def test_an_overshoot_that_is_expected_teaches_nothing() -> None:
     assert np.abs(surprised.cross - alone.cross).max() > 1e-4
 
 
+def test_a_plan_that_changes_nothing_teaches_nothing() -> None:
+    """Two groups without any loss exchange their precisions: the same loss on every window, without
+    any error."""
+    posed = problem(0)
+    loss = posed.loss.copy()
+    loss[:2] = 0
+    posed = replace(posed, loss=loss)
+    best = np.zeros(len(loss), dtype=np.int64)
+    other = best.copy()
+    other[:2] = 1, 2
+    halves = np.random.default_rng(1).normal(0, 0.01, (2, *loss.shape))
+    halves[:, :2] = 0
+    slope = Slope(best, halves)
+    alone = believe(posed, best, [slope], [])
+    found = believe(posed, best, [slope], [Seen(other, 0.0, 0.0)])
+    assert np.allclose(found.cross, alone.cross) and np.allclose(found.root, alone.root)
+
+
 def test_draws_follow_the_belief() -> None:
     made, at = world()
     belief = believe(made.posed, at, [made.slope(at, np.random.default_rng(0), 0.8)], [])
