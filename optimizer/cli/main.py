@@ -181,12 +181,12 @@ def _optimize(settings: Any) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     here = Path.cwd()
     folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
-    with wandb.reach(settings.wandb) as contact:
-        outcome = optimize.optimize(settings, folder, progress.Terminal(out))
+    view = progress.Terminal(out)
+    with wandb.follow(settings.wandb, folder, _sweep(), view) as live:
+        outcome = optimize.optimize(settings, folder, live.view)
         summary.outcome(out, outcome)
-        if outcome.run is not None and settings.wandb.mode != "off":
-            for line in wandb.record(outcome.plan, folder, settings.wandb, _sweep(), contact):
-                progress.Terminal(out).note(line)
+        for line in live.finish(outcome.plan):
+            view.note(line)
 
 
 def _sweep() -> str | None:

@@ -22,7 +22,7 @@ from optimizer.commands.prove import HELD, NOISE, asked, prove
 from optimizer.config import Optimize
 from optimizer.formats import registry
 from optimizer.formats.format import Subject
-from optimizer.plan import Budget, Inventory, Precision
+from optimizer.plan import Budget, Inventory, Plan, Precision
 from optimizer.reports import html as page
 from optimizer.reports.run import (
     FRONT_ROWS,
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from optimizer.stages.refine import Refined
 
 TABLE, SEARCH = "table", "search"  # stages, as a person sees them
+FRONT_SHOWN = 100  # plans, while a search works
 
 
 def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
@@ -60,6 +61,9 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
         _pose(replace(config, budget=one.budget), bench.inventory, chosen, blank)
     # an impossible budget ended here
     write_atomically(out / ".writable", b"").unlink()  # an unwritable folder ends here
+    view.begin(
+        run_key(asdict(config), bench.source.fingerprint), bench.source.name, asdict(config)
+    )
     view.expect(_stages(config))
     view.enter(TABLE)
     table = measure_table(bench, config, chosen)  # KL, for promises
@@ -85,6 +89,7 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     plan = plan_of(bench, config, chosen, table, assignment)
     plan.save(out / "plan.json")  # within seconds on a measured model; what follows improves it
     view.note(f"wrote {out / 'plan.json'}: the table's optimum")
+    _show_front(view, config, scale, replace(problem, loss=table.loss))
     view.enter(SEARCH)
     refined = _refine(bench, config, chosen, problem, assignment)
     searched: dict[str, np.ndarray] = {}
@@ -97,16 +102,36 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     notes += remarks.price_of_policy(config, chosen, problem, assignment)
     plan = plan_of(bench, config, chosen, table, assignment)
     notes += remarks.file(config, bench, chosen, plan)
-    files = {"plan": plan.save(out / "plan.json"), "front": save_front(problem, out / "front.csv")}
-    if refined is not None:
-        files["search"] = save_history(refined.history, out / "search.csv")
-        save_pictures(refined.pictures, out)
+    files = _files(plan, problem, refined, out)
     outcome = Outcome(plan, files, notes=notes)
     if config.proof.certify:
         outcome = prove(bench, config, chosen, table, problem, assignment, searched, outcome, out)
     found = _nested(bench, config, chosen, nest, outcome)
     outcome = replace(found, seconds=time.monotonic() - begun)
     return _publish(bench, config, chosen, problem, scale, outcome, out)
+
+
+def _announce(view: View, config: Optimize, bench: Bench) -> None:
+    """What is asked is settled, and the work begins."""
+    settings = asdict(config)
+    view.begin(run_key(settings, bench.source.fingerprint), bench.source.name, settings)
+    view.expect(_stages(config))
+    view.enter(TABLE)
+
+
+def _show_front(view: View, config: Optimize, scale: Scale, problem: Problem) -> None:
+    """What the table foretells for all sizes, before a search's trials come beside it."""
+    if config.search.space != "exact":
+        front = scale.front(problem, FRONT_SHOWN)
+        view.plans({"predicted front": [(p.bytes, p.predicted) for p in front]})
+
+
+def _files(plan: Plan, problem: Problem, refined: Refined | None, out: Path) -> dict[str, Path]:
+    found = {"plan": plan.save(out / "plan.json"), "front": save_front(problem, out / "front.csv")}
+    if refined is not None:
+        found["search"] = save_history(refined.history, out / "search.csv")
+        save_pictures(refined.pictures, out)
+    return found
 
 
 def _third(config: Optimize, scale: Scale) -> search.Third | None:

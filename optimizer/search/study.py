@@ -157,6 +157,14 @@ class Study:
         """Trials that were measured on all windows."""
         return [tried for tried in self.tried() if tried.complete]
 
+    @property
+    def started(self) -> list[Tried]:
+        """The finished ones among the plans that the study began with."""
+        done = self.inner.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        self.tried()
+        first = [self._cache[t.number] for t in done if "start" in t.user_attrs]
+        return [tried for tried in first if tried.complete]
+
     def front(self, trials: Sequence[Tried]) -> list[Tried]:
         """Those that none beats in all objectives, from the smallest up."""
         points = self.points(trials)

@@ -121,9 +121,12 @@ class _Passes:
             if block < first:
                 self._backward(block, arrived)
                 desk.leave(self._state(block, arrived))
+            inside = sum(len(self.layers[b]) for b in blocks[block:])
+            desk.show(inside, len(self.losses), self.text.ids.size)
         if not self._agrees(arrived[0]):
             return None
         self._outside(arrived)
+        desk.show(len(self.losses), len(self.losses), self.text.ids.size)
         for _ in steps:
             pass
         found = [

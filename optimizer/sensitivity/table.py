@@ -67,6 +67,9 @@ class Desk:
     def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:  # noqa: ARG002
         return items
 
+    def show(self, layers: int, of: int, tokens: int) -> None:
+        """So many of the layers have their losses on so many tokens."""
+
     def leave(self, state: dict[str, np.ndarray]) -> None:
         """In the place of what was left before."""
 

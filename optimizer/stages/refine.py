@@ -25,6 +25,7 @@ from optimizer.quantization.methods import bind
 from optimizer.search import Problem, Search, starts
 from optimizer.search.surrogate import Seen, Slope, believe
 from optimizer.sensitivity import Task
+from optimizer.stages.baselines import tensor_bytes
 from optimizer.stages.objective import Beside, own_head
 from optimizer.stages.session import Bench, Choices
 from optimizer.stages.trials import history, shown, volume
@@ -98,6 +99,7 @@ def refine(
             scout = Scout(bench, config, chosen, problem, study, used, rounding, beside)
             scout.aim(start)
             scout.seed(start)
+            scout.tell()
             _search(bench, settings, study, scout)
             scout.settle()
             return scout.confirm(start)
@@ -121,6 +123,7 @@ def _search(bench: Bench, settings: Search, study: Study, scout: Scout) -> None:
     with bench.view.meter("search", settings.tokens) as show:
         while not _over(settings, study, begun):
             scout.step()
+            scout.tell()
             spent = study.spent
             rate = (spent - before) / (time.monotonic() - begun)
             show(spent, f"{scout.news}  {spent} tokens, {rate:.0f}/s")
@@ -203,6 +206,7 @@ class Scout:
         self.slopes: list[Slope] = []
         self.taken: list[int] = []  # finished trials when each slope was taken
         self.seen = 0  # finished trials after which slopes were looked for
+        self.told = 0  # trials that a person, or a record, was shown
         self.fallback = problem.largest
         self.roles = [bench.model.layers[group[0]].role for group in chosen.groups]
 
@@ -286,6 +290,14 @@ class Scout:
         for plan in self.bench.view.track(missing, "search: first plans") if missing else ():
             self.study.begin([plan])
             self.run(self._starting(), self._slope_tokens if self._slope_is_unpaid else 0)
+
+    def tell(self) -> None:
+        """Show the trials that ended since the last time, of all workers."""
+        tried = self.study.tried()
+        for row, one in zip(history(self.study, self.told), tried[self.told :], strict=True):
+            size = tensor_bytes(self.bench.inventory, self.chosen.choice(one.assignment))
+            self.bench.view.row("trial", row | {"bytes": size})
+        self.told = len(tried)
 
     @property
     def news(self) -> str:

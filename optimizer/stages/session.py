@@ -69,6 +69,15 @@ class View:
         """Progress of something that isn't a list: call the yielded (done so far, news)."""
         yield lambda _done, _news: None
 
+    def begin(self, key: str, model: str, config: Mapping[str, Any]) -> None:
+        """A run's question is known: its content key, its model's name and its settings."""
+
+    def row(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Numbers of one moment: of a trial that ended, or of a table that grows."""
+
+    def plans(self, points: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+        """kind -> (bytes, loss) of plans that are known now."""
+
 
 @dataclass(frozen=True)
 class Kept:

@@ -55,6 +55,9 @@ class Kept(sensitivity.Desk):
     def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:
         return self.bench.view.track(items, text)
 
+    def show(self, layers: int, of: int, tokens: int) -> None:
+        self.bench.view.row("table", {"layers": layers, "layers of all": of, "tokens": tokens})
+
     def leave(self, state: dict[str, np.ndarray]) -> None:
         self.clear()
         self.bench.store.arrays("tables", self.key, lambda: state)
@@ -118,6 +121,9 @@ def measure_table(
         found = bench.store.arrays("tables", _part(key, i), make)
         assert found is not None
         samples.append(found["loss"])
+        if todo:
+            read_so_far = len(read.ids[: runs[i].stop]) * read.ids.shape[1]
+            Kept(bench, "").show(len(task.layers), len(task.layers), read_so_far)
     table = Table.from_samples(task, np.array(samples))
     return table if reading else _measured_rows(bench, config, task, table, key)
 

@@ -17,10 +17,10 @@ SHOWN = 16  # plans of a front that are measured beside the others
 
 def volume(study: Study, trials: list[Tried]) -> float:
     """The hypervolume of these trials; sizes in units of the budget, losses in nats, a third objective
-    in units of the first plan's, below the largest of the plans that the study started from."""
+    in units of the first plan's, below the largest of the plans that the study began with."""
     problem = study.problem
     points = study.points(trials)
-    first = study.points(study.finished[: starts.SIZES + 1])
+    first = study.points(study.started)
     unit = np.array([problem.limit, 1.0, *first[0, 2:]])
     top = np.array([starts.span(problem)[1], *first[:, 1:].max(0)])
     return hypervolume(points / unit, [float(x) for x in top / unit])
@@ -35,21 +35,28 @@ def shown(study: Study) -> tuple[np.ndarray, ...]:
     return tuple(found[int(i)] for i in kept)
 
 
-def history(study: Study) -> list[dict[str, float]]:
-    """One row per trial. tokens: evaluated until then, those of slopes included."""
+def history(study: Study, first: int = 0) -> list[dict[str, float]]:
+    """One row per trial from the trial `first` on. tokens: evaluated until then, those of slopes
+    included. size: in units of the budget. hypervolume: see `volume`; 0 until its first plans are
+    measured."""
     rows, spent, best, finished = [], 0, np.inf, []
-    for tried in study.tried():
+    for number, tried in enumerate(study.tried()):
         spent += tried.tokens + tried.before
         finished += [tried] if tried.complete else []
         if tried.complete and study.problem.fits(tried.assignment):
             best = min(best, tried.loss)
-        row = {"tokens": spent, "loss": tried.loss, "windows": tried.windows, "best": best}
-        if study.search.front:
-            third = study.problem.third
-            row |= {
+        if number < first:
+            continue
+        third = study.problem.third if study.search.front else None
+        rows.append(
+            {
+                "tokens": spent,
+                "loss": tried.loss,
+                "windows": tried.windows,
+                "best": best,
                 "size": study.problem.sizes(tried.assignment),
                 **({third.name: third.of(tried.assignment)} if third else {}),
-                "hypervolume": volume(study, finished),
+                "hypervolume": volume(study, finished) if finished else 0.0,
             }
-        rows.append(row)
+        )
     return rows

@@ -1,8 +1,7 @@
-"""What a W&B record shows: tables, a chart and a summary, from a finished run."""
+"""What a W&B record shows of a finished run: tables, points for the front, a summary."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,30 +51,20 @@ def certificate_table(proof: Mapping[str, Any]) -> Any:
     return wandb.Table(columns=columns, data=rows, allow_mixed_types=True)
 
 
-def front_chart(run: Run) -> Any:
-    """Size against loss as W&B's own lines. Its preset has linear axes, so the loss is its log10;
-    a loss of zero has none and is left out."""
-    import wandb
-
+def front_plans(run: Run) -> dict[str, list[tuple[float, float, str]]]:
+    """kind -> (bytes, loss, plan) of each plan that the run knows."""
     shown = chart.shown(run)
     uniform = [p for p, role in shown if role == "uniform"]
-    lines = {
-        "predicted front": [(p.bytes, p.predicted) for p in run.front],
-        "uniform, predicted": [(p.bytes, p.predicted) for p in uniform],
-        "uniform, measured": [(p.bytes, p.measured or 0.0) for p in uniform],
-        "chosen plan": [(run.chosen.bytes, run.chosen.measured or run.chosen.predicted)],
+    measured = [p for p, role in shown if role in ("random", "searched", "baseline")]
+    chosen = run.chosen
+    found: dict[str, list[tuple[float, float, str]]] = {
+        "predicted front": [(p.bytes, p.predicted, p.id) for p in run.front],
+        "uniform, predicted": [(p.bytes, p.predicted, p.name) for p in uniform],
+        "uniform, measured": [(p.bytes, p.measured or 0.0, p.name) for p in uniform],
+        "measured": [(p.bytes, p.measured or 0.0, p.name) for p in measured],
+        "chosen plan": [(chosen.bytes, chosen.measured or chosen.predicted, chosen.id)],
     }
-    xs: list[list[float]] = []
-    ys: list[list[float]] = []
-    keys: list[str] = []
-    for name, values in lines.items():
-        usable = [(size, math.log10(loss)) for size, loss in sorted(values) if loss > 0]
-        if usable:
-            keys.append(name)
-            xs.append([size / 1e6 for size, _ in usable])
-            ys.append([loss for _, loss in usable])
-    title = f"log10 of KL (nats per {run.unit}) against size"
-    return wandb.plot.line_series(xs=xs, ys=ys, keys=keys, title=title, xname="MB")
+    return {kind: plans for kind, plans in found.items() if plans}
 
 
 def summary(plan: Plan, run: Run) -> dict[str, Any]:
