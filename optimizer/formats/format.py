@@ -129,7 +129,9 @@ class Vllm(Checkpoint):
         return compressed_tensors
 
     def holds(self, layer: Layer, precision: Precision) -> str | None:
-        return rules.linear_only(layer, precision)
+        from optimizer.formats.safetensors import floating
+
+        return floating.holds(layer, precision)
 
 
 class Transformers(Vllm):

@@ -81,9 +81,11 @@ def write(
     folder: Path,
     out: Path,
     split: Mapping[str, Pieces] | None = None,
+    dtype: str | None = None,
 ) -> None:
     """packed: the plan's stored tensors. quantization: the `quantization_config` of config.json.
-    folder: what to copy beside the weights. split: untouched layers that are written in pieces."""
+    folder: what to copy beside the weights. split: untouched layers that are written in pieces.
+    dtype: that the engine must compute in; else the checkpoint's."""
     from optimizer.formats.folder import copy_beside, save_tensors
 
     tensors: dict[str, Tensor] = {}
@@ -101,7 +103,7 @@ def write(
     save_tensors(tensors, out / FILE)
     copy_beside(folder, out)
     settings = untrusted.read(out / "config.json", "keep")
-    settings["dtype"] = SPELLED[inventory.dtype]
+    settings["dtype"] = dtype or SPELLED[inventory.dtype]
     settings["quantization_config"] = quantization
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     (out / "config.json").write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
-"""compressed-tensors, format pack-quantized: what vLLM loads, and transformers too.
+"""compressed-tensors: what vLLM loads, and transformers too. For floats see `floating`.
 
-A quantized Linear NAME is, in model.safetensors,
+A Linear NAME that is quantized to integers is, in model.safetensors (format pack-quantized),
     NAME.weight_packed      int32 [rows, ceil(cols bits / 32)]: codes counted from 0, one dense
                             little-endian bit stream per row
     NAME.weight_scale       [rows, groups] in the checkpoint's dtype
@@ -27,10 +27,11 @@ from optimizer.errors import PlanError
 from optimizer.formats import rules
 from optimizer.formats.rules import Demands, Groups, Verdict
 from optimizer.formats.runtime import Runtime
-from optimizer.formats.safetensors import checkpoint
+from optimizer.formats.safetensors import checkpoint, floating
 from optimizer.formats.safetensors.checkpoint import FILE, module, unstream, untouched, words
+from optimizer.formats.safetensors.joined import joined
 from optimizer.formats.safetensors.loader import Loading, pieces
-from optimizer.plan import Inventory, Layer, Plan, Precision
+from optimizer.plan import FLOATS, UNTOUCHED, Inventory, Layer, Plan, Precision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +41,11 @@ EXPERTS_IN_HALVES = (
     "transformers keeps the untouched experts in the checkpoint's 16 bits and multiplies them so, "
     "also where the model is loaded in float32; its logits then differ from the plan's by what that "
     "rounds, as they do when it computes in bfloat16."
+)
+
+IN_BFLOAT16 = (
+    "compressed-tensors 0.20 unpacks 4-bit floats beside other precisions to bfloat16, so config.json "
+    "says dtype=bfloat16 and transformers computes in that; another dtype fails there."
 )
 
 
@@ -62,8 +68,14 @@ def demands(profile: Runtime, inventory: Inventory, loading: Loading) -> Demands
         merged = tuple(x.name for x in inventory.layers if x.name in loading.merged)
         return (merged, tuple(real)) if any(name in bare for name in real) else (merged,)
 
-    beside = frozenset(loading.modules)
-    return Demands(profile, groups, lambda x, _p: loading.reason(x), agreed, beside)
+    def holds(layer: Layer, precision: Precision) -> str | None:
+        if layer.name in loading.merged and precision.kind in FLOATS.keys() - {"fp8"}:
+            return (
+                f"transformers merges experts of integers and of fp8 only, not of {precision.name}"
+            )
+        return loading.reason(layer)
+
+    return Demands(profile, groups, holds, agreed, frozenset(loading.modules))
 
 
 def check(
@@ -75,10 +87,12 @@ def check(
     if errors:
         return Verdict(engine, tuple(errors))
     used = {plan.choice[layer.name] for layer in rules.quantized(plan, inventory)}
-    stored = {p.name: f"pack-quantized, {p.bits} bits" for p in sorted(used)}
+    stored = {p.name: f"{form(p)}, {p.bits} bits" for p in sorted(used)}
     split = {} if loading is None else _taken_apart(inventory, loading)
     size = checkpoint.size(plan, inventory, _parts, split)
     notes = demands.notes + _notes(plan, inventory, engine)
+    if _bfloat16(plan, loading):
+        notes += (IN_BFLOAT16,)
     if loading is not None and used and _experts_in_halves(plan, inventory, loading):
         notes += (EXPERTS_IN_HALVES,)
     return Verdict(engine, (), notes, stored=stored, bytes=size)
@@ -95,13 +109,17 @@ def _taken_apart(inventory: Inventory, loading: Loading) -> dict[str, checkpoint
 
 def _notes(plan: Plan, inventory: Inventory, engine: str) -> tuple[str, ...]:
     notes = []
-    bits = {plan.choice[layer.name].bits for layer in rules.quantized(plan, inventory)}
+    used = {plan.choice[layer.name] for layer in rules.quantized(plan, inventory)}
+    bits = {p.bits for p in used if p.kind == "int"}
+    kinds = {p.kind.removesuffix("_block") for p in used}
+    if engine == "vllm":
+        notes += [text for kind, text in floating.PLATFORMS.items() if kind in kinds]
     if engine == "vllm" and bits - {4, 8}:
         notes.append(
             f"{', '.join(map(str, sorted(bits - {4, 8})))} bits need an NVIDIA GPU (Humming kernels) "
             "and compressed-tensors 0.17 or newer; 4 and 8 run everywhere."
         )
-    if inventory.dtype == "BF16":
+    if inventory.dtype == "BF16" and (bits or not used):
         notes.append(
             "The model is bfloat16: an engine that computes so keeps 8 of the scales' 11 bits, which "
             "moves weights by up to 0.2 %. For exactly the plan's weights let it compute in float16."
@@ -117,7 +135,7 @@ def config(plan: Plan, inventory: Inventory, loading: Loading | None = None) -> 
         if layer.name not in merged:
             name = module(layer.name) if loading is None else loading.modules[layer.name]
             targets.setdefault(plan.choice[layer.name], []).append(name)
-    groups = [_group(targets[precision], _scheme(precision)) for precision in sorted(targets)]
+    groups = [_group(targets[p], _scheme(p), form(p)) for p in sorted(targets)]
     found: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
@@ -128,18 +146,41 @@ def config(plan: Plan, inventory: Inventory, loading: Loading | None = None) -> 
     if loading is not None:
         groups += _experts(plan, inventory, loading)
         layers = rules.quantized(plan, inventory)
-        if any(layer.name in loading.bare for layer in layers):
+        if any(layer.name in loading.bare for layer in layers) or _one_of_four(plan, loading):
             found["dequantize"] = True
+    forms = {form(plan.choice[x.name]) for x in rules.quantized(plan, inventory)}
+    if forms:
+        found["format"] = min(forms) if len(forms) == 1 else "mixed-precision"
     found["config_groups"] = {f"group_{i}": group for i, group in enumerate(groups)}
     return found
 
 
-def _group(
-    targets: list[str], scheme: dict[str, Any], form: str = "pack-quantized"
-) -> dict[str, Any]:
+def _small(plan: Plan, loading: Loading) -> set[Precision]:
+    """All precisions of dense layers, if one of them is a float of four bits: the package unpacks it
+    to bfloat16 when the model first runs, whatever the model's dtype."""
+    found = {plan.choice[name] for name in loading.modules} - {UNTOUCHED}
+    return found if any(p.kind in FLOATS and p.bits == 4 for p in found) else set()
+
+
+def _one_of_four(plan: Plan, loading: Loading) -> bool:
+    """Whether all dense layers can be unpacked as they are loaded, to the model's dtype."""
+    return len(_small(plan, loading)) == 1
+
+
+def _bfloat16(plan: Plan, loading: Loading | None) -> bool:
+    """Whether transformers must compute in bfloat16."""
+    return loading is not None and len(_small(plan, loading)) > 1
+
+
+def form(precision: Precision) -> str:
+    """compressed-tensors' word for how a layer lies in the file."""
+    return floating.FORMS.get(precision.kind, "pack-quantized")
+
+
+def _group(targets: list[str], scheme: dict[str, Any], how: str) -> dict[str, Any]:
     return {
         "targets": targets,
-        "format": form,
+        "format": how,
         "input_activations": None,
         "output_activations": None,
         "weights": scheme,
@@ -156,10 +197,11 @@ def _experts(plan: Plan, inventory: Inventory, loading: Loading) -> list[dict[st
         return []
     precision = plan.choice[merged[0].name]
     if precision.kind == "none":
-        scheme = _scheme(precision) | {"num_bits": 8, "type": "float", "symmetric": True}
+        scheme = _scheme(Precision.floating("fp8"))
         return [_group([r"re:.*\.experts$"], scheme, "float-quantized")]
     names = sorted({_any_number(module(x.name)) for x in merged})
-    return [_group([f"re:^(?:experts|{'|'.join(names)})$"], _scheme(precision))]
+    own = [f"re:^(?:experts|{'|'.join(names)})$"]
+    return [_group(own, _scheme(precision), form(precision))]
 
 
 def _any_number(name: str) -> str:
@@ -175,6 +217,8 @@ def _named(target: str, names: Sequence[str]) -> bool:
 
 
 def _scheme(precision: Precision) -> dict[str, Any]:
+    if precision.kind in FLOATS:
+        return floating.scheme(precision)
     return {
         "num_bits": precision.bits,
         "type": "int",
@@ -187,6 +231,8 @@ def _scheme(precision: Precision) -> dict[str, Any]:
 
 
 def _parts(layer: Layer, precision: Precision) -> dict[str, tuple[str, list[int]]]:
+    if precision.kind in FLOATS:
+        return floating.parts(layer, precision)
     groups, stem = precision.groups(layer.cols), module(layer.name)
     parts = {
         f"{stem}.weight_packed": ("I32", [layer.rows, -(-layer.cols * precision.bits // 32)]),
@@ -211,13 +257,17 @@ def write(
     loading: Loading | None = None,
 ) -> None:
     """packed: the plan's stored tensors. folder: what to copy beside the weights."""
+    if loading is None:
+        groups = joined(floating.VLLM, folder).groups(inventory.layers)
+        packed = floating.together(plan, inventory, packed, groups)
 
     def make(layer: Layer, precision: Precision) -> dict[str, Tensor]:
         return _compressed(layer, precision, packed)
 
     split = {} if loading is None else _taken_apart(inventory, loading)
     settings = config(plan, inventory, loading)
-    checkpoint.write(plan, inventory, packed, make, settings, folder, out, split)
+    dtype = "bfloat16" if _bfloat16(plan, loading) else None
+    checkpoint.write(plan, inventory, packed, make, settings, folder, out, split, dtype)
 
 
 def _compressed(
@@ -227,6 +277,8 @@ def _compressed(
 
     from optimizer.quantization.uniform import pack, unpack
 
+    if precision.kind in FLOATS:
+        return floating.tensors(layer, precision, packed)
     stem = module(layer.name)
     tensors = {
         f"{stem}.weight_packed": words(packed[f"{layer.name}.codes"]),
@@ -258,6 +310,9 @@ def decode(
             scheme = next((s for target, s in schemes if _named(target, names)), None)
             if scheme is None:
                 raise PlanError(f"{folder} has no scheme for {stem}. Export it again.")
+            if scheme["type"] == "float":
+                found[layer.name] = floating.decoded(file.get_tensor, stem, scheme)
+                continue
             rows, cols = file.get_tensor(f"{stem}.weight_shape").tolist()
             codes = unstream(file.get_tensor(f"{stem}.weight_packed"), scheme["num_bits"], cols)
             scales = file.get_tensor(f"{stem}.weight_scale").float().unsqueeze(-1)

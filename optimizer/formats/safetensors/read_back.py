@@ -77,6 +77,7 @@ def by_transformers(engine: str, folder: Path, wanted: Tensor, halves: bool) -> 
             net, report = architecture(folder)[0].from_pretrained(
                 folder, dtype=torch.float32, output_loading_info=True
             )
+            _unpack(net)
             _widen(net)
             found = log_probabilities(net.eval(), window(wanted.shape[-1]))
     except Exception as error:  # noqa: BLE001  whatever a foreign loader raises is the same answer
@@ -93,6 +94,13 @@ def by_transformers(engine: str, folder: Path, wanted: Tensor, halves: bool) -> 
             "export to=torch, which holds every plan."
         )
     return f"{reader}: the plan's logits on {WINDOW} tokens, KL {max(off, 0.0):.1g} nats"
+
+
+def _unpack(net: Any) -> None:
+    """What compressed-tensors does when a model first runs, so that what it leaves in 16 bits (4-bit
+    floats in bfloat16, exactly) can be widened."""
+    if hasattr(net, "ct_decompress_hook"):
+        net.hf_quantizer.compressor.decompress_model(net)
 
 
 def _widen(net: Any) -> None:
