@@ -1,0 +1,120 @@
+"""A plan's second part: planes that go on where the base's codes end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from optimizer.errors import PlanError
+from optimizer.plan import Pair, Plan, Precision, Refinement, plane_bytes
+from tests.plan.test_plan import example, small_inventory
+
+FIRST, SECOND, THIRD = (f"blocks.{i}.proj.weight" for i in range(3))
+P4, PLANE = Precision("int", 4, 64), Precision("int", 2, None, True)
+
+
+def test_a_pair_is_its_base_and_what_refines_it() -> None:
+    alone, both = Pair(P4), Pair(P4, PLANE)
+    assert (alone.name, both.name) == ("int4_g64", "int4_g64+int2_channel_sym")
+    assert not alone.refined and both.refined
+    # rows of 64: 32 bytes of codes, a scale of 2 and a zero point in a byte; 16 of the plane, a scale
+    assert (alone.bytes(6, 64), alone.plane_bytes(6, 64)) == (6 * 35, 0)
+    assert (both.bytes(6, 64), both.plane_bytes(6, 64)) == (6 * 35 + 6 * 18, 6 * 18)
+
+
+def test_a_pair_fits_where_both_do() -> None:
+    grouped = Precision("int", 2, 48, True)
+    assert Pair(P4, PLANE).fits(128) and not Pair(P4, PLANE).fits(96)
+    assert Pair(P4).fits(64) and not Pair(P4, grouped).fits(64)
+    assert Pair(P4, grouped).fits(192)
+
+
+def test_bytes_of_planes_are_those_of_a_real_file() -> None:
+    """The header names the base by 64 digits."""
+    inventory = small_inventory("F16")
+    planes = {FIRST: PLANE, THIRD: Precision("int", 3, None, True)}
+    tensors = {}
+    for name, plane in planes.items():
+        for suffix, (dtype, shape) in plane.parts(6, 64).items():
+            kind = {"U8": torch.uint8, "F16": torch.float16}[dtype]
+            tensors[f"{name}.{suffix}"] = torch.zeros(shape, dtype=kind)
+    found = plane_bytes(inventory, planes)
+    assert found["total"] == len(save(tensors, {"format": "pt", "base": "a" * 64}))
+    assert found["quantized"] == 6 * (16 + 2) + 6 * (24 + 2)
+    assert found["total"] == found["quantized"] + found["container"]
+    assert plane_bytes(inventory, {}) == {"quantized": 0, "container": 0, "total": 0}
+
+
+def refined(**changes: Any) -> Plan:
+    """The example, whose first layer is int4 and second ternary, both with a plane."""
+    plan = example()
+    planes = {FIRST: PLANE, SECOND: Precision("int", 3, None, True)}
+    whole = Refinement(
+        palette={p.name: p for p in planes.values()},
+        layers={name: p.name for name, p in planes.items()},
+        bytes=plane_bytes(small_inventory("F16"), planes),
+        size=9999,
+        predicted={"kl": 0.01},
+    )
+    return replace(plan, refinement=replace(whole, **changes))
+
+
+def test_a_refinement_survives_the_file(tmp_path: Path) -> None:
+    plan = refined()
+    assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
+    assert plan.refinement is not None
+    assert plan.refinement.planes == {FIRST: PLANE, SECOND: Precision("int", 3, None, True)}
+
+
+Change = Callable[[Refinement], dict[str, Any]]
+WRONG: dict[str, tuple[Change, str]] = {
+    "no layer of the plan": (
+        lambda r: {"layers": {**r.layers, "other": PLANE.name}}, "planes of its palette"
+    ),
+    "a layer that isn't rounded": (
+        lambda r: {"layers": {**r.layers, THIRD: PLANE.name}}, f"{THIRD} with int2_channel_sym"
+    ),
+    "a plane that the palette lacks": (
+        lambda r: {"layers": {**r.layers, FIRST: "int8_channel_sym"}}, "planes of its palette"
+    ),
+    "groups": (
+        lambda r: {"palette": {**r.palette, PLANE.name: Precision("int", 2, 64, True)}},
+        "one scale a row; int2_channel_sym hasn't",
+    ),
+    "zero points": (
+        lambda r: {"palette": {**r.palette, PLANE.name: Precision("int", 2)}}, "one scale a row"
+    ),
+    "ternary": (
+        lambda r: {"palette": {**r.palette, PLANE.name: Precision("ternary", 2, None, True)}},
+        "one scale a row",
+    ),
+    "bytes": (
+        lambda r: {"bytes": {**r.bytes, "quantized": r.bytes["quantized"] + 1}}, "but they take"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_refinement_that_is_none_of_the_plan(case: str) -> None:
+    change, words = WRONG[case]
+    whole = refined().refinement
+    assert whole is not None
+    with pytest.raises(PlanError, match=words) as error:
+        Plan.from_json(refined(**change(whole)).to_json(), where="here")
+    assert str(error.value).startswith("here")
+
+
+def test_llama_cpps_blocks_cant_be_refined() -> None:
+    plan = refined()
+    assert plan.refinement is not None
+    choice = {**plan.choice, SECOND: Precision.ggml("q8_0")}
+    with pytest.raises(PlanError, match=f"q8_0 of {SECOND}"):
+        plan.refinement.check("here", choice, plan.shapes)
+    with pytest.raises(PlanError, match=f"{FIRST} with"):
+        plan.refinement.check("here", plan.choice, {SECOND: (6, 64)})
