@@ -17,7 +17,7 @@ from optimizer.certificate.comparison import (
     verdict,
 )
 from optimizer.certificate.wording import FEW
-from optimizer.metrics.bootstrap import bounds, resamples
+from optimizer.metrics.bootstrap import resamples
 from optimizer.metrics.divergence import Scores
 
 DOCUMENTS = np.repeat(np.arange(20), 3)  # 20 documents of 3 windows
@@ -45,16 +45,6 @@ def rng() -> np.random.Generator:
 # ---------------------------------------------------------------- the bootstrap
 
 
-def test_documents_are_drawn_whole() -> None:
-    names = np.array([7, 7, 3, 9, 9, 9])
-    counts = resamples(names, rng())
-    assert counts.shape == (2000, 6)
-    assert (counts[:, 0] == counts[:, 1]).all()
-    assert (counts[:, 3] == counts[:, 4]).all() and (counts[:, 4] == counts[:, 5]).all()
-    assert (counts[:, [0, 2, 3]].sum(1) == 3).all(), "as many documents as there are"
-    assert np.abs(counts.mean(0) - 1).max() < 0.08
-
-
 def simulated(truth: float, seed: int) -> np.ndarray:
     """KL [60, 4] whose documents differ much more than the windows of one document."""
     own = np.random.default_rng([seed, 5])
@@ -76,45 +66,6 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
         naive += wrong[0] <= 1 <= wrong[1]
     assert 0.90 <= held / 1000 <= 0.97
     assert naive / 1000 < 0.8
-
-
-def test_bounds_are_wrong_about_as_often_as_they_say() -> None:
-    """600 data sets of 24 documents with a long tail (lognormal, sigma 0.6), 5 % on either side.
-    Percentiles would be too low at the upper end in about 13 %."""
-    owners = np.arange(24)
-    counts = resamples(owners, rng())
-    truth = np.exp(0.18)
-    below = above = percentile = 0
-    for seed in range(600):
-        values = np.random.default_rng([seed, 6]).lognormal(0, 0.6, 24)
-        low, high = bounds(values, owners, counts, 0.05)
-        assert low < values.mean() < high
-        below += low > truth
-        above += high < truth
-        percentile += np.quantile(counts @ values / 24, 0.95) < truth
-    assert 0.015 <= below / 600 <= 0.075
-    assert 0.03 <= above / 600 <= 0.11 < percentile / 600 + 0.02
-
-
-def test_bounds_weigh_documents_by_their_tokens_and_draw_them_whole() -> None:
-    """A document cut into windows counts as the same document in one piece."""
-    values = np.random.default_rng(4).exponential(1, (20, 3, 4))
-    whole = bounds(values.reshape(20, 12), np.arange(20), resamples(np.arange(20), rng()), 0.05)
-    windows = values.reshape(60, 4)
-    assert bounds(windows, DOCUMENTS, resamples(DOCUMENTS, rng()), 0.05) == pytest.approx(whole)
-    uneven = bounds(windows[:50], DOCUMENTS[:50], resamples(DOCUMENTS[:50], rng()), 0.05)
-    assert uneven[0] < windows[:50].mean() < uneven[1]
-
-
-def test_bounds_of_one_event_and_of_none() -> None:
-    """One flip in 24 documents: most resamples have none, and the bound is finite all the same."""
-    owners = np.arange(24)
-    counts = resamples(owners, rng())
-    one = np.zeros((24, 100))
-    assert bounds(one, owners, counts, 0.05) == (0, 0)
-    one[3, 7] = 1
-    low, high = bounds(one, owners, counts, 0.05)
-    assert low < one.mean() < high < 0.01
 
 
 def describe_kl(found: Scores, counts: np.ndarray) -> tuple[float, float]:

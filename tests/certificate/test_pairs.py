@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from optimizer.certificate import pairs as damage
 from optimizer.commands.inspect import uniform_beside
 from optimizer.data.pairs import HERE, Pair, built_in, read
 from optimizer.errors import ConfigError, TextError
-from optimizer.metrics import bootstrap, margins
+from optimizer.metrics import margins
 from optimizer.models.model import Model
 from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import UNTOUCHED, Precision, assemble, stored_bytes
@@ -100,101 +98,12 @@ def test_files_that_are_no_probes(tmp_path: Path) -> None:
         built_in(["xx"])
 
 
-# ---------------------------------------------------------------- margins
-
-
-class Greedy:
-    """A tokenizer that merges: "ab" is one token, so "xa" + "b" isn't "xa", "b"."""
-
-    vocabulary = ("<s>", "ab", "a", "b", "c", "x", " ")
-    bos_token_id: int | None = 0
-    unk_token_id = 99
-
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        ids = []
-        while text:
-            found = next((t for t in self.vocabulary if text.startswith(t)), text[0])
-            ids.append(self.vocabulary.index(found) if found in self.vocabulary else 99)
-            text = text[len(found) :]
-        return {"input_ids": ids}
-
-
-def pair(prefix: str, good: str, bad: str) -> Pair:
-    return Pair("p", "own", "-", prefix, good, bad)
-
-
-def test_a_token_may_straddle_the_boundary() -> None:
-    (job,) = margins.encode([pair("xa", "b", "c")], Greedy(), None)
-    assert job == margins.Job([0, 5, 1], [0, 5, 2, 4], 2)
-
-
-def test_what_cannot_be_measured_has_a_reason() -> None:
-    pairs = [
-        pair("x", " a", " b"),
-        pair("x" * 9, "a", "b"),
-        pair("x", "q", "b"),
-        pair("x", "q", "z"),
-    ]
-    found = margins.encode(pairs, Greedy(), 8)
-    assert isinstance(found[0], margins.Job)
-    assert found[1:] == [margins.TOO_LONG, margins.UNKNOWN, margins.UNKNOWN]
-    known = Greedy()
-    known.unk_token_id = None  # type: ignore[assignment]
-    known.bos_token_id = None
-    assert margins.encode([pair("x", "q", "z")], known, 8) == [margins.ALIKE]
-    assert margins.encode([pair("", "a", "b")], known, 8) == [margins.NO_START]
-
-
-def test_margins_are_the_sums_of_the_models_own_logits(small: Small) -> None:
-    """Every architecture; lengths differ, so rows are padded."""
-    rng = np.random.default_rng(3)
-    jobs = []
-    for length in (3, 17, 60, 5, 9):
-        start = rng.integers(3, 96, length).tolist()
-        ends = [rng.integers(3, 96, k).tolist() for k in (2, 4)]
-        ends[0][0], ends[1][0] = 10, 11
-        jobs.append(margins.Job(start + ends[0], start + ends[1], length))
-
-    def brute(ids: list[int], common: int) -> float:
-        with torch.inference_mode():
-            logits = small.model.net(torch.tensor([ids]), use_cache=False).logits[0].float()
-        log_p = torch.log_softmax(logits, -1)
-        return float(sum(log_p[i - 1, ids[i]] for i in range(common, len(ids))))
-
-    wanted = [brute(job.good, job.common) - brute(job.bad, job.common) for job in jobs]
-    assert margins.measure(small.model.net, jobs) == pytest.approx(wanted, abs=2e-4)
-
-
 # ---------------------------------------------------------------- damage
 
 
 def test_holm_by_hand() -> None:
     assert damage.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert damage.holm([0.6, 0.9]) == pytest.approx([1.0, 1.0])
-
-
-def test_the_sign_test_agrees_with_all_patterns() -> None:
-    values = np.array([0.5, 1.2, -0.3, 0.9, 0.4, 0.1])
-    own = values.sum()
-    sums = [float(np.dot(signs, values)) for signs in itertools.product((-1, 1), repeat=6)]
-    exact = np.mean([s >= own - 1e-9 for s in sums])
-    rng = np.random.default_rng(0)
-    found = damage.sign_flips(values, np.arange(6), rng, two_sided=False)
-    assert found == pytest.approx(exact, abs=0.01)
-    both = damage.sign_flips(values, np.arange(6), rng, two_sided=True)
-    assert both == pytest.approx(np.mean([abs(s) >= own - 1e-9 for s in sums]), abs=0.015)
-
-
-def test_cvar_is_the_mean_of_the_worst() -> None:
-    values = np.random.default_rng(1).exponential(size=(10, 100)).astype(np.float32)
-    counts = bootstrap.resamples(np.arange(10), np.random.default_rng(2))
-    found = bootstrap.cvar(values, counts, 0.99)
-    assert found.value == pytest.approx(np.sort(values.ravel())[-10:].mean(), rel=1e-5)
-    assert found.low <= found.value <= found.high
-    part = bootstrap.cvar(np.arange(1.0, 11.0), np.ones((3, 10)), 0.85)
-    assert part.value == pytest.approx((10 + 0.5 * 9) / 1.5)  # the boundary cuts the second
-    twice = bootstrap.cvar(np.array([1.0, 5.0]), np.array([[3, 1], [3, 1]]), 0.5)
-    assert twice.high == pytest.approx(3.0)  # the worst half of 5, 1, 1, 1
 
 
 def suite(count: int = 40) -> list[Pair]:

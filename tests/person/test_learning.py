@@ -4,7 +4,6 @@ objective that `optimize` reads.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 import yaml
 
 from optimizer.cli import compose
-from optimizer.errors import ConfigError, TextError
+from optimizer.errors import TextError
 from optimizer.metrics.objective import Meaning, shares
 from optimizer.person import learning, meaning_file, statistics
 from optimizer.person.learning import Column, Settings
@@ -225,49 +224,6 @@ def test_names_from_files_end_no_comment(tmp_path: Path) -> None:
     votes = simulated({"russian": 6.0}, 40, 11, judge="eve\ncvar: 5")
     text = meaning_file.text(learning.learn(votes, Settings()), "a\nb", tmp_path)
     assert yaml.safe_load(text)["cvar"] != 5
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "holds no objective"),
-        ("- 1", "holds no objective"),
-        ("mood: 1", "mood is no part of an objective"),
-        ("cvar: much", "cvar is a number, not 'much'"),
-        ("cvar: true", "cvar is a number, not True"),
-        ("domains: russian", "domains is a list of texts"),
-        ("phenomena: [1]", "phenomena is a list of texts"),
-        ("combine: null", "combine is a text"),
-        ("pairs: [a]", "pairs is a text"),
-        ("a: [", "can't be read as an objective"),
-        ("!!python/object/apply:os.system ['true']", "can't be read as an objective"),
-    ],
-)
-def test_a_wrong_file_is_explained(tmp_path: Path, text: str, message: str) -> None:
-    file = tmp_path / "meaning.yaml"
-    file.write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        Meaning.load(file)
-
-
-def test_a_missing_file_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="can't be read as an objective"):
-        Meaning.load(tmp_path / "none.yaml")
-
-
-@pytest.mark.parametrize(
-    ("phenomena", "message"),
-    [(["negation * 0"], "above 0"), (["* 2"], "names with"), (["a", "a * 2"], "twice"),
-     (["a * nan"], "above 0")],
-)  # fmt: skip
-def test_wrong_phenomena_are_explained(phenomena: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        shares(phenomena)
-
-
-def test_shares_add_up() -> None:
-    assert shares(["a * 3", "word sense"]) == {"a": 0.75, "word sense": 0.25}
-    assert math.isclose(sum(shares(["a", "b", "c * .5"]).values()), 1)
 
 
 def test_learn_is_a_command(mezzotint: Command, tmp_path: Path) -> None:
