@@ -74,6 +74,11 @@ def test_untouched_is_two_bytes_a_weight() -> None:
     assert UNTOUCHED.code_bits == 16
 
 
+def test_llama_cpps_blocks_are_one_tensor() -> None:
+    assert Precision.ggml("q4_k").parts(3, 512) == {"blocks": ("U8", (3, 2 * 144))}
+    assert Precision.ggml("q8_0").bytes(3, 64) == 3 * 2 * 34
+
+
 def test_int4_in_groups_of_64_is_what_a_person_computes() -> None:
     """Per row of 576: 288 bytes of codes, 9 scales of 2 bytes, 9 zero points in 5 bytes."""
     assert Precision("int", 4, 64).bytes(10, 576) == 10 * (288 + 18 + 5)
@@ -271,7 +276,9 @@ def test_a_tied_embedding_is_the_head_too() -> None:
 def test_a_pattern_that_matches_nothing_is_an_error_with_examples(pattern: str) -> None:
     with pytest.raises(ConfigError) as error:
         INVENTORY.scoped(["blocks", pattern])
-    assert repr(pattern) in str(error.value) and "lm_head.weight" in str(error.value)
+    said = str(error.value)
+    assert repr(pattern) in said and "of the 12 layers" in said
+    assert "(for example model.embed.weight, model.layers.1.q_proj.weight, lm_head.weight)" in said
 
 
 def test_glob_is_over_the_whole_name_and_takes_dots_literally() -> None:
