@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimizer.models.model import Model
-from optimizer.plan import Inventory, Layer, Precision
+from optimizer.plan import Precision
 from optimizer.sensitivity import Task
 from optimizer.sensitivity import estimator as estimator_of
 from optimizer.sensitivity.fisher import (
@@ -27,9 +26,8 @@ from optimizer.sensitivity.fisher import (
     tokenwise,
 )
 from optimizer.sensitivity.hessian import _math_attention, kronecker, trace
+from tests.sensitivity.conftest import NAMES, VOCABULARY
 
-VOCABULARY = 5
-NAMES = ("model.layers.0.self_attn.v_proj.weight", "model.layers.0.mlp.down_proj.weight")
 SMALL, LARGE = Precision("int", 8), Precision("int", 2)
 
 
@@ -51,32 +49,6 @@ class Nudge:
 
 def draws(logits: Tensor, seed: list[int]) -> np.ndarray:
     return np.random.default_rng(seed).random((len(logits), 1))
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Model:
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=8, intermediate_size=6, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
-    )  # fmt: skip
-    net = LlamaForCausalLM(config).eval().requires_grad_(False)
-    for value in net.parameters():
-        if value.ndim > 1:
-            torch.nn.init.normal_(value, std=0.5)
-    layers = tuple(
-        Layer(
-            n,
-            *net.get_parameter(n).shape,
-            "linear",
-            n.split(".")[-2],
-            0,
-            n,
-            tuple(net.get_parameter(n).shape),
-        )
-        for n in NAMES
-    )
-    return Model(net, Inventory(layers, (), "F16"), None)  # type: ignore[arg-type]  # nothing reads its files
 
 
 def task(groups: tuple[tuple[str, ...], ...] = ((NAMES[0],), (NAMES[1],)), **more: Any) -> Task:

@@ -1,0 +1,64 @@
+"""Slopes at a plan against differences of the measured loss, on the model of five tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from optimizer.data.text import Windows
+from optimizer.metrics.divergence import Teacher
+from optimizer.metrics.objective import Objective
+from optimizer.models.model import Model
+from optimizer.sensitivity.slope import Beside, slopes
+from tests.sensitivity.conftest import NAMES
+from tests.sensitivity.test_fisher import LARGE, Nudge, task
+
+PARTS = (np.array([0, 2]), np.array([1]))
+STEP = 1e-3
+
+
+def loss(model: Model, teacher: Teacher, windows: np.ndarray, beside: Beside | None) -> float:
+    total = np.mean([teacher.window(model.net, int(w)) for w in windows])
+    rest = [] if beside is None else [float(beside(int(w)).detach()) for w in windows]
+    return float(total + (np.mean(rest) if rest else 0.0))
+
+
+@pytest.mark.parametrize("tail", [0.0, 0.7])
+@pytest.mark.parametrize("more", [False, True])
+def test_a_slope_is_the_derivative_along_the_rounded_weights(
+    tiny: Model, tail: float, more: bool
+) -> None:
+    ids = np.random.default_rng(2).integers(5, size=(3, 9))
+    teacher, nudge = Teacher(tiny.net, Windows(ids, np.arange(3))), Nudge(0.05)
+    teacher.objective = Objective(tail, 0.5, 0.01)
+    work = task(quantizer=nudge)
+
+    def beside(window: int) -> Tensor:
+        """Of window 2 nothing counts, and it has no gradient."""
+        if window == 2:
+            return torch.zeros(())
+        value = tiny.net.get_parameter(NAMES[window]).sum()
+        return (1 + window) * value
+
+    extra = beside if more else None
+    with tiny.rounded(nudge, dict.fromkeys(NAMES, LARGE)):
+        found = slopes(tiny, work, teacher, PARTS, extra)
+        assert found.shape == (2, 2, 3)
+        for g, name in enumerate(NAMES):
+            live = tiny.net.get_parameter(name)
+            before = live.detach().clone()
+            for c, column in enumerate(work.columns):
+                way = nudge.round(tiny.reference(name), work.fitted[name, column], name)
+                for part, windows in enumerate(PARTS):
+                    values = []
+                    for sign in (1, -1):
+                        with torch.no_grad():
+                            live.copy_(before + sign * STEP * way)
+                        values.append(loss(tiny, teacher, windows, extra))
+                    with torch.no_grad():
+                        live.copy_(before)
+                    wanted = (values[0] - values[1]) / (2 * STEP)
+                    assert found[part, g, c] == pytest.approx(wanted, rel=0.02, abs=2e-4)
+    assert not any(p.requires_grad for p in tiny.net.parameters())
