@@ -11,9 +11,18 @@ MezzotintError             a user can act on it: says the rule, the value, the r
 
 from __future__ import annotations
 
+LONGEST = 4000  # characters of a message
+
 
 class MezzotintError(Exception):
-    """Base of the tree; `str(error)` is one paragraph for a person."""
+    """Base of the tree; `str(error)` is one paragraph for a person, however long a name or a value in
+    it is: the middle is left out."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) <= LONGEST:
+            return text
+        return f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}"
 
 
 class ConfigError(MezzotintError):

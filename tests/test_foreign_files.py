@@ -187,6 +187,21 @@ def test_a_campaign_of_mutated_plans(
     assert 0 < taken < PLANS
 
 
+@pytest.mark.campaign
+def test_a_campaign_of_mutated_nested_plans(
+    run: Path, nested_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = tmp_path / "nested"
+    both.mkdir()
+    shutil.copyfile(run / "run.json", both / "run.json")
+    shutil.copyfile(nested_plan, both / "plan.json")
+    taken = 0
+    for seed in range(OTHERS):
+        taken += one_plan(both, tmp_path, random.Random(seed))
+        capsys.readouterr()
+    assert 0 < taken < OTHERS
+
+
 def test_some_mutated_plans(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in range(60):
         one_plan(run, tmp_path, random.Random(PLANS + seed))

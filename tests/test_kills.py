@@ -136,10 +136,9 @@ def test_identical_searches_at_once_end_as_one_alone_does(
             f"store={tmp_path / kept}",
             f"hydra.run.dir={tmp_path / name}",
         ]
-        return subprocess.Popen(
-            [sys.executable, "-m", "optimizer", *call],
-            stdout=(tmp_path / f"{name}.log").open("wb"), stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        command = [sys.executable, "-m", "optimizer", *call]
+        with (tmp_path / f"{name}.log").open("wb") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log)
 
     for kept in ("one", "many"):
         shutil.copytree(store / "models", tmp_path / kept / "models")

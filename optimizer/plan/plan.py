@@ -289,7 +289,9 @@ class Plan:
                 'delete the "checksum" line and the rest is checked instead.'
             )
         if "checksum" not in data:  # what was measured may be another plan
-            body.pop("certificate", None)
+            body = _unmeasured(body)
+            if isinstance(body.get("refinement"), dict):
+                body["refinement"] = _unmeasured(body["refinement"])
         try:
             plan = cls._build(body)
         except (ValueError, ConfigError) as error:
@@ -374,6 +376,11 @@ class Plan:
                 f"bytes, but they take {found}. It was changed by hand: correct bytes, or make "
                 "it again."
             )
+
+
+def _unmeasured(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what was measured of it: a certificate, a refinement's thresholds."""
+    return {key: value for key, value in data.items() if key not in ("certificate", "hard")}
 
 
 _KEYS = (

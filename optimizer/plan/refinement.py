@@ -77,7 +77,7 @@ class Refinement:
             key: Precision(row.kind, row.bits, row.group_size, row.symmetric)
             for key, row in data.palette.items()
         }
-        rest = data.model_dump(exclude={"palette", "bytes"})
+        rest = data.model_dump(exclude={"palette", "bytes"}, by_alias=True, exclude_unset=True)
         return cls(palette=palette, bytes={str(k): n for k, n in data.bytes.items()}, **rest)
 
     def check(

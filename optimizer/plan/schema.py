@@ -78,9 +78,6 @@ class Row(Fields):
     """One plan or text; a measure that it has is an interval."""
 
     name: LineOfText
-    bytes: Count = 0
-    documents: Count = 0
-    tokens: Count = 0
     kl: Interval
     kl_p99: Interval | None = None
     kl_p999: Interval | None = None
@@ -93,6 +90,15 @@ class Row(Fields):
     overlap: Interval | None = None
     cosine: Interval | None = None
     cosine_p99: Interval | None = None
+
+
+class PlanRow(Row):
+    bytes: Count
+
+
+class TextRow(Row):
+    documents: Count
+    tokens: Count
 
 
 class Rival(Fields):
@@ -110,6 +116,7 @@ class Line(Fields):
 
 class Versus(Fields):
     uniform: Rival | None = None
+    fitting: Rival | None = None
     line: Line | None = None
 
 
@@ -168,8 +175,8 @@ class Meaning(Fields):
     state: Literal["within", "over", "open", "lossy", "lossless"]
     tolerance: Tolerance
     findings: list[Finding]
-    texts: Annotated[list[Row], Field(min_length=1)]
-    noise: list[Row]
+    texts: Annotated[list[TextRow], Field(min_length=1)]
+    noise: list[TextRow]
     documents: list[Moved]
     half_of_loss: Count
     unit: Unit = "token"
@@ -194,7 +201,7 @@ class Certificate(Fields):
     documents: Count
     tokens: Count
     interval: Words
-    rows: Annotated[list[Row], Field(min_length=1)]
+    rows: Annotated[list[PlanRow], Field(min_length=1)]
     versus: Versus
     unit: Unit = "token"
     verdict: Words
@@ -215,7 +222,7 @@ def _measured(rows: Sequence[Row], unit: str) -> None:
         for name in MEASURES[unit]:
             if getattr(row, name) is None:
                 raise ValueError(f"the row {row.name[:40]} lacks {name}")
-        if not known <= row.model_fields_set | {"bytes", "documents", "tokens"}:
+        if not known <= row.model_fields_set:
             raise ValueError(f"the row {row.name[:40]} lacks what the first one has")
 
 
@@ -276,6 +283,11 @@ class Point(Fields):
     kl: Number
 
 
+class Heldout(Fields):
+    share: Annotated[float, Field(ge=0, le=1)]
+    kl: Interval
+
+
 class Hard(Fields):
     """points: on search text, by share. heldout: one of them, measured on held-out text. weights,
     bias: of the probe, see `optimizer.models.planes.Signal`."""
@@ -284,8 +296,28 @@ class Hard(Fields):
     weights: Annotated[list[Weight], Field(max_length=100_000)] = Field(default_factory=list)
     bias: Weight = 0.0
     points: Annotated[list[Point], Field(min_length=1, max_length=100)]
-    share: Annotated[float, Field(ge=0, le=1)] = 0.2
-    heldout: dict[str, Any] = Field(default_factory=dict)
+    share: Annotated[float, Field(ge=0, le=1)]
+    heldout: Heldout
+
+
+class Both(Fields):
+    base: Interval
+    refined: Interval
+
+
+class Nested(Fields):
+    """What was measured of a nested plan on held-out text."""
+
+    kl: Both
+    acceptance: Interval
+    base_beside: Annotated[Interval | None, Field(alias="base over separate")] = None
+    refined_beside: Annotated[Interval | None, Field(alias="refined over separate")] = None
+
+    @model_validator(mode="after")
+    def _separate(self) -> Nested:
+        if (self.base_beside is None) != (self.refined_beside is None):
+            raise ValueError("base and refined over separate are given together, or not at all")
+        return self
 
 
 class Refined(Fields):
@@ -293,8 +325,8 @@ class Refined(Fields):
     layers: dict[Name, Name]
     bytes: dict[Literal["quantized", "container", "total"], Count]
     size: Count
-    predicted: dict[str, Any]
-    certificate: dict[str, Any] = Field(default_factory=dict)
+    predicted: Promise
+    certificate: Nested | Empty = Empty()
     hard: Hard | Empty = Empty()
 
 

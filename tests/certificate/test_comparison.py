@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
@@ -19,6 +20,8 @@ from optimizer.certificate.comparison import (
 from optimizer.certificate.wording import FEW
 from optimizer.metrics.bootstrap import resamples
 from optimizer.metrics.divergence import Scores
+from optimizer.plan import schema
+from optimizer.untrusted import checked
 
 DOCUMENTS = np.repeat(np.arange(20), 3)  # 20 documents of 3 windows
 
@@ -251,3 +254,37 @@ def test_verdicts(gap: tuple[float, float, float], words: str) -> None:
 
 def test_without_a_rival_nothing_is_claimed() -> None:
     assert "nothing is claimed" in verdict({}, 100)
+
+
+@pytest.mark.parametrize(
+    ("size", "beside"), [(350, {"uniform", "line"}), (200, {"uniform"}), (900, {"fitting"})]
+)
+def test_a_certificate_is_what_a_plan_may_hold(size: int, beside: set[str]) -> None:
+    found = certify(candidate("plan", size, 0.2), UNIFORMS, [candidate("random", 350, 1.0)], 0)
+    whole = checked(schema.Certificate, json.loads(json.dumps(found)))
+    assert whole.model_extra == {} and whole.versus.model_extra == {}
+    assert found["versus"].keys() == beside
+    names = ["plan", "int3", "int4", "int6", "int8", "random"]
+    assert [row.name for row in whole.rows] == names and whole.rows[1].bytes == 300
+    assert (whole.documents, whole.tokens, whole.unit) == (20, 240, "token")
+    assert whole.interval == "95% bootstrap over documents"
+    if "line" in beside:
+        assert whole.versus.line is not None and whole.versus.line.name == "line int3 to int4"
+        assert whole.versus.line.kl == pytest.approx(0.6, rel=0.02)
+
+
+def test_the_tail_and_the_drift_are_their_definitions() -> None:
+    one = scores(np.random.default_rng(3).exponential(1, (60, 4)))
+    stats = describe(one, resamples(DOCUMENTS, rng()))
+    flat = np.sort(one.kl.ravel())[::-1]
+    assert stats["kl_p999"].value == pytest.approx(np.quantile(one.kl, 0.999))
+    assert stats["kl_cvar99"].value == pytest.approx((flat[0] + flat[1] + 0.4 * flat[2]) / 2.4)
+    change = np.exp(-one.nll.astype(float)) - np.exp(-one.nll_reference.astype(float))
+    assert stats["drift"].value == pytest.approx(np.sqrt((change**2).mean()))
+    assert stats["drift"].low < stats["drift"].value < stats["drift"].high
+
+
+def test_a_loss_of_nothing_has_a_ratio() -> None:
+    none = scores(np.zeros((60, 4)))
+    found = ratio(none, lambda c: np.zeros(len(c)), resamples(DOCUMENTS, rng()))
+    assert (found.value, found.low, found.high) == (0, 0, 0)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 
-from optimizer.certificate import equivalence, wording
+from optimizer.certificate import equivalence
 from optimizer.certificate.equivalence import (
     MOST,
     concentration,
@@ -25,6 +25,8 @@ from optimizer.certificate.wording import FEW, MAIN, in_short, in_words
 from optimizer.errors import ConfigError
 from optimizer.metrics.bootstrap import per_document
 from optimizer.metrics.divergence import Scores
+from optimizer.plan import schema
+from optimizer.untrusted import checked
 
 
 def made(kl: np.ndarray, flips: float = 0.01, lost: float = 0.0, seed: int = 0) -> Scores:
@@ -272,12 +274,21 @@ def test_a_tolerance_of_nothing_is_refused(limits: dict[str, float]) -> None:
         Tolerance(**limits).check()
 
 
-def test_greedy_words() -> None:
-    cell = {"value": 0.25, "low": 0.2, "high": 0.3}
-    found = {
-        "limit": 64, "prompts": 16, "never": 9, "mean": {"value": 50.0, "low": 40.0, "high": 60.0},
-        "median": {"value": None}, "repeated": {"plan": cell, "reference": cell},
-    }  # fmt: skip
-    assert "9 of 16 never part" in wording.greedy_words(found)
-    assert "most to the end" in wording.greedy_words(found)
-    assert "12 or fewer" in wording.greedy_words(found | {"median": {"value": 12.0}})
+@pytest.mark.parametrize("domains", [(), ("code", "law")])
+def test_an_answer_is_what_a_plan_may_hold(domains: tuple[str, ...]) -> None:
+    texts = {name: made(even(0.003, seed=i)) for i, name in enumerate((MAIN, *domains))}
+    found = judge(texts, {"law": 2.0}, {"itself": made(even(1e-6))}, Tolerance(), 0)
+    whole = checked(schema.Meaning, json.loads(json.dumps(found)))
+    assert not (whole.model_extra or {}).keys() - {"verdict"}
+    assert [row.name for row in whole.texts] == [MAIN, *domains]
+    assert [(row.documents, row.tokens) for row in whole.noise] == [(24, 24 * 60)]
+    assert (whole.mcnemar is not None) and (whole.worst_domain is not None) == bool(domains)
+    assert all(finding.model_extra == {} for finding in whole.findings)
+
+
+def test_parts_of_the_first_text_are_no_documents_of_their_own() -> None:
+    texts = {MAIN: made(even(0.003)), "code": made(even(0.9))}
+    moved = judge(texts, {}, {}, Tolerance(), 0)["documents"]
+    assert {one["text"] for one in moved} == {"code"} and len(moved) == equivalence.WORST
+    moved = judge(texts, {}, {}, Tolerance(), 0, parts=["code"])["documents"]
+    assert {one["text"] for one in moved} == {MAIN}

@@ -22,7 +22,7 @@ from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import Precision
 from optimizer.quantization.uniform import Nearest
 from optimizer.reports.html import blur_map as page
-from tests.certificate.test_pairs import story_plan
+from tests.commands.test_probe import story_plan
 from tests.conftest import Command
 
 NASTY = 'Mia <script>alert(1)</script> & "went" \x1b[31m to \u202e the garden . </body>\n'

@@ -60,7 +60,7 @@ def refined(**changes: Any) -> Plan:
         layers={name: p.name for name, p in planes.items()},
         bytes=plane_bytes(small_inventory("F16"), planes),
         size=9999,
-        predicted={"kl": 0.01},
+        predicted={"kl": 0.01, "stderr": 0.001},
     )
     return replace(plan, refinement=replace(whole, **changes))
 
@@ -118,3 +118,46 @@ def test_llama_cpps_blocks_cant_be_refined() -> None:
         plan.refinement.check("here", choice, plan.shapes)
     with pytest.raises(PlanError, match=f"{FIRST} with"):
         plan.refinement.check("here", plan.choice, {SECOND: (6, 64)})
+
+
+SURE = {"value": 0.1, "low": 0.1, "high": 0.1}
+PROOF: dict[str, Any] = {"kl": {"base": SURE, "refined": SURE}, "acceptance": SURE}
+BESIDE = PROOF | {"base over separate": SURE, "refined over separate": SURE}
+POINT = {"share": 0.2, "threshold": 1.0, "kl": 0.1}
+HARD: dict[str, Any] = {
+    "signal": "entropy", "points": [POINT], "share": 0.2, "heldout": {"share": 0.2, "kl": SURE}
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("proof", [{}, PROOF, BESIDE])
+@pytest.mark.parametrize("hard", [{}, HARD])
+def test_what_was_measured_of_both_comes_back_as_it_was(
+    proof: dict[str, Any], hard: dict[str, Any]
+) -> None:
+    plan = refined(certificate=proof, hard=hard)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"certificate": {"kl": PROOF["kl"]}}, "acceptance"),
+        ({"certificate": PROOF | {"kl": {"base": SURE}}}, r"kl\.refined"),
+        ({"certificate": PROOF | {"base over separate": SURE}}, "given together"),
+        ({"hard": {"signal": "entropy", "points": [POINT]}}, "hard"),
+        ({"hard": HARD | {"heldout": {}}}, r"heldout\.share"),
+        ({"hard": HARD | {"signal": "mood"}}, "signal"),
+        ({"predicted": {}}, r"predicted\.kl"),
+    ],
+)
+def test_half_of_what_was_measured_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        Plan.from_json(refined(**changes).to_json())
+
+
+def test_what_was_measured_of_a_plan_changed_by_hand_is_left_out() -> None:
+    plan = refined(certificate=PROOF, hard=HARD)
+    data = plan.to_json()
+    del data["checksum"]
+    found = Plan.from_json(data)
+    assert found.refinement == refined().refinement and not found.certificate

@@ -12,7 +12,7 @@ from optimizer.errors import PlanError
 from optimizer.plan import Plan, digest
 from tests.plan.test_plan import CERTIFICATE, SURE, example
 
-TEXT = {**CERTIFICATE["rows"][0], "name": "prose"}  # type: ignore[index]
+TEXT = {**CERTIFICATE["rows"][0], "name": "prose", "documents": 9, "tokens": 90}  # type: ignore[index]
 MEANING: dict[str, Any] = {
     "state": "open",
     "tolerance": {"kl": 0.1, "flips": 0.1, "accuracy": 0.1},
@@ -73,7 +73,6 @@ TAKEN: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no domain": meaning(lambda m: (m.pop("worst_domain"), m.pop("weighted_kl"))),
     "no greedy text": meaning(lambda m: m.pop("greedy")),
     "a row more": second(),
-    "a row without bytes": second(bytes=None),
     "a row with a measure of its own": second(drift=SURE),
     "no caches": lambda d: d.update(provenance={}, kv=4),
     "another cache that was tried": lambda d: d.update(kv=8),
@@ -87,6 +86,13 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "meaning of a word": (lambda d: d["certificate"].update(meaning={"state": "open"}), "meaning"),
     "the plan isn't first": (row(lambda r: r.update(name="uniform")), "the first row isn't"),
     "a token's measure is missing": (row(lambda r: r.pop("ear")), "the row plan lacks ear"),
+    "a row without bytes": (second(bytes=None), r"rows\.1\.bytes: Field required"),
+    "a text without documents": (
+        meaning(lambda m: m["texts"][0].pop("documents")), r"texts\.0\.documents"
+    ),
+    "noise without tokens": (
+        meaning(lambda m: m["noise"].append({**TEXT, "tokens": None})), r"noise\.0\.tokens"
+    ),
     "a second row without it": (second(flips=None), "the row uniform lacks flips"),
     "less than the first": (
         lambda d: (row(lambda r: r.update(drift=SURE))(d), second(drift=None)(d)),

@@ -14,7 +14,7 @@ from optimizer.commands import inspect
 from optimizer.errors import ConfigError
 from optimizer.plan import Budget, Plan
 from optimizer.stages.session import View
-from tests.certificate.test_pairs import story_pairs
+from tests.commands.test_probe import story_pairs
 from tests.conftest import QUICK
 
 MACHINE = ["budget=pi3_1gb", "budget.overhead=0", "budget.usable=1", "budget.context=256"]

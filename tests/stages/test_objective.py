@@ -30,8 +30,8 @@ from optimizer.sensitivity import Task, fisher, slope
 from optimizer.stages import certify, objective, session
 from optimizer.stages.objective import Beside
 from optimizer.stages.table import measure_table
-from tests.certificate.test_pairs import story_pairs
 from tests.commands.test_optimize import settings
+from tests.commands.test_probe import story_pairs
 
 USED = 4
 
