@@ -176,7 +176,7 @@ def one_plan(run: Path, tmp_path: Path, rng: random.Random) -> bool:
     return taken
 
 
-@pytest.mark.campaign
+@pytest.mark.slow
 def test_a_campaign_of_mutated_plans(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,7 +187,7 @@ def test_a_campaign_of_mutated_plans(
     assert 0 < taken < PLANS
 
 
-@pytest.mark.campaign
+@pytest.mark.slow
 def test_a_campaign_of_mutated_nested_plans(
     run: Path, nested_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,7 +220,7 @@ def one_run(run: Path, tmp_path: Path, rng: random.Random) -> bool:
     return taken
 
 
-@pytest.mark.campaign
+@pytest.mark.slow
 def test_a_campaign_of_mutated_runs(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -283,7 +283,7 @@ def one_file(model: Path, tmp_path: Path, name: str, rng: random.Random) -> bool
     return taken
 
 
-@pytest.mark.campaign
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(MODEL_FILES))
 def test_a_campaign_of_mutated_model_files(model: Path, tmp_path: Path, name: str) -> None:
     taken = [one_file(model, tmp_path, name, random.Random(seed)) for seed in range(OTHERS)]

@@ -168,6 +168,7 @@ def test_greedy_texts_in_a_sentence() -> None:
     }  # fmt: skip
     assert wording.in_words({"half_of_loss": 0, "greedy": greedy}) == [
         "Greedy texts of 64 tokens stay the same for 50.0 tokens on average (95 %: 40.0 to 60.0), "
-        "half of them for 12 or fewer; 9 of 16 never part. Repeated 4-grams: 25.0 %, the reference 12.5 %."
+        "half of them for 12 or fewer; 9 of 16 never part. Repeated "
+        "4-grams: 25.0 %, the reference 12.5 %."
     ]
     assert "most to the end" in wording.greedy_words(greedy | {"median": {"value": None}})
