@@ -17,7 +17,7 @@ from optimizer.commands.deploy import check_language_model, check_names, codes_o
 from optimizer.config import profile
 from optimizer.data import pairs
 from optimizer.errors import ConfigError, ModelError, PlanError
-from optimizer.formats import lm_eval, recipes, registry
+from optimizer.formats import lm_eval, mlx, recipes, registry
 from optimizer.formats.format import Format, Subject, format_of, formats
 from optimizer.formats.model_card import card
 from optimizer.formats.rules import Verdict
@@ -198,6 +198,8 @@ def _read_back(
         words = net.get_output_embeddings().weight.shape[0]
         wanted = read_back.log_probabilities(net, read_back.window(words))
         del net
+    if job.engine == "mlx":
+        return [mlx.by_mlx(draft, wanted, job.inventory.dtype == "BF16")]
     halves = job.engine != "transformers" or loading(job.source.folder, job.inventory).halves(
         job.plan
     )

@@ -203,6 +203,24 @@ class AutoRound(Gptq):
         return replace(super().demands(runtime, subject), holds=holds)
 
 
+class Mlx(Checkpoint):
+    """mlx-lm's format."""
+
+    name = "mlx"
+    run = "mlx_lm.generate --model THIS_FOLDER --prompt TEXT  # pip install mlx-lm"
+    allowed = 2.0**-7  # scales and biases in the model's own 16 bits
+
+    def module(self) -> Any:
+        from optimizer.formats import mlx
+
+        return mlx
+
+    def holds(self, layer: Layer, precision: Precision) -> str | None:
+        from optimizer.formats import mlx
+
+        return mlx.holds(layer, precision)
+
+
 class LlamaCpp(Format):
     """A GGUF file."""
 
@@ -247,7 +265,7 @@ class LlamaCpp(Format):
 
 
 BUILT_IN: dict[str, type[Format]] = {
-    made.name: made for made in (Torch, Vllm, Transformers, AutoRound, Gptq, LlamaCpp)
+    made.name: made for made in (Torch, Vllm, Transformers, AutoRound, Gptq, Mlx, LlamaCpp)
 }
 
 

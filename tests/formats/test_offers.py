@@ -42,7 +42,7 @@ def drawn(found: Choices, rng: np.random.Generator, model: Wide | Small, fingerp
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("runtime", ["torch", "llamacpp", *CHECKPOINTS])
+@pytest.mark.parametrize("runtime", ["torch", "llamacpp", "mlx", *CHECKPOINTS])
 def test_whatever_may_be_chosen_is_accepted(wide: Wide, runtime: str) -> None:
     found, rng = offered(runtime, wide), np.random.default_rng(0)
     for _ in range(8):
@@ -57,7 +57,16 @@ def test_whatever_may_be_chosen_is_accepted(wide: Wide, runtime: str) -> None:
         assert not found.notes
 
 
-@pytest.mark.parametrize("runtime", CHECKPOINTS)
+@pytest.mark.parametrize("runtime", ["vllm", "transformers"])
+def test_floats_that_may_be_chosen_are_accepted(wide: Wide, runtime: str) -> None:
+    found = offered(runtime, wide, "palette=blackwell")
+    assert {"nvfp4", "mxfp4", "fp8", "none"} == set(found.columns)
+    for seed in range(4):
+        plan = drawn(found, np.random.default_rng(seed), wide, wide.fingerprint)
+        assert not export.check(plan, runtime, str(wide.store)).errors
+
+
+@pytest.mark.parametrize("runtime", [*CHECKPOINTS, "mlx"])
 def test_every_architecture_is_refused_or_accepted(
     small: Small, runtime: str, tmp_path: Path
 ) -> None:

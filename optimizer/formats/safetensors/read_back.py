@@ -31,16 +31,17 @@ WINDOW = 32  # tokens
 # (8e-4 in a random model of four experts).
 ALLOWED, ALLOWED_HALVES = 1e-5, 1e-2
 SEED = 0
-# engine -> (import name, distribution) of what transformers needs for its folders
+# engine -> (import name, distribution) of what reads its folders, transformers itself aside
 NEEDS = {
     "transformers": ("compressed_tensors", "compressed-tensors"),
     "autoround": ("auto_round", "auto-round"),
     "gptq": ("gptqmodel", "gptqmodel"),
+    "mlx": ("mlx_lm", "mlx-lm"),  # on Linux with mlx-cpu
 }
 
 
 def lacking(engine: str, inventory: Inventory) -> str | None:
-    """Why transformers can't read the engine's folder here; None if it can."""
+    """Why nothing but our own code can read the engine's folder here; None if something can."""
     name, distribution = NEEDS[engine]
     if importlib.util.find_spec(name) is None:
         return (
