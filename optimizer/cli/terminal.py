@@ -95,10 +95,10 @@ def verdict(out: Console, found: Verdict) -> None:
         note(out, error, "would fail:", "red")
     if found.errors:
         return
-    out.print(
-        f"{found.engine} loads and executes this plan: {found.bytes} bytes of weights.",
-        markup=False,
-    )
+    told = f"{found.engine} loads and executes this plan: {found.bytes} bytes of weights."
+    if found.bytes is None:
+        told = f"{found.engine} can make this plan's model itself; the recipe has no weights."
+    out.print(told, markup=False)
     for key, stored in sorted(found.stored.items()):
         if key != stored:
             out.print(f"  {key} is stored as {stored}", markup=False)

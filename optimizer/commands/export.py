@@ -18,7 +18,7 @@ from optimizer.config import profile
 from optimizer.data import pairs
 from optimizer.errors import ConfigError, ModelError, PlanError
 from optimizer.formats import lm_eval, mlx, recipes, registry
-from optimizer.formats.format import Format, Subject, format_of, formats
+from optimizer.formats.format import Format, Recipe, Subject, format_of, formats
 from optimizer.formats.model_card import card
 from optimizer.formats.rules import Verdict
 from optimizer.formats.safetensors.loader import loading
@@ -122,7 +122,7 @@ def export(
     plan = job.plan
     verdict = job.check()
     verdict.require()
-    if to in RECIPES:
+    if to in RECIPES or isinstance(job.format, Recipe):
         folders.publish(out, lambda draft: _recipe(job, to, draft))
         return verdict
     tensors = _stored(job, packed, Store.open(store, view.note), view)
@@ -154,8 +154,10 @@ def _recipe(job: Job, to: str, draft: Path) -> None:
     if to == "llama-quantize":
         assert job.base is not None
         recipes.llama_quantize(job.plan, job.inventory, job.base, draft)
-    else:
+    elif to == "llm-compressor":
         recipes.llm_compressor(job.plan, job.inventory, draft)
+    else:
+        job.format.write(job.plan, job.subject, {}, draft)
     folders.seal(job.plan, draft, {"recipe": to})
 
 

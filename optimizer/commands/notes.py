@@ -171,8 +171,13 @@ def file(config: Optimize, bench: Bench, chosen: Choices, plan: Plan) -> list[st
     runtime = config.runtime
     subject = Subject(bench.inventory, bench.source.folder, chosen.base)
     verdict = registry.check(plan, runtime, subject)
-    if verdict.errors or verdict.bytes is None:
+    if verdict.errors:
         return [f"{runtime.name} would not run this plan: {' '.join(verdict.errors)}"]
+    if verdict.bytes is None:
+        return [
+            f"As a recipe: mezzotint export plan.json to={runtime.name} out=DIR.",
+            *verdict.notes,
+        ]
     left = outside(bench.inventory, chosen, plan, verdict.bytes)
     if not format_of(runtime.name).larger:
         return left

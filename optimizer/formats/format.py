@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -221,6 +222,58 @@ class Mlx(Checkpoint):
         return mlx.holds(layer, precision)
 
 
+class Recipe(Format):
+    """A plan as another tool's input: files without weights, written by the module of its name."""
+
+    larger = False
+
+    def module(self) -> Any:
+        return import_module(f"optimizer.formats.{self.name.replace('-', '_')}")
+
+    def runtime(self) -> Runtime:
+        own = self.module()
+        return Runtime(name=self.name, executes=own.EXECUTES, experts=own.EXPERTS)
+
+    def holds(self, layer: Layer, precision: Precision) -> str | None:
+        found: str | None = self.module().holds(layer, precision)
+        return found
+
+    def checker(self, runtime: Runtime, subject: Subject) -> Callable[[Plan], Verdict]:
+        demands, module = self.demands(runtime, subject), self.module()
+
+        def check(plan: Plan) -> Verdict:
+            errors = demands.errors(plan, subject.inventory)
+            errors += module.refused(plan, subject.inventory)
+            if not rules.quantized(plan, subject.inventory):
+                errors.append(f"A recipe for {self.name} quantizes layers; this plan has none.")
+            notes = (*demands.notes, *module.NOTES)
+            return Verdict(self.name, tuple(errors), () if errors else notes)
+
+        return check
+
+    def write(self, plan: Plan, subject: Subject, packed: Mapping[str, Tensor], out: Path) -> None:
+        del packed
+        self.module().write(plan, subject.inventory, out)
+
+
+class ModelOpt(Recipe):
+    """NVIDIA ModelOpt's quantize.py and hf_quant_config.json."""
+
+    name = "modelopt"
+
+
+class VllmOnline(Recipe):
+    """vLLM's --quantization-config."""
+
+    name = "vllm-online"
+
+
+class Exl3(Recipe):
+    """exllamav3's overrides for util/recompile.py."""
+
+    name = "exl3"
+
+
 class LlamaCpp(Format):
     """A GGUF file."""
 
@@ -265,7 +318,19 @@ class LlamaCpp(Format):
 
 
 BUILT_IN: dict[str, type[Format]] = {
-    made.name: made for made in (Torch, Vllm, Transformers, AutoRound, Gptq, Mlx, LlamaCpp)
+    made.name: made
+    for made in (
+        Torch,
+        Vllm,
+        Transformers,
+        AutoRound,
+        Gptq,
+        Mlx,
+        LlamaCpp,
+        ModelOpt,
+        VllmOnline,
+        Exl3,
+    )
 }
 
 

@@ -19,7 +19,8 @@ from optimizer import untrusted
 from optimizer.formats.runtime import Runtime
 from optimizer.plan import Layer
 
-IN_VLLM = ("vllm", "autoround", "gptq")  # engines whose files vLLM loads
+# engines whose files vLLM loads
+IN_VLLM = ("vllm", "autoround", "gptq", "modelopt", "vllm-online")
 FILE = "vllm_joined.json"
 
 
