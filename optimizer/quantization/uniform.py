@@ -19,6 +19,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from optimizer.errors import ConfigError
 from optimizer.plan import FLOATS, GGML, TRITS_PER_BYTE, Precision, packed_bytes
 from optimizer.quantization import floats, ggml, ggml_native
 
@@ -256,6 +257,8 @@ def _is_sign(precision: Precision) -> bool:
 
 def levels_of(w: Tensor, precision: Precision, shrink: float = 1.0) -> Levels:
     """Grouped weights [..., g] -> their levels [..., 1]. shrink: of the range of integers."""
+    if precision.kind not in ("int", "ternary"):
+        raise ConfigError(f"{precision.name} has no uniform levels; see `Nearest.encode`.")
     zero = torch.zeros_like(w[..., :1])
     if precision.kind == "ternary":  # (4)
         size = w.abs()
