@@ -117,7 +117,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "greedy text of one model": (
         meaning(lambda m: m["greedy"]["repeated"].pop("reference")), "plan and reference"
     ),
-    "a cache that wasn't tried": (lambda d: d.update(kv=4), "kv is none of the caches"),
+    "a cache that wasn't tried": (lambda d: d.update(kv=4), "none of the caches"),
 }  # fmt: skip
 
 
