@@ -7,7 +7,11 @@ model = optimizer.load("packed")          # a transformers model; model.generate
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,3 +84,34 @@ def load(
     modes = import_module("optimizer.formats.torch.modes")
     wanted = modes.Unpacking(unpack, share, kl, refinement)
     return packed.load(folder, dtype, device, fast, steady, wanted)
+
+
+class _Introducing(MetaPathFinder):
+    """Tells transformers of packed folders as soon as it is imported, and not before: importing it
+    takes seconds."""
+
+    HOST = "transformers.quantizers.auto"
+    READER = "optimizer.formats.torch.from_pretrained"
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        del path, target
+        if fullname != self.HOST:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        loader: Any = None if spec is None else spec.loader
+        if loader is not None:
+            run = loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                run(module)
+                import_module(self.READER)
+
+            loader.exec_module = exec_module
+        return spec
+
+
+if _Introducing.HOST in sys.modules:
+    import_module(_Introducing.READER)
+else:
+    sys.meta_path.insert(0, _Introducing())

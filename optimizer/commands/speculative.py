@@ -32,8 +32,9 @@ CARD = """# A draft and a target for llama.cpp's speculative decoding
 
 `{draft}` is the base of plan {id}, `{target}` the refined model, its refined layers stored as q8_0.
 The target writes its own text; the draft only proposes words, which it checks several at a time.
+Versions of llama.cpp before 2026 say --draft-max 8 for the last two options.
 
-    llama-server -m {target} -md {draft} --draft-max 8
+    llama-server -m {target} -md {draft} --spec-type draft-simple --spec-draft-n-max 8
 """
 
 

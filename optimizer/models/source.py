@@ -28,6 +28,7 @@ from optimizer.store import Store, alone, unwritable, write_atomically
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+METHOD = "mezzotint"  # in a packed folder's config.json, for transformers
 PACKED_FILE, BASE_FILE = "packed.safetensors", "base.safetensors"  # the latter with a refinement
 MODULES = "modules.json"  # sentence-transformers'
 POOLING = "pooling.json"  # ours, in packed folders: {"pooling": "mean"}

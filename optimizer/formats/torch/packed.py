@@ -52,7 +52,14 @@ from optimizer.models.inventory import tie
 from optimizer.models.layout import holders, scatter
 from optimizer.models.model import Model, finite, places, skeleton
 from optimizer.models.planes import modules_of
-from optimizer.models.source import BASE_FILE, PACKED_FILE, POOLING, is_encoder, pooling
+from optimizer.models.source import (
+    BASE_FILE,
+    METHOD,
+    PACKED_FILE,
+    POOLING,
+    is_encoder,
+    pooling,
+)
 from optimizer.plan import UNTOUCHED, Inventory, Layer, Other, Plan, Precision, container_bytes
 from optimizer.plan.container import stored_entries
 from optimizer.plan.refinement import REFINEMENT_FILE
@@ -155,6 +162,7 @@ def put(
     if more:
         planes.put(more, plan, out)
     copy_beside(folder, out)
+    _announce(out / "config.json", file.name)
     if is_encoder(folder):  # its own file may lie in a folder below, which isn't copied
         text = json.dumps({"pooling": pooling(folder)})
         (out / POOLING).write_text(text + "\n", encoding="utf-8")
@@ -163,6 +171,13 @@ def put(
     text = card(plan, rules.packed(plan, Runtime()), Torch.run)
     (out / "README.md").write_text(text, encoding="utf-8")
     seal(plan, out, {"engine": "torch"})
+
+
+def _announce(config: Path, weights: str) -> None:
+    """Say in config.json who reads the folder, see `from_pretrained`."""
+    found = untrusted.read(config, "keep")
+    found |= {"quantization_config": {"quant_method": METHOD}, "transformers_weights": weights}
+    config.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------- read back
@@ -220,7 +235,7 @@ def load(
             from transformers import GenerationConfig
 
             net.generation_config = GenerationConfig.from_pretrained(folder)
-    net.tie_weights = _already_tied
+    net.tie_weights = already_tied
     net = net.to(device).eval()
     if not refined:
         return net
@@ -229,7 +244,7 @@ def load(
     return modes.unpacked(net, filling.refined, own, plan, mode, wanted)
 
 
-def _already_tied(*_args: Any, **_kwargs: Any) -> None:
+def already_tied(*_args: Any, **_kwargs: Any) -> None:
     """In the place of the model's own, which would look for weights: what is tied is one module."""
 
 
