@@ -22,6 +22,7 @@ SHOWN = {
     "token": {"kl": "KL (nats/token)", "flips": "flips %", "perplexity": "perplexity"},
     "text": {"kl": "KL (nats/text)", "flips": "other nearest %", "cosine": "cosines change by"},
 }
+STOCK = "llama.cpp's "  # an engine's own mixtures
 NOTES = 3  # that are shown; all of them are in the report
 PERCENT = ("flips",)
 DIGITS = {"kl": 4, "flips": 1, "perplexity": 2, "cosine": 4}
@@ -86,10 +87,12 @@ def table(proof: Mapping[str, Any], reference: int) -> Table:
         found.add_column(title, justify="right")
     rival = (proof["versus"].get("uniform") or proof["versus"].get("fitting") or {}).get("name")
     for row in proof["rows"]:
-        if row["name"] not in ("plan", rival):
+        stock = row["name"].startswith(STOCK)
+        if row["name"] not in ("plan", rival) and not stock:
             continue
         cells = [Text(_cell(row[key], key)) for key in shown]
-        name = "this plan" if row["name"] == "plan" else f"{row['name']} everywhere"
+        name = row["name"] if stock else f"{row['name']} everywhere"
+        name = "this plan" if row["name"] == "plan" else name
         style = "bold" if row["name"] == "plan" else None
         found.add_row(Text(name), human(row["bytes"]), *cells, style=style)
     last = {"perplexity": f"{_reference(proof):.2f}"} if "perplexity" in shown else {}

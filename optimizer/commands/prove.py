@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from optimizer.commands.product import Outcome, plan_of
 from optimizer.config import Optimize
 from optimizer.errors import ModelError
+from optimizer.formats import registry
+from optimizer.formats.format import Subject
 from optimizer.plan import Plan, Precision
 from optimizer.quantization.methods import bind
 from optimizer.search import Problem
@@ -20,6 +22,9 @@ from optimizer.sensitivity import Table
 from optimizer.stages import baselines, certify, objective
 from optimizer.stages.session import Bench, Choices
 from optimizer.store import write_atomically
+
+if TYPE_CHECKING:
+    from optimizer.certificate import comparison
 
 HELD, NOISE = "held-out text", "noise and domains"  # stages, as a person sees them
 
@@ -80,6 +85,7 @@ def prove(
             outcome = replace(outcome, plan=plan_of(bench, config, chosen, table, assignment))
     mine = replace(found[winner], name="plan")
     mixed = [c for n, c in found.items() if n != "plan" and n not in problem.columns]
+    mixed += _stock(bench, config, chosen, outcome.plan)
     kept = certify.certified(bench, outcome.plan)
     bench.store.arrays("scores", kept, mine.scores.arrays)
     found_to_be = comparison.certify(mine, uniforms, mixed, config.seed)
@@ -93,6 +99,22 @@ def prove(
     files |= blurred(bench, mine.scores.kl, plan, out)
     quality = baselines.quality(rows)
     return replace(outcome, plan=plan, files=files, measured=rows, prediction=quality, notes=notes)
+
+
+def _stock(
+    bench: Bench, config: Optimize, chosen: Choices, plan: Plan
+) -> list[comparison.Candidate]:
+    """The engine's own mixture of at most the plan's bytes, where it has some."""
+    if chosen.base is None or bench.encoder:
+        return []
+    subject = Subject(bench.inventory, bench.source.folder, chosen.base)
+    size = registry.check(plan, config.runtime, subject).bytes
+    if size is None:
+        return []
+    from optimizer.stages import stock
+
+    found = stock.measured(bench, chosen, size)
+    return [] if found is None else [found]
 
 
 def asked(config: Optimize) -> certify.Asked:

@@ -69,13 +69,27 @@ def library() -> Any:
 def encode(weight: Tensor, kind: str, importance: Tensor | None = None) -> Tensor:
     """W [rows, cols] -> blocks uint8 [rows, bytes of a row]. importance: of the columns [cols], above
     zero; None: all alike. Weights on another device come to the CPU and go back."""
-    rows, cols = weight.shape
-    source = np.ascontiguousarray(weight.detach().float().cpu().numpy())
+    cols = weight.shape[1]
     column = (
         torch.ones(cols, device="cpu") if importance is None else importance.detach().float().cpu()
     )
     mean = float(column.mean())
     weights = np.ascontiguousarray((column / mean if mean > 0 else column).clamp(min=1e-8).numpy())
+    return _encode(weight, kind, weights.ctypes.data)
+
+
+def encode_plainly(weight: Tensor, kind: str) -> Tensor:
+    """As llama-quantize without an importance matrix, for any type; those who need one raise
+    ConfigError."""
+    if kind in NATIVE and not kind.startswith("tq"):
+        raise ConfigError(f"{kind} isn't rounded without an importance matrix.")
+    return _encode(weight, kind, None)
+
+
+def _encode(weight: Tensor, kind: str, weights: int | None) -> Tensor:
+    """weights: where the importance of columns lies, as a pointer."""
+    rows, cols = weight.shape
+    source = np.ascontiguousarray(weight.detach().float().cpu().numpy())
     target = np.empty((rows, cols // GGML[kind].weights * GGML[kind].size), np.uint8)
     number, lib = _number(kind), library()
     lib.ggml_quantize_init(number)  # makes its tables, once
@@ -83,7 +97,7 @@ def encode(weight: Tensor, kind: str, importance: Tensor | None = None) -> Tenso
     def portion(first: int) -> None:
         part, place = source[first : first + step], target[first : first + step]
         lib.ggml_quantize_chunk(
-            number, part.ctypes.data, place.ctypes.data, 0, len(part), cols, weights.ctypes.data
+            number, part.ctypes.data, place.ctypes.data, 0, len(part), cols, weights
         )
 
     step = max(1, PORTION // cols)

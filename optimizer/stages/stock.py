@@ -1,0 +1,69 @@
+"""llama.cpp's own mixture of at most the plan's bytes, on the held-out text beside the plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optimizer.certificate import comparison
+from optimizer.errors import ConfigError
+from optimizer.formats.gguf import mixtures, retyping
+from optimizer.plan import Precision, digest
+from optimizer.stages.session import Bench, Choices
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VERSION = 1  # raised when a mixture's numbers change
+NAME = "llama.cpp's"  # how the rows of mixtures begin
+
+
+@dataclass(frozen=True)
+class Stock:
+    """Rounds by llama.cpp's own functions."""
+
+    def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:  # noqa: ARG002
+        from optimizer.quantization import ggml_native
+
+        blocks = ggml_native.encode_plainly(weight, precision.kind)
+        return ggml_native.decode(blocks, precision.kind, weight.shape[1])
+
+
+def measured(bench: Bench, chosen: Choices, size: int) -> comparison.Candidate | None:
+    """size: of the plan's file. None where the engine has none, or isn't here."""
+    from optimizer.metrics.divergence import stored
+    from optimizer.models.kv_cache import rounded
+    from optimizer.quantization import ggml_native
+
+    base = chosen.base
+    found = None if base is None else mixtures.largest(base, size)
+    if base is None or found is None:
+        return None
+    try:
+        ggml_native.library()
+    except ConfigError:  # the package that rounds as llama.cpp does isn't installed
+        return None
+    name, kinds = found
+    choice: dict[str, Precision] = {}
+    for tensor, kind in kinds.items():
+        for layer in base.placed.pieces[tensor].layers:
+            precision = Precision.ggml(kind)
+            if choice.setdefault(layer, precision) != precision:
+                return None  # its rows are in tensors of several types
+    key = digest(
+        ["stock", VERSION, bench.part_key("heldout"), name, sorted(kinds.items()), sorted(choice)]
+    )
+
+    def make() -> dict[str, np.ndarray]:
+        bench.view.stage(f"{NAME} {name}")
+        teacher = bench.teacher("heldout")
+        cache = rounded(bench.model.net, bench.cache.kind)
+        with bench.model.rounded(Stock(), choice), cache:
+            return teacher.score(bench.model.net).arrays()
+
+    kept = bench.store.arrays("scores", key, make)
+    assert kept is not None
+    own = sum(entry.size for entry in retyping.entries(base, kinds))
+    return comparison.Candidate(f"{NAME} {name}", own, float(own), stored(kept))
