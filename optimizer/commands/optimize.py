@@ -44,7 +44,7 @@ from optimizer.store import root, unwritable, write_atomically
 if TYPE_CHECKING:
     from optimizer.stages.refine import Refined
 
-TABLE, SEARCH = "table", "search"  # stages, as a person sees them
+TABLE, SEARCH, NEST = "table", "search", "base and refinement"  # stages, as a person sees them
 FRONT_SHOWN = 100  # plans, while a search works
 
 
@@ -149,7 +149,7 @@ def _nested(
     if config.proof.certify:
         from optimizer.stages import unpacking
 
-        bench.view.stage("base and refinement")
+        bench.view.enter(NEST)
         plan = unpacking.measure(bench, config, chosen, nest, plan)
     plan.save(outcome.files["plan"])
     return replace(outcome, plan=plan)
@@ -169,6 +169,9 @@ def _stages(config: Optimize) -> dict[str, float]:
         rounding = 3 * tokens["calibration"] if calibrated else 0
         found[HELD] = float(plans * (rounding + 1.5 * tokens["heldout"]))
         found[NOISE] = 3.0 * tokens["heldout"]
+    if config.nested.size is not None and config.proof.certify:
+        rounding = 6 * tokens["calibration"] if calibrated else 0
+        found[NEST] = float(rounding + 16 * tokens["search"] + 10 * tokens["heldout"])
     return found
 
 
