@@ -31,6 +31,7 @@ TOP = {4: 6.0, 8: 448.0}  # largest value of a code, by its bits
 LARGEST = 0x7E  # E4M3's code of 448
 BIAS = 127  # of E8M0's exponents
 LOWEST = -126  # exponent below which fp32 has no normal numbers
+EXPONENTS = (0, 1)  # that are tried above the largest power of two that keeps amax below 8
 NEAR = range(-2, 6)  # E4M3's numbers around amax / 6 that are tried: up to almost amax / 4
 CHUNK = 2**17  # weights at a time: the search stays in a CPU's cache
 
@@ -206,7 +207,7 @@ def _searched(w: Tensor, v: Tensor | None, precision: Precision, whole: Tensor) 
     largest = w.abs().amax(-1)
     if precision.kind == "mxfp4":
         first = (torch.frexp(largest).exponent - 3).clamp(LOWEST, BIAS - 1)
-        tried = [torch.where(largest == 0, 0, first + i) + BIAS for i in (0, 1)]
+        tried = [torch.where(largest == 0, 0, first + i) + BIAS for i in EXPONENTS]
     else:
         first = encoded((largest / (TOP[4] * whole)).clamp(max=TOP[8]), 8).long()
         tried = [torch.where(largest == 0, 0, (first + i).clamp(1, LARGEST)) for i in NEAR]

@@ -18,6 +18,7 @@ from optimizer.formats.safetensors import floating
 from optimizer.plan import FLOATS, UNTOUCHED, Precision
 from optimizer.quantization.uniform import Nearest
 from tests.formats.conftest import IDS, Wide, dealt, uniform
+from tests.formats.test_engines import mixture
 
 ALL = [Precision.floating(kind) for kind in FLOATS]
 MIXED = [*ALL, UNTOUCHED, Precision("int", 4, 64, True)]
@@ -166,3 +167,37 @@ def test_notes_say_which_gpus_multiply(wide: Wide) -> None:
     assert "multipl" not in notes(Precision("int", 4, 64, True))
     found = export.check(wide.plan(uniform(wide, NVFP4), "vllm"), "autoround", str(wide.store))
     assert "nvfp4" in found.errors[0]
+
+
+# ---------------------------------------------------------------- experts
+
+
+def everywhere(model: Wide, precision: Precision, **other: Precision) -> dict[str, Precision]:
+    inside = (x for x in model.inventory.layers if x.block is not None)
+    return {x.name: other.get(x.kind, precision) for x in inside}
+
+
+def test_experts_of_fp8_are_what_transformers_computes(wide: Wide, tmp_path: Path) -> None:
+    model = mixture("qwen3_moe", tmp_path / "moe", wide)
+    plan = model.plan(everywhere(model, NVFP4, experts=ALL[2]), "transformers")
+    verdict = export.export(plan, "transformers", tmp_path / "out", str(wide.store))
+    assert "logits" in verdict.readers[0]
+
+
+def test_experts_that_transformers_cannot_merge_are_refused(wide: Wide, tmp_path: Path) -> None:
+    model = mixture("qwen3_moe", tmp_path / "moe", wide)
+    for precision in (NVFP4, ALL[1]):
+        plan = model.plan(everywhere(model, precision), "transformers")
+        (error,) = export.check(plan, "transformers", str(wide.store)).errors
+        assert f"merges experts of integers and of fp8 only, not of {precision.name}" in error
+
+
+def test_an_experts_gate_and_up_share_a_scale_in_vllm(wide: Wide, tmp_path: Path) -> None:
+    model = mixture("qwen3_moe", tmp_path / "moe", wide)
+    plan = model.plan(everywhere(model, NVFP4), "vllm")
+    export.export(plan, "vllm", tmp_path / "out", str(wide.store))
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    scales = {k: float(v) for k, v in tensors.items() if k.endswith("weight_global_scale")}
+    experts = [k for k in scales if "experts" in k and "gate_proj" in k]
+    assert len(experts) == 8
+    assert all(scales[k] == scales[k.replace("gate_proj", "up_proj")] for k in experts)
