@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,34 @@ def test_mlx_lm_computes_what_we_compute(wide: Wide, tmp_path: Path) -> None:
     assert settings["quantization"]["model.embed_tokens"] == {
         "group_size": 64, "bits": 4, "mode": "affine",
     }  # fmt: skip
+
+
+STRETCHED = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+             "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [{"rope_theta": 1e5, "rope_type": "default"}, STRETCHED])
+def test_positions_are_those_of_the_model(wide: Wide, tmp_path: Path, given: dict) -> None:
+    """transformers 5 writes rope_parameters, which mlx-lm's Llama doesn't read."""
+    pytest.importorskip("mlx_lm")
+    shutil.copytree(wide.folder, tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "config.json").read_text())
+    settings["rope_parameters"] = given
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
+    model = opened_with(wide, tmp_path / "model")
+    plan = model.plan(uniform(model, Precision("int", 4, 64)), "mlx")
+    verdict = export.export(plan, "mlx", tmp_path / "out", str(wide.store))
+    assert "the plan's logits" in verdict.readers[0]
+
+
+def test_positions_by_kind_of_attention() -> None:
+    given = {"full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+             "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}}  # fmt: skip
+    assert mlx.rope({"rope_parameters": given}) == {
+        "rope_theta": 1e6, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "rope_local_base_freq": 1e4,
+    }  # fmt: skip
+    assert mlx.rope({}) == {}
 
 
 def test_a_folder_that_mlx_lm_reads_otherwise_does_not_appear(
