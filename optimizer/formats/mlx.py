@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 SCALES = {"F16": "F16", "BF16": "BF16", "F32": "F16"}  # dtype of the model -> of scales and biases
 GROUPS = (32, 64, 128)
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1
-# Mean KL in nats to the plan's logits. Biases in fp16 move weights by a part of 4096 of themselves: 3e-5
-# on SmolLM2, asymmetric at 3 to 8 bits. A layer at a wrong width or scale is 1e-3 and more.
+# Mean KL in nats to the plan's logits. Biases in fp16 move weights by a part of 4096 of themselves:
+# 3e-5 on SmolLM2, asymmetric at 3 to 8 bits. A layer at a wrong width or scale is 1e-3 and more.
 ALLOWED = 2e-4
 APPLE = "MLX runs on Apple silicon; on other machines with the package mlx-cpu, slowly."
 
