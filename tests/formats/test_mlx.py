@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from optimizer.commands import export
 from optimizer.errors import PlanError
 from optimizer.formats import mlx
+from optimizer.formats.safetensors import read_back
 from optimizer.models.source import quiet
 from optimizer.plan import UNTOUCHED, Precision
 from optimizer.quantization.uniform import Nearest
@@ -130,6 +131,15 @@ def test_a_folder_that_mlx_lm_reads_otherwise_does_not_appear(
 def _plain(plan: object, wide: Wide) -> dict[str, torch.Tensor]:
     with wide.model.rounded(Nearest(), plan.choice):
         return {x.name: wide.model.weight(x.name).clone() for x in wide.inventory.layers}
+
+
+def test_a_missing_mlx_lm_is_named(
+    wide: Wide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(read_back.NEEDS, "mlx", ("no_such_package", "mlx-lm"))
+    plan = wide.plan(uniform(wide, Precision("int", 4, 64)), "mlx")
+    found = export.export(plan, "mlx", tmp_path / "out", str(wide.store))
+    assert "our own reader only, since mlx-lm isn't installed" in found.readers[0]
 
 
 def test_scales_of_a_bfloat16_model_are_bfloat16(wide: Wide, tmp_path: Path) -> None:

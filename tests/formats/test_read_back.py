@@ -20,6 +20,7 @@ from optimizer.store import Store
 from tests.conftest import GLU, WIDE, Small, build, opened
 
 P4, P8 = Precision("int", 4, 32, True), Precision("int", 8, 32, True)
+NVFP4, FP8 = Precision.floating("nvfp4"), Precision.floating("fp8")
 KINDS: dict[str, dict[str, Any]] = {
     "falcon": WIDE | {"multi_query": True, "alibi": False},
     "mixtral": GLU | {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -67,6 +68,10 @@ CASES = [
     ("llama4_text", dense, "transformers takes its experts apart"),
     ("qwen3_moe", lambda x: mixed(x) if x.kind in ("linear", "experts") else UNTOUCHED, "mixed"),
     ("mixtral", lambda x: P4 if x.kind == "experts" else UNTOUCHED, "experts alone"),
+    ("falcon", lambda x: NVFP4 if x.kind == "linear" else UNTOUCHED, "unpacked at once, NVFP4"),
+    ("mamba", lambda x: FP8 if x.kind == "linear" else UNTOUCHED, "so is Mamba, FP8"),
+    ("mixtral", lambda x: FP8 if x.kind in ("linear", "experts") else UNTOUCHED, "FP8 everywhere"),
+    ("mixtral", lambda x: NVFP4 if x.kind == "linear" else UNTOUCHED, "NVFP4 beside experts"),
 ]
 
 
