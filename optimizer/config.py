@@ -250,12 +250,14 @@ class Export:
     """`mezzotint export`. to: the engine or format. plan: a plan, or a folder that `apply` wrote,
     whose rounded weights are then taken as they are. gguf: a 16-bit GGUF file of the model, for
     to=gguf, instead of the one that llama.cpp's converter makes. nested: to=gguf writes a plan with a
-    refinement as a draft and a target, see `optimizer.commands.speculative`. Others as Apply."""
+    refinement as a draft and a target, see `optimizer.commands.speculative`. activations: to=vllm
+    rounds the inputs of floats' layers, too, as the model runs. Others as Apply."""
 
     plan: str
     to: str
     out: str
     nested: bool = False
+    activations: bool = False
     model: str | None = None
     gguf: str | None = None
     overwrite: bool = False

@@ -259,7 +259,14 @@ def _export(settings: Any) -> None:
     else:
         packed = given if packed_file(given) is not None else None
         verdict = export.export(
-            Plan.load(given), settings.to, folder, *rest, packed, view, settings.gguf
+            Plan.load(given),
+            settings.to,
+            folder,
+            *rest,
+            packed,
+            view,
+            settings.gguf,
+            settings.activations,
         )
     terminal.verdict(out, verdict)
     out.print(f"Wrote {folder}. Its README.md says how it was made.", soft_wrap=True, markup=False)

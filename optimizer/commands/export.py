@@ -50,10 +50,11 @@ class Job:
     base: Any = None  # see `Format.base`
     refused: str | None = None  # why there is no base
     nested: bool = False  # the plan had a refinement, which no engine reads
+    activations: bool = False  # see `Subject`
 
     @property
     def subject(self) -> Subject:
-        return Subject(self.inventory, self.source.folder, self.base)
+        return Subject(self.inventory, self.source.folder, self.base, self.activations)
 
     @property
     def format(self) -> Format:
@@ -104,12 +105,13 @@ def export(
     packed: Path | None = None,
     view: View | None = None,
     gguf: str | None = None,
+    activations: bool = False,
 ) -> Verdict:
     """Write the plan's model for the engine `to` into the folder `out`.
 
     packed: a folder that `apply` wrote; its rounded weights are taken as they are, so that nothing
-    is rounded again. gguf: as in `check`. Raises before any work if the engine wouldn't load or
-    execute the plan.
+    is rounded again. gguf: as in `check`. activations: see `Subject`. Raises before any work if the
+    engine wouldn't load or execute the plan.
     """
     from optimizer.formats import folder as folders
 
@@ -118,7 +120,9 @@ def export(
     if to == HARNESS:
         folders.publish(out, lambda draft: lm_eval.write(pairs.built_in(), draft, out))
         return Verdict(to)
-    job = job_of("export", plan, to, store, model, gguf)
+    job = replace(job_of("export", plan, to, store, model, gguf), activations=activations)
+    if activations and job.engine != "vllm":
+        raise ConfigError(f"activations=true is for to=vllm, not for {to!r}. Leave it out.")
     plan = job.plan
     verdict = job.check()
     verdict.require()

@@ -30,11 +30,13 @@ ENTRY_POINTS = "mezzotint.formats"
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that plans are made for. folder: where the reference lies; base: see `Format.base`."""
+    """The model that plans are made for. folder: where the reference lies; base: see `Format.base`;
+    activations: whether the engine rounds the inputs of floats' layers as it runs, where it can."""
 
     inventory: Inventory
     folder: Path
     base: Any = None
+    activations: bool = False
 
 
 class Format:
@@ -133,6 +135,16 @@ class Vllm(Checkpoint):
         from optimizer.formats.safetensors import floating
 
         return floating.holds(layer, precision)
+
+    def checker(self, runtime: Runtime, subject: Subject) -> Callable[[Plan], Verdict]:
+        from optimizer.formats.safetensors import floating
+
+        check = super().checker(runtime, subject)
+        return (lambda p: floating.multiplied(p, check(p))) if subject.activations else check
+
+    def write(self, plan: Plan, subject: Subject, packed: Mapping[str, Tensor], out: Path) -> None:
+        own = (plan, subject.inventory, packed, subject.folder, out)
+        self.module().write(*own, activations=subject.activations)
 
 
 class Transformers(Vllm):

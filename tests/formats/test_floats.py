@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import optimizer
 from optimizer.commands import deploy, export
-from optimizer.errors import PlanError
+from optimizer.errors import MezzotintError, PlanError
 from optimizer.formats.safetensors import floating
 from optimizer.plan import FLOATS, UNTOUCHED, Precision
 from optimizer.quantization.uniform import Nearest
@@ -167,6 +167,35 @@ def test_notes_say_which_gpus_multiply(wide: Wide) -> None:
     assert "multipl" not in notes(Precision("int", 4, 64, True))
     found = export.check(wide.plan(uniform(wide, NVFP4), "vllm"), "autoround", str(wide.store))
     assert "nvfp4" in found.errors[0]
+
+
+def test_inputs_are_rounded_where_that_is_asked_for(wide: Wide, tmp_path: Path) -> None:
+    from compressed_tensors.quantization import QuantizationConfig
+
+    plan = wide.plan(dealt(wide.inventory.layers, MIXED), "vllm")
+    verdict = export.export(plan, "vllm", tmp_path / "out", str(wide.store), activations=True)
+    assert "The inputs of fp8, fp8_block, mxfp4 are rounded" in " ".join(verdict.notes)
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    groups = QuantizationConfig.model_validate(settings).config_groups.values()
+    found = {(g.weights.num_bits, g.weights.strategy): g.input_activations for g in groups}
+    assert found[4, "tensor_group"] is None and found[4, "group"] is not None
+    assert found[8, "channel"].strategy == "token" and found[8, "channel"].dynamic is True
+    assert found[8, "block"].group_size == 128
+
+
+def test_rounded_inputs_move_what_transformers_computes(wide: Wide, tmp_path: Path) -> None:
+    plan = wide.plan(uniform(wide, ALL[2]), "vllm")
+    export.export(plan, "vllm", tmp_path / "out", str(wide.store), activations=True)
+    own, found = wide.log_p(plan, IDS), log_p(tmp_path / "out")
+    assert 1e-5 < float((own.exp() * (own - found)).sum(-1).mean()) < 0.1
+
+
+def test_inputs_that_cannot_be_rounded_are_refused(wide: Wide, tmp_path: Path) -> None:
+    plan = wide.plan(uniform(wide, NVFP4), "vllm")
+    for to, words in (("vllm", "none of them"), ("transformers", "to=vllm")):
+        with pytest.raises(MezzotintError, match=words):
+            export.export(plan, to, tmp_path / "out", str(wide.store), activations=True)
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- experts

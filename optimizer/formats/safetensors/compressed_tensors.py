@@ -127,15 +127,21 @@ def _notes(plan: Plan, inventory: Inventory, engine: str) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def config(plan: Plan, inventory: Inventory, loading: Loading | None = None) -> dict[str, Any]:
-    """The `quantization_config` of config.json. loading: for transformers."""
+def config(
+    plan: Plan, inventory: Inventory, loading: Loading | None = None, activations: bool = False
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json. loading: for transformers. activations: see
+    `formats.format.Subject`."""
     targets: dict[Precision, list[str]] = {}
     merged = frozenset() if loading is None else loading.merged
     for layer in rules.quantized(plan, inventory):
         if layer.name not in merged:
             name = module(layer.name) if loading is None else loading.modules[layer.name]
             targets.setdefault(plan.choice[layer.name], []).append(name)
-    groups = [_group(targets[p], _scheme(p), form(p)) for p in sorted(targets)]
+    groups = [
+        _group(targets[p], _scheme(p), form(p), floating.inputs(p) if activations else None)
+        for p in sorted(targets)
+    ]
     found: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
@@ -177,11 +183,13 @@ def form(precision: Precision) -> str:
     return floating.FORMS.get(precision.kind, "pack-quantized")
 
 
-def _group(targets: list[str], scheme: dict[str, Any], how: str) -> dict[str, Any]:
+def _group(
+    targets: list[str], scheme: dict[str, Any], how: str, inputs: dict[str, Any] | None = None
+) -> dict[str, Any]:
     return {
         "targets": targets,
         "format": how,
-        "input_activations": None,
+        "input_activations": inputs,
         "output_activations": None,
         "weights": scheme,
     }
@@ -255,6 +263,7 @@ def write(
     folder: Path,
     out: Path,
     loading: Loading | None = None,
+    activations: bool = False,
 ) -> None:
     """packed: the plan's stored tensors. folder: what to copy beside the weights."""
     if loading is None:
@@ -265,7 +274,7 @@ def write(
         return _compressed(layer, precision, packed)
 
     split = {} if loading is None else _taken_apart(inventory, loading)
-    settings = config(plan, inventory, loading)
+    settings = config(plan, inventory, loading, activations)
     dtype = "bfloat16" if _bfloat16(plan, loading) else None
     checkpoint.write(plan, inventory, packed, make, settings, folder, out, split, dtype)
 

@@ -10,7 +10,7 @@ A quantized Linear NAME is, in model.safetensors,
            NAME.weight_scale         fp32 [rows, 1], or one for every 128 x 128
 
 (compressed-tensors 0.20, compressors/nvfp4, mxfp4, naive_quantized.) Activations stay in 16 bits, so
-that an engine computes what was measured.
+that an engine computes what was measured; unless it is told to round them as well (`inputs`).
 
 vLLM gives all parts of a joined matrix the largest of their global scales, without a word
 (compressed_tensors_w4a16_nvfp4.py); so they are written with one, see `together`.
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimizer.errors import PlanError
 from optimizer.formats import rules
-from optimizer.formats.rules import Groups
+from optimizer.formats.rules import Groups, Verdict
 from optimizer.formats.runtime import Runtime
 from optimizer.formats.safetensors.checkpoint import module
 from optimizer.plan import Inventory, Layer, Plan, Precision
@@ -46,6 +46,12 @@ VLLM = Runtime(
     experts="block",
 )
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+INPUTS: dict[str, dict[str, Any]] = {
+    "fp8": {"strategy": "token"},
+    "fp8_block": {"strategy": "group", "group_size": BLOCK},
+    "mxfp4": {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8",
+              "zp_dtype": "torch.uint8"},
+}  # fmt: skip
 _BEFORE = "and with activations in 16 bits, vLLM unpacks as it multiplies (Marlin, 7.5 and newer)."
 PLATFORMS = {  # kind -> what a person should know of GPUs
     "nvfp4": f"Blackwell (compute capability 10) multiplies NVFP4; before it, {_BEFORE}",
@@ -77,6 +83,30 @@ def scheme(precision: Precision) -> dict[str, Any]:
     if precision.kind in SCALES:
         found["scale_dtype"] = found["zp_dtype"] = SCALES[precision.kind]
     return found
+
+
+def inputs(precision: Precision) -> dict[str, Any] | None:
+    """The `input_activations` of a config group, rounded as the model runs; None where they stay in 16
+    bits: NVFP4's need a scale of the tensor from calibration."""
+    if precision.kind not in INPUTS:
+        return None
+    return {"num_bits": precision.bits, "type": "float", "symmetric": True, "dynamic": True,
+            **INPUTS[precision.kind]}  # fmt: skip
+
+
+def multiplied(plan: Plan, verdict: Verdict) -> Verdict:
+    """The verdict on a plan whose layers' inputs are rounded, too."""
+    kinds = sorted({p.kind for p in plan.choice.values()} & INPUTS.keys())
+    if verdict.errors:
+        return verdict
+    if not kinds:
+        why = f"activations=true rounds the inputs of {', '.join(INPUTS)}; the plan has none of them."
+        return Verdict(verdict.engine, (f"{why} Leave it out.",))
+    note = (
+        f"The inputs of {', '.join(kinds)} are rounded as the model runs, which the plan's loss "
+        "doesn't count: measure the result."
+    )
+    return rules.noted(verdict, (note,))
 
 
 def parts(layer: Layer, precision: Precision) -> dict[str, tuple[str, list[int]]]:
