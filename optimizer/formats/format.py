@@ -144,7 +144,8 @@ class Vllm(Checkpoint):
 
     def write(self, plan: Plan, subject: Subject, packed: Mapping[str, Tensor], out: Path) -> None:
         own = (plan, subject.inventory, packed, subject.folder, out)
-        self.module().write(*own, activations=subject.activations)
+        told = {"activations": True} if subject.activations else {}
+        self.module().write(*own, **told)
 
 
 class Transformers(Vllm):
