@@ -16,6 +16,7 @@ from optimizer.commands import export
 from optimizer.commands.deploy import codes_of, planes_of
 from optimizer.errors import ConfigError
 from optimizer.formats import folder as folders
+from optimizer.formats.gguf.writer import carrier
 from optimizer.formats.model_card import card
 from optimizer.formats.rules import Verdict
 from optimizer.plan import Inventory, Plan, Precision
@@ -60,12 +61,9 @@ def export_pair(
             "with nested.size=SIZE, or leave nested out."
         )
     job = replace(export.job_of("export", plan, "llamacpp", store, model, gguf), nested=False)
+    _check_levels(job)
     verdicts = {DRAFT: job.check()}
-    if verdicts[DRAFT].errors:
-        raise ConfigError(
-            f"A GGUF file can't hold this plan's base: {verdicts[DRAFT].errors[0]} Make the plan with "
-            "palette.bits=[4,5,8,16] and palette.group_size=32, whose levels ggml has."
-        )
+    verdicts[DRAFT].require()
     kept = Store.open(store, view.note)
     jobs = {DRAFT: job, TARGET: replace(job, plan=target_of(plan, job.inventory))}
     verdicts[TARGET] = jobs[TARGET].check()
@@ -88,6 +86,23 @@ def export_pair(
     sizes = [verdict.bytes or 0 for verdict in verdicts.values()]
     notes = (*verdicts[DRAFT].notes, f"The draft takes {sizes[0]} bytes, the target {sizes[1]}.")
     return replace(verdicts[TARGET], notes=notes, bytes=sum(sizes))
+
+
+def _check_levels(job: export.Job) -> None:
+    """Raises ConfigError unless ggml has a block type with the levels of every layer of the base."""
+    choice = job.plan.choice
+    lacking = [
+        layer.name
+        for layer in job.inventory.layers
+        if choice[layer.name].kind != "none" and carrier(choice[layer.name], layer.cols) is None
+    ]
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise ConfigError(
+            f"A GGUF file can't hold this plan's base: no block type has the levels of "
+            f"{choice[lacking[0]].name}, which it gives to {lacking[0]}{more}. Make the plan with "
+            "palette.bits=[4,5,8,16] palette.symmetric=true, whose levels ggml has."
+        )
 
 
 def target_of(plan: Plan, inventory: Inventory) -> Plan:

@@ -10,7 +10,7 @@ import optimizer
 from tests.conftest import QUICK, Command
 from tests.formats.conftest import IDS, LlamaCpp, Wide
 
-GGML_HAS = ["palette.bits=[4,5,8,16]", "palette.group_size=32", "quantizer=rtn"]
+GGML_HAS = ["palette.bits=[4,5,8,16]", "palette.symmetric=true", "quantizer=rtn"]
 
 
 def nested(mezzotint: Command, wide: Wide, *words: str) -> None:
