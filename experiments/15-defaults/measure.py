@@ -1,11 +1,11 @@
-"""Held-out KL against processor time, for ways of making a plan of one size.
+"""Held-out KL against processor time, for ways and texts of making a plan of one size.
 
-    measure.py MODEL SIZE JUDGE OUT.csv COMBINATION...
+    measure.py MODEL SIZE,SIZE JUDGES OUT.csv SEEDS "TEXT: WAY"...
 
-JUDGE: a folder of .txt files, none of which any combination reads; each is one row's column. A
-combination is written as in COMBINATIONS. Time is that of this process and its threads (one with
-OMP_NUM_THREADS=1), by the stages' own names; a stage that the store already holds costs what it
-cost when it was made, which is kept beside the results.
+JUDGES: a folder of .txt files, documents separated by `---` (for an encoder: one text a line), none
+of which any combination reads; each is one column of a row. TEXT: see texts.py; WAY: see WAYS. Time
+is that of this process and its threads (one with OMP_NUM_THREADS=1), by stage; a stage that the store
+already holds costs what it cost when it was made, which is kept beside the results.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import texts
+
 from optimizer.commands import optimize
 from optimizer.config import Optimize, Proof
 from optimizer.data.documents import read_documents
-from optimizer.data.text import Data, Part, encode, text_prefix
-from optimizer.metrics.divergence import Teacher
+from optimizer.data.text import Data, Part, Windows, encode, text_prefix
+from optimizer.metrics.divergence import AnyTeacher, teacher
 from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import Budget
 from optimizer.quantization.methods import Gptq, Quantizer, Rtn, bind
@@ -32,23 +35,19 @@ from optimizer.search import Search
 from optimizer.sensitivity import estimator as estimator_of
 from optimizer.stages.session import Bench, View
 
-WINDOWS, LENGTH = 12, 256  # of each judge
-ALIKE = Gptq(weighting="alike")
-GRADIENT = Gptq(weighting="gradient")
-# name -> (quantizer, estimator, search, windows of calibration, scope)
-COMBINATIONS: dict[str, tuple[Quantizer, str, Search, int, str]] = {
-    "blocks rtn fisher": (Rtn(), "fisher", Search(space="exact"), 64, "blocks"),
-    "rtn fisher 16": (Rtn(), "fisher", Search(space="exact"), 16, "all"),
-    "rtn fisher": (Rtn(), "fisher", Search(space="exact"), 64, "all"),
-    "rtn moves": (Rtn(), "fisher", Search(space="moves"), 64, "all"),
-    "gptq-alike fisher 32": (ALIKE, "fisher", Search(space="exact"), 32, "all"),
-    "gptq-alike fisher": (ALIKE, "fisher", Search(space="exact"), 64, "all"),
-    "gptq-alike gain 32": (ALIKE, "gain", Search(space="exact"), 32, "all"),
-    "gptq-alike gain": (ALIKE, "gain", Search(space="exact"), 64, "all"),
-    "gptq gain": (GRADIENT, "gain", Search(space="exact"), 64, "all"),
-    "gptq-alike tokenwise": (ALIKE, "tokenwise", Search(space="exact"), 64, "all"),
-    "gptq tokenwise": (GRADIENT, "tokenwise", Search(space="exact"), 64, "all"),
-    "gptq moves": (GRADIENT, "tokenwise", Search(space="moves"), 64, "all"),
+COUNT, LENGTH = 4, 128  # windows of each judge
+SEARCH = Part(sequences=64, length=128)
+# name -> (quantizer, estimator, search space, windows of calibration)
+WAYS: dict[str, tuple[Quantizer, str, str, int]] = {
+    "rtn fisher 8": (Rtn(), "fisher", "exact", 8),
+    "quick": (Rtn(), "fisher", "exact", 24),
+    "rtn fisher": (Rtn(), "fisher", "exact", 64),
+    "rtn tokenwise": (Rtn(), "tokenwise", "exact", 64),
+    "rtn moves": (Rtn(), "fisher", "moves", 64),
+    "gptq gain 24": (Gptq(), "gain", "exact", 24),
+    "standard": (Gptq(), "gain", "exact", 64),
+    "gptq tokenwise": (Gptq(), "tokenwise", "exact", 64),
+    "thorough": (Gptq(), "gain", "moves", 64),
 }
 
 
@@ -88,73 +87,104 @@ class Clock(View):
         return {k: round(v, 2) for k, v in self.spent.items() if v > 0.05}
 
 
-def judges(folder: Path, bench: Bench) -> dict[str, Teacher]:
-    """The reference on each file's first windows, one from a document."""
-    import numpy as np
-
-    from optimizer.data.text import Windows
-
-    tokenizer = load_tokenizer(bench.source.folder)
-    start = text_prefix(tokenizer)
+def judges(folder: Path, bench: Bench) -> dict[str, AnyTeacher]:
+    """The reference on each file's first windows: one from a document, or batches of short texts."""
     found = {}
     for path in sorted(folder.glob("*.txt")):
-        rows = []
+        if bench.encoder:
+            part = Part(sequences=COUNT, length=LENGTH)
+            few = Data(source="text", path=str(path), calibration=part, search=part, heldout=part)
+            read = Bench(bench.source.name, None, few, str(bench.store.root), "cpu", View())
+            found[path.stem] = teacher(bench.model, read.windows("heldout"))
+            continue
+        tokenizer = load_tokenizer(bench.source.folder)
+        start, rows = text_prefix(tokenizer), []
         for text in read_documents(path, "text"):
             ids = start + encode(tokenizer, text.strip())
             if len(ids) >= LENGTH:
                 rows.append(ids[:LENGTH])
-        ids = np.array(rows[:WINDOWS], dtype=np.int64)
-        found[path.stem] = Teacher(bench.model.net, Windows(ids, np.arange(len(ids))), True)
+        ids = np.array(rows[:COUNT], dtype=np.int64)
+        found[path.stem] = teacher(bench.model, Windows(ids, np.arange(len(ids))), True)
     return found
 
 
-def main(model: str, size: str, folder: str, out: str, *names: str) -> None:
-    store = os.environ["MEZZOTINT_STORE"]
-    target, costs = Path(out), Path(out).with_suffix(".costs.json")
-    known: dict[str, float] = json.loads(costs.read_text()) if costs.exists() else {}
-    truth: dict[str, Teacher] = {}
-    for name in names:
-        source, _, how = name.partition(": ")
-        quantizer, estimator, space, windows, scope = COMBINATIONS[how]
-        calibration, search = Part(sequences=windows, length=128), Part(sequences=64, length=128)
-        origin, _, path = source.partition("=")
-        data = Data(source=origin, path=path or None, calibration=calibration, search=search)
-        clock = Clock()
-        config = Optimize(
-            model=model, scope=scope, budget=Budget(size=size), quantizer=quantizer, data=data,
-            sensitivity=estimator_of(estimator)(chunks=8), search=space, store=store,
-            proof=Proof(certify=False),
-        )  # fmt: skip
-        made = optimize.optimize(config, target.parent / "run", clock).plan
-        bench = Bench(model, None, data, store, "cpu", clock)
-        rounder = bind(quantizer, bench).rounder(made.choice, joint=True)
-        bench.model  # noqa: B018  (loaded here, so that no stage pays for it)
-        spent = clock.end()
+class Costs:
+    """What stages cost when they were made, kept in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    def of(self, key: str, spent: dict[str, float]) -> dict[str, float]:
+        found = {}
         for stage, seconds in spent.items():
-            rounding = f"{quantizer.name} {quantizer.weighting}"
-            key = f"{model} {source} {rounding} {estimator} {windows} {stage}"
-            known[key] = max(known.get(key, 0.0), seconds)
-            spent[stage] = known[key]
-        costs.write_text(json.dumps(known, indent=1))
-        truth = truth or judges(Path(folder), bench)
-        row = {"model": Path(model).name, "text": source, "how": how, "bytes": made.bytes["total"],
-               "predicted": f"{made.predicted['kl']:.5f}"}  # fmt: skip
-        with bench.model.rounded(rounder, made.choice):
-            for title, teacher in truth.items():
-                scores = teacher.score(bench.model.net)
-                row[title] = f"{scores.mean_kl:.5f}"
-                if title == "wiki":
-                    means = scores.kl.mean(1)
-                    row["wiki_stderr"] = f"{means.std(ddof=1) / len(means) ** 0.5:.5f}"
-        row["seconds"] = f"{sum(spent.values()):.1f}"
-        row["stages"] = json.dumps(spent)
-        new = not target.exists()
-        with target.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-        print(row, flush=True)
+            name = f"{key} {stage}"
+            self._known[name] = found[stage] = max(self._known.get(name, 0.0), seconds)
+        self._path.write_text(json.dumps(self._known, indent=1))
+        return found
+
+
+def main(model: str, sizes: str, folder: str, out: str, seeds: str, *names: str) -> None:
+    store, target = os.environ["MEZZOTINT_STORE"], Path(out)
+    costs = Costs(target.with_suffix(".costs.json"))
+    base = Bench(model, None, Data(source="self"), store, "cpu", View())
+    truth = judges(Path(folder), base)
+    for name in names:
+        for seed in map(int, seeds.split(",")):
+            for size in sizes.split(","):
+                row = one(base, truth, costs, size, seed, name, target.parent)
+                append(target, row)
+                print({k: v for k, v in row.items() if k not in ("stages", "each")}, flush=True)
+
+
+def one(
+    base: Bench,
+    truth: dict[str, AnyTeacher],
+    costs: Costs,
+    size: str,
+    seed: int,
+    name: str,
+    out: Path,
+) -> dict[str, Any]:
+    """A row: a plan, what each judge says of it, and its processor time."""
+    source, _, way = name.partition(": ")
+    quantizer, estimator, space, windows = WAYS[way]
+    part = Part(sequences=windows, length=128)
+    search = SEARCH if space != "exact" else texts.FEW
+    data = texts.data(source, base, part, search, seed, out)
+    clock = Clock()
+    config = Optimize(
+        model=base.source.name, budget=Budget(size=size), quantizer=quantizer, data=data, seed=seed,
+        sensitivity=estimator_of(estimator)(chunks=8), search=Search(space=space),
+        store=str(base.store.root), proof=Proof(certify=False),
+    )  # fmt: skip
+    made = optimize.optimize(config, out / "run", clock).plan
+    bench = Bench(base.source.name, None, data, str(base.store.root), "cpu", clock)
+    bench.__dict__["model"] = base.model  # loaded once; its time is the optimizer's own
+    rounder = bind(quantizer, bench).rounder(made.choice, joint=True)
+    spent = costs.of(f"{base.source.name} {source} {way} {seed}", clock.end())
+    row: dict[str, Any] = {
+        "model": Path(base.source.name).name, "size": size, "text": source, "way": way, "seed": seed,
+        "bytes": made.bytes["total"], "predicted": f"{made.predicted['kl']:.5f}",
+        "seconds": f"{sum(spent.values()):.1f}",
+    }  # fmt: skip
+    each = {}
+    with base.model.rounded(rounder, made.choice):
+        for title, reference in truth.items():
+            kl = reference.score(base.model.net).kl
+            each[title] = [round(float(x), 6) for x in kl.reshape(len(kl), -1).mean(1)]
+    means = {title: float(np.mean(values)) for title, values in each.items()}
+    row["mean"] = f"{np.mean(list(means.values())):.5f}"
+    return row | {"each": json.dumps(each), "stages": json.dumps(spent)}
+
+
+def append(target: Path, row: dict[str, Any]) -> None:
+    new = not target.exists()
+    with target.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 if __name__ == "__main__":
