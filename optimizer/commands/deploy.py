@@ -222,8 +222,8 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
         config.domains if mode != "hard" else []
     )  # whose windows are read without full logits
     asked = certify.Asked(config.tolerance, entries, config.generate, 0, tuned)
+    tokenizer = _asking(config, bench)  # before texts are read, or sampled
     certify.check(bench, asked)
-    tokenizer = _asking(config, bench)
     net = packed.load(folder, device=config.device, steady=True, unpacking=_unpacking(config))
     with rounded(net, kind_of(plan)):
         kept = mode == "never" and not config.again
@@ -298,8 +298,9 @@ def _asked(
     found: dict[str, Any] = {"tasks": [], "refusals": []}
     with rounded(nets["packed"], kind_of(plan)):
         if config.task_names:
-            view.stage(f"both answer {', '.join(config.task_names)}")
-            found["tasks"] = harness.compare(nets, tokenizer, config.task_names, config.limit)
+            found["tasks"] = harness.compare(
+                nets, tokenizer, config.task_names, config.limit, view.track
+            )
         if config.refusals:
             found["refusals"] = harness.compare_refusals(nets, tokenizer, view.track)
     return found

@@ -4,8 +4,11 @@ two refuse. The harness is an extra: pip install 'mezzotint[harness]'.
 
 from __future__ import annotations
 
+import io
+import logging
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,6 +19,7 @@ import numpy as np
 from optimizer.data import pairs, refusals
 from optimizer.errors import ConfigError, ModelError
 from optimizer.formats import lm_eval as tasks_of
+from optimizer.models.source import quiet
 
 ANSWER = 40  # tokens of an answer, enough to tell a refusal
 TOGETHER = 10  # prompts that are answered together
@@ -80,7 +84,11 @@ def _manager(folder: Path | None) -> Any:
 
 
 def compare(
-    nets: Mapping[str, Any], tokenizer: Any, names: Sequence[str], limit: int | None
+    nets: Mapping[str, Any],
+    tokenizer: Any,
+    names: Sequence[str],
+    limit: int | None,
+    track: Track = lambda items, _text: items,
 ) -> list[Paired]:
     """nets: `reference` and `packed`. limit: questions of a task at most. Raises ConfigError for a
     task whose answers aren't right or wrong, one by one."""
@@ -88,7 +96,10 @@ def compare(
         folder = Path(place)
         tasks_of.write(pairs.built_in(), folder, folder)
         manager = _manager(folder)
-        found = {who: _answers(net, tokenizer, names, limit, manager) for who, net in nets.items()}
+        found = {
+            who: _answers(nets[who], tokenizer, names, limit, manager)
+            for who in track([*nets], f"both answer {', '.join(names)}")
+        }
     rows = []
     for name, own in found["reference"].items():
         other = found["packed"][name]
@@ -98,6 +109,19 @@ def compare(
     return rows
 
 
+@contextmanager
+def silenced() -> Iterator[None]:
+    """The harness's bars, and its loggers, which write to stderr, would break into our lines. Its
+    failures are exceptions."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with quiet(), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(level)
+
+
 def _answers(
     net: Any, tokenizer: Any, names: Sequence[str], limit: int | None, manager: Any
 ) -> dict[str, dict[int, bool]]:
@@ -105,16 +129,17 @@ def _answers(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    model = HFLM(pretrained=net, tokenizer=tokenizer, batch_size=8)
-    done = lm_eval.simple_evaluate(
-        model=model,
-        tasks=list(names),
-        limit=limit,
-        task_manager=manager,
-        log_samples=True,
-        bootstrap_iters=0,
-        verbosity="ERROR",
-    )
+    with silenced():
+        model = HFLM(pretrained=net, tokenizer=tokenizer, batch_size=8)
+        done = lm_eval.simple_evaluate(
+            model=model,
+            tasks=list(names),
+            limit=limit,
+            task_manager=manager,
+            log_samples=True,
+            bootstrap_iters=0,
+            verbosity="ERROR",
+        )
     found: dict[str, dict[int, bool]] = {}
     for task, samples in done["samples"].items():
         measure = next((m for m in ("acc", "exact_match") if samples and m in samples[0]), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,17 @@ def test_names_of_tasks(tasks: Any, names: list[str]) -> None:
         Evaluate(model="x", limit=0).check()
 
 
+def test_what_the_harness_says_stays_out_of_our_lines(capfd: pytest.CaptureFixture[str]) -> None:
+    from tqdm import tqdm
+
+    with harness.silenced():
+        assert list(tqdm([1, 2], "Requesting")) == [1, 2]
+        logging.getLogger("lm_eval.evaluator").warning("Overwriting default num_fewshot")
+    logging.getLogger("lm_eval.evaluator").warning("and now it may")
+    said = capfd.readouterr().err
+    assert "Requesting" not in said and "Overwriting" not in said
+
+
 @pytest.mark.campaign
 def test_the_harness_itself_on_both_models(mezzotint: Command, packed_folder: Path) -> None:
     pytest.importorskip("lm_eval")
@@ -97,5 +109,6 @@ def test_the_harness_itself_on_both_models(mezzotint: Command, packed_folder: Pa
     )
     assert done.code == 0, done.err
     assert "mezzotint_negation_en" in done.out and "McNemar" in done.out
+    assert "it/s" not in done.err and "Building contexts" not in done.err  # the harness's own bars
     wrong = mezzotint("evaluate", f"model={packed_folder}", "tasks=mezzotint_negation_em")
     assert wrong.code == 2 and "no task" in wrong.err
