@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 
@@ -117,6 +117,7 @@ def test_a_tolerance_below_the_noise_is_pointed_out() -> None:
     assert "arithmetic" not in answer({MAIN: made(even(0.00001))}, noise)["verdict"]
 
 
+@settings(max_examples=50)
 @given(
     st.floats(1e-5, 0.05), st.floats(0, 0.2), st.integers(2, 40), st.floats(0.05, 1.5),
     st.integers(0, 5),
@@ -139,6 +140,13 @@ def test_no_word_goes_beyond_the_bounds(
 # ---------------------------------------------------------------- error rates
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of answers without the other half of the work: how much text would be enough."""
+    monkeypatch.setattr(equivalence, "documents_needed", lambda *_: None)
+
+
+@pytest.mark.usefixtures("alone")
 def test_at_the_border_neither_answer_comes_often() -> None:
     """The true loss is the tolerance: "lossy" and "within" are both wrong, each in about 5 %. With
     percentiles of the bootstrap "within" would come in more than 10 %."""
@@ -151,6 +159,7 @@ def test_at_the_border_neither_answer_comes_often() -> None:
     assert states.count("within") / 200 <= 0.075
 
 
+@pytest.mark.usefixtures("alone")
 def test_power_is_what_a_simulation_gives() -> None:
     """Chance to call a loss of .006 lossy (tolerated .004), 30 documents that differ much."""
     decided = 0
@@ -163,6 +172,7 @@ def test_power_is_what_a_simulation_gives() -> None:
     assert decided / 200 == pytest.approx(promised, abs=0.1)
 
 
+@pytest.mark.usefixtures("alone")
 def test_the_promise_of_lossless_knows_the_long_tail() -> None:
     """The normal approximation promises more than is given."""
     pool, size = even(0.003, 96, 0.6)[:, 0], np.ones(96)
