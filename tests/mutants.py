@@ -4,7 +4,8 @@
 
 draws COUNT of the room's mutants (default 50; all of them take hours), runs them with mutmut as
 pyproject.toml says, and prints which survived and the share that was killed. `mutmut show NAME` in
-the folder that it names shows one of them. A mutant that no test of the room runs counts as survived.
+the folder that it names shows one of them. A mutant that no test of the room runs counts as survived;
+one that ran out of time counts as killed, and is named: look whether the tests are only slow.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 LINKED = ("optimizer", "conf", "tests", "docs", "experiments", "README.md", "pyproject.toml")
 SURVIVED, UNTESTED = 0, 33  # mutmut's exit codes; all others are kills
+OUT_OF_TIME = -24  # of the processor's: an endless loop, or fixtures that are slow
 
 
 def settings(room: str) -> dict[str, Any]:
@@ -93,6 +95,9 @@ def main(room: str, count: str = "50", seed: str = "0") -> None:
     alive = [name for name in drawn if codes[name] in (SURVIVED, UNTESTED)]
     for name in alive:
         print("survived" if codes[name] == SURVIVED else "no test ", name)
+    for name in drawn:
+        if codes[name] == OUT_OF_TIME:
+            print("time out", name)
     killed = len(drawn) - len(alive)
     low, high = wilson(killed, len(drawn))
     print(
