@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,10 @@ from optimizer.certificate.comparison import (
     ratio,
     verdict,
 )
-from optimizer.certificate.wording import FEW
+from optimizer.certificate.equivalence import judge
+from optimizer.certificate.tolerance import Tolerance
+from optimizer.certificate.wording import FEW, MAIN
+from optimizer.metrics import embeddings
 from optimizer.metrics.bootstrap import resamples
 from optimizer.metrics.divergence import Scores
 from optimizer.plan import schema
@@ -288,3 +292,47 @@ def test_a_loss_of_nothing_has_a_ratio() -> None:
     none = scores(np.zeros((60, 4)))
     found = ratio(none, lambda c: np.zeros(len(c)), resamples(DOCUMENTS, rng()))
     assert (found.value, found.low, found.high) == (0, 0, 0)
+
+
+# ---------------------------------------------------------------- encoders
+
+
+def geometry(seed: int) -> embeddings.Scores:
+    """20 batches of four texts, which have 12 ordered pairs."""
+    own = np.random.default_rng([seed, 9])
+    kl, cosine = own.exponential(0.1, (20, 4)), own.exponential(0.01, (20, 12))
+    flip, overlap = own.random((20, 4)) < 0.2, own.integers(5, 11, (20, 4)) / 10
+    each = (values.astype(np.float32) for values in (kl, cosine, flip, overlap))
+    return embeddings.Scores(*each, documents=np.arange(20))
+
+
+def only(scores: embeddings.Scores, batches: int) -> embeddings.Scores:
+    return embeddings.Scores(**{key: value[:batches] for key, value in scores.arrays().items()})
+
+
+def test_of_an_encoder_the_geometry_is_described() -> None:
+    one = geometry(0)
+    stats = describe(one, resamples(np.arange(20), rng()))
+    assert stats.keys() == {
+        "kl", "kl_p99", "kl_p999", "kl_cvar99", "flips", "cosine", "cosine_p99", "overlap",
+    }  # fmt: skip
+    assert stats["cosine"].value == pytest.approx(one.cosine.mean(dtype=float))
+    assert stats["cosine_p99"].value == pytest.approx(np.quantile(one.cosine, 0.99))
+    assert stats["overlap"].value == pytest.approx(one.overlap.mean(dtype=float))
+    assert stats["overlap"].low < stats["overlap"].value < stats["overlap"].high
+
+
+def test_an_encoders_certificate_speaks_of_batches_and_texts() -> None:
+    plan, other = (Candidate(n, 300, 300, geometry(i)) for i, n in enumerate(("plan", "int4")))
+    found = certify(plan, [other], [], 0)
+    whole = checked(schema.Certificate, json.loads(json.dumps(found)))
+    assert (whole.unit, whole.documents, whole.tokens) == ("text", 20, 80)
+    assert whole.interval == "95% bootstrap over batches"
+    same = certify(plan, [replace(plan, name="int4")], [], 0)["verdict"]
+    assert same.startswith("The same as int4 (0.3 kB)")
+    few = Candidate("few", 300, 300, only(geometry(0), 5))
+    assert "Not enough text to say: 5 batches" in certify(few, [few], [], 0)["verdict"]
+    answer = judge({MAIN: plan.scores}, {}, {"itself": geometry(3)}, Tolerance(), 0)
+    meaning = checked(schema.Meaning, json.loads(json.dumps(answer)))
+    assert meaning.unit == "text" and meaning.mcnemar is None
+    assert [finding.measure for finding in meaning.findings] == ["kl", "flips"]
