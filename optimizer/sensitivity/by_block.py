@@ -67,7 +67,14 @@ def samples(model: Model, task: Task, text: Text, desk: Desk) -> np.ndarray | No
         return None
     size = sum(x.hidden.numel() * x.hidden.element_size() for x in stream.batches)
     with closing(Borders(size * len(stream.blocks))) as borders:
-        return _Passes(model, task, text, stream, borders, odd).run(desk)
+        try:
+            return _Passes(model, task, text, stream, borders, odd).run(desk)
+        except _Unlike:
+            return None
+
+
+class _Unlike(ModelError):
+    """The blocks by themselves don't show what the whole model does; it is asked itself."""
 
 
 def _shared(blocks: Sequence[nn.Module]) -> bool:
@@ -170,6 +177,8 @@ class _Passes:
         batch = self.stream.batches[index]
         hidden = batch.hidden.clone().requires_grad_(True)
         x = self.stream.tail(batch.ids, hidden)
+        if x.shape[:-1] != batch.ids.shape:  # ProphetNet predicts several tokens ahead
+            raise _Unlike(f"The head reads {tuple(x.shape)} of {tuple(batch.ids.shape)} tokens.")
         leaf = x.detach().requires_grad_(True)
         for row, window in zip(leaf, self.windows[index], strict=True):
             self._likelihood(row, window)
@@ -196,7 +205,7 @@ class _Passes:
                 with watching(self.model, [x.name for x in own], use, begin=False):
                     self.stream.through(block, batch, hidden.clone()).backward(arrived[index])
                 if len(met) < len(own):
-                    raise ModelError(f"{sorted({x.name for x in own} - met)[0]} had no gradient.")
+                    raise _Unlike(f"{sorted({x.name for x in own} - met)[0]} had no gradient.")
             assert hidden.grad is not None
             arrived[index] = hidden.grad
         squares.score()

@@ -6,7 +6,7 @@ import pytest
 
 from tests.architectures import matrix
 
-FEW = ["gpt2", "granitemoe", "zamba2", "gemma3_text", "bert encoder"]
+FEW = ["gpt2", "granitemoe", "zamba2", "gemma3_text", "bert encoder", "deepseek_v32", "prophetnet"]
 ROWS = {row["kind"]: row for row in matrix.load()["rows"]}
 
 
