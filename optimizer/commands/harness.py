@@ -61,14 +61,14 @@ def check(names: Sequence[str]) -> None:
     """Raises ConfigError if the harness isn't installed or knows no such task."""
     if not names:
         return
-    known = set(_manager(None).all_tasks) | {tasks_of.GROUP}
+    known = {*_manager(None).all_tasks, *tasks_of.names(pairs.built_in())}
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, n=3)
             hint = f" Near names: {', '.join(near)}." if near else ""
             raise ConfigError(
                 f"lm-evaluation-harness has no task {name!r}.{hint} Our own pairs are "
-                f"{tasks_of.GROUP}."
+                f"{tasks_of.GROUP} and its parts, such as {tasks_of.names(pairs.built_in())[1]}."
             )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from optimizer.data.pairs import Pair
+from optimizer.data.pairs import Pair, cells
 
 GROUP = "mezzotint_probes"
 README = """\
@@ -25,21 +25,22 @@ its place, {folder}: change `data_files` where the folder moves.
 """
 
 
+def names(pairs: Sequence[Pair]) -> list[str]:
+    """All tasks that `write` makes of the pairs: the group first, then one for each cell."""
+    return [GROUP, *(f"mezzotint_{'_'.join(cell)}" for cell in sorted(cells(pairs)))]
+
+
 def write(pairs: Sequence[Pair], draft: Path, place: Path) -> None:
     """Fill `draft`, which will stand at `place`."""
-    cells: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        cells.setdefault(f"{pair.phenomenon}_{pair.language}", []).append(pair)
-    names = []
-    for cell, own in sorted(cells.items()):
+    group, *tasks = names(pairs)
+    for task, cell in zip(tasks, sorted(cells(pairs)), strict=True):
+        file, own = "_".join(cell), [pair for pair in pairs if pair.cell == cell]
         lines = [json.dumps(asdict(pair), ensure_ascii=False) for pair in own]
-        (draft / f"{cell}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        name = f"mezzotint_{cell}"
-        names.append(name)
-        _save(draft / f"{name}.yaml", _task(name, place.absolute() / f"{cell}.jsonl"))
+        (draft / f"{file}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        _save(draft / f"{task}.yaml", _task(task, place.absolute() / f"{file}.jsonl"))
     parts = {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
-    _save(draft / f"{GROUP}.yaml", {"group": GROUP, "task": names, **parts})
-    readme = README.format(group=GROUP, folder=place.absolute())
+    _save(draft / f"{group}.yaml", {"group": group, "task": tasks, **parts})
+    readme = README.format(group=group, folder=place.absolute())
     (draft / "README.md").write_text(readme, encoding="utf-8")
 
 
