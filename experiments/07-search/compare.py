@@ -29,7 +29,7 @@ from optimizer.plan import Budget, Palette
 from optimizer.quantization.methods import bind
 from optimizer.search import Problem, Search, exact, starts
 from optimizer.sensitivity import Sensitivity
-from optimizer.stages import refine
+from optimizer.stages import refine, studies
 from optimizer.stages.prefix import Prefix, Shortcut
 from optimizer.stages.session import Bench, View, choices
 from optimizer.stages.table import measure_table
@@ -196,7 +196,7 @@ class Race:
     def _other(self, config, problem: Problem, start: np.ndarray, method: str):
         with self.bench.model.rounded(self.quantizer) as rounding:
             settings = Search(space="moves", tokens=self.tokens)
-            used = refine.tried_on(settings, *self.teacher.windows.ids.shape)
+            used = studies.tried_on(settings, *self.teacher.windows.ids.shape)
             confirm = 4 * used * self.teacher.windows.ids.shape[1]  # as ours spends
             meter = Meter(self.bench, self.chosen, rounding, self.teacher, used,
                           self.tokens + confirm)  # fmt: skip

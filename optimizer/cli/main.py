@@ -253,9 +253,7 @@ def _export(settings: Any) -> None:
     given, folder = Path(settings.plan), Path(settings.out)
     view, rest = progress.Terminal(out), (settings.store, settings.model, settings.overwrite)
     if settings.nested:
-        verdict = speculative.export_pair(
-            Plan.load(given), settings.to, folder, *rest, view, settings.gguf
-        )
+        verdict = speculative.export_pair(Plan.load(given), settings, view)
     else:
         packed = given if packed_file(given) is not None else None
         verdict = export.export(

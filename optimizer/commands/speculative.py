@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from optimizer.commands import export
 from optimizer.commands.deploy import codes_of, planes_of
+from optimizer.config import Export
 from optimizer.errors import ConfigError
 from optimizer.formats import folder as folders
 from optimizer.formats.gguf.writer import carrier
@@ -39,32 +40,28 @@ Versions of llama.cpp before 2026 say --draft-max 8 for the last two options.
 """
 
 
-def export_pair(
-    plan: Plan,
-    to: str,
-    out: Path,
-    store: str,
-    model: str | None = None,
-    overwrite: bool = False,
-    view: View | None = None,
-    gguf: str | None = None,
-) -> Verdict:
-    """Write out/draft/model.gguf and out/target/model.gguf. Raises before any work if the plan has no
-    refinement, or if a GGUF file can't hold the base."""
-    view = view or View()
-    folders.check_target(out, overwrite)
-    if export.ALIASES.get(to, to) != "llamacpp":
-        raise ConfigError(f"nested=true writes for llama.cpp, to=gguf, not to={to}. Leave it out.")
+def export_pair(plan: Plan, asked: Export, view: View) -> Verdict:
+    """Write draft/model.gguf and target/model.gguf in the folder that is asked for. Raises before any
+    work if the plan has no refinement, or if a GGUF file can't hold the base."""
+    out = Path(asked.out)
+    folders.check_target(out, asked.overwrite)
+    if export.ALIASES.get(asked.to, asked.to) != "llamacpp":
+        raise ConfigError(
+            f"nested=true writes for llama.cpp, to=gguf, not to={asked.to}. Leave it out."
+        )
+    if asked.activations:
+        raise ConfigError("activations=true is for to=vllm, not beside nested=true. Leave it out.")
     if plan.refinement is None:
         raise ConfigError(
             "nested=true writes a base and a refined model, and this plan has no refinement. Make one "
             "with nested.size=SIZE, or leave nested out."
         )
-    job = replace(export.job_of("export", plan, "llamacpp", store, model, gguf), nested=False)
+    own = export.job_of("export", plan, "llamacpp", asked.store, asked.model, asked.gguf)
+    job = replace(own, nested=False)
     _check_levels(job)
     verdicts = {DRAFT: job.check()}
     verdicts[DRAFT].require()
-    kept = Store.open(store, view.note)
+    kept = Store.open(asked.store, view.note)
     jobs = {DRAFT: job, TARGET: replace(job, plan=target_of(plan, job.inventory))}
     verdicts[TARGET] = jobs[TARGET].check()
     verdicts[TARGET].require()

@@ -251,12 +251,17 @@ class Recipe(Format):
         found: str | None = self.module().holds(layer, precision)
         return found
 
+    def refused(self, plan: Plan, inventory: Inventory) -> list[str]:
+        """What speaks against a plan as a whole."""
+        del plan, inventory
+        return []
+
     def checker(self, runtime: Runtime, subject: Subject) -> Callable[[Plan], Verdict]:
         demands, module = self.demands(runtime, subject), self.module()
 
         def check(plan: Plan) -> Verdict:
             errors = demands.errors(plan, subject.inventory)
-            errors += module.refused(plan, subject.inventory)
+            errors += self.refused(plan, subject.inventory)
             if not rules.quantized(plan, subject.inventory):
                 errors.append(f"A recipe for {self.name} quantizes layers; this plan has none.")
             notes = (*demands.notes, *module.NOTES)
@@ -285,6 +290,10 @@ class Exl3(Recipe):
     """exllamav3's overrides for util/recompile.py."""
 
     name = "exl3"
+
+    def refused(self, plan: Plan, inventory: Inventory) -> list[str]:
+        found: list[str] = self.module().refused(plan, inventory)
+        return found
 
 
 class LlamaCpp(Format):

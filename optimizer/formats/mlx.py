@@ -76,8 +76,11 @@ def _sizes(layer: Layer, precision: Precision, dtype: str) -> dict[str, tuple[st
     weight = ("U32", [layer.rows, layer.cols * precision.bits // 32])
     if precision.kind == "mxfp4":
         return {f"{stem}.weight": weight, f"{stem}.scales": ("U8", groups)}
-    return {f"{stem}.weight": weight, f"{stem}.scales": (dtype, groups),
-            f"{stem}.biases": (dtype, groups)}  # fmt: skip
+    return {
+        f"{stem}.weight": weight,
+        f"{stem}.scales": (dtype, groups),
+        f"{stem}.biases": (dtype, groups),
+    }
 
 
 def config(plan: Plan, inventory: Inventory) -> dict[str, Any]:

@@ -76,12 +76,6 @@ def holds(layer: Layer, precision: Precision) -> str | None:
     return rules.linear_only(layer, precision)
 
 
-def refused(plan: Plan, inventory: Inventory) -> list[str]:
-    """What speaks against a plan as a whole."""
-    del plan, inventory
-    return []
-
-
 def config(plan: Plan, inventory: Inventory) -> dict[str, Any]:
     """hf_quant_config.json."""
     layers = {

@@ -34,12 +34,6 @@ def holds(layer: Layer, precision: Precision) -> str | None:
     return rules.linear_only(layer, precision)
 
 
-def refused(plan: Plan, inventory: Inventory) -> list[str]:
-    """What speaks against a plan as a whole."""
-    del plan, inventory
-    return []
-
-
 def config(plan: Plan, inventory: Inventory) -> dict[str, Any]:
     """For `--quantization-config`."""
     targets = {

@@ -4,29 +4,26 @@ folder in the transformers layout (config.json, *.safetensors, tokenizer), and i
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.util
 import json
 import re
-import struct
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimizer import drafts, untrusted
 from optimizer.errors import ModelError
-from optimizer.models import gguf_metadata, published
+from optimizer.models import from_gguf, published
 from optimizer.plan import digest
 from optimizer.store import Store, alone, unwritable, write_atomically
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 METHOD = "mezzotint"  # in a packed folder's config.json, for transformers
 PACKED_FILE, BASE_FILE = "packed.safetensors", "base.safetensors"  # the latter with a refinement
@@ -39,13 +36,17 @@ REMEMBERED = 32 * 2**20  # bytes from which a file's hash is remembered: above .
 SETTLED = 2.0  # seconds
 SAMPLES, SAMPLE = 64, 4096  # pieces, bytes of each
 
-LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers",
-          "decoder_layers", "depth", "num_nextn_predict_layers"}  # fmt: skip
+LAYERS = {
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "depth",
+    "num_nextn_predict_layers",
+}
 MOST_LAYERS = 2000  # the deepest published have some hundreds
-
-# llama.cpp names its pre-tokenizers; these split every digit off, and transformers' GGUF loader
-# forgets it ("a  12" would be cut otherwise than in training).
-SPLITS_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 
 
 @dataclass(frozen=True)
@@ -221,67 +222,7 @@ def _hashes_of(folder: Path) -> Path:
 
 def _converted(gguf: Path, store: Store) -> Path:
     key = digest(["gguf", CONVERSION, file_hash(gguf, store)])
-    return _made(store, key, lambda folder: _convert(gguf, folder))
-
-
-@contextmanager
-def _read_once() -> Iterator[None]:
-    """transformers parses a GGUF file anew for its config, weights and tokenizer, and has gguf make
-    its table of names once a module: most of the time that a small model's conversion took."""
-    import gguf
-
-    own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    parse = functools.cache(own["GGUFReader"])
-    names = functools.cache(own["get_tensor_name_map"])
-    try:
-        vars(gguf).update(GGUFReader=lambda path: parse(Path(path)), get_tensor_name_map=names)
-        yield
-    finally:
-        vars(gguf).update(own)
-
-
-@_read_once()
-def _convert(gguf: Path, folder: Path) -> None:
-    """GGUF -> transformers folder in fp16; llama.cpp's blocks hold fp16 scales."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where: dict[str, str] = {"gguf_file": gguf.name}
-    try:
-        with (
-            quiet(),
-            redirect_stderr(StringIO()),
-        ):  # a bar of tqdm's own, which nothing switches off
-            loaded = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, dtype=torch.float32, **where
-            )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
-    except (
-        OSError, ValueError, KeyError, RuntimeError, IndexError, TypeError, struct.error
-    ) as error:  # fmt: skip
-        raise ModelError(
-            f"{gguf} couldn't be read as a GGUF language model ({error}). It may be cut off, or "
-            "of an architecture that transformers doesn't convert; give the original folder."
-        ) from None
-    gguf_metadata.mend(loaded.config, gguf_metadata.read(gguf))
-    _split_digits(tokenizer, gguf)
-    del loaded.config.quantization_config  # it is dequantized; a fresh model forgets that it was
-    net = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float16)
-    net.load_state_dict(loaded.state_dict())
-    net.generation_config = loaded.generation_config
-    net.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _split_digits(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
-    from gguf import GGUFReader
-    from tokenizers.pre_tokenizers import ByteLevel, Digits
-    from tokenizers.pre_tokenizers import Sequence as Steps
-
-    field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
-    if field is not None and field.contents() in SPLITS_DIGITS:
-        steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-        tokenizer.backend_tokenizer.pre_tokenizer = Steps(steps)
+    return _made(store, key, lambda folder: from_gguf.convert(gguf, folder))
 
 
 def context_length(folder: Path) -> int | None:
@@ -345,8 +286,8 @@ def _modules(folder: Path) -> list[dict[str, Any]]:
 def _pooled(file: Path) -> str:
     """From sentence-transformers' own file, which has a flag for every way."""
     config = _object(file)
-    flags = {key.removeprefix("pooling_mode_") for key, value in config.items()
-             if key.startswith("pooling_mode_") and value is True}  # fmt: skip
+    said = (key for key, value in config.items() if value is True)
+    flags = {x.removeprefix("pooling_mode_") for x in said if x.startswith("pooling_mode_")}
     flags |= {str(config["pooling_mode"])} if "pooling_mode" in config else set()
     known = {"mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls"}
     if len(flags) == 1 and flags <= known.keys():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,25 +24,22 @@ from optimizer.quantization.methods import bind
 from optimizer.search import Problem, Search, starts
 from optimizer.search.surrogate import Seen, Slope, believe
 from optimizer.sensitivity import Task
+from optimizer.stages import studies
 from optimizer.stages.baselines import tensor_bytes
 from optimizer.stages.objective import Beside, own_head
 from optimizer.stages.session import Bench, Choices
 from optimizer.stages.trials import history, shown, volume
-from optimizer.store import alone
 
 if TYPE_CHECKING:
     from optimizer.models.model import Rounding
     from optimizer.search.study import Study, Tried
     from optimizer.stages.prefix import Prefix
 
-STUDY_VERSION = 5  # raised when trials can't be compared with older ones
 SLOPE_VERSION = 3  # raised when slopes change
 SLOPE_WINDOWS = 16
 KEPT = 8  # slopes that proposals are drawn from
 POLL = 1.0  # seconds
 EXHAUSTED = 60  # trials in a row that repeat plans: there is nothing left to measure
-FEWEST = 2  # windows on which trials are measured
-WHOLE_TRIALS = 0.5  # whole trials that the tokens allow, over the windows of each
 FRESH, STALE = 2, 6  # trials until the slope is taken again: with a new best plan, without one
 
 
@@ -75,23 +71,23 @@ def refine(
 
     settings = config.search
     windows = bench.windows("search")
-    used = tried_on(settings, *windows.ids.shape)
-    if used < FEWEST:
+    used = studies.tried_on(settings, *windows.ids.shape)
+    if used < studies.FEWEST:
         raise ConfigError(
-            f"A search needs at least {2 * FEWEST} search windows, of which some confirm the choice; "
-            f"data.search.sequences is {len(windows.ids)}. Raise it, or take search=exact."
+            f"A search needs at least {2 * studies.FEWEST} search windows, of which some confirm the "
+            f"choice; data.search.sequences is {len(windows.ids)}. Raise it, or take search=exact."
         )
-    if used < _affordable(settings, windows.ids.shape[1]):
+    if used < studies.affordable(settings, windows.ids.shape[1]):
         bench.view.note(
             f"{settings.tokens} tokens would allow trials on more than {used} windows, which overfit "
             f"less: data.search.sequences={2 * len(windows.ids)} gives the search more text"
         )
     settings = replace(settings, first=min(settings.first, used))
     beside = Beside(bench, config, chosen, used)
-    name = _name(bench, config, problem, beside)
+    name = studies.name(bench, config, problem, beside)
     where = masked(settings.storage) if settings.storage else str(journal)
     bench.view.note(f"trials are kept in {where}; optuna-dashboard shows them live")
-    with _in_turn(bench, settings, journal.with_name(name)):
+    with studies.in_turn(bench, settings, journal.with_name(name)):
         study = Study.open(settings, problem, name, journal, config.seed, bench.view.note)
         quantizer = bind(config.quantizer, bench)
         quantizer.prepare(_offered(chosen))  # all codes, while the model holds its own weights
@@ -105,19 +101,6 @@ def refine(
             return scout.confirm(start)
 
 
-@contextmanager
-def _in_turn(bench: Bench, settings: Search, key: Path) -> Iterator[None]:
-    """A journal's study has one worker: the same command, given twice at once, waits for the other,
-    then finds its trials and ends with its plan. Workers on a database share a study."""
-    if settings.storage is not None:
-        yield
-        return
-    with alone(
-        key, lambda: bench.view.note("another command is on this very search; waiting for it")
-    ):
-        yield
-
-
 def _search(bench: Bench, settings: Search, study: Study, scout: Scout) -> None:
     begun, before = time.monotonic(), study.spent
     with bench.view.meter("search", settings.tokens) as show:
@@ -127,17 +110,6 @@ def _search(bench: Bench, settings: Search, study: Study, scout: Scout) -> None:
             spent = study.spent
             rate = (spent - before) / (time.monotonic() - begun)
             show(spent, f"{scout.news}  {spent} tokens, {rate:.0f}/s")
-
-
-def tried_on(settings: Search, windows: int, length: int) -> int:
-    """How many search windows a trial is measured on: with more tokens both the windows and the
-    trials grow, and a quarter of the windows at least is left to confirm the choice."""
-    most = windows // 2 if windows < 4 * FEWEST else 3 * windows // 4
-    return min(max(FEWEST, _affordable(settings, length)), most)
-
-
-def _affordable(settings: Search, length: int) -> int:
-    return int((settings.tokens / length / WHOLE_TRIALS) ** 0.5)
 
 
 def _over(settings: Search, study: Study, begun: float) -> bool:
@@ -156,24 +128,6 @@ def _offered(chosen: Choices) -> dict[str, list[Precision]]:
         layer.name: [chosen.fitted[layer.name, column] for column in chosen.columns]
         for layer in chosen.scope
     }
-
-
-def _name(bench: Bench, config: Optimize, problem: Problem, beside: Beside) -> str:
-    """The study's name: everything that two workers must agree on to share their trials."""
-    from optimizer.search import samplers, spaces
-
-    search = config.search
-    content = [
-        STUDY_VERSION, spaces.VERSION, search.sampler, samplers.SETTINGS, search.prune, search.first,
-        bench.part_key("calibration"), bench.part_key("search"),
-        bind(config.quantizer, bench).key,
-        problem.groups, problem.columns, problem.limit, problem.unit, problem.free.tolist(),
-        config.search.space, config.search.front, config.seed,
-        tried_on(config.search, *bench.windows("search").ids.shape),
-        config.meaning.name, beside.key,
-        *([problem.third.name, problem.third.each.tolist()] if problem.third else []),
-    ]  # fmt: skip
-    return f"mezzotint-{config.search.space}-{digest(content)[:24]}"
 
 
 class Scout:
@@ -223,11 +177,11 @@ class Scout:
 
             self._set(start)
             with torch.inference_mode():
-                found = [self.teacher.divergence(self.bench.model.net, w).cpu().numpy()
-                         for w in range(self.used)]  # fmt: skip
+                each = (self.teacher.divergence(self.bench.model.net, w) for w in range(self.used))
+                found = np.concatenate([losses.cpu().numpy() for losses in each])
                 domain = self.beside.choose()
-            return {"threshold": np.quantile(np.concatenate(found), meaning.level),
-                    "domain": np.array(domain)}  # fmt: skip
+            threshold = np.quantile(found, meaning.level)
+            return {"threshold": threshold, "domain": np.array(domain)}
 
         found = self.bench.store.arrays("thresholds", key, make)
         assert found is not None

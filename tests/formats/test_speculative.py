@@ -49,6 +49,7 @@ def test_draft_and_target_are_base_and_refined_model(mezzotint: Command, wide: W
 def test_what_can_not_be_a_pair_is_said(mezzotint: Command, wide: Wide) -> None:
     nested(mezzotint, wide, "palette.bits=[2,3,16]", "quantizer=rtn", "budget.size=900kB")
     for words, said in (
+        (["run/plan.json", "to=gguf", "activations=true"], "is for to=vllm"),
         (["run/plan.json", "to=gguf"], "palette.bits=[4,5,8,16]"),
         (["run/plan.json", "to=vllm"], "to=gguf, not to=vllm"),
     ):

@@ -18,7 +18,7 @@ from optimizer.plan import Budget
 from optimizer.quantization.methods import Gptq, bind
 from optimizer.search import SPACES, Search
 from optimizer.sensitivity import slope
-from optimizer.stages import objective, refine, session
+from optimizer.stages import objective, refine, session, studies
 from tests.commands.test_optimize import SHORT, Seen, settings
 
 TOKENS = 4000
@@ -82,9 +82,9 @@ def test_too_few_windows_are_refused(source: Source, tmp_path: Path) -> None:
 
 
 def test_windows_of_trials_grow_with_the_tokens() -> None:
-    used = [refine.tried_on(Search(tokens=t), 1000, 128) for t in (500, 60_000, 240_000)]
+    used = [studies.tried_on(Search(tokens=t), 1000, 128) for t in (500, 60_000, 240_000)]
     assert used == [2, 30, 61]
-    assert refine.tried_on(Search(tokens=10**7), 64, 128) == 48  # a quarter confirms
+    assert studies.tried_on(Search(tokens=10**7), 64, 128) == 48  # a quarter confirms
 
 
 @pytest.mark.parametrize(("windows", "used"), [(64, 30), (64, 48), (192, 60)])
@@ -107,7 +107,7 @@ def test_slopes_read_what_no_trial_reads_and_nothing_that_confirms(
     monkeypatch.setattr(slope, "slopes", spy)
     config = searched(source, tmp_path / "s", search={"tokens": 2500})
     config.data.search = Part(sequences=40, length=32)
-    used = refine.tried_on(config.search, 40, 32)
+    used = studies.tried_on(config.search, 40, 32)
     optimize.optimize(config, tmp_path / "r")
     assert used < max(read) < objective.confirming(used, 40).start
 
@@ -159,7 +159,7 @@ def test_a_study_is_named_by_what_its_workers_share(source: Source, tmp_path: Pa
     def name(bits: float) -> str:
         config.budget = Budget(bits=bits)
         posed = optimize._pose(config, table.inventory, chosen, blank)
-        return refine._name(table, config, posed, beside)
+        return studies.name(table, config, posed, beside)
 
     assert name(4) == name(4) != name(5)
 

@@ -49,9 +49,13 @@ MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 INPUTS: dict[str, dict[str, Any]] = {
     "fp8": {"strategy": "token"},
     "fp8_block": {"strategy": "group", "group_size": BLOCK},
-    "mxfp4": {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8",
-              "zp_dtype": "torch.uint8"},
-}  # fmt: skip
+    "mxfp4": {
+        "strategy": "group",
+        "group_size": 32,
+        "scale_dtype": "torch.uint8",
+        "zp_dtype": "torch.uint8",
+    },
+}
 _BEFORE = "and with activations in 16 bits, vLLM unpacks as it multiplies (Marlin, 7.5 and newer)."
 PLATFORMS = {  # kind -> what a person should know of GPUs
     "nvfp4": f"Blackwell (compute capability 10) multiplies NVFP4; before it, {_BEFORE}",
@@ -90,8 +94,13 @@ def inputs(precision: Precision) -> dict[str, Any] | None:
     bits: NVFP4's need a scale of the tensor from calibration."""
     if precision.kind not in INPUTS:
         return None
-    return {"num_bits": precision.bits, "type": "float", "symmetric": True, "dynamic": True,
-            **INPUTS[precision.kind]}  # fmt: skip
+    return {
+        "num_bits": precision.bits,
+        "type": "float",
+        "symmetric": True,
+        "dynamic": True,
+        **INPUTS[precision.kind],
+    }
 
 
 def multiplied(plan: Plan, verdict: Verdict) -> Verdict:

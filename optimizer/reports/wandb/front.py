@@ -23,10 +23,18 @@ LINES = ("predicted front", "uniform, predicted", "uniform, measured")  # the ot
 def _encoding() -> dict[str, Any]:
     shown = {"test": {"and": [{"param": "runs"}, {"param": "kinds"}]}, "value": 1}
     return {
-        "x": {"field": "${field:step}", "type": "quantitative", "title": "${string:xname}",
-              "scale": {"zero": False}},
-        "y": {"field": "${field:lineVal}", "type": "quantitative", "title": "${string:yname}",
-              "scale": {"type": "log"}},
+        "x": {
+            "field": "${field:step}",
+            "type": "quantitative",
+            "title": "${string:xname}",
+            "scale": {"zero": False},
+        },
+        "y": {
+            "field": "${field:lineVal}",
+            "type": "quantitative",
+            "title": "${string:yname}",
+            "scale": {"type": "log"},
+        },
         "color": {"field": "name", "type": "nominal", "title": "run"},
         "opacity": {"condition": shown, "value": 0.08},
         "tooltip": [
@@ -36,7 +44,7 @@ def _encoding() -> dict[str, Any]:
             {"field": "${field:step}", "type": "quantitative", "title": "MB", "format": ".2f"},
             {"field": "${field:lineVal}", "type": "quantitative", "title": "KL", "format": ".3g"},
         ],
-    }  # fmt: skip
+    }
 
 
 def spec() -> dict[str, Any]:
@@ -46,9 +54,12 @@ def spec() -> dict[str, Any]:
     kinds = {"field": "${field:lineKey}", "type": "nominal", "title": "kind"}
     legends = [
         {"name": "runs", "select": {"type": "point", "fields": ["name"]}, "bind": "legend"},
-        {"name": "kinds", "select": {"type": "point", "fields": ["${field:lineKey}"]},
-         "bind": "legend"},
-    ]  # fmt: skip
+        {
+            "name": "kinds",
+            "select": {"type": "point", "fields": ["${field:lineKey}"]},
+            "bind": "legend",
+        },
+    ]
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
         "data": {"name": "wandb"},

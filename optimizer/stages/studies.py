@@ -1,0 +1,63 @@
+"""What the workers of one search agree on: the study's name, on how many windows its trials are
+measured, and whose turn it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from optimizer.config import Optimize
+from optimizer.plan import digest
+from optimizer.quantization.methods import bind
+from optimizer.search import Problem, Search
+from optimizer.stages.objective import Beside
+from optimizer.stages.session import Bench
+from optimizer.store import alone
+
+VERSION = 5  # raised when trials can't be compared with older ones
+FEWEST = 2  # windows on which trials are measured
+WHOLE_TRIALS = 0.5  # whole trials that the tokens allow, over the windows of each
+
+
+@contextmanager
+def in_turn(bench: Bench, settings: Search, key: Path) -> Iterator[None]:
+    """A journal's study has one worker: the same command, given twice at once, waits for the other,
+    then finds its trials and ends with its plan. Workers on a database share a study."""
+    if settings.storage is not None:
+        yield
+        return
+    with alone(
+        key, lambda: bench.view.note("another command is on this very search; waiting for it")
+    ):
+        yield
+
+
+def tried_on(settings: Search, windows: int, length: int) -> int:
+    """How many search windows a trial is measured on: with more tokens both the windows and the
+    trials grow, and a quarter of the windows at least is left to confirm the choice."""
+    most = windows // 2 if windows < 4 * FEWEST else 3 * windows // 4
+    return min(max(FEWEST, affordable(settings, length)), most)
+
+
+def affordable(settings: Search, length: int) -> int:
+    """On how many windows the tokens allow trials."""
+    return int((settings.tokens / length / WHOLE_TRIALS) ** 0.5)
+
+
+def name(bench: Bench, config: Optimize, problem: Problem, beside: Beside) -> str:
+    """The study's name: everything that two workers must agree on to share their trials."""
+    from optimizer.search import samplers, spaces
+
+    search = config.search
+    content = [
+        *(VERSION, spaces.VERSION, search.sampler, samplers.SETTINGS, search.prune, search.first),
+        *(bench.part_key("calibration"), bench.part_key("search")),
+        bind(config.quantizer, bench).key,
+        *(problem.groups, problem.columns, problem.limit, problem.unit, problem.free.tolist()),
+        *(config.search.space, config.search.front, config.seed),
+        tried_on(config.search, *bench.windows("search").ids.shape),
+        *(config.meaning.name, beside.key),
+        *([problem.third.name, problem.third.each.tolist()] if problem.third else []),
+    ]
+    return f"mezzotint-{config.search.space}-{digest(content)[:24]}"
