@@ -4,8 +4,7 @@
 copies tensors of other conversions over those of BASE, as a YAML file says:
     sources:   [{id, model_dir}]
     overrides: [{key: glob of tensors, source: id}], the later wins
-A plan's integer widths are EXL3's; its trellis has no groups and loses less at the same width, so
-only the allocation is carried.
+A plan's integer widths are EXL3's; its trellis has no groups, so only the allocation is carried.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from optimizer.plan import Inventory, Layer, Plan, Precision
 EXECUTES = ["none", "int[2-6]_*", "int8_*"]
 EXPERTS = "tensor"
 NOTES = (
-    "EXL3 rounds with its own trellis at these widths, so the result loses less than the plan says; "
+    "EXL3 rounds with its own trellis at these widths, so what the result loses has to be measured; "
     "embeddings stay in 16 bits.",
 )
 HEADS = 6  # exllamav3's own width of the output head, where nothing else is said

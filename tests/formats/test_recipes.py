@@ -26,7 +26,7 @@ NVFP4, MXFP4, FP8, BLOCK = (
 def written(plan: Plan, to: str, wide: Wide, out: Path) -> Path:
     verdict = export.export(plan, to, out, str(wide.store))
     assert verdict.bytes is None and not list(out.glob("*.safetensors"))
-    assert any("measure the result" in note or "loses less" in note for note in verdict.notes)
+    assert any("measure" in note for note in verdict.notes)
     assert (out / "manifest.json").is_file() and plan.id in (out / "README.md").read_text()
     return out
 
