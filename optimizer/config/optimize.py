@@ -92,6 +92,11 @@ class Nested:
                 f"Only runtime=torch adds planes to a base as it runs, not {config.runtime.name}. "
                 "Leave nested.size out, or take runtime=torch."
             )
+        if config.budget.caches != [16]:
+            raise ConfigError(
+                f"Base and refinement are measured with a cache of 16 bits, not budget.kv="
+                f"{config.budget.kv}. Leave it out beside nested.size."
+            )
         if config.quantizer.name == "awq":
             raise ConfigError(
                 "quantizer=awq folds scales into other layers, and a refinement would need its own. "

@@ -66,6 +66,7 @@ def test_a_plan_that_says_other_bytes_or_planes_is_refused(
         (["nested.size=130kB", "runtime=vllm"], "runtime=torch"),
         (["nested.size=130kB", "search=moves"], "search=exact"),
         (["nested.size=130kB", "nested.share=2"], "nested.share"),
+        (["nested.size=130kB", "budget.kv=8"], "a cache of 16 bits"),
     ],
 )
 def test_mistakes_are_explained(mezzotint: Command, words: list[str], said: str) -> None:
