@@ -66,6 +66,8 @@ def rooms(config: Optimize, bench: Bench, chosen: Choices) -> list[Room]:
     """One per cache precision that leaves enough for the smallest plan, widest cache first.
     Raises BudgetError if none does, with what the smallest cache would need."""
     budget, runtime = config.budget, config.runtime.name
+    if budget.keeps != [None]:
+        _check_keep(bench)
     if budget.memory is None:
         return [Room(memory.kind(runtime, budget.caches[0], budget.keeps[0]), budget)]
     shape = geometry(bench.config)
@@ -84,6 +86,15 @@ def rooms(config: Optimize, bench: Bench, chosen: Choices) -> list[Room]:
     if refusal is not None and not found:
         raise refusal
     return found
+
+
+def _check_keep(bench: Bench) -> None:
+    """Raises ConfigError for a model whose class says that it can't, before anything is measured."""
+    from optimizer.models.inventory import architecture
+    from optimizer.models.kv_cache import check_sees_all
+
+    _, found = architecture(bench.source.folder)
+    check_sees_all(found)
 
 
 def traffic(config: Optimize, bench: Bench) -> Traffic:

@@ -140,3 +140,15 @@ def test_tokens_that_are_kept_whole_are_searched_and_certified(mezzotint):
 def test_what_can_not_be_kept(mezzotint, words, said):
     done = mezzotint("optimize", "model=stories", "budget=pi3_1gb", *words)
     assert done.code == 2 and said in " ".join(done.err.split()), done.err
+
+
+def test_windows_are_refused_before_anything_is_measured(mezzotint, tmp_path):
+    from tests.conftest import ARCHITECTURES, build
+
+    folder = build(tmp_path / "m", "gemma2", *ARCHITECTURES["gemma2"])
+    done = mezzotint(
+        "optimize", f"model={folder}", "budget.bits=5", "budget.kv=4", "budget.keep=4+8", *QUICK,
+        "data=self",
+    )  # fmt: skip
+    assert done.code == 2 and "sees all tokens" in done.err, done.err
+    assert "sensitivity" not in done.out
