@@ -10,7 +10,7 @@ without it. No torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from optimizer.errors import PlanError
@@ -77,7 +77,9 @@ class Refinement:
             key: Precision(row.kind, row.bits, row.group_size, row.symmetric)
             for key, row in data.palette.items()
         }
-        rest = data.model_dump(exclude={"palette", "bytes"}, by_alias=True, exclude_unset=True)
+        told = data.model_dump(exclude={"palette", "bytes"}, by_alias=True, exclude_unset=True)
+        own = {field.name for field in fields(cls)}  # others may be there, and nobody reads them
+        rest = {key: value for key, value in told.items() if key in own}
         return cls(palette=palette, bytes={str(k): n for k, n in data.bytes.items()}, **rest)
 
     def check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,15 @@ def test_a_refinement_survives_the_file(tmp_path: Path) -> None:
     assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
     assert plan.refinement is not None
     assert plan.refinement.planes == {FIRST: PLANE, SECOND: Precision("int", 3, None, True)}
+
+
+def test_what_a_later_version_adds_is_left_alone(tmp_path: Path) -> None:
+    plan = refined()
+    data = json.loads(plan.save(tmp_path / "plan.json").read_text())
+    del data["checksum"]
+    data["refinement"]["later"] = {"more": 1}
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    assert Plan.load(tmp_path / "plan.json").refinement == plan.refinement
 
 
 Change = Callable[[Refinement], dict[str, Any]]
