@@ -7,6 +7,8 @@ prose would calibrate a model on brackets and commas. The only module that impor
 from __future__ import annotations
 
 import codecs
+import csv
+import io
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,9 +20,11 @@ from optimizer.errors import ModelError, TextError
 
 PROSE = (".txt", ".md")
 ROWS = (".jsonl", ".json", ".csv", ".parquet")
-SQUEEZED = (".gz", ".zst")
+SQUEEZED = {".gz": "gzip", ".zst": "zstd"}
 KINDS = f"{', '.join(PROSE + ROWS)}, each also with {' or '.join(SQUEEZED)} behind it"
 MOST_BYTES = 8 * 2**30  # of one file, unpacked: a few kB can unpack to any size
+LONGEST_CELL = 2**31 - 1  # of a CSV file; Python's own limit is 128 KiB
+SEPARATORS = ",;\t|"
 CHAT = "messages"  # the column of chats, where data.column isn't there
 
 Spoken = Callable[[list[dict[str, Any]]], str]
@@ -93,14 +97,14 @@ class Documents:
             return None
         for turn in turns:
             whole = isinstance(turn, dict) and isinstance(turn.get("role"), str)
-            if not whole or not isinstance(turn.get("content"), str | None):
+            if not whole or not isinstance(turn.get("content"), str | list | None):
                 raise TextError(
                     f"{where}: a chat is a list of turns, each with the texts role and content. "
                     "Bring it into that form, or name a column of text with data.column."
                 )
         speak = plainly if self.spoken is None else self.spoken
         try:
-            return speak(turns)
+            return speak([_turn(turn) for turn in turns])
         except TextError as error:
             raise TextError(f"{where}: {error}") from None
 
@@ -115,6 +119,27 @@ class Documents:
 def read_documents(path: Path, column: str = "text", spoken: Spoken | None = None) -> Documents:
     """What is to be read, as `Documents`; nothing is read yet."""
     return Documents(path, column, spoken)
+
+
+def _turn(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn whose content is one text, also if it was given in parts, without the fields that a
+    table has to have for every turn (templates ask whether a field is there). Raises TextError for
+    parts that are no text."""
+    content = turn.get("content")
+    if isinstance(content, list):
+        content = "\n".join(map(_part, content))
+    return {k: v for k, v in turn.items() if v is not None} | {"content": content}
+
+
+def _part(part: Any) -> str:
+    text = part.get("text") if isinstance(part, dict) else part
+    if not isinstance(text, str):
+        kind = str(part.get("type"))[:40] if isinstance(part, dict) else type(part).__name__
+        raise TextError(
+            f"the content of a turn has a part of the type {kind!r}, and only texts are read. Leave "
+            "such chats out."
+        )
+    return text
 
 
 def plainly(turns: list[dict[str, Any]]) -> str:
@@ -218,7 +243,8 @@ def _bytes(file: Path) -> bytes:
             return file.read_bytes()
         import pyarrow
 
-        with pyarrow.input_stream(str(file), compression="detect") as stream:
+        packing = SQUEEZED[file.suffix.lower()]
+        with pyarrow.input_stream(str(file), compression=packing) as stream:
             data = stream.read(MOST_BYTES + 1)
     except OSError as error:
         reason = error.strerror or str(error).strip().splitlines()[0]
@@ -239,7 +265,7 @@ def rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         return _json_lines(file, read_text(file))
     if kind == ".json":
         return _json(file)
-    return _table(file, columns, csv=kind == ".csv")
+    return _csv(file, columns) if kind == ".csv" else _parquet(file, columns)
 
 
 def _json_lines(file: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -277,44 +303,52 @@ def _json(file: Path) -> Iterator[tuple[str, Any]]:
         yield f"{file}, row {number}", {"text": row} if isinstance(row, str) else row
 
 
-def _table(file: Path, columns: tuple[str, ...], csv: bool) -> Iterator[tuple[str, Any]]:
-    """CSV with a line of names, or Parquet, through Arrow, which datasets reads them by."""
+def _csv(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """The rows of a CSV file with a line of names, every cell as text: `NA`, `null` and `007` are
+    words. Cells are separated by what the wanted column stands between in that line, else by commas.
+    Raises TextError for what can be read in two ways: a quote without an end, a row of more or fewer
+    cells, two columns of one name."""
+    text = read_text(file)
+    csv.field_size_limit(LONGEST_CELL)
+    first = text.partition("\n")[0]
+    wanted = (
+        s for s in SEPARATORS if set(columns) & set(next(csv.reader([first], delimiter=s), []))
+    )
+    lines = csv.reader(io.StringIO(text, ""), delimiter=next(wanted, ","), strict=True)
+    try:
+        names = next(lines, [])
+        if len(set(names)) < len(names):
+            raise csv.Error(f"two columns have one name, among {_listed(dict.fromkeys(names))}")
+        for number, cells in enumerate((cells for cells in lines if cells), 1):
+            if len(cells) != len(names):
+                raise csv.Error(f"{len(cells)} cells under {len(names)} names")
+            yield f"{file}, row {number}", dict(zip(names, cells, strict=True))
+    except csv.Error as error:
+        raise TextError(
+            f"{file} can't be read as a CSV file with a line of names (line {lines.line_num}: "
+            f"{error}). Correct it."
+        ) from None
+
+
+def _parquet(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Through Arrow, which datasets reads it by."""
     import pyarrow
+    from pyarrow.parquet import ParquetFile
 
     source = pyarrow.BufferReader(_bytes(file)) if file.suffix.lower() in SQUEEZED else file
     number = 0
     try:
-        for batch in _csv(source) if csv else _parquet(source, columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file}, row {number}", row
+        with ParquetFile(source) as table:
+            wanted = [name for name in columns if name in table.schema_arrow.names]
+            for batch in table.iter_batches(columns=wanted or None):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}, row {number}", row
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason"
-        kind = "CSV file with a line of names" if csv else "Parquet file"
-        raise TextError(f"{file} can't be read as a {kind} ({reason}). Correct it.") from None
-
-
-def _parquet(source: Any, columns: tuple[str, ...]) -> Iterator[Any]:
-    from pyarrow.parquet import ParquetFile
-
-    with ParquetFile(source) as table:
-        wanted = [name for name in columns if name in table.schema_arrow.names]
-        yield from table.iter_batches(columns=wanted or None)
-
-
-def _csv(source: Any) -> Iterator[Any]:
-    """Every column as text: `NA`, `null` and `007` are words."""
-    import pyarrow
-    from pyarrow import csv
-
-    with csv.open_csv(source) as peek:
-        names = peek.schema.names
-    if hasattr(source, "seek"):
-        source.seek(0)
-    told = csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()))
-    lines = csv.ParseOptions(newlines_in_values=True)
-    with csv.open_csv(source, parse_options=lines, convert_options=told) as reader:
-        yield from reader
+        raise TextError(
+            f"{file} can't be read as a Parquet file ({reason}). Correct it."
+        ) from None
 
 
 def _listed(row: dict[str, Any]) -> str:

@@ -19,9 +19,10 @@ TEXTS = ["one fox", "NA", 'two, "quoted"\nlines', "007", "U+2028: a\u2028b", "Е
 ROWS = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
 
 
-def as_csv(rows: list[dict[str, Any]]) -> bytes:
+def as_csv(rows: list[dict[str, Any]], separator: str = ",") -> bytes:
     quoted = ('"' + row["text"].replace('"', '""') + '"' for row in rows)
-    return ("id,text\n" + "\n".join(f"{i},{q}" for i, q in enumerate(quoted)) + "\n").encode()
+    lines = (f"{i}{separator}{q}" for i, q in enumerate(quoted))
+    return (f"id{separator}text\n" + "\n".join(lines) + "\n").encode()
 
 
 def as_parquet(rows: list[dict[str, Any]]) -> bytes:
@@ -41,19 +42,21 @@ FORMS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
     "array.json": lambda rows: json.dumps(rows, indent=1).encode(),
     "lines.json": as_lines,
     "a.csv": as_csv,
+    "semicolons.csv": lambda rows: as_csv(rows, ";"),
+    "tabs.csv": lambda rows: as_csv(rows, "\t"),
     "bom.csv": lambda rows: b"\xef\xbb\xbf" + as_csv(rows),
     "a.parquet": as_parquet,
 }
 
 
 def squeezed(data: bytes, suffix: str) -> bytes:
-    if suffix == ".gz":
+    if suffix.lower() == ".gz":
         return gzip.compress(data)
     codec = pyarrow.Codec("zstd")
     return bytes(codec.compress(data, asbytes=True))
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".GZ", ".zst"])
 @pytest.mark.parametrize("name", list(FORMS))
 def test_every_form_of_rows_gives_the_same_texts(tmp_path: Path, name: str, suffix: str) -> None:
     data = FORMS[name](ROWS)
@@ -88,8 +91,12 @@ def test_a_name_that_says_nothing_is_refused(tmp_path: Path, name: str) -> None:
         ("a.jsonl", b'{"text": NaN}', "NaN"),
         ("a.json", b'{"text": "a"', "isn't JSON"),
         ("a.json", b"5", "no rows"),
-        ("a.csv", b"", "can't be read as a CSV"),
+        ("a.csv", b"", "holds no text"),
         ("a.csv", b"body\na\n", "no text field 'text'"),
+        ("a.csv", b'text\none\n"two\nthree\n', "line 4: unexpected end"),
+        ("a.csv", b"text,text\none,two\n", "two columns have one name"),
+        ("a.csv", b"id,text\n1,one\n2,two, three\n", "line 3: 3 cells under 2 names"),
+        ("a.csv", "text\n".encode("utf-16"), "UTF-16"),
         ("a.parquet", b"PAR1 not", "can't be read as a Parquet"),
         ("a.jsonl.gz", b"not gzip", "can't be read"),
         ("a.jsonl.zst", b"not zstd", "can't be read"),
@@ -97,6 +104,11 @@ def test_a_name_that_says_nothing_is_refused(tmp_path: Path, name: str) -> None:
         ("a.txt", "день".encode("cp1251"), "at byte 0"),
         ("a.jsonl", b'{"messages": [5]}', "a chat is a list of turns"),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": 5}]}', "a chat is a list"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+            "line 1: .*a part of the type 'image'",
+        ),
     ],
 )
 def test_what_is_damaged_is_named(tmp_path: Path, name: str, data: bytes, said: str) -> None:
@@ -189,6 +201,29 @@ def test_chats_are_read_with_or_without_the_template(
     spoken = by_template(Letters())
     assert list(read_documents(tmp_path / form, column, spoken)) == ["<user>Hi<assistant>Ho"]
     assert list(read_documents(tmp_path / form, column)) == ["Hi\n\nHo"]
+
+
+def test_a_book_is_one_cell_of_a_table(tmp_path: Path) -> None:
+    book = "word\n" * 300_000
+    (tmp_path / "a.csv").write_bytes(as_csv([{"text": book}, {"text": "short"}]))
+    assert list(read_documents(tmp_path / "a.csv")) == [book, "short"]
+
+
+@pytest.mark.parametrize("form", ["a.jsonl", "a.parquet"])
+def test_turns_in_parts_and_calls_of_tools(tmp_path: Path, form: str) -> None:
+    """A table gives every turn every field; a template asks which are there."""
+
+    class Fields(Letters):
+        def apply_chat_template(self, turns: list[dict[str, Any]], tokenize: bool) -> str:
+            return "".join(f"<{','.join(sorted(turn))}>{turn['content']}" for turn in turns)
+
+    said = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "you"}]
+    call = {"role": "assistant", "content": [], "tool_calls": [{"name": "add"}]}
+    chat = [{"role": "user", "content": said}, call]
+    (tmp_path / form).write_bytes(FORMS[form]([{"messages": chat}]))
+    found = list(read_documents(tmp_path / form, spoken=by_template(Fields())))
+    assert found == ["<content,role>Hi\nyou<content,role,tool_calls>"]
+    assert list(read_documents(tmp_path / form)) == ["Hi\nyou"]
 
 
 def test_the_switch_reaches_the_tokens(tmp_path: Path) -> None:
