@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from optimizer.errors import ModelError
 from optimizer.models.checkpoint import Checkpoint, open_checkpoint
 from optimizer.models.layout import Layout, lay_out, whole
+from optimizer.models.published import CODED, quantized
 from optimizer.models.source import is_encoder, quiet
 from optimizer.models.text_path import blocks, reached
 from optimizer.plan import Inventory, Layer, Other, Place
@@ -224,6 +225,10 @@ class _Taking:
     def _tensor(self, name: str) -> Layer | Other:
         stored = self.checkpoint.tensors[name]
         places = tuple(self._canonical(place) for place in self.layout.places[name])
+        if stored.dtype in CODED and any(
+            self.state[x.parameter].is_floating_point() for x in places
+        ):
+            raise quantized(str(self.folder), f"{name} holds codes")
         reason = self._reason(places, stored.dtype)
         if reason is not None:
             kept = () if self._whole(places, stored.shape) else places

@@ -18,8 +18,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FP8 = ("F8_E4M3", "F8_E5M2")
-# endings of the names that quantizers give to codes: GPTQ and AWQ, compressed-tensors, bitsandbytes
-CODES = (".qweight", ".weight_packed", ".absmax", ".SCB", "_blocks", ".qdata")
+SCALES = ("F32", "BF16", "F16", "F8_E8M0")
+# endings of the names that quantizers give to codes: GPTQ and AWQ, compressed-tensors, bitsandbytes,
+# MXFP4, torchao, HQQ, quanto, AQLM, exllama, VPTQ, QuIP#, SpQR
+CODES = (
+    *(
+        ".qweight",
+        ".weight_packed",
+        ".absmax",
+        ".SCB",
+        "_blocks",
+        ".qdata",
+        "_weight_qdata",
+        ".W_q",
+    ),
+    *(".weight._data", ".codebooks", ".q_weight", ".trellis", ".centroids.weight", ".Qidxs"),
+    ".dense_weights",
+)
+# what codes are stored as, one or several in a number
+CODED = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "F4", "F8_E8M0")
+PARTS = ("quantization", "quantization_config", "compression_config")
+MODELOPT = "hf_quant_config.json"
 ACTIVATIONS = ("input_scale", "activation_scale", "act_scale")
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")
 
@@ -27,14 +46,14 @@ BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")
 def check(name: str, folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether the weights are FP8 with scales. Raises ModelError for any other quantized checkpoint:
     names how, and what to give instead."""
-    settings = _settings(config)
+    settings = _settings(config) or _beside(folder)
     method = str(settings.get("quant_method") or settings.get("quant_algo") or "")
-    if settings and method != "fp8":
-        raise _quantized(name, method or "by a method that config.json doesn't name", settings)
+    if settings and method.lower() != "fp8":
+        raise quantized(name, method or "by a method that config.json doesn't name", settings)
     checkpoint = open_checkpoint(folder)
-    codes = sorted(n for n in checkpoint.tensors if n.endswith(CODES))
-    if codes and not settings:
-        raise _quantized(name, f"{codes[0]} holds codes", settings)
+    codes = sorted(n for n, tensor in checkpoint.tensors.items() if is_code(n, tensor.dtype))
+    if codes:
+        raise quantized(name, f"{codes[0]} holds codes", settings)
     stored = [n for n, tensor in checkpoint.tensors.items() if tensor.dtype in FP8]
     bare = sorted(n for n in stored if _scale(n, checkpoint) is None)
     if bare:
@@ -45,17 +64,37 @@ def check(name: str, folder: Path, config: Mapping[str, Any]) -> bool:
     return bool(settings or stored)
 
 
+def is_code(name: str, dtype: str) -> bool:
+    """Whether a tensor holds a quantizer's codes: its name says so, or it is a weight of integers."""
+    return name.endswith(CODES) or (name.endswith(".weight") and dtype in CODED)
+
+
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        for key in ("quantization_config", "compression_config"):
+    """What config.json, or one of its parts, says of a quantizer; empty if it says nothing."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in PARTS:
             found = part.get(key)
-            if isinstance(found, dict) and found:
-                return dict(found)
+            if isinstance(found, dict) and key == "quantization":
+                return {"quant_method": "MLX", **found}
+            if found is not None:
+                return (
+                    dict(found) if isinstance(found, dict) and found else {"quant_method": found}
+                )
     return {}
 
 
-def _quantized(name: str, how: str, settings: Mapping[str, Any]) -> ModelError:
+def _beside(folder: Path) -> dict[str, Any]:
+    """What NVIDIA ModelOpt says in a file of its own."""
+    try:
+        found = untrusted.read(folder / MODELOPT)["quantization"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return dict(found) if isinstance(found, dict) and found.get("quant_algo") else {}
+
+
+def quantized(name: str, how: str, settings: Mapping[str, Any] | None = None) -> ModelError:
+    """Why a quantized checkpoint is no reference."""
+    settings = settings or {}
     bits = settings.get("bits") or settings.get("w_bit") or settings.get("num_bits")
     with_bits = f", {bits} bits" if isinstance(bits, int) else ""
     remedy = "Give the 16-bit model that it was made from"
@@ -71,9 +110,16 @@ def _quantized(name: str, how: str, settings: Mapping[str, Any]) -> ModelError:
 
 
 def _scale(name: str, checkpoint: Checkpoint) -> str | None:
-    """The tensor that an FP8 weight is multiplied by, as DeepSeek and its followers name it."""
+    """The tensor that an FP8 weight is multiplied by, as DeepSeek and its followers name it. Raises
+    ModelError where there are several, or it holds no floats."""
     names = (f"{name}_scale_inv", f"{name}_scale", f"{name.removesuffix('weight')}scale")
-    return next((n for n in names if n in checkpoint.tensors), None)
+    found = [n for n in names if n in checkpoint.tensors]
+    if len(found) > 1 or any(checkpoint.tensors[n].dtype not in SCALES for n in found):
+        said = ", ".join(f"{n} ({checkpoint.tensors[n].dtype})" for n in found)
+        raise ModelError(
+            f"A weight in FP8 has one scale, of floats; {name} has {said}. Give the model in 16 bits."
+        )
+    return found[0] if found else None
 
 
 def dequantize(folder: Path, out: Path) -> None:
@@ -90,7 +136,8 @@ def dequantize(folder: Path, out: Path) -> None:
         save_file(parts, out / file.name, metadata={"format": "pt"})
     for pattern in BESIDE:
         for file in folder.glob(pattern):
-            shutil.copyfile(file, out / file.name)
+            if file.name != MODELOPT:
+                shutil.copyfile(file, out / file.name)
     _correct(out, scales | left)
 
 
@@ -129,10 +176,10 @@ def unscaled(name: str, codes: Tensor, scale: Tensor, blocks: tuple[int, int] | 
     while s.ndim < w.ndim:
         s = s.unsqueeze(-1)
     for axis in (-1, -2):
-        if s.shape[axis] in (1, w.shape[axis]):
+        if s.shape[axis] in (1, w.shape[axis]) and s.ndim == w.ndim:
             continue
         block = _block(w.shape[axis], s.shape[axis], blocks and blocks[axis])
-        if block is None:
+        if block is None or s.ndim > w.ndim:
             raise ModelError(
                 f"The scales of {name} are {list(scale.shape)}, and with the weight_block_size of "
                 f"config.json ({blocks}) they are no grid over {list(codes.shape)}. Correct it, or "
@@ -145,6 +192,8 @@ def unscaled(name: str, codes: Tensor, scale: Tensor, blocks: tuple[int, int] | 
 
 def _block(size: int, count: int, told: int | None) -> int | None:
     """The length of blocks of which `count` cover `size`: as told, or the only possible one."""
+    if count < 1:
+        return None
     fitting = [b for b in range(-(-size // count), size + 1) if -(-size // b) == count]
     if told is not None:
         return told if told in fitting else None
@@ -154,9 +203,11 @@ def _block(size: int, count: int, told: int | None) -> int | None:
 def _correct(out: Path, dropped: set[str]) -> None:
     """config.json and the index as they are of the model that was written."""
     config = untrusted.read(out / "config.json", "keep")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in PARTS:
+            part.pop(key, None)
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
-            part.pop("quantization_config", None)
             part.pop("torch_dtype", None)
             part["dtype"] = "bfloat16"
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

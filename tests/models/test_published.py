@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from optimizer.errors import ModelError
+from optimizer.models.model import Model, take_inventory
 from optimizer.models.published import unscaled
 from optimizer.models.source import locate
 from optimizer.store import Store
@@ -47,12 +48,81 @@ def test_a_quantized_checkpoint_is_named(copy: Path, settings: dict[str, Any]) -
         locate(str(copy), Store(copy.parent / "store"))
 
 
-def test_codes_without_a_word_in_the_config_are_seen(copy: Path) -> None:
+UP = "model.layers.0.mlp.up_proj"  # [96, 64]
+BYTES, SHORTS = torch.zeros(96, 64, dtype=torch.uint8), torch.zeros(96, 64, dtype=torch.int16)
+# what each library's checkpoints hold in place of the weight; None: the weight stays
+CODED: dict[str, dict[str, Tensor | None]] = {
+    "gptq": {"qweight": torch.zeros(8, 96, dtype=torch.int32), "weight": None},
+    "mlx": {"weight": torch.zeros(96, 8, dtype=torch.int32).view(torch.uint32)},
+    "int8": {"weight": BYTES.view(torch.int8), "weight_scale": torch.ones(96, 1)},
+    "eetq": {"weight": BYTES.view(torch.int8).T.contiguous()},
+    "bitnet": {"weight": BYTES[:24]},
+    "nvfp4": {"weight": BYTES[:, :32], "weight_scale_2": torch.ones(())},
+    "hqq": {"W_q": BYTES, "weight": None},
+    "quanto": {"weight._data": BYTES.view(torch.int8), "weight": None},
+    "aqlm": {"codes": SHORTS, "codebooks": torch.ones(1, 256, 1, 8), "weight": None},
+    "exllama": {"trellis": SHORTS, "weight": None},
+    "somebody's": {"table": torch.ones(16), "indices": SHORTS, "weight": None},
+}
+
+
+def with_parts(folder: Path, parts: dict[str, Tensor | None]) -> None:
+    file = folder / "model.safetensors"
+    tensors = {**load_file(file), **{f"{UP}.{k}": v for k, v in parts.items()}}
+    kept = {k: v.contiguous() for k, v in tensors.items() if v is not None}
+    save_file(kept, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", list(CODED))
+def test_codes_without_a_word_in_the_config_are_seen(copy: Path, kind: str) -> None:
+    with_parts(copy, CODED[kind])
+    with pytest.raises(ModelError, match=r"quantized already \(.*up_proj.*16-bit model"):
+        folder = locate(str(copy), Store(copy.parent / "store")).folder
+        Model.load(folder, take_inventory(folder))
+
+
+def test_a_parameter_of_integers_is_codes_under_any_name(copy: Path) -> None:
     file = copy / "model.safetensors"
     tensors = load_file(file)
-    tensors["model.layers.0.mlp.up_proj.qweight"] = torch.zeros(8, 8, dtype=torch.int32)
+    tensors["model.norm.weight"] = torch.ones(64, dtype=torch.int64)
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="qweight holds codes"):
+    with pytest.raises(ModelError, match=r"model\.norm\.weight holds codes"):
+        take_inventory(copy)
+
+
+def test_integers_beside_the_weights_are_no_codes(copy: Path) -> None:
+    file = copy / "model.safetensors"
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.uint8)  # GPT-2's
+    positions = torch.arange(8)  # BERT's
+    more = {"model.layers.0.self_attn.bias": mask, "model.position_ids": positions}
+    save_file(load_file(file) | more, file, metadata={"format": "pt"})
+    folder = locate(str(copy), Store(copy.parent / "store")).folder
+    inventory = take_inventory(folder)
+    Model.load(folder, inventory)
+    assert {x.name for x in inventory.others} >= more.keys()
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX, 4 bits"),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "awq"),
+        ({"llm_config": {"quantization_config": {"quant_method": "awq"}}}, "awq"),
+        ({"quantization_config": "gptq"}, "gptq"),
+        ({"quantization_config": {}}, "by a method that config.json doesn't name"),
+    ],
+)
+def test_wherever_the_config_says_it(copy: Path, place: dict[str, Any], name: str) -> None:
+    file = copy / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | place))
+    with pytest.raises(ModelError, match=rf"quantized already \({name}"):
+        locate(str(copy), Store(copy.parent / "store"))
+
+
+def test_a_file_of_modelopt_beside_the_config(copy: Path) -> None:
+    said = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
+    (copy / "hf_quant_config.json").write_text(json.dumps(said))
+    with pytest.raises(ModelError, match=r"quantized already \(NVFP4"):
         locate(str(copy), Store(copy.parent / "store"))
 
 
@@ -118,3 +188,22 @@ def test_blocks_are_told_and_not_guessed(blocks: tuple[int, int] | None) -> None
     codes, scale = torch.ones(300, 130).to(torch.float8_e4m3fn), torch.rand(3, 2)
     with pytest.raises(ModelError, match="weight_block_size"):
         unscaled("w", codes, scale, blocks)
+
+
+@pytest.mark.parametrize(("shape", "block"), [((0, 0), 0), ((1, 3, 2), 128)])
+def test_scales_that_are_no_grid_are_refused(shape: tuple[int, ...], block: int) -> None:
+    codes = torch.ones(300, 130).to(torch.float8_e4m3fn)
+    with pytest.raises(ModelError, match="no grid"):
+        unscaled("w", codes, torch.ones(shape), (block, block))
+
+
+def test_scales_of_two_names_or_of_integers_are_refused(copy: Path) -> None:
+    """Exponents as bytes would be multiplied by as if they were numbers."""
+    codes = torch.zeros(96, 64).to(torch.float8_e4m3fn)
+    several: dict[str, Tensor | None] = {"weight_scale": torch.ones(1)}
+    several |= {"weight": codes, "weight_scale_inv": torch.ones(1)}
+    for parts in (several, {"weight": codes, "weight_scale_inv": BYTES[:, :2]}):
+        folder = Path(shutil.copytree(copy, copy.parent / str(len(parts))))
+        with_parts(folder, parts)
+        with pytest.raises(ModelError, match="one scale, of floats"):
+            locate(str(folder), Store(copy.parent / "store"))
