@@ -25,7 +25,7 @@ from optimizer.models.inventory import POOLER, architecture, drop_pooler, skelet
 from optimizer.models.layout import gather, scatter
 from optimizer.models.offload import offloaded, places
 from optimizer.models.offload import opened as opened_on_disk
-from optimizer.models.published import quantized
+from optimizer.models.published import lacking
 from optimizer.models.residence import Residence
 from optimizer.models.source import is_encoder, pooling, quiet
 from optimizer.plan import UNTOUCHED, Inventory, Layer, Precision
@@ -262,22 +262,11 @@ def _loaded(folder: Path) -> Any:
             "again."
         ) from None
     drop_pooler(net, folder)
-    missing = sorted(n for n in report["missing_keys"] if not n.startswith(f"{POOLER}."))
-    if missing:  # transformers would fill them with random numbers
-        owner, _, leaf = missing[0].rpartition(".")
-        others = [n for n in open_checkpoint(folder).tensors if _owner(n).endswith(f".{owner}")]
-        others = sorted(n for n in others if n.rpartition(".")[2] not in (leaf, "bias"))
-        if leaf == "weight" and others:
-            raise quantized(str(folder), f"it holds {others[0]} in place of {missing[0]}")
-        raise ModelError(
-            f"A checkpoint must hold all of its model's weights; {folder} lacks {missing[0]}. Copy "
-            "or download it again."
-        )
+    missing = {n for n in report["missing_keys"] if not n.startswith(f"{POOLER}.")}
+    own = [n for n in missing if net.all_tied_weights_keys.get(n) not in missing]
+    if own:  # transformers would fill them with random numbers
+        raise lacking(folder, open_checkpoint(folder), min(own))
     return net
-
-
-def _owner(name: str) -> str:
-    return f".{name}".rpartition(".")[0]
 
 
 def _compare(net: Any, inventory: Inventory, checkpoint: Checkpoint) -> None:

@@ -22,6 +22,7 @@ from optimizer.errors import ModelError
 from optimizer.models.checkpoint import Checkpoint
 from optimizer.models.inventory import skeleton, tie
 from optimizer.models.layout import holders, scatter, whole
+from optimizer.models.published import lacking
 from optimizer.models.residence import LARGE
 from optimizer.plan import Inventory, Layer, Other, Place
 
@@ -259,7 +260,7 @@ def opened(folder: Any, inventory: Inventory, checkpoint: Checkpoint, device: st
     net = skeleton(folder)
     used = inventory.held
     tie(net, frozenset(p.parameter for tensor in used for p in places(tensor)))
-    _check_whole(net, used, folder)
+    _check_whole(net, used, checkpoint)
     blocks = block_list(net, inventory)
     if not blocks:
         raise ModelError(
@@ -293,16 +294,13 @@ def _read_generation(net: Any, folder: Any) -> None:
         net.generation_config = GenerationConfig.from_pretrained(folder)
 
 
-def _check_whole(net: Any, used: Sequence[Layer | Other], folder: Any) -> None:
+def _check_whole(net: Any, used: Sequence[Layer | Other], checkpoint: Checkpoint) -> None:
     """Every parameter, and every buffer that isn't computed, has its numbers."""
     given = {p.parameter for tensor in used for p in places(tensor)}
-    lacking = [n for n, p in net.named_parameters() if n not in given]
-    lacking += [n for n, b in net.named_buffers() if b.device.type == "meta" and n not in given]
-    if lacking:
-        raise ModelError(
-            f"A checkpoint must hold all of its model's weights; {folder} lacks {lacking[0]}. Copy "
-            "or download it again."
-        )
+    missing = [n for n, p in net.named_parameters() if n not in given]
+    missing += [n for n, b in net.named_buffers() if b.device.type == "meta" and n not in given]
+    if missing:
+        raise lacking(checkpoint.folder, checkpoint, min(missing))
 
 
 def _by_block(

@@ -109,6 +109,33 @@ def quantized(name: str, how: str, settings: Mapping[str, Any] | None = None) ->
     )
 
 
+def lacking(folder: Path, checkpoint: Checkpoint, parameter: str) -> ModelError:
+    """Why a checkpoint without numbers for one of its model's parameters is no reference."""
+    owner, _, leaf = parameter.rpartition(".")
+    rest = sorted(n for n in checkpoint.tensors if n.rpartition(".")[2] != "bias")
+    instead = [
+        n for n in rest if f".{owner}." in f".{n}" and not f".{n}".endswith(f".{parameter}")
+    ]
+    renamed = [n for n in rest if n.endswith(f".{parameter}")]
+    text = f"A checkpoint must hold all of its model's weights; {folder} lacks {parameter}"
+    if renamed:
+        return ModelError(
+            f"{text}, and holds {renamed[0]}: its names have something before them that transformers "
+            "doesn't take away. Save it again with save_pretrained of the model itself."
+        )
+    if any("lora_" in n or ".base_layer." in n for n in instead):
+        return ModelError(
+            f"{text}, and holds {instead[0]}, which belongs to an adapter (LoRA). Merge it into the "
+            "model, with peft: merge_and_unload().save_pretrained(...)."
+        )
+    if leaf == "weight" and instead:
+        return quantized(str(folder), f"it holds {instead[0]} in place of {parameter}")
+    tied = ""
+    if parameter.endswith("head.weight"):
+        tied = " If its head is the embedding, config.json says so: tie_word_embeddings: true."
+    return ModelError(f"{text}. Copy or download it again.{tied}")
+
+
 def _scale(name: str, checkpoint: Checkpoint) -> str | None:
     """The tensor that an FP8 weight is multiplied by, as DeepSeek and its followers name it. Raises
     ModelError where there are several, or it holds no floats."""

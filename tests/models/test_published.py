@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +208,33 @@ def test_scales_of_two_names_or_of_integers_are_refused(copy: Path) -> None:
         with_parts(folder, parts)
         with pytest.raises(ModelError, match="one scale, of floats"):
             locate(str(folder), Store(copy.parent / "store"))
+
+
+def renamed(folder: Path, change: Callable[[str], str | None]) -> None:
+    file = folder / "model.safetensors"
+    tensors = {change(name): value for name, value in load_file(file).items()}
+    kept = {name: value for name, value in tensors.items() if name is not None}
+    save_file(kept, file, metadata={"format": "pt"})
+
+
+LACKING: dict[str, tuple[Callable[[str], str | None], str]] = {
+    "a wrapper's names": (lambda n: f"module.{n}", r"holds module\.model\.embed.*save_pretrained"),
+    "an adapter's": (lambda n: n.replace(f"{UP}.", f"{UP}.base_layer."), r"\(LoRA\).*Merge"),
+    "a part": (lambda n: None if n.startswith(UP) else n, r"lacks .*up_proj.*Copy or download"),
+}
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+@pytest.mark.parametrize("kind", list(LACKING))
+def test_why_a_weight_is_missing(copy: Path, kind: str, offload: str) -> None:
+    change, said = LACKING[kind]
+    renamed(copy, change)
+    with pytest.raises(ModelError, match=said):
+        Model.load(copy, take_inventory(copy), offload=offload)
+
+
+def test_a_head_that_the_config_does_not_tie(copy: Path) -> None:
+    file = copy / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": False}))
+    with pytest.raises(ModelError, match=r"lacks lm_head\.weight.*tie_word_embeddings: true"):
+        Model.load(copy, take_inventory(copy))
