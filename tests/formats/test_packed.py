@@ -77,6 +77,15 @@ def test_packed_and_rounded_in_place_give_the_same_logits(
     assert not torch.allclose(found, logits(small.model.net), atol=1e-2), "nothing was rounded"
 
 
+def test_a_parameter_lies_in_memory_as_the_loaded_models(
+    small: Small, folder: tuple[Plan, Path]
+) -> None:
+    """Sums of products depend on it in their last bits."""
+    _, out = folder
+    found = [m for m in packed.load(out).modules() if isinstance(m, modules.PackedParameter)]
+    assert found and all(part().is_contiguous() for part in found)
+
+
 def test_uniform_plans_of_the_blocks_alone(small: Small, tmp_path: Path) -> None:
     choice = {x.name: Precision("int", 4, 32) for x in small.inventory.scoped(["blocks"])}
     plan, out = pack(small, choice, tmp_path / "out")

@@ -4,7 +4,7 @@ multiply them packed."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,10 +108,11 @@ class PackedParameter(nn.Module):
         self.shape, self.dtype = shape, dtype
 
     def forward(self) -> Tensor:
-        """The whole parameter, in its own shape and the compute dtype."""
+        """The whole parameter, in its own shape and the compute dtype. Contiguous as in the loaded
+        model: products of many experts add up in another order where it is a transposed view."""
         first: Any = self.pieces[0]
         if self.whole:
-            return first().to(self.dtype).view(self.shape)
+            return cast(Tensor, first().to(self.dtype).view(self.shape).contiguous())
         device = next(first.buffers()).device
         value = torch.empty(self.shape, dtype=self.dtype, device=device)
         for piece in self.pieces:
