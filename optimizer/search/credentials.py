@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -20,8 +21,14 @@ MASK = "***"
 SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*://"
 ADDRESS = re.compile(SCHEME + r"[^\s'\"\]}]*")
 USER = re.compile(r"([^:@/?]*?)(?::|%3[aA])(.*)", re.DOTALL)
-SETTING = re.compile(r"[?&;]([^=?&;]*)=([^&;]*)")
-SECRET = re.compile(r"pass|pwd|secret|token|key|credential", re.IGNORECASE)
+PLAIN = re.compile(r"[\w.%+-]*")  # a user's name that is no more than that
+SETTINGS = re.compile(r"[?&;#]")
+# settings whose values anybody may see; of a name that isn't here nobody knows
+OPEN = frozenset(
+    """application_name cache charset check_same_thread connect_timeout dbname driver host hostaddr mode
+    port service sslcert sslmode sslrootcert target_session_attrs timeout uri user""".split()
+)
+INNER = re.compile(r"(?:pass|pwd)\w*\s*=", re.IGNORECASE)
 SHORT = 4  # characters; a shorter password can't be told from other text in a message
 
 
@@ -35,7 +42,10 @@ def masked(address: str) -> str:
     user, at, place = rest.rpartition("@")
     if at:
         split = USER.fullmatch(user)
-        user = user if split is None else f"{split[1]}:{MASK}"
+        if split is not None:
+            user = f"{split[1]}:{MASK}"
+        elif not PLAIN.fullmatch(user):  # such as oracle://USER/PASSWORD@host
+            user = MASK
     elif _no_port(place):
         return f"{head}{place.split(':')[0]}:{MASK}"
     return head + user + at + _without_settings(place)
@@ -49,11 +59,14 @@ def _no_port(place: str) -> bool:
 
 
 def _without_settings(place: str) -> str:
-    """Nothing of the first secret setting or behind it: an unescaped & may be a part of it."""
-    for found in SETTING.finditer(place):
-        name, value = unquote(found[1]), unquote(found[2])
-        if SECRET.search(name) or re.search(r"(?:password|pwd)\s*=", value, re.IGNORECASE):
-            return f"{place[: found.start(2)]}{MASK}"
+    """Nothing of the first setting that may be a secret, or behind it: an unescaped & may be a part of
+    it."""
+    marks = [found.start() for found in SETTINGS.finditer(place)]
+    for start, end in pairwise([*marks, len(place)]):
+        name, equals, value = place[start + 1 : end].partition("=")
+        if name and (name.lower() not in OPEN or INNER.search(unquote(value))):
+            shown = f"{name}=" if equals and PLAIN.fullmatch(name) else ""
+            return f"{place[: start + 1]}{shown}{MASK}"
     return place
 
 
