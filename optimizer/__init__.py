@@ -65,11 +65,14 @@ def load(
     share: float | None = None,
     kl: float | None = None,
     refinement: str = "memory",
+    wide: bool = False,
 ) -> Any:
     """A packed folder -> a transformers model in eval mode.
 
     It unpacks each layer as it runs and computes in fp32: the certificate's own numbers. fast:
-    compute in bf16 and, on a CPU, multiply packed weights where PyTorch can.
+    compute in bf16 and, on a CPU, multiply packed weights where PyTorch can, which has a product for
+    integers of 4 and 8 bits. wide: beside fast, hold those of 2 to 7 bits in 4 or 8, which is many
+    times as fast and takes more memory than the plan says.
     steady: have this process give freed memory back to the system at once (Linux with glibc), so that
     it holds no more than the plan says; off, the process's allocator stays as it is.
     unpack: what is done with a refinement, if the folder has one: `never` (the base alone, the
@@ -83,7 +86,7 @@ def load(
     packed = import_module("optimizer.formats.torch.packed")
     modes = import_module("optimizer.formats.torch.modes")
     wanted = modes.Unpacking(unpack, share, kl, refinement)
-    return packed.load(folder, dtype, device, fast, steady, wanted)
+    return packed.load(folder, dtype, device, fast, steady, wanted, wide)
 
 
 class _Introducing(MetaPathFinder):

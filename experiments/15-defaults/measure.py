@@ -4,13 +4,14 @@
 
 JUDGES: a folder of .txt files, documents separated by `---` (for an encoder: one text a line), none
 of which any combination reads; each is one column of a row. TEXT: see texts.py; WAY: see WAYS. Time
-is that of this process and its threads (one with OMP_NUM_THREADS=1), by stage; a stage that the store
-already holds costs what it cost when it was made, which is kept beside the results.
+is that of this process and its threads (one with OMP_NUM_THREADS=1), by stage; every text, way and
+seed has a store of its own, and what a second size takes from it costs what it cost for the first.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import sys
@@ -109,19 +110,32 @@ def judges(folder: Path, bench: Bench) -> dict[str, AnyTeacher]:
 
 
 class Costs:
-    """What stages cost when they were made, kept in a file."""
+    """What stages cost, kept in a file: a second size uses what the store holds of the first one."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self._known: dict[str, dict[str, float]] = (
+            json.loads(path.read_text()) if path.exists() else {}
+        )
 
     def of(self, key: str, spent: dict[str, float]) -> dict[str, float]:
-        found = {}
+        """Seconds of every stage that plans of this key ever had, as it was when it was made."""
+        known = self._known.setdefault(key, {})
         for stage, seconds in spent.items():
-            name = f"{key} {stage}"
-            self._known[name] = found[stage] = max(self._known.get(name, 0.0), seconds)
+            known[stage] = max(known.get(stage, 0.0), seconds)
         self._path.write_text(json.dumps(self._known, indent=1))
-        return found
+        return dict(known)
+
+
+def own_store(base: Bench, key: str, folder: Path) -> str:
+    """A store that holds the model and nothing that another way measured."""
+    store = folder / "stores" / hashlib.sha256(key.encode()).hexdigest()[:12]
+    store.mkdir(parents=True, exist_ok=True)
+    for name in ("models", "hashes"):
+        kept = base.store.root / name
+        if kept.exists() and not (store / name).exists():
+            (store / name).symlink_to(kept.resolve())
+    return str(store)
 
 
 def main(model: str, sizes: str, folder: str, out: str, seeds: str, *names: str) -> None:
@@ -152,17 +166,19 @@ def one(
     part = Part(sequences=windows, length=128)
     search = SEARCH if space != "exact" else texts.FEW
     data = texts.data(source, base, part, search, seed, out)
+    key = f"{base.source.name} {source} {way} {seed}"
+    store = own_store(base, key, out)
     clock = Clock()
     config = Optimize(
         model=base.source.name, budget=Budget(size=size), quantizer=quantizer, data=data, seed=seed,
         sensitivity=estimator_of(estimator)(chunks=8), search=Search(space=space),
-        store=str(base.store.root), proof=Proof(certify=False),
+        store=store, proof=Proof(certify=False),
     )  # fmt: skip
     made = optimize.optimize(config, out / "run", clock).plan
-    bench = Bench(base.source.name, None, data, str(base.store.root), "cpu", clock)
+    bench = Bench(base.source.name, None, data, store, "cpu", clock)
     bench.__dict__["model"] = base.model  # loaded once; its time is the optimizer's own
     rounder = bind(quantizer, bench).rounder(made.choice, joint=True)
-    spent = costs.of(f"{base.source.name} {source} {way} {seed}", clock.end())
+    spent = costs.of(key, clock.end())
     row: dict[str, Any] = {
         "model": Path(base.source.name).name, "size": size, "text": source, "way": way, "seed": seed,
         "bytes": made.bytes["total"], "predicted": f"{made.predicted['kl']:.5f}",

@@ -28,9 +28,9 @@ def data(
     rest = {"calibration": calibration, "search": search, "heldout": FEW, "seed": seed}
     if name in ("bundled", "self"):
         return Data(source=name, **rest)
-    path = folder / f"{name}-{seed}.txt"
+    windows = calibration.sequences + search.sequences + FEW.sequences + 6
+    path = folder / f"{name}-{seed}-{windows}.txt"
     if not path.exists():
-        windows = calibration.sequences + search.sequences + FEW.sequences + 6
         path.write_text(BETWEEN.join(documents(name, bench, windows, seed)), encoding="utf-8")
     return Data(source="text", path=str(path), **rest)
 

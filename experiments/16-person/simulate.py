@@ -177,7 +177,7 @@ def judged(
         text = meaning_file.text(found, file.name, folder)
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     row = {"judge": name, "seed": seed, "votes": found.votes, "cosine": cosine(found, minds),
-           "p_noise": found.noise_p, "spread": found.spread, "warm_start_s": first,
+           "p_noise": found.noise_p, "warm_start_s": first,
            "vote_ms_median": 1000 * float(np.median(spent)) if spent else float("nan"),
            "objective": found.meaning.name}  # fmt: skip
     print(row, flush=True)

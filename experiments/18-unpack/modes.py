@@ -53,7 +53,7 @@ def say(count):
                             max_new_tokens=count, min_new_tokens=count, pad_token_id=0)
     return said[0, ids.shape[1]:].tolist(), time.perf_counter() - begun
 
-say(8)
+say(4)
 state = getattr(net, "unpacking", None)
 if state is not None:
     state.reset()

@@ -31,8 +31,8 @@ REFERENCE = "reference in bf16"
 class Generate:
     """`mezzotint generate DIR "prompt"`. model: a folder that `apply` wrote. unpack, share, kl,
     refinement: see `optimizer.load`; unpack=None: hard, where there are thresholds. tokens: to write.
-    compare: write with the other ways and the reference, too. fast: compute in bf16, multiply packed
-    where that can be. reference: as Apply.model."""
+    compare: write with the other ways and the reference, too. fast, wide: see `optimizer.load`.
+    reference: as Apply.model."""
 
     model: str
     prompt: str
@@ -43,6 +43,7 @@ class Generate:
     tokens: int = 48
     compare: bool = True
     fast: bool = True
+    wide: bool = False
     reference: str | None = None
     device: str = "cpu"
     store: str = "~/.cache/mezzotint"
@@ -151,7 +152,7 @@ def _written(
 
     view.stage(f"writing, unpack={way.mode}")
     net = packed.load(
-        Path(config.model), None, config.device, config.fast, steady=True, unpacking=way
+        Path(config.model), None, config.device, config.fast, True, way, config.wide
     )
     state = getattr(net, "unpacking", None)
     _continued(net, prompt, WARM)

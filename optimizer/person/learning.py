@@ -8,8 +8,8 @@ are from the reference there (`writing`). The cost of a text is a weighted sum o
     length and repetition of the text                  default: 0; not part of an objective
 and log(strength of one / of the other) is the other's cost minus its own: Davidson's model in
 `statistics`. Features are divided by their family's typical difference, so that weights compare.
-Weights are shrunk to the default, whose size the votes choose; by how much, cross-validation over
-prompts does. Pairs that read the same are left out: they are alike whatever a person minds.
+Most people mind little beside it all: weights are averaged over models in which at most two differ
+from the default, whose size the votes choose (`statistics.believed`). Pairs that read the same are left out: they are alike whatever a person minds.
 
 The objective has what a domain is minded more than the median one, the tail and the margins,
     J = mean KL + W sum_k (b_k / sum b) (scale of KL / scale of k) part_k
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,6 +35,7 @@ FREE = ("length", "repetition")  # may be liked, too; not part of an objective
 NOISE = 0.05  # p above which votes count as noise
 SMALL = 0.25  # standardised; a weight this close to its default needs no more votes
 FEW = 4  # votes below which nothing is fitted
+SPREAD = 6.0  # of standardised weights; 3 and 12 point as well (experiments/16-person)
 ENOUGH = 2000  # more votes than this are not worth a number
 CHOICE = "choice"  # the phenomenon of a person's choices
 HALF = 20  # choices that have half of the weight that many would have
@@ -75,7 +76,6 @@ class Learned:
     weights: list[Weight]
     scales: dict[str, float]
     base: float
-    spread: float
     votes: int
     noise_p: float
     judges: dict[str, int]
@@ -168,10 +168,10 @@ def _cost(features: Features, family: str) -> float:
     return abs(value) if family == "length" else value
 
 
-def prior_of(columns: Sequence[Column], spread: float) -> statistics.Prior:
+def prior_of(columns: Sequence[Column]) -> statistics.Prior:
     towards = np.array([float(c.family == "kl") for c in columns])
     low = np.array([-np.inf if c.family in FREE else 0.0 for c in columns])
-    return statistics.Prior(towards, spread, low)
+    return statistics.Prior(towards, SPREAD, low)
 
 
 def learn(votes: Sequence[Vote], settings: Settings) -> Learned:
@@ -179,32 +179,29 @@ def learn(votes: Sequence[Vote], settings: Settings) -> Learned:
     used = usable(votes)
     if settings.choices is not None and not used:
         meaning, left_out = as_meaning({}, settings)
-        return Learned([], {}, 0.0, 0.0, 0, 1.0, {}, None, meaning, left_out)
+        return Learned([], {}, 0.0, 0, 1.0, {}, None, meaning, left_out)
     data = data_of(used)
     weight, rng = np.ones(len(used)), np.random.default_rng(settings.seed)
-    wide = prior_of(data.columns, 1.0)
-    spread = statistics.spread_by_folds(data.x, data.y, weight, data.prompts, wide)
-    prior = prior_of(data.columns, spread)
-    fit = statistics.fit(data.x, data.y, weight, prior)
+    prior = prior_of(data.columns)
+    belief = statistics.believed(data.x, data.y, weight, prior)
     drawn = statistics.resampled(data.prompts, weight, rng)
     low, high = statistics.bootstrap(
-        lambda w: statistics.fit(data.x, data.y, w, prior, fit).weights, drawn
+        lambda w: statistics.believed(data.x, data.y, w, prior, belief).weights, drawn
     )
-    p = statistics.noise_p(data.x, data.y, weight, prior, rng)
+    p = statistics.noise_p(data.x, data.y, weight, replace(prior, spread=1.0), rng)
     counts = (data.x != 0).sum(0)
     rows = [
-        _weight(column, float(b), (float(a), float(z)), fit.scale * float(t), int(n))
+        _weight(column, float(b), (float(a), float(z)), belief.scale * float(t), int(n))
         for column, b, a, z, t, n in zip(
-            data.columns, fit.weights, low, high, prior.towards, counts, strict=True
+            data.columns, belief.weights, low, high, prior.towards, counts, strict=True
         )
     ]
-    parts = {} if p > NOISE else _parts(data, fit, settings.strength)
+    parts = {} if p > NOISE else _parts(data, belief, settings.strength)
     meaning, left_out = as_meaning(parts, settings)
     return Learned(
         rows,
         data.scales,
-        fit.scale,
-        spread,
+        belief.scale,
         len(used),
         p,
         _judges(used),
@@ -224,9 +221,9 @@ def _weight(
     )
 
 
-def _parts(data: Data, fit: statistics.Fit, strength: float) -> dict[Column, float]:
+def _parts(data: Data, belief: statistics.Belief, strength: float) -> dict[Column, float]:
     """Weights of the objective's parts beside the mean KL, in its own units."""
-    b = dict(zip(data.columns, fit.weights.tolist(), strict=True))
+    b = dict(zip(data.columns, belief.weights.tolist(), strict=True))
     kl = {c: v for c, v in b.items() if c.family == "kl"}
     common = float(np.median(list(kl.values()))) if kl else 0.0
     minded = {c: max(v - common, 0.0) for c, v in kl.items()}

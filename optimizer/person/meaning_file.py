@@ -55,8 +55,8 @@ def summary(found: Learned) -> list[str]:
         )
     elif found.votes:
         lines.append(
-            f"The votes follow the features (p = {found.noise_p:.2f} of noise); weights were shrunk "
-            f"to the default by a spread of {found.spread:g}, chosen by cross-validation over prompts."
+            f"The votes follow the features (p = {found.noise_p:.2f} of noise); what few votes speak "
+            "about stays near the default."
         )
     if len(found.judges) > 1:
         alpha = found.agreement

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from math import comb
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.special import gammaln, logsumexp
+from scipy.special import gammaln
 
 ALPHA = 0.05
 RESAMPLES = 200
-FOLDS = 5
-SPREADS = (1.0, 3.0)  # of standardised weights around the default; chosen by cross-validation
+DIFFER = 2  # weights of a model that may differ from the default
+MOST, MODELS = 0.9, 3  # how much of what is believed a bootstrap goes on with, in how many models
 FLIPS = 99  # of the test against noise
 WEAK = 1e-3  # on what has no default, so that it stays finite
 
@@ -74,7 +76,7 @@ class Fit:
 def log_p(u: np.ndarray, tie: float) -> np.ndarray:
     """[n, 3]: of the other, of alike, of the one."""
     raw = np.stack([-u / 2, np.full_like(u, tie), u / 2], axis=1)
-    return np.asarray(raw - logsumexp(raw, axis=1, keepdims=True))
+    return np.asarray(raw - np.logaddexp.reduce(raw, axis=1, keepdims=True))
 
 
 def fit(
@@ -116,22 +118,67 @@ def strengths(pairs: np.ndarray, y: np.ndarray, weight: np.ndarray, models: int)
     return np.asarray(found - found.mean())
 
 
-def spread_by_folds(
-    x: np.ndarray, y: np.ndarray, weight: np.ndarray, prompts: np.ndarray, prior: Prior
-) -> float:
-    """Of SPREADS the one that foretells the votes on left-out prompts best."""
-    names, index = np.unique(prompts, return_inverse=True)
-    fold = np.random.default_rng(0).permutation(len(names))[index] % FOLDS
-    scores = []
-    for spread in SPREADS:
-        one, total = Prior(prior.towards, spread, prior.low), 0.0
-        for k in range(min(FOLDS, len(names))):
-            left = fold == k
-            known = fit(x[~left], y[~left], weight[~left], one)
-            log = log_p(x[left] @ known.weights, known.tie)
-            total -= float((weight[left] * log[np.arange(left.sum()), y[left] + 1]).sum())
-        scores.append(total)
-    return SPREADS[int(np.argmin(scores))]
+@dataclass(frozen=True)
+class Belief:
+    """About weights of which few differ from the default. weights [k], scale: posterior means; models:
+    which columns differ in each, and its fit; probable [m]: how likely each is."""
+
+    weights: np.ndarray
+    scale: float
+    models: tuple[tuple[tuple[int, ...], Fit], ...]
+    probable: np.ndarray
+
+
+def believed(
+    x: np.ndarray,
+    y: np.ndarray,
+    weight: np.ndarray,
+    prior: Prior,
+    near: Belief | None = None,
+) -> Belief:
+    """Bayesian model averaging (Hoeting et al. 1999): in each model a set of at most DIFFER columns has
+    weights of its own ~ N(0, spread^2), all others are s times `towards`, s ~ N(0, spread^2). Each size
+    of a set is as likely as another, each set as another of its size; evidence by Laplace's
+    approximation. near: a belief from similar votes, whose likely models are averaged and no others.
+    """
+    k = x.shape[1]
+    every = [own for size in range(DIFFER + 1) for own in combinations(range(k), size)]
+    begin = [(own, None) for own in every] if near is None else _likely(near)
+    found, log, models = [], [], []
+    for own, begun in begin:
+        common = prior.towards.copy()
+        common[list(own)] = 0
+        columns = np.column_stack([x @ common, x[:, list(own)]])
+        low = np.array([0.0, *prior.low[list(own)]])
+        made = fit(columns, y, weight, Prior(np.zeros(len(own) + 1), prior.spread, low), begun)
+        log.append(_evidence(columns, y, weight, made, prior.spread) - np.log(comb(k, len(own))))
+        b = made.weights[0] * common
+        b[list(own)] = made.weights[1:]
+        found.append([*b, made.weights[0]])
+        models.append((own, made))
+    probable = np.exp(np.array(log) - np.logaddexp.reduce(log))
+    mean = probable @ np.array(found)
+    return Belief(mean[:k], float(mean[k]), tuple(models), probable)
+
+
+def _likely(belief: Belief) -> list[tuple[tuple[int, ...], Fit | None]]:
+    """The most likely models, whose probabilities make up MOST, at most MODELS of them."""
+    order = np.argsort(-belief.probable)
+    enough = int(np.searchsorted(np.cumsum(belief.probable[order]), MOST)) + 1
+    return [belief.models[i] for i in order[: min(enough, MODELS)]]
+
+
+def _evidence(x: np.ndarray, y: np.ndarray, weight: np.ndarray, at: Fit, spread: float) -> float:
+    """Log of the votes' probability, weights b ~ N(0, spread^2) integrated out around `at`:
+    log P(y | b) + log N(b) + k/2 log 2 pi - log det(H) / 2, H the curvature of -log P(y, b)."""
+    b, log = at.weights, log_p(x @ at.weights, at.tie)
+    p = np.exp(log)
+    seen = float((weight * log[np.arange(len(y)), y + 1]).sum())
+    each = (p[:, 2] + p[:, 0]) / 4 - ((p[:, 2] - p[:, 0]) / 2) ** 2
+    curved = (x * (weight * each)[:, None]).T @ x + np.eye(len(b)) / spread**2
+    return float(seen - b @ b / 2 / spread**2 - len(b) * np.log(spread)) - float(
+        np.linalg.slogdet(curved)[1] / 2
+    )
 
 
 def resampled(

@@ -317,8 +317,15 @@ def _signed(codes: Tensor, precision: Precision) -> Tensor:
 def pack(codes: Tensor, precision: Precision) -> Tensor:
     """uint8 codes [rows, n] -> dense little-endian bit stream, uint8 [rows, bytes].
 
-    Eight b-bit codes fill b bytes; five trits one byte, the first the least significant.
+    Eight b-bit codes fill b bytes; five trits one byte, the first the least significant. Some rows at
+    a time, as `unpack`.
     """
+    some = max(1, PIECE // max(1, codes.shape[1]))
+    parts = [_packed(part, precision) for part in codes.split(some)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _packed(codes: Tensor, precision: Precision) -> Tensor:
     rows, count = codes.shape
     length = packed_bytes(count, precision.code_bits)
     if precision.kind == "ternary":

@@ -7,9 +7,10 @@ Ours is w' = (c - z) s with codes c and zero points z, a = s in bf16 (as a bf16 
     (3)  4 bits                      q = c, b = (8 - z) a
     (4)  8 bits, c = 16 h + l: two products are added, of l with a and b = (136 - z) a, of h with
          16 a and what b lost by rounding
+    (5)  fewer bits than 4 or 8: c and z are moved up by as much, which leaves c - z
 Pairs of bf16 instead of fp16 scales and whole zero points: 4 % more memory than packed (4 bits, groups
-of 64) or 7 % (8 bits). Other widths would have to be stored in 4 or 8 bits, up to twice what the plan
-promised (3 bits: 1.4 times), so they are unpacked for each use.
+of 64) or 7 % (8 bits). Codes of other widths have to be held in 4 or 8 bits for that, up to twice what
+the plan promised (3 bits: 1.4 times), so they are unpacked for each use unless `wide` is asked for.
 
 PyTorch 2.13's own 8-bit product (_weight_int8pack_mm) has one scale a row and can't hold groups; the
 4-bit one in fp32 or fp16 was more than ten times slower than a dense product. So: bf16 only.
@@ -17,6 +18,7 @@ PyTorch 2.13's own 8-bit product (_weight_int8pack_mm) has one scale a row and c
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -26,6 +28,7 @@ from optimizer.plan import Precision
 from optimizer.quantization.uniform import Codes
 
 GROUPS = (256, 128, 64, 32)  # that the operator knows
+WIDTHS = (4, 8)  # bits that are held as they are
 ROWS = 16  # a multiple of which it wants
 HALF, NIBBLE = 8, 16
 TILE = 64  # rows whose codes the operator's layout mixes
@@ -37,13 +40,22 @@ def group(precision: Precision, cols: int) -> int | None:
     return next((size for size in GROUPS if own % size == 0), None)
 
 
-def fits(precision: Precision, rows: int, cols: int, dtype: torch.dtype, device: str) -> bool:
+@dataclass(frozen=True)
+class Target:
+    """What packed products are for. wide: codes of 2 to 7 bits may be held in 4 or 8."""
+
+    dtype: torch.dtype
+    device: str
+    wide: bool = False
+
+
+def fits(precision: Precision, rows: int, cols: int, target: Target) -> bool:
     """Whether a layer can be multiplied packed. AVX-512 and AVX2: elsewhere nothing was measured."""
     return (
         precision.kind == "int"
-        and precision.bits in (4, 8)
-        and dtype == torch.bfloat16
-        and torch.device(device).type == "cpu"
+        and (precision.bits in WIDTHS or (target.wide and precision.bits > 1))
+        and target.dtype == torch.bfloat16
+        and torch.device(target.device).type == "cpu"
         and torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2")
         and rows % ROWS == 0
         and group(precision, cols) is not None
@@ -93,15 +105,19 @@ class Product(nn.Module):
         size = group(codes.precision, cols)
         assert size is not None
         self.rows, self.cols, self.size = rows, cols, size
-        self.wide = codes.precision.bits == 8
+        self.double = codes.precision.bits > 4
+        middle = 2 ** (codes.precision.bits - 1)
+        # few codes lie around the middle of the 16 or 256, so that b stays small
+        up = (HALF * NIBBLE if self.double else HALF) - middle
+        own = codes.codes + up
         a = codes.scales.bfloat16().float()
-        zeros = 2.0 ** (codes.precision.bits - 1) if codes.zeros is None else codes.zeros.float()
-        if not self.wide:
-            self._add("low", codes.codes, a, (HALF - zeros) * a)
+        zeros = up + (float(middle) if codes.zeros is None else codes.zeros.float())
+        if not self.double:
+            self._add("low", own, a, (HALF - zeros) * a)
             return
         b = (HALF * NIBBLE + HALF - zeros) * a
-        self._add("low", codes.codes & (NIBBLE - 1), a, b)
-        self._add("high", codes.codes >> 4, NIBBLE * a, b - b.bfloat16().float())
+        self._add("low", own & (NIBBLE - 1), a, b)
+        self._add("high", own >> 4, NIBBLE * a, b - b.bfloat16().float())
 
     def _add(self, name: str, nibbles: Tensor, a: Tensor, b: Tensor) -> None:
         """a, b [rows, groups of the precision], spread over the operator's groups."""
@@ -119,7 +135,7 @@ class Product(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
         found: Tensor = multiply(x, self.low, self.size, self.low_scales)
-        if self.wide:
+        if self.double:
             found = found + multiply(x, self.high, self.size, self.high_scales)
         return found
 
@@ -130,7 +146,7 @@ class Product(nn.Module):
         assert place is not None and looks_up(self.rows, self.cols)
         at = (rows // TILE * (TILE * self.cols)).unsqueeze(1) + place[rows % TILE]
         found = torch.zeros(at.shape)
-        for name in ("low", "high") if self.wide else ("low",):
+        for name in ("low", "high") if self.double else ("low",):
             pairs = self.get_buffer(f"{name}_scales")[:, rows].float().transpose(0, 1)
             a, b = pairs.repeat_interleave(self.size, 1).unbind(-1)
             found += (_nibbles(self.get_buffer(name), at).float() - HALF) * a + b

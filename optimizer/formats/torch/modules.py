@@ -40,7 +40,7 @@ def linear(weight: Tensor, precision: Precision, tied: bool, device: str) -> Cal
             assign(module, "weight", stored["own"].to(device, copy=True))
             return module
         piece = Piece(layer, precision, lambda name: stored[name].clone())
-        if multiplies(module, piece, torch.bfloat16, device):
+        if multiplies(module, piece, kernels.Target(torch.bfloat16, device)):
             install_product(module, "weight", kernels.Product(piece.stored()))
         else:
             store = PackedParameter("weight", [piece], weight.shape, torch.bfloat16)
@@ -160,12 +160,12 @@ def install(module: nn.Module, leaf: str, store: PackedParameter | Lookup) -> No
     module.add_module(attribute, store)
 
 
-def multiplies(module: nn.Module, piece: Piece, dtype: torch.dtype, device: str) -> bool:
+def multiplies(module: nn.Module, piece: Piece, target: kernels.Target) -> bool:
     layer = piece.layer
     return (
         type(module) is nn.Linear
         and isinstance(layer, Layer)
-        and kernels.fits(piece.precision, layer.rows, layer.cols, dtype, device)
+        and kernels.fits(piece.precision, layer.rows, layer.cols, target)
         and (not layer.tied or kernels.looks_up(layer.rows, layer.cols))
     )
 

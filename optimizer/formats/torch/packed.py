@@ -202,12 +202,14 @@ def load(
     fast: bool = False,
     steady: bool = False,
     unpacking: Unpacking | None = None,
+    wide: bool = False,
 ) -> Any:
     """A packed folder -> a working transformers model in eval mode, `generate()` included.
 
     Weights stay packed in memory, are unpacked for each use and compute in fp32, which gives the
     certificate's own numbers. fast: compute in bf16 and, on a CPU, multiply packed where PyTorch
-    can. dtype: another arithmetic; only bf16 multiplies packed. unpacking: what is done with a
+    can. wide: beside fast, hold codes of 2 to 7 bits in 4 or 8, so that they can, too: more memory
+    than the plan says. dtype: another arithmetic; only bf16 multiplies packed. unpacking: what is done with a
     refinement; by default it is used for every token.
     steady: on a CPU, see `steady_memory`, which holds for the whole process.
     Raises PlanError if anything in the folder was changed.
@@ -228,7 +230,8 @@ def load(
     refined = () if mode == "never" or plan.refinement is None else tuple(plan.refinement.layers)
     with tensors(folder / (PACKED_FILE if plan.refinement is None else BASE_FILE)) as file:
         stored = _Scales(file, {f"{name}.scales" for name in refined})
-        filling = Filling(net, inventory, plan.choice, stored, dtype, device if fast else None)
+        quick = kernels.Target(dtype, device, wide) if fast else None
+        filling = Filling(net, inventory, plan.choice, stored, dtype, quick)
         filling.fill([named[name] for name in refined])
     if hasattr(net, "generation_config"):
         with suppress(OSError):
@@ -239,7 +242,6 @@ def load(
     net = net.to(device).eval()
     if not refined:
         return net
-    quick = (dtype, device) if fast else None
     own = planes.read(folder, plan, named, stored.kept, wanted.refinement, quick, device)
     return modes.unpacked(net, filling.refined, own, plan, mode, wanted)
 
@@ -299,7 +301,7 @@ def read_inventory(folder: Path) -> Inventory:
 
 @dataclass
 class Filling:
-    """A skeleton that gets its numbers. fast: the device that packed products are for; None: unpack
+    """A skeleton that gets its numbers. fast: what packed products are for; None: unpack
     everything."""
 
     net: Any
@@ -307,7 +309,7 @@ class Filling:
     choice: Mapping[str, Precision]
     stored: Tensors | _Scales
     dtype: torch.dtype
-    fast: str | None
+    fast: kernels.Target | None
 
     def fill(self, refined: Iterable[Layer] = ()) -> None:
         """refined: layers whose modules are kept in `refined`. Raises PlanError where tensors and
@@ -373,7 +375,7 @@ class Filling:
         """A parameter of which something is packed."""
         value = self.net.get_parameter(parameter)
         pieces = [Piece(x, self._precision(x), self.stored.get) for x in parts]
-        if self.fast is not None and len(pieces) == 1 and self._multiplied(value, pieces[0]):
+        if self.fast and len(pieces) == 1 and self._multiplied(value, pieces[0], self.fast):
             return
         store = PackedParameter(parameter, pieces, value.shape, self.dtype)
         for module, leaf in self.holders[id(value)]:
@@ -382,7 +384,7 @@ class Filling:
     def _precision(self, tensor: Layer | Other) -> Precision:
         return self.choice[tensor.name] if isinstance(tensor, Layer) else UNTOUCHED
 
-    def _multiplied(self, value: Tensor, piece: Piece) -> bool:
+    def _multiplied(self, value: Tensor, piece: Piece, target: kernels.Target) -> bool:
         """Let Linears that hold the parameter multiply packed; whether they all can."""
         held = self.holders[id(value)]
         linears = [module for module, _ in held if type(module) is nn.Linear]
@@ -391,7 +393,7 @@ class Filling:
         whole = isinstance(piece.layer, Layer) and not piece.layer.places
         if not (whole and linears and lookups):
             return False
-        if not multiplies(linears[0], piece, self.dtype, str(self.fast)):
+        if not multiplies(linears[0], piece, target):
             return False
         product = kernels.Product(piece.stored())
         for linear in linears:

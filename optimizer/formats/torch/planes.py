@@ -152,9 +152,9 @@ class ProductPlane(StoredPlane):
         return Codes(Precision("int", bits, groups), parts.codes, scales, middle)
 
     @classmethod
-    def fits(cls, layer: Layer, steps: Tensor, dtype: torch.dtype, device: str) -> bool:
+    def fits(cls, layer: Layer, steps: Tensor, target: kernels.Target) -> bool:
         precision = Precision("int", 4, layer.cols // steps.shape[1])
-        return kernels.fits(precision, layer.rows, layer.cols, dtype, device)
+        return kernels.fits(precision, layer.rows, layer.cols, target)
 
     def product(self, x: Tensor) -> Tensor:
         found: Tensor = self._product(x)
@@ -167,11 +167,10 @@ def read(
     layers: Mapping[str, Layer],
     steps: Callable[[str], Tensor],
     place: str,
-    fast: tuple[torch.dtype, str] | None,
+    fast: kernels.Target | None,
     device: str,
 ) -> dict[str, StoredPlane]:
-    """The planes by layer. steps: a layer's base scales. fast: multiply packed where that can be, in
-    that dtype and on that device."""
+    """The planes by layer. steps: a layer's base scales. fast: multiply packed where that can be."""
     assert plan.refinement is not None
     file = folder / REFINEMENT_FILE
 
@@ -185,7 +184,7 @@ def read(
             layer, scales = layers[name], steps(name)
             quick = fast is not None and place == "memory"
             kind: type[StoredPlane] = StoredPlane
-            if quick and fast is not None and ProductPlane.fits(layer, scales, *fast):
+            if quick and fast is not None and ProductPlane.fits(layer, scales, fast):
                 kind = ProductPlane
             get = again if place == "disk" else stored.get
             found[name] = kind(layer, plane, scales, get, place, device)
