@@ -151,9 +151,7 @@ def _written(
     from optimizer.formats.torch import packed
 
     view.stage(f"writing, unpack={way.mode}")
-    net = packed.load(
-        Path(config.model), None, config.device, config.fast, True, way, config.wide
-    )
+    net = packed.load(Path(config.model), None, config.device, config.fast, True, way, config.wide)
     state = getattr(net, "unpacking", None)
     _continued(net, prompt, WARM)
     if state is not None:
