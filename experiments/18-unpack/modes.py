@@ -2,7 +2,8 @@
 
     modes.py FOLDER OUT.csv [TOKENS]
 
-FOLDER: a packed nested plan. One and two threads, packed products in bf16 (fast), the same prompt; a
+FOLDER: a packed nested plan. One and two threads, bf16, the same prompt, layers as they are packed
+(fast) and held in 4 or 8 bits (wide), which multiplies all of them packed; a
 run of every mode in turn, twice, the faster kept. Memory: what is resident after loading, MB above a
 process that has only imported the libraries.
 """
@@ -16,7 +17,8 @@ import sys
 from pathlib import Path
 
 PROMPT = "The old lighthouse keeper climbed the stairs every evening, because"
-MODES = ("never", "draft", "hard", "always", "reference")
+MODES = ("never", "draft", "hard", "always")
+WAYS = [*((m, form) for form in ("wide", "packed") for m in MODES), ("reference", "bf16")]
 ROUNDS = 2
 
 ONE = """
@@ -31,7 +33,7 @@ from optimizer.models.source import locate
 from optimizer.plan import Plan
 from optimizer.store import Store
 from pathlib import Path
-folder, mode, threads, tokens, prompt = sys.argv[1:6]
+folder, mode, form, threads, tokens, prompt = sys.argv[1:7]
 torch.set_num_threads(int(threads))
 plan = Plan.load(folder)
 source = locate(plan.model["name"], Store.open("~/.cache/mezzotint"), plan.model["revision"])
@@ -42,7 +44,7 @@ if mode == "reference":
     inventory = take_inventory(source.folder)
     net = Model.load(source.folder, inventory).net.to(torch.bfloat16)
 else:
-    net = optimizer.load(folder, unpack=mode, fast=True, steady=True)
+    net = optimizer.load(folder, unpack=mode, fast=True, steady=True, wide=form == "wide")
 held = psutil.Process().memory_info().rss - before
 ids = torch.tensor([tokenizer(prompt)["input_ids"]])
 
@@ -58,7 +60,7 @@ state = getattr(net, "unpacking", None)
 if state is not None:
     state.reset()
 text, seconds = say(int(tokens))
-row = {"mode": mode, "threads": int(threads), "held": held / 1e6, "per_second": len(text) / seconds}
+row = {"mode": mode, "form": form, "threads": int(threads), "held": held / 1e6, "per_second": len(text) / seconds}
 if state is not None:
     row |= {"base": state.passes["base"] / len(text), "refined": state.passes["refined"] / len(text)}
     row |= {"opened": sum(state.opened(len(text))) / len(text)}
@@ -67,24 +69,24 @@ print("ROW" + json.dumps(row))
 
 
 def main(folder: str, out: str, tokens: str = "96") -> None:
-    best: dict[tuple[str, int], dict[str, float]] = {}
+    best: dict[tuple[str, str, int], dict[str, float]] = {}
     for _ in range(ROUNDS):
         for threads in (1, 2):
-            for mode in MODES:
-                command = [sys.executable, "-c", ONE, folder, mode, str(threads), tokens, PROMPT]
+            for mode, form in WAYS:
+                own = [folder, mode, form, str(threads), tokens, PROMPT]
+                command = [sys.executable, "-c", ONE, *own]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 line = [x for x in done.stdout.splitlines() if x.startswith("ROW")]
                 if not line:
                     raise SystemExit(done.stderr[-2000:])
                 row = json.loads(line[0][3:])
                 print(row, flush=True)
-                old = best.get((mode, threads))
+                old = best.get((mode, form, threads))
                 if old is None or row["per_second"] > old["per_second"]:
-                    best[mode, threads] = row
+                    best[mode, form, threads] = row
     with Path(out).open("w", newline="") as file:
-        writer = csv.DictWriter(
-            file, ["mode", "threads", "held", "per_second", "base", "refined", "opened"]
-        )
+        names = "mode form threads held per_second base refined opened".split()
+        writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(best.values())
 

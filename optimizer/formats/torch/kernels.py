@@ -105,14 +105,14 @@ class Product(nn.Module):
         size = group(codes.precision, cols)
         assert size is not None
         self.rows, self.cols, self.size = rows, cols, size
-        self.double = codes.precision.bits > 4
+        self.split = codes.precision.bits > 4
         middle = 2 ** (codes.precision.bits - 1)
         # few codes lie around the middle of the 16 or 256, so that b stays small
-        up = (HALF * NIBBLE if self.double else HALF) - middle
+        up = (HALF * NIBBLE if self.split else HALF) - middle
         own = codes.codes + up
         a = codes.scales.bfloat16().float()
         zeros = up + (float(middle) if codes.zeros is None else codes.zeros.float())
-        if not self.double:
+        if not self.split:
             self._add("low", own, a, (HALF - zeros) * a)
             return
         b = (HALF * NIBBLE + HALF - zeros) * a
@@ -135,7 +135,7 @@ class Product(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
         found: Tensor = multiply(x, self.low, self.size, self.low_scales)
-        if self.double:
+        if self.split:
             found = found + multiply(x, self.high, self.size, self.high_scales)
         return found
 
@@ -146,7 +146,7 @@ class Product(nn.Module):
         assert place is not None and looks_up(self.rows, self.cols)
         at = (rows // TILE * (TILE * self.cols)).unsqueeze(1) + place[rows % TILE]
         found = torch.zeros(at.shape)
-        for name in ("low", "high") if self.double else ("low",):
+        for name in ("low", "high") if self.split else ("low",):
             pairs = self.get_buffer(f"{name}_scales")[:, rows].float().transpose(0, 1)
             a, b = pairs.repeat_interleave(self.size, 1).unbind(-1)
             found += (_nibbles(self.get_buffer(name), at).float() - HALF) * a + b
