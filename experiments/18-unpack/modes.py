@@ -60,7 +60,8 @@ state = getattr(net, "unpacking", None)
 if state is not None:
     state.reset()
 text, seconds = say(int(tokens))
-row = {"mode": mode, "form": form, "threads": int(threads), "held": held / 1e6, "per_second": len(text) / seconds}
+row = {"mode": mode, "form": form, "threads": int(threads)}
+row |= {"held": held / 1e6, "per_second": len(text) / seconds}
 if state is not None:
     row |= {"base": state.passes["base"] / len(text), "refined": state.passes["refined"] / len(text)}
     row |= {"opened": sum(state.opened(len(text))) / len(text)}
@@ -85,7 +86,7 @@ def main(folder: str, out: str, tokens: str = "96") -> None:
                 if old is None or row["per_second"] > old["per_second"]:
                     best[mode, form, threads] = row
     with Path(out).open("w", newline="") as file:
-        names = "mode form threads held per_second base refined opened".split()
+        names = ["mode", "form", "threads", "held", "per_second", "base", "refined", "opened"]
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(best.values())

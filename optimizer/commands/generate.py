@@ -43,7 +43,7 @@ class Generate:
     tokens: int = 48
     compare: bool = True
     fast: bool = True
-    wide: bool = False
+    wide: bool = True
     reference: str | None = None
     device: str = "cpu"
     store: str = "~/.cache/mezzotint"

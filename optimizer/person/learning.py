@@ -9,7 +9,8 @@ are from the reference there (`writing`). The cost of a text is a weighted sum o
 and log(strength of one / of the other) is the other's cost minus its own: Davidson's model in
 `statistics`. Features are divided by their family's typical difference, so that weights compare.
 Most people mind little beside it all: weights are averaged over models in which at most two differ
-from the default, whose size the votes choose (`statistics.believed`). Pairs that read the same are left out: they are alike whatever a person minds.
+from the default, whose size the votes choose (`statistics.believed`). Pairs that read the same are
+left out: they are alike whatever a person minds.
 
 The objective has what a domain is minded more than the median one, the tail and the margins,
     J = mean KL + W sum_k (b_k / sum b) (scale of KL / scale of k) part_k

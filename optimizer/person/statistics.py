@@ -136,10 +136,10 @@ def believed(
     prior: Prior,
     near: Belief | None = None,
 ) -> Belief:
-    """Bayesian model averaging (Hoeting et al. 1999): in each model a set of at most DIFFER columns has
-    weights of its own ~ N(0, spread^2), all others are s times `towards`, s ~ N(0, spread^2). Each size
-    of a set is as likely as another, each set as another of its size; evidence by Laplace's
-    approximation. near: a belief from similar votes, whose likely models are averaged and no others.
+    """Bayesian model averaging (Hoeting et al. 1999): in each model a set of at most DIFFER columns
+    has weights of its own ~ N(0, spread^2), all others are s times `towards`, s ~ N(0, spread^2).
+    Each size of a set is as likely as another, each set as another of its size; evidence by Laplace's
+    approximation. near: a belief from similar votes, whose likely models alone are averaged.
     """
     k = x.shape[1]
     every = [own for size in range(DIFFER + 1) for own in combinations(range(k), size)]

@@ -25,8 +25,27 @@ PLAIN = re.compile(r"[\w.%+-]*")  # a user's name that is no more than that
 SETTINGS = re.compile(r"[?&;#]")
 # settings whose values anybody may see; of a name that isn't here nobody knows
 OPEN = frozenset(
-    """application_name cache charset check_same_thread connect_timeout dbname driver host hostaddr mode
-    port service sslcert sslmode sslrootcert target_session_attrs timeout uri user""".split()
+    [
+        "application_name",
+        "cache",
+        "charset",
+        "check_same_thread",
+        "connect_timeout",
+        "dbname",
+        "driver",
+        "host",
+        "hostaddr",
+        "mode",
+        "port",
+        "service",
+        "sslcert",
+        "sslmode",
+        "sslrootcert",
+        "target_session_attrs",
+        "timeout",
+        "uri",
+        "user",
+    ]
 )
 INNER = re.compile(r"(?:pass|pwd)\w*\s*=", re.IGNORECASE)
 SHORT = 4  # characters; a shorter password can't be told from other text in a message

@@ -209,8 +209,8 @@ def load(
     Weights stay packed in memory, are unpacked for each use and compute in fp32, which gives the
     certificate's own numbers. fast: compute in bf16 and, on a CPU, multiply packed where PyTorch
     can. wide: beside fast, hold codes of 2 to 7 bits in 4 or 8, so that they can, too: more memory
-    than the plan says. dtype: another arithmetic; only bf16 multiplies packed. unpacking: what is done with a
-    refinement; by default it is used for every token.
+    than the plan says. dtype: another arithmetic; only bf16 multiplies packed. unpacking: what is done
+    with a refinement; by default it is used for every token.
     steady: on a CPU, see `steady_memory`, which holds for the whole process.
     Raises PlanError if anything in the folder was changed.
     """
