@@ -56,6 +56,12 @@ def test_names_are_escaped(tmp_path):
     assert "<script>alert" not in text and EVIL not in text
 
 
+def test_a_link_leads_to_the_folder_whatever_its_name_is(tmp_path):
+    save(tmp_path / "javascript:50%#1?", 5.0)
+    text = compare.write(tmp_path).read_text()
+    assert '<a href="./javascript%3A50%25%231%3F/report.html">' in text
+
+
 @pytest.mark.parametrize("name", ["missing", "empty"])
 def test_no_sweep(tmp_path, name):
     (tmp_path / "empty").mkdir()

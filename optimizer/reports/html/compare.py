@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 from optimizer.errors import ConfigError, PlanError
 from optimizer.plan import Plan
@@ -76,7 +77,7 @@ def gather(folder: Path) -> Sweep:
 def _asked(path: Path) -> list[str]:
     """The words of a job as they were typed, which Hydra noted."""
     file = path / ".hydra" / "overrides.yaml"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    lines = file.read_text("utf-8", "replace").splitlines() if file.exists() else []
     return [line.removeprefix("- ") for line in lines if line.startswith("- ")]
 
 
@@ -153,7 +154,7 @@ def _row(job: Job, speeds: Sequence[str]) -> str:
         chart.loss(job.run.chosen.predicted),
         heldout,
         f"{job.run.seconds:.0f}",
-        f'<a href="{escape(job.folder)}/report.html">open</a>',
+        f'<a href="./{escape(quote(job.folder))}/report.html">open</a>',
     ]
     numbers = "".join(f"<td>{cell}</td>" for cell in cells)
     return f"<tr><th scope=row>{escape(job.label)}</th>{numbers}</tr>"
