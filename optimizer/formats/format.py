@@ -16,6 +16,7 @@ from optimizer.extensions import extensions
 from optimizer.formats import rules
 from optimizer.formats.rules import Demands, Verdict
 from optimizer.formats.runtime import Runtime
+from optimizer.formats.safetensors.checkpoint import head_alone
 from optimizer.formats.safetensors.joined import joined
 from optimizer.plan import Inventory, Layer, Plan, Precision
 
@@ -107,6 +108,10 @@ class Checkpoint(Format):
 
     def module(self) -> Any:
         raise NotImplementedError
+
+    def demands(self, runtime: Runtime, subject: Subject) -> Demands:
+        head_alone(subject.inventory, self.name)
+        return super().demands(runtime, subject)
 
     def checker(self, runtime: Runtime, subject: Subject) -> Callable[[Plan], Verdict]:
         demands, module = self.demands(runtime, subject), self.module()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from optimizer.commands import export
-from optimizer.errors import PlanError
+from optimizer.errors import ModelError, PlanError
 from optimizer.formats.safetensors import compressed_tensors, read_back
 from optimizer.formats.safetensors.loader import loading, pieces
 from optimizer.models.source import locate
@@ -196,3 +198,39 @@ def test_pieces_are_what_the_experts_compute(models: dict[str, Small]) -> None:
     name = next(n for n in found if n.endswith("experts.2.up_proj.weight"))
     half = layer.shape[2] // 2
     assert torch.equal(found[name].take(value), value[2, :, half:].T)
+
+
+def llama(folder: Path, tied: bool, change: Callable[[dict[str, Any]], None]) -> Small:
+    """With a config.json that says `tied`, whatever the checkpoint holds."""
+    build(folder, "llama", GLU | {"tie_word_embeddings": False}, torch.bfloat16)
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": tied}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return opened("llama", folder)
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm", "gptq", "autoround", "mlx"])
+@pytest.mark.parametrize("rounded", [True, False])
+def test_an_own_head_is_not_tied_by_an_engine(tmp_path: Path, engine: str, rounded: bool) -> None:
+    """vLLM and mlx-lm drop it where config.json says that it is the embedding."""
+    small = llama(tmp_path / "model", True, lambda _: None)
+    kinds = ("linear", "head") if rounded and engine == "transformers" else ("linear",)
+    four = Precision("int", 4, 32, engine != "mlx")
+    plan = planned(small, tmp_path / "store", lambda x: four if x.kind in kinds else UNTOUCHED)
+    found = export.export(plan, engine, tmp_path / "out", str(tmp_path / "store"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    if engine == "transformers":
+        assert "the plan's logits" in found.readers[0]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "gptq", "mlx"])
+def test_an_embedding_under_the_heads_name_alone_is_refused(tmp_path: Path, engine: str) -> None:
+    """transformers takes it for the embedding; the others skip the name."""
+    small = llama(tmp_path / "model", True, lambda t: t.pop("model.embed_tokens.weight"))
+    four = Precision("int", 4, 32, engine != "mlx")
+    plan = planned(small, tmp_path / "store", lambda x: four if x.kind == "linear" else UNTOUCHED)
+    with pytest.raises(ModelError, match=rf"{engine} reads .*lm_head\.weight alone.*save_pretr"):
+        export.check(plan, engine, str(tmp_path / "store"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimizer import untrusted
+from optimizer.errors import ModelError
 from optimizer.plan import WIDTH, Inventory, Layer, Plan, Precision, container_bytes
 
 if TYPE_CHECKING:
@@ -105,8 +106,31 @@ def write(
     settings = untrusted.read(out / "config.json", "keep")
     settings["dtype"] = dtype or SPELLED[inventory.dtype]
     settings["quantization_config"] = quantization
+    _untie(settings, inventory)
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     (out / "config.json").write_text(text, encoding="utf-8")
+
+
+def _untie(settings: dict[str, Any], inventory: Inventory) -> None:
+    """A head of its own is called one: engines drop it where config.json says that it is the
+    embedding, which transformers says by default of many classes."""
+    if any(x.kind == "head" and not x.tied for x in inventory.layers):
+        for part in (settings, settings.get("text_config")):
+            if isinstance(part, dict):
+                part["tie_word_embeddings"] = False
+
+
+def head_alone(inventory: Inventory, engine: str) -> None:
+    """Raises ModelError where a tied matrix is stored as the head's: engines skip that name."""
+    for layer in inventory.layers:
+        stored, own = (name.split(".")[-2:] for name in (layer.name, layer.parameter))
+        if layer.tied and stored != own and "head" in stored[0]:
+            raise ModelError(
+                f"{engine} reads a head that is tied to the embedding as {layer.parameter}, and the "
+                f"checkpoint stores it as {layer.name} alone. Load it with transformers and save it "
+                "again with save_pretrained, which stores the embedding; or take runtime=torch or "
+                "transformers."
+            )
 
 
 def words(stream: Tensor) -> Tensor:
