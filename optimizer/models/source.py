@@ -33,6 +33,7 @@ NEEDED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CONVERSION = 3  # counts changes of what a conversion writes
 REMEMBERED = 32 * 2**20  # bytes from which a file's hash is remembered: above .1 s of hashing
+OFFLINE = b'"local_files_only": true'  # what HF_HUB_OFFLINE=1 leaves in a saved tokenizer_config.json
 SETTLED = 2.0  # seconds
 SAMPLES, SAMPLE = 64, 4096  # pieces, bytes of each
 
@@ -331,19 +332,26 @@ def fingerprint(folder: Path, store: Store) -> str:
     """`sha256:` over the config, the weights and the tokenizer of a model folder.
 
     Two copies of a model agree wherever they lie; the version of the program that saved the
-    config doesn't count.
+    config doesn't count, nor whether it was allowed to ask the hub, which tokenizers write down.
     """
     parts: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("tokenizer*.json")):
         if not file.is_file():
             raise ModelError(f"{file} is a folder, where a model has a file. Remove it.")
-        parts[file.name] = file_hash(file, store)
+        offline = file.name == "tokenizer_config.json" and OFFLINE in file.read_bytes()
+        parts[file.name] = _online(file) if offline else file_hash(file, store)
     config = read_config(folder)
     for key in ("transformers_version", "_name_or_path"):
         config.pop(key, None)
     if is_encoder(folder):
         parts[POOLING] = pooling(folder)
     return "sha256:" + digest([parts, config])
+
+
+def _online(path: Path) -> str:
+    """sha256 of the file as it would have been written with a hub."""
+    content = path.read_bytes().replace(OFFLINE, OFFLINE.replace(b"true", b"false"))
+    return hashlib.sha256(content).hexdigest()
 
 
 def file_hash(path: Path, store: Store) -> str:

@@ -63,6 +63,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2},
+        "ffn_config": {
+            "hidden_size": 64,
+            "ffn_hidden_size": 96,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+        },
+    },
     "deepseek_v2": {**LATENT, "topk_method": "greedy", "num_experts_per_tok": 2},
     "deepseek_v3": LATENT,
     "deepseek_v32": LATENT,

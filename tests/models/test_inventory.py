@@ -19,6 +19,7 @@ from optimizer.models.model import Model, take_inventory
 from optimizer.models.source import quiet
 from optimizer.plan import Precision
 from optimizer.quantization.uniform import Nearest
+from tests.architectures import zoo
 from tests.conftest import ARCHITECTURES, GLU, build, planned
 
 IDS = torch.arange(5, 29).view(2, 12)
@@ -128,6 +129,23 @@ def test_routers_are_no_layers(tmp_path: Path) -> None:
     kept = [x.name for x in inventory.others if "router" in x.name or ".gate." in x.name]
     assert len(kept) == 2
     assert not any("router" in x.name or ".gate." in x.name for x in inventory.layers)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("dbrx", {}), ("doge", {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 4})],
+)
+def test_routers_of_other_names_and_configs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, settings: dict[str, Any]
+) -> None:
+    """DBRX says its experts in a part of its config, and its router is a part of one; Doge's has
+    another name."""
+    monkeypatch.setitem(zoo.SPECIAL, kind, {**zoo.SPECIAL.get(kind, {}), **settings})
+    zoo.build(kind).bfloat16().save_pretrained(tmp_path / "model")
+    inventory = take_inventory(tmp_path / "model")
+    assert not any("router" in x.name for x in inventory.layers)
+    kept = [x for x in inventory.others if "router" in x.name]
+    assert len(kept) == 2 and all("choose the experts" in x.reason for x in kept)
 
 
 def test_files_beside_the_models_own_are_told(tmp_path: Path) -> None:
