@@ -1,11 +1,11 @@
 """Tokens a second, bytes read and memory of every way of unpacking, each in a process of its own.
 
-    modes.py FOLDER OUT.csv [TOKENS]
+    modes.py FOLDER OUT.csv [TOKENS] [ROUNDS]
 
 FOLDER: a packed nested plan. One and two threads, bf16, the same prompt, layers as they are packed
-(fast) and held in 4 or 8 bits (wide), which multiplies all of them packed; a
-run of every mode in turn, twice, the faster kept. Memory: what is resident after loading, MB above a
-process that has only imported the libraries.
+(fast) and held in 4 or 8 bits (wide), which multiplies all of them packed; a run of every mode in
+turn, ROUNDS times (2), the fastest kept. Memory: what is resident after loading, MB above a process
+that has only imported the libraries.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 PROMPT = "The old lighthouse keeper climbed the stairs every evening, because"
 MODES = ("never", "draft", "hard", "always")
 WAYS = [*((m, form) for form in ("wide", "packed") for m in MODES), ("reference", "bf16")]
-ROUNDS = 2
 
 ONE = """
 import json, sys, time, warnings
@@ -69,9 +68,9 @@ print("ROW" + json.dumps(row))
 """
 
 
-def main(folder: str, out: str, tokens: str = "96") -> None:
+def main(folder: str, out: str, tokens: str = "96", rounds: str = "2") -> None:
     best: dict[tuple[str, str, int], dict[str, float]] = {}
-    for _ in range(ROUNDS):
+    for _ in range(int(rounds)):
         for threads in (1, 2):
             for mode, form in WAYS:
                 own = [folder, mode, form, str(threads), tokens, PROMPT]

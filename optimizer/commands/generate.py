@@ -165,7 +165,7 @@ def _written(
         passes, planes, acceptance = state.passes, state.gate.read, state.acceptance(count)
         opened = state.opened(count)
     every = passes["base"] + passes["refined"]
-    read = every * _base_bytes(plan, inventory) + planes
+    read = every * _base_bytes(net, plan, inventory) + planes
     each = (passes["base"] / count, passes["refined"] / count)
     return Told(str(way.mode), ids, opened, each, read / count, count / seconds, acceptance)
 
@@ -206,10 +206,20 @@ def _continued(net: Any, prompt: Sequence[int], tokens: int) -> tuple[list[int],
     return found[0, ids.shape[1] :].tolist(), time.perf_counter() - begun
 
 
-def _base_bytes(plan: Plan, inventory: Inventory) -> int:
-    """Of the weights that one pass reads: an embedding that isn't the head's looks rows up."""
-    inside = [x for x in inventory.layers if x.kind != "embedding" or x.tied]
-    return sum(layer.bytes(plan.choice[layer.name]) for layer in inside)
+def _base_bytes(net: Any, plan: Plan, inventory: Inventory) -> int:
+    """Of the weights that one pass reads, as they are held: an embedding that isn't the head's looks
+    rows up."""
+    from optimizer.formats.torch.kernels import Product
+    from optimizer.formats.torch.modules import Piece
+
+    inside = {x.name: x for x in inventory.layers if x.kind != "embedding" or x.tied}
+    pieces = [m for m in net.modules() if isinstance(m, Piece) and m.layer.name in inside]
+    held = [*pieces, *(m for m in net.modules() if isinstance(m, Product))]
+    told = {piece.layer.name for piece in pieces}
+    whole = [x for n, x in inside.items() if n not in told and plan.choice[n].kind == "none"]
+    return sum(b.nbytes for m in held for b in m.buffers()) + sum(
+        layer.bytes(plan.choice[layer.name]) for layer in whole
+    )
 
 
 def _pieces(tokenizer: Any, prompt: Sequence[int], told: Told) -> list[tuple[str, bool]]:

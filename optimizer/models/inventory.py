@@ -286,12 +286,14 @@ class _Taking:
         return "linear" if isinstance(module, nn.Linear) else None
 
     def _routes(self, parameter: str) -> bool:
-        """Whether the parameter chooses among experts."""
-        owner = parameter.rpartition(".")[0]
-        kind = type(self._module(parameter)).__name__
-        if re.search("router|gating|topk", kind, re.IGNORECASE):
+        """Whether the parameter chooses among experts: a part of a module that is called a router, by
+        its class or its name, or a gate of a model with experts."""
+        parts = parameter.split(".")[:-1]
+        owners = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        classes = (type(self.net.get_submodule(owner)).__name__ for owner in owners)
+        if any(re.search("router|topk", kind, re.IGNORECASE) for kind in classes):
             return True
-        return self.routed and bool(ROUTER.search(owner))
+        return "router" in parts[-1] or (self.routed and bool(ROUTER.search(owners[-1])))
 
     def _inputs(self, parameter: str) -> int:
         """How far apart a row's neighbours lie in the live parameter: 1, or the outputs' number."""

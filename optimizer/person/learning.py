@@ -37,6 +37,7 @@ NOISE = 0.05  # p above which votes count as noise
 SMALL = 0.25  # standardised; a weight this close to its default needs no more votes
 FEW = 4  # votes below which nothing is fitted
 SPREAD = 6.0  # of standardised weights; 3 and 12 point as well (experiments/16-person)
+TRACE = 0.01  # of all that is minded; less is left from models that hardly anything speaks for
 ENOUGH = 2000  # more votes than this are not worth a number
 CHOICE = "choice"  # the phenomenon of a person's choices
 HALF = 20  # choices that have half of the weight that many would have
@@ -235,7 +236,9 @@ def _parts(data: Data, belief: statistics.Belief, strength: float) -> dict[Colum
     whole = strength * total / (total + common)
     unit = data.scales.get("kl", 1.0)
     return {
-        c: whole * v / total * unit / data.scales[c.family] for c, v in minded.items() if v > 0
+        c: whole * v / total * unit / data.scales[c.family]
+        for c, v in minded.items()
+        if v > TRACE * total
     }
 
 

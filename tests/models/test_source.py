@@ -118,6 +118,17 @@ def test_the_program_that_saved_the_config_does_not_count(copy: Path, tmp_path: 
     assert fingerprint(copy, store) != before
 
 
+def test_whether_a_hub_could_be_asked_does_not_count(copy: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    file = copy / "tokenizer_config.json"
+    found = []
+    for offline, bos in ((False, "a"), (True, "a"), (True, "b")):
+        text = json.dumps({"local_files_only": offline, "bos_token": bos}, indent=2)
+        file.write_text(text)
+        found.append(fingerprint(copy, store))
+    assert found[0] == found[1] != found[2]
+
+
 @pytest.mark.parametrize("place", [200, -1])
 def test_one_changed_bit_of_the_weights_counts(copy: Path, tmp_path: Path, place: int) -> None:
     store = Store(tmp_path / "store")

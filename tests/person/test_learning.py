@@ -77,6 +77,8 @@ def test_who_minds_one_domain_is_understood() -> None:
     assert heaviest.startswith("russian")
     assert found.meaning.combine == "sum"
     assert found.meaning.domain > found.meaning.probes
+    weights = [float(entry.split("*")[1]) for entry in found.meaning.domains]
+    assert min(weights) > 0.005  # a trace isn't worth a text that has to be measured
 
 
 def test_who_minds_two_phenomena_is_understood() -> None:
