@@ -36,6 +36,7 @@ NATIVE = (
     "iq3_s",
 )
 PORTION = 2**20  # weights that a thread takes at a time
+RUN, FAINT = 32, 1e-12  # weights of a block that share a scale; what counts as nothing beside others
 
 
 @cache
@@ -90,6 +91,7 @@ def _encode(weight: Tensor, kind: str, weights: int | None) -> Tensor:
     """weights: where the importance of columns lies, as a pointer."""
     rows, cols = weight.shape
     source = np.ascontiguousarray(weight.detach().float().cpu().numpy())
+    source = _without_empty_runs(source) if kind == "iq3_s" else source
     target = np.empty((rows, cols // GGML[kind].weights * GGML[kind].size), np.uint8)
     number, lib = _number(kind), library()
     lib.ggml_quantize_init(number)  # makes its tables, once
@@ -104,6 +106,18 @@ def _encode(weight: Tensor, kind: str, weights: int | None) -> Tensor:
     with ThreadPoolExecutor(min(os.cpu_count() or 1, torch.get_num_threads())) as threads:
         list(threads.map(portion, range(0, rows, step)))
     return torch.from_numpy(target).to(weight.device)
+
+
+def _without_empty_runs(source: np.ndarray) -> np.ndarray:
+    """With FAINT instead of runs of RUN zeros that stand beside other weights of their block.
+    quantize_row_iq3_s_impl skips such a run without moving on to the place of the next one, so that
+    the rest of the block would decode to other numbers, more wrong than leaving it out."""
+    runs = source.reshape(-1, GGML["iq3_s"].weights // RUN, RUN)
+    empty = ~runs.any(2)
+    empty &= ~empty.all(1, keepdims=True)
+    if not empty.any():
+        return source
+    return np.where(empty[..., None], np.float32(FAINT), runs).reshape(source.shape)
 
 
 def decode(data: Tensor, kind: str, cols: int) -> Tensor:
