@@ -135,14 +135,11 @@ def export(
 
     def fill(draft: Path) -> None:
         view.stage(f"writing for {job.engine}")
-        if job.engine == "torch":
-            from optimizer.formats.torch import packed as torch_backend
-
-            torch_backend.put(tensors.items(), plan, job.inventory, job.source.folder, draft)
-            return
         job.format.write(plan, job.subject, tensors, draft)
         view.stage("reading it back")
         own = compare(job, tensors, draft, verdict)
+        if job.engine == "torch":  # with its card and its manifest already
+            return
         readers.extend(_read_back(job, tensors, own, draft))
         found = replace(verdict, readers=tuple(readers))
         (draft / "README.md").write_text(card(plan, found, job.format.run), encoding="utf-8")

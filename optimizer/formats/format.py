@@ -18,6 +18,7 @@ from optimizer.formats.rules import Demands, Verdict
 from optimizer.formats.runtime import Runtime
 from optimizer.formats.safetensors.checkpoint import head_alone
 from optimizer.formats.safetensors.joined import joined
+from optimizer.models.source import PACKED_FILE
 from optimizer.plan import Inventory, Layer, Plan, Precision
 
 if TYPE_CHECKING:
@@ -95,12 +96,33 @@ class Torch(Format):
     """Our own folder, which `optimizer.load` reads. It holds every precision."""
 
     name = "torch"
+    file = PACKED_FILE
     run = "optimizer.load(THIS_FOLDER)  # Python, pip install mezzotint; a transformers model"
     larger = False
 
     def checker(self, runtime: Runtime, subject: Subject) -> Callable[[Plan], Verdict]:
         del subject
         return lambda plan: rules.packed(plan, runtime)
+
+    def write(self, plan: Plan, subject: Subject, packed: Mapping[str, Tensor], out: Path) -> None:
+        """The whole folder, with its manifest."""
+        from optimizer.formats.torch.packed import put
+
+        put(packed.items(), plan, subject.inventory, subject.folder, out)
+
+    def read_back(self, out: Path, plan: Plan, subject: Subject) -> Mapping[str, Tensor]:
+        from optimizer.formats.torch.reader import tensors
+        from optimizer.quantization.uniform import Codes
+
+        found = {}
+        with tensors(out / self.file) as stored:
+            for layer in subject.inventory.layers:
+                precision = plan.choice[layer.name]
+                names = precision.parts(layer.rows, layer.cols)
+                if names:
+                    parts = {name: stored.get(f"{layer.name}.{name}") for name in names}
+                    found[layer.name] = Codes.unpack(parts, precision, layer.cols).decode()
+        return found
 
 
 class Checkpoint(Format):

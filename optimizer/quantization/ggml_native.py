@@ -36,7 +36,10 @@ NATIVE = (
     "iq3_s",
 )
 PORTION = 2**20  # weights that a thread takes at a time
-RUN, FAINT = 32, 1e-12  # weights of a block that share a scale; what counts as nothing beside others
+RUN, FAINT = (
+    32,
+    1e-12,
+)  # weights of a block that share a scale; what counts as nothing beside others
 
 
 @cache

@@ -56,7 +56,7 @@ class Wide:
             return torch.log_softmax(self.model.net(input_ids=ids).logits, -1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Wide:
     path = tmp_path_factory.mktemp("wide")
     torch.manual_seed(11)
