@@ -26,13 +26,15 @@ T = TypeVar("T")
 # ---------------------------------------------------------------- types that fields are made of
 
 LARGEST = 2**62  # bytes, shapes, counts
-Count = Annotated[int, Field(ge=0, le=LARGEST)]
-Number = Annotated[float, Field(ge=-1e30, le=1e30, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
-Name = Annotated[str, Field(max_length=512, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
-LineOfText = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+Count = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]
+Number = Annotated[float, Field(strict=True, ge=-1e30, le=1e30, allow_inf_nan=False)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1e30, allow_inf_nan=False)]
+Name = Annotated[str, Field(strict=True, max_length=512, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+LineOfText = Annotated[
+    str, Field(strict=True, max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")
+]
 Words = Annotated[
-    str, Field(max_length=10**6, pattern=r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]*$")
+    str, Field(strict=True, max_length=10**6, pattern=r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]*$")
 ]
 
 

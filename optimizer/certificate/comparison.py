@@ -7,16 +7,15 @@ cancels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from optimizer.certificate.wording import FEW, in_unit
 from optimizer.metrics.bootstrap import (
     LEVEL,
-    Interval,
     cvar,
     interval,
     mean,
@@ -24,6 +23,7 @@ from optimizer.metrics.bootstrap import (
     quantiles,
     resamples,
 )
+from optimizer.plan.certificate import Certificate, Interval, Line, PlanRow, Rival, Versus
 
 if TYPE_CHECKING:
     from optimizer.metrics import embeddings
@@ -113,8 +113,8 @@ def line(low: Candidate, high: Candidate, size: float) -> Callable[[np.ndarray],
 
 def certify(
     plan: Candidate, uniforms: Sequence[Candidate], others: Sequence[Candidate], seed: int
-) -> dict[str, Any]:
-    """The certificate of a plan, as plain JSON.
+) -> Certificate:
+    """The certificate of a plan.
 
     uniforms: measured uniform plans, any sizes. The plan is compared with the smallest uniform
     plan of at least its size, with the largest that is no larger than it, and with the straight
@@ -126,93 +126,83 @@ def certify(
     rows = [plan, *sorted(uniforms, key=_size), *others]
     above = min((u for u in uniforms if u.size >= plan.size), key=_size, default=None)
     below = max((u for u in uniforms if u.size <= plan.size), key=_size, default=None)
-    versus: dict[str, Any] = {}
+    versus = Versus()
     if above is not None:
-        versus["uniform"] = _against(plan, above, counts)
+        versus = Versus(uniform=_against(plan, above, counts))
     elif below is not None:
-        versus["fitting"] = _against(plan, below, counts)
+        versus = Versus(fitting=_against(plan, below, counts))
     if above is not None and below is not None and above is not below:
         at = line(below, above, plan.size)
-        versus["line"] = {
-            "name": f"line {below.name} to {above.name}",
-            "kl": float(at(np.ones((1, len(plan.scores.kl))))[0]),
-            "ratio": asdict(ratio(plan.scores, at, counts)),
-        }
-    documents = len(np.unique(plan.scores.documents))
-    return {
-        "documents": documents,
-        "tokens": int(plan.scores.kl.size),
-        "interval": in_unit(f"{LEVEL:.0%} bootstrap over documents", plan.scores.unit),
-        "rows": [
-            {"name": c.name, "bytes": c.bytes}
-            | {k: asdict(v) for k, v in describe(c.scores, counts).items()}
-            for c in rows
-        ],
-        "versus": versus,
-        "unit": plan.scores.unit,
-        "verdict": in_unit(verdict(versus, documents), plan.scores.unit),
-    }
+        between = Line(
+            f"line {below.name} to {above.name}",
+            float(at(np.ones((1, len(plan.scores.kl))))[0]),
+            ratio(plan.scores, at, counts),
+        )
+        versus = replace(versus, line=between)
+    documents, unit = len(np.unique(plan.scores.documents)), plan.scores.unit
+    return Certificate(
+        documents=documents,
+        tokens=int(plan.scores.kl.size),
+        interval=in_unit(f"{LEVEL:.0%} bootstrap over documents", unit),
+        rows=[PlanRow(c.name, **describe(c.scores, counts), bytes=c.bytes) for c in rows],
+        versus=versus,
+        unit=unit,
+        verdict=in_unit(verdict(versus, documents), unit),
+    )
 
 
 def _size(candidate: Candidate) -> float:
     return candidate.size
 
 
-def _against(plan: Candidate, other: Candidate, counts: np.ndarray) -> dict[str, Any]:
-    return {
-        "name": other.name,
-        "bytes": other.bytes,
-        "difference": asdict(difference(plan.scores, other.scores, counts)),
-        "ratio": asdict(ratio(plan.scores, lambda c: means(other.scores.kl, c), counts)),
-    }
+def _against(plan: Candidate, other: Candidate, counts: np.ndarray) -> Rival:
+    return Rival(
+        other.name,
+        other.bytes,
+        difference(plan.scores, other.scores, counts),
+        ratio(plan.scores, lambda c: means(other.scores.kl, c), counts),
+    )
 
 
-def verdict(versus: Mapping[str, Any], documents: int) -> str:
+def verdict(versus: Versus, documents: int) -> str:
     """One sentence; never more than the intervals allow."""
-    uniform = versus.get("uniform") or versus.get("fitting")
+    uniform = versus.rival
     if uniform is None:
         return "No uniform plan was measured, so nothing is claimed against one."
-    gap, share = uniform["difference"], uniform["ratio"]
-    size = uniform["bytes"]
-    name = (
-        f"{uniform['name']} ({size / 1e6:.1f} MB)"
-        if size >= 1e6
-        else f"{uniform['name']} ({size / 1e3:.1f} kB)"
-    )
+    gap, share, size = uniform.difference, uniform.ratio, uniform.bytes
+    stored = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+    name = f"{uniform.name} ({stored})"
     room = "no more bytes"
-    if "uniform" not in versus:
+    if versus.uniform is None:
         name += ", the largest uniform plan that fits"
         room = "the same budget"
     if documents < FEW:
         return (
             f"Not enough text to say: {documents} documents; {FEW} or more are needed. Measured "
-            f"{share['value']:.2f} times the KL of {name}."
+            f"{share.value:.2f} times the KL of {name}."
         )
-    if gap["low"] == gap["value"] == gap["high"] == 0:
+    if gap.low == gap.value == gap.high == 0:
         return f"The same as {name}: nothing was gained over rounding every layer alike."
-    if gap["high"] < 0:
+    if gap.high < 0:
         return (
-            f"Better than {name}: {share['value']:.2f} times its KL "
-            f"(95 %: {share['low']:.2f} to {share['high']:.2f}) in {room}."
+            f"Better than {name}: {share.value:.2f} times its KL "
+            f"(95 %: {share.low:.2f} to {share.high:.2f}) in {room}."
         )
-    between = versus.get("line")
-    if between is not None:
-        return _beside_line(between, name, gap["low"] > 0)
-    if gap["low"] > 0:
-        return f"Worse than {name}: {share['value']:.2f} times its KL."
+    if versus.line is not None:
+        return _beside_line(versus.line, name, gap.low > 0)
+    if gap.low > 0:
+        return f"Worse than {name}: {share.value:.2f} times its KL."
     return (
-        f"Not distinguishable from {name} on {documents} documents: {share['value']:.2f} times its "
-        f"KL (95 %: {share['low']:.2f} to {share['high']:.2f}). More held-out text would narrow it."
+        f"Not distinguishable from {name} on {documents} documents: {share.value:.2f} times its "
+        f"KL (95 %: {share.low:.2f} to {share.high:.2f}). More held-out text would narrow it."
     )
 
 
-def _beside_line(between: Mapping[str, Any], larger: str, worse: bool) -> str:
+def _beside_line(between: Line, larger: str, worse: bool) -> str:
     """The plan lies between two uniform plans and doesn't beat the larger one."""
-    share = between["ratio"]
-    interval = (
-        f"{share['value']:.2f} times (95 %: {share['low']:.2f} to {share['high']:.2f}) the KL"
-    )
-    where = f"of the straight {between['name']} at the same size"
-    word = "Better than" if share["high"] < 1 else "Worse than" if share["low"] > 1 else "Like"
+    share = between.ratio
+    interval = f"{share.value:.2f} times (95 %: {share.low:.2f} to {share.high:.2f}) the KL"
+    where = f"of the straight {between.name} at the same size"
+    word = "Better than" if share.high < 1 else "Worse than" if share.low > 1 else "Like"
     also = f"; {larger}, which is larger, is closer to the reference" if worse else ""
     return f"{word} mixing uniform plans: {interval} {where}{also}."

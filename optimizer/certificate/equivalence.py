@@ -14,9 +14,9 @@ documents, and McNemar's test flips the signs of whole documents.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from math import sqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from scipy.stats import norm
@@ -26,9 +26,20 @@ from optimizer.certificate.comparison import describe
 from optimizer.certificate.tolerance import Tolerance
 from optimizer.certificate.wording import FEW, MAIN
 from optimizer.metrics.bootstrap import bounds, per_document, resamples, sign_flips
+from optimizer.plan.certificate import (
+    Evaluation,
+    Finding,
+    McNemar,
+    Moved,
+    State,
+    TextRow,
+    Tolerated,
+)
 
 if TYPE_CHECKING:
     from optimizer.metrics.divergence import AnyScores, Scores
+
+Held = Literal["kl", "flips", "accuracy"]  # against a tolerance
 
 ERROR = 0.05  # of a wrong answer
 INSIDE = (
@@ -42,27 +53,7 @@ MOST = 100_000  # documents; a loss so near its tolerance is not going to be tol
 WORST = 5  # documents that are named
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One measure on one text.
-
-    low, high: 95 % interval. least: the lower bound that "lossy" needs. state: within,
-    over or open. needed: documents that would probably (80 %) be enough, if further ones are like
-    these; None if it is decided, or if more than MOST.
-    """
-
-    text: str
-    measure: str
-    value: float
-    low: float
-    high: float
-    least: float
-    tolerated: float
-    state: str
-    needed: int | None
-
-
-def measures(scores: AnyScores) -> dict[str, np.ndarray]:
+def measures(scores: AnyScores) -> dict[Held, np.ndarray]:
     """What is held against a tolerance, token by token. accuracy: the loss of it, -1, 0 or 1. Of an
     encoder, text by text: nothing says which neighbour is the right one, so it has no accuracy."""
     if scores.unit == "text":
@@ -78,8 +69,8 @@ def judge(
     tolerance: Tolerance,
     seed: int,
     parts: Collection[str] = (),
-) -> dict[str, Any]:
-    """The certificate's answer, as plain JSON. parts: texts that are parts of the first.
+) -> Evaluation:
+    """The certificate's answer. parts: texts that are parts of the first.
 
     texts: the plan's scores on the held-out text (MAIN, the first) and on domains; weights: of the
     domains, for the weighted mean. noise: the reference against itself on the held-out text.
@@ -91,34 +82,33 @@ def judge(
             name, scores, tolerance, len(measures(scores)) * len(texts), seed
         )
     ]
-    floor = {name: _row(name, scores, seed) for name, scores in noise.items()}
-    documents = {name: len(np.unique(scores.documents)) for name, scores in texts.items()}
-    found: dict[str, Any] = {
-        "state": state(findings, documents[MAIN]),
-        "tolerance": asdict(tolerance),
-        "findings": [asdict(finding) for finding in findings],
-        "texts": [_row(name, scores, seed) for name, scores in texts.items()],
-        "noise": list(floor.values()),
-        "documents": worst_documents({n: s for n, s in texts.items() if n not in parts}),
-        "half_of_loss": concentration(texts[MAIN]),
-        "unit": texts[MAIN].unit,
-    }
+    floor = [_row(name, scores, seed) for name, scores in noise.items()]
+    rows = [_row(name, scores, seed) for name, scores in texts.items()]
     main = texts[MAIN]
-    if main.unit == "token":
-        found["mcnemar"] = mcnemar(main, seed)
-    domains = [name for name in texts if name != MAIN]
-    if domains:
-        kl = {name: texts[name].mean_kl for name in domains}
-        total = sum(weights.get(name, 1.0) for name in domains)
-        found["worst_domain"] = max(domains, key=lambda name: kl[name])
-        found["weighted_kl"] = sum(weights.get(n, 1.0) * kl[n] for n in domains) / total
-    return found | {"verdict": wording.sentence(found)}
+    found = Evaluation(
+        state=state(findings, len(np.unique(main.documents))),
+        tolerance=Tolerated(**asdict(tolerance)),
+        findings=findings,
+        texts=rows,
+        noise=floor,
+        documents=worst_documents({n: s for n, s in texts.items() if n not in parts}),
+        half_of_loss=concentration(main),
+        unit=main.unit,
+        mcnemar=mcnemar(main, seed) if main.unit == "token" else None,
+    )
+    kl = {name: scores.mean_kl for name, scores in texts.items() if name != MAIN}
+    if kl:
+        total = sum(weights.get(name, 1.0) for name in kl)
+        mean = sum(weights.get(name, 1.0) * loss for name, loss in kl.items()) / total
+        worst = max(kl, key=lambda name: kl[name])
+        found = replace(found, worst_domain=worst, weighted_kl=mean)
+    return replace(found, verdict=wording.sentence(found))
 
 
-def _row(name: str, scores: AnyScores, seed: int) -> dict[str, Any]:
+def _row(name: str, scores: AnyScores, seed: int) -> TextRow:
     counts = resamples(scores.documents, np.random.default_rng([seed, 79]))
-    size = {"documents": len(np.unique(scores.documents)), "tokens": int(scores.kl.size)}
-    return {"name": name} | size | {k: asdict(v) for k, v in describe(scores, counts).items()}
+    documents, tokens = len(np.unique(scores.documents)), int(scores.kl.size)
+    return TextRow(name, **describe(scores, counts), documents=documents, tokens=tokens)
 
 
 def judge_text(
@@ -134,7 +124,7 @@ def judge_text(
 
 def _finding(
     text: str,
-    measure: str,
+    measure: Held,
     values: np.ndarray,
     documents: np.ndarray,
     tolerated: float,
@@ -150,7 +140,7 @@ def _finding(
     else:
         within, over = high <= tolerated, least > tolerated
     enough = len(np.unique(documents)) >= FEW
-    said = "open" if not enough else "over" if over else "within" if within else "open"
+    said: State = "open" if not enough else "over" if over else "within" if within else "open"
     error = ERROR / tests if abs(value) > tolerated else INSIDE
     needed = None if said != "open" else documents_needed(sums, sizes, tolerated, error)
     if needed is not None and needed <= len(sums):  # so many were probably enough, and weren't
@@ -211,7 +201,7 @@ def _quantile(level: float, skew: np.ndarray) -> np.ndarray:
     return np.asarray(3 / k * (np.cbrt(1 + k * (norm.ppf(level) - k / 6)) - 1))
 
 
-def mcnemar(scores: Scores, seed: int) -> dict[str, float]:
+def mcnemar(scores: Scores, seed: int) -> McNemar:
     """Which of the two finds the true next token where only one does.
 
     lost, won: tokens that only the reference, or only the plan, ranks first. p: McNemar's exact test
@@ -224,7 +214,7 @@ def mcnemar(scores: Scores, seed: int) -> dict[str, float]:
     _, index = np.unique(scores.documents, return_inverse=True)
     rng = np.random.default_rng([seed, 81])
     p = sign_flips((lost - won).astype(np.float64), index, rng, two_sided=True)
-    return {"lost": int(lost.sum()), "won": int(won.sum()), "p": p}
+    return McNemar(int(lost.sum()), int(won.sum()), p)
 
 
 def concentration(scores: AnyScores) -> int:
@@ -233,24 +223,19 @@ def concentration(scores: AnyScores) -> int:
     return int(np.searchsorted(np.cumsum(sums), sums.sum() / 2) + 1) if sums.sum() > 0 else 0
 
 
-def worst_documents(texts: Mapping[str, AnyScores]) -> list[dict[str, Any]]:
-    """The documents of the highest mean KL, of all texts together; `window` is their first one."""
-    found: list[dict[str, Any]] = []
+def worst_documents(texts: Mapping[str, AnyScores]) -> list[Moved]:
+    """The documents of the highest mean KL, of all texts together."""
+    found: list[Moved] = []
     for name, scores in texts.items():
         sums, sizes, first = per_document(scores.kl, scores.documents)
         found += [
-            {
-                "text": name,
-                "document": int(scores.documents[w]),
-                "window": int(w),
-                "kl": float(s / n),
-            }
+            Moved(name, int(scores.documents[w]), int(w), float(s / n))
             for s, n, w in zip(sums, sizes, first, strict=True)
         ]
-    return sorted(found, key=lambda one: one["kl"], reverse=True)[:WORST]
+    return sorted(found, key=lambda one: one.kl, reverse=True)[:WORST]
 
 
-def state(findings: Sequence[Finding], documents: int) -> str:
+def state(findings: Sequence[Finding], documents: int) -> Literal["lossy", "lossless", "open"]:
     """Of the whole: a lossy domain is lossy; a domain with too little text is only named."""
     if any(finding.state == "over" for finding in findings):
         return "lossy"

@@ -21,7 +21,8 @@ import numpy as np
 
 from optimizer.data.pairs import Pair, cells
 from optimizer.metrics import bootstrap
-from optimizer.metrics.bootstrap import Interval, sign_flips
+from optimizer.metrics.bootstrap import sign_flips
+from optimizer.plan.certificate import Interval
 
 TAIL = 0.9  # CVaR: the mean of the worst tenth; of 64 pairs that is six
 ALPHA = 0.05

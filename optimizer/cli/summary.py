@@ -3,29 +3,26 @@ Everything else is in the report."""
 
 from __future__ import annotations
 
-import math
 import shlex
-from collections.abc import Mapping
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from optimizer.certificate.wording import brief, in_unit, unit_of
+from optimizer.certificate.wording import brief, in_unit
 from optimizer.cli import nested, screen
 from optimizer.cli.certificate import human
 from optimizer.commands.product import Outcome
 from optimizer.plan import Plan
+from optimizer.plan.certificate import Certificate, Interval
+from optimizer.plan.measures import Measure, Unit, measure
 
-SHOWN = {
-    "token": {"kl": "KL (nats/token)", "flips": "flips %", "perplexity": "perplexity"},
-    "text": {"kl": "KL (nats/text)", "flips": "other nearest %", "cosine": "cosines change by"},
+SHOWN: dict[Unit, tuple[str, ...]] = {
+    "token": ("kl", "flips", "perplexity"),
+    "text": ("kl", "flips", "cosine"),
 }
 STOCK = "llama.cpp's "  # an engine's own mixtures
 NOTES = 3  # that are shown; all of them are in the report
-PERCENT = ("flips",)
-DIGITS = {"kl": 4, "flips": 1, "perplexity": 2, "cosine": 4}
 
 
 def outcome(out: Console, result: Outcome) -> None:
@@ -33,17 +30,17 @@ def outcome(out: Console, result: Outcome) -> None:
     plan = result.plan
     out.print()
     out.print(size(plan), style="bold", soft_wrap=True, markup=False)
-    if plan.certificate:
-        out.print(table(plan.certificate, whole(plan)))
-        out.print(brief(plan.certificate), style="bold", soft_wrap=True, markup=False)
-        worst = worst_domain(plan.certificate)
+    if plan.proof is not None:
+        out.print(table(plan.proof, whole(plan)))
+        out.print(brief(plan.proof), style="bold", soft_wrap=True, markup=False)
+        worst = worst_domain(plan.proof)
         if worst:
             out.print(worst, soft_wrap=True, markup=False)
     else:
-        promise = plan.predicted
+        promise = plan.prediction
         out.print(
-            f"Predicted KL {promise['kl']:.4f} +- {promise['stderr']:.4f} nats per "
-            f"{unit_of(promise)}; nothing was measured on held-out text.",
+            f"Predicted KL {promise.kl:.4f} +- {promise.stderr:.4f} nats per "
+            f"{promise.unit}; nothing was measured on held-out text.",
             soft_wrap=True,
         )
     for line in nested.lines(plan):
@@ -73,56 +70,52 @@ def size(plan: Plan) -> str:
     )
 
 
-def table(proof: Mapping[str, Any], reference: int) -> Table:
-    """The plan beside what it was compared with, and the reference."""
-    unit = unit_of(proof)
-    sized = in_unit(f"{proof['documents']} documents, {proof['tokens']} tokens", unit)
+def table(proof: Certificate, reference: int) -> Table:
+    """The plan beside what it was compared with, and the reference. reference: its bytes."""
+    sized = in_unit(f"{proof.documents} documents, {proof.tokens} tokens", proof.unit)
     found = Table(
-        title=f"On held-out text: {sized}; {proof['interval']} in brackets", title_justify="left"
+        title=f"On held-out text: {sized}; {proof.interval} in brackets", title_justify="left"
     )
     found.add_column("")
     found.add_column("size", justify="right")
-    shown = {key: title for key, title in SHOWN[unit].items() if key in proof["rows"][0]}
-    for title in shown.values():
-        found.add_column(title, justify="right")
-    rival = (proof["versus"].get("uniform") or proof["versus"].get("fitting") or {}).get("name")
-    for row in proof["rows"]:
-        stock = row["name"].startswith(STOCK)
-        if row["name"] not in ("plan", rival) and not stock:
+    columns = [measure(n, proof.unit) for n in SHOWN[proof.unit] if n in proof.own.measures]
+    for column in columns:
+        found.add_column(column.short, justify="right")
+    rival = None if proof.versus.rival is None else proof.versus.rival.name
+    for row in proof.rows:
+        stock = row.name.startswith(STOCK)
+        if row.name not in ("plan", rival) and not stock:
             continue
-        cells = [Text(_cell(row[key], key)) for key in shown]
-        name = row["name"] if stock else f"{row['name']} everywhere"
-        name = "this plan" if row["name"] == "plan" else name
-        style = "bold" if row["name"] == "plan" else None
-        found.add_row(Text(name), human(row["bytes"]), *cells, style=style)
-    last = {"perplexity": f"{_reference(proof):.2f}"} if "perplexity" in shown else {}
-    found.add_row(
-        "reference", human(reference), *(last.get(key, "0") for key in shown), style="dim"
-    )
+        cells = [Text(_cell(row[column.name], column)) for column in columns]
+        name = row.name if stock else f"{row.name} everywhere"
+        name = "this plan" if row.name == "plan" else name
+        style = "bold" if row.name == "plan" else None
+        found.add_row(Text(name), human(row.bytes), *cells, style=style)
+    last = ("0" if column.reference is not None else _reference(proof) for column in columns)
+    found.add_row("reference", human(reference), *last, style="dim")
     return found
 
 
-def _reference(proof: Mapping[str, Any]) -> float:
-    return float(proof["rows"][0].get("perplexity_reference", {}).get("value", math.nan))
+def _reference(proof: Certificate) -> str:
+    return measure("perplexity").number(proof.own["perplexity_reference"].value)
 
 
-def _cell(interval: Mapping[str, float], key: str) -> str:
-    factor, digits = (100 if key in PERCENT else 1), DIGITS[key]
-    value, low, high = (factor * interval[end] for end in ("value", "low", "high"))
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def _cell(interval: Interval, column: Measure) -> str:
+    ends = (interval.value, interval.low, interval.high)
+    value, low, high = (column.number(end) for end in ends)
+    return f"{value} [{low}, {high}]"
 
 
-def worst_domain(proof: Mapping[str, Any]) -> str:
+def worst_domain(proof: Certificate) -> str:
     """One sentence, empty where there are no domains."""
-    found = proof.get("meaning", {})
-    if "worst_domain" not in found:
+    row = None if proof.meaning is None else proof.meaning.worst
+    if row is None:
         return ""
-    row = next(row for row in found["texts"] if row["name"] == found["worst_domain"])
-    kl, count = row["kl"], row["documents"]
+    kl, count = row["kl"], row.documents
     documents = "document" if count == 1 else "documents"
     return (
-        f"Worst kind of text: {row['name']}, KL {kl['value']:.4f} [{kl['low']:.4f}, "
-        f"{kl['high']:.4f}] on {count} {documents}."
+        f"Worst kind of text: {row.name}, KL {kl.value:.4f} [{kl.low:.4f}, {kl.high:.4f}] on {count} "
+        f"{documents}."
     )
 
 

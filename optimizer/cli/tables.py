@@ -13,11 +13,11 @@ from rich.text import Text
 from optimizer.cli.screen import note, within
 from optimizer.commands.inspect import Probed
 from optimizer.metrics.blur import LABELS, MARKED, level, visible
+from optimizer.plan.certificate import Interval
 
 if TYPE_CHECKING:
     from optimizer.certificate.pairs import Cell
     from optimizer.metrics.blur import Map, Reading
-    from optimizer.metrics.bootstrap import Interval
 
 # the page's shades on a dark ground and on a light one are both readable with their own ink
 SHADES = (

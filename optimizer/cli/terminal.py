@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from optimizer.certificate.wording import unit_of
 from optimizer.cli import certificate, nested
 from optimizer.cli.certificate import human
 from optimizer.cli.screen import note, within
@@ -28,38 +27,41 @@ from optimizer.reports import heat_map as grid
 from optimizer.reports.html.compare import Sweep, speeds_of
 from optimizer.stages import kv_budget as room
 
+if TYPE_CHECKING:
+    from optimizer.commands.deploy import Evaluated
+
 BLOCKS_PER_LINE = 32
 
 
-def evaluation(out: Console, found: Mapping[str, Any]) -> None:
+def evaluation(out: Console, found: Evaluated) -> None:
     """Reference against packed."""
-    plan = found["plan"]
+    plan = found.plan
     out.print(certificate.packed(found))
-    if found["unpack"] is not None:
-        out.print(f"Its refinement was used as unpack={found['unpack']} says.", markup=False)
-    certificate.meaning(out, found["meaning"])
+    if found.unpack is not None:
+        out.print(f"Its refinement was used as unpack={found.unpack} says.", markup=False)
+    certificate.meaning(out, found.meaning)
     whole = 2 * sum(r * c for r, c in plan.shapes.values())
     out.print(
-        f"{human(found['bytes'])} packed; the reference's layers take {human(whole)} at 16 bits.",
+        f"{human(found.bytes)} packed; the reference's layers take {human(whole)} at 16 bits.",
         soft_wrap=True,
     )
     speed(out, found)
     questions(out, found)
 
 
-def questions(out: Console, found: Mapping[str, Any]) -> None:
+def questions(out: Console, found: Evaluated) -> None:
     """Tasks and refusals, the same questions asked of both models."""
-    for key, title, share in (
-        ("tasks", "Tasks", "right"),
-        ("refusals", "Prompts, and how many are refused", "refused"),
+    for rows, title, share in (
+        (found.tasks, "Tasks", "right"),
+        (found.refusals, "Prompts, and how many are refused", "refused"),
     ):
-        if not found.get(key):
+        if not rows:
             continue
         table = Table(title=title, title_justify="left")
         table.add_column("")
         for name in ("questions", f"reference {share} %", f"packed {share} %", "lost", "won", "p"):
             table.add_column(name, justify="right")
-        for row in found[key]:
+        for row in rows:
             shares = (f"{100 * row.reference:.1f}", f"{100 * row.packed:.1f}")
             flips = (str(row.lost), str(row.won), f"{row.p:.2g}")
             table.add_row(Text(row.name), str(row.count), *shares, *flips)
@@ -70,11 +72,11 @@ def questions(out: Console, found: Mapping[str, Any]) -> None:
         out.print(table)
 
 
-def speed(out: Console, found: Mapping[str, Any]) -> None:
+def speed(out: Console, found: Evaluated) -> None:
     """Tokens per second of both models, and the price of a million."""
-    if found["speed"] is None:
+    if found.speed is None:
         return
-    both, rate = found["speed"], found["hourly_rate"]
+    both, rate = found.speed, found.hourly_rate
     out.print(
         f"Writing {both.tokens} tokens, one sequence: {both.packed:.3g} tokens per second packed, "
         f"{both.reference:.3g} as the reference: {both.ratio:.2f} times.",
@@ -124,13 +126,11 @@ def show(out: Console, plan: Plan) -> None:
     )
     for line in caches(plan):
         out.print(line, soft_wrap=True, markup=False)
-    promise = plan.predicted
-    out.print(
-        f"Promise: KL {promise['kl']:.4f} +- {promise['stderr']:.4f} nats per {unit_of(promise)}."
-    )
-    if plan.certificate:
-        out.print(certificate.certificate(plan))
-        certificate.answer(out, plan)
+    promise = plan.prediction
+    out.print(f"Promise: KL {promise.kl:.4f} +- {promise.stderr:.4f} nats per {promise.unit}.")
+    if plan.proof is not None:
+        out.print(certificate.certificate(plan.proof))
+        certificate.answer(out, plan.proof)
     else:
         out.print("No certificate: not measured on held-out text yet, or changed since.")
     for line in nested.lines(plan):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,14 @@ from optimizer.hardware.memory import kind_of
 from optimizer.hardware.throughput import Speed
 from optimizer.models.source import Source, context_length, is_encoder, locate
 from optimizer.plan import Inventory, Plan
+from optimizer.plan.certificate import Evaluation, Row
 from optimizer.quantization.methods import bind, of_plan
 from optimizer.stages import certify
 from optimizer.stages.session import Bench, View
 from optimizer.store import Store
 
 if TYPE_CHECKING:
+    from optimizer.commands.harness import Paired
     from optimizer.formats.torch import packed
     from optimizer.formats.torch.modes import Unpacking
     from optimizer.metrics.divergence import AnyScores
@@ -191,9 +193,27 @@ def check_names(plan: Plan, inventory: Inventory) -> None:
             )
 
 
-def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
-    """Reference against packed, on held-out windows of the given text. Returns the certificate's
-    row for the packed model."""
+@dataclass(frozen=True)
+class Evaluated:
+    """A packed model beside its reference on held-out text. bytes: of its files, with planes that were
+    used; unpack: what was done with them, None without any; row: of the packed model; tasks,
+    refusals: where they were asked for."""
+
+    plan: Plan
+    bytes: int
+    unpack: str | None
+    documents: int
+    tokens: int
+    row: Row
+    meaning: Evaluation
+    speed: Speed | None
+    hourly_rate: float | None
+    tasks: Sequence[Paired] = ()
+    refusals: Sequence[Paired] = ()
+
+
+def evaluate(config: Evaluate, view: View | None = None) -> Evaluated:
+    """Reference against packed, on held-out windows of the given text."""
     from optimizer.certificate import comparison
     from optimizer.formats.torch import packed
     from optimizer.metrics import bootstrap
@@ -235,19 +255,18 @@ def evaluate(config: Evaluate, view: View | None = None) -> dict[str, Any]:
             scores = _token_by_token(teacher, net) if mode == "hard" else teacher.score(net)
     weights = certify.Weights(None, lambda: nullcontext(net), kind_of(plan))
     counts = bootstrap.resamples(scores.documents, np.random.default_rng(0))
-    found = comparison.describe(scores, counts)
-    return {
-        "plan": plan,
-        "bytes": plan.bytes["total"] + _refinement(plan, mode),
-        "unpack": None if plan.refinement is None else mode,
-        "documents": len(np.unique(scores.documents)),
-        "tokens": int(scores.kl.size),
-        "row": {key: asdict(value) for key, value in found.items()},
-        "meaning": certify.judge(bench, weights, scores, asked),
-        "speed": _speed(config, plan, bench, view) if config.speed else None,
-        "hourly_rate": config.hourly_rate,
+    return Evaluated(
+        plan=plan,
+        bytes=plan.bytes["total"] + _refinement(plan, mode),
+        unpack=None if plan.refinement is None else mode,
+        documents=len(np.unique(scores.documents)),
+        tokens=int(scores.kl.size),
+        row=Row("packed", **comparison.describe(scores, counts)),
+        meaning=certify.judge(bench, weights, scores, asked),
+        speed=_speed(config, plan, bench, view) if config.speed else None,
+        hourly_rate=config.hourly_rate,
         **_asked(config, plan, {"reference": bench.model.net, "packed": net}, tokenizer, view),
-    }
+    )
 
 
 def _unpacking(config: Evaluate) -> Unpacking:
@@ -290,12 +309,12 @@ def _asking(config: Evaluate, bench: Bench) -> Any:
 
 def _asked(
     config: Evaluate, plan: Plan, nets: dict[str, Any], tokenizer: Any, view: View
-) -> dict[str, Any]:
+) -> dict[str, list[Paired]]:
     """What both models answer: to tasks, and to prompts that may be refused."""
     from optimizer.commands import harness
     from optimizer.models.kv_cache import rounded
 
-    found: dict[str, Any] = {"tasks": [], "refusals": []}
+    found: dict[str, list[Paired]] = {}
     with rounded(nets["packed"], kind_of(plan)):
         if config.task_names:
             found["tasks"] = harness.compare(

@@ -16,6 +16,7 @@ from optimizer.errors import ModelError
 from optimizer.formats import registry
 from optimizer.formats.format import Subject
 from optimizer.plan import Plan, Precision
+from optimizer.plan.certificate import to_json
 from optimizer.quantization.methods import bind
 from optimizer.search import Problem
 from optimizer.sensitivity import Table
@@ -90,8 +91,8 @@ def prove(
     bench.store.arrays("scores", kept, mine.scores.arrays)
     found_to_be = comparison.certify(mine, uniforms, mixed, config.seed)
     weights = weights_of(bench, chosen.choice(assignment), quantizer)
-    found_to_be["meaning"] = certify.judge(bench, weights, mine.scores, asked(config))
-    plan = replace(outcome.plan, certificate=found_to_be)
+    meaning = certify.judge(bench, weights, mine.scores, asked(config))
+    plan = replace(outcome.plan, certificate=to_json(replace(found_to_be, meaning=meaning)))
     files = outcome.files | {
         "plan": plan.save(out / "plan.json"),
         "measured": baselines.save(rows, out / "measured.csv"),

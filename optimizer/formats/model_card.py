@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 from optimizer import untrusted
-from optimizer.certificate.wording import LABELS, in_unit, unit_of
+from optimizer.certificate.wording import in_unit
 from optimizer.formats.rules import Verdict
 from optimizer.plan import Plan
+from optimizer.plan.measures import measure, unit_measures
 
 # has a meaning in Markdown: anywhere, or at the beginning of a line
 MEANT = re.compile(r"[\\`*{}\[\]|~]|(?<!\w)_|_(?!\w)|^[#+=:>-]")
@@ -70,34 +70,27 @@ def card(plan: Plan, verdict: Verdict, run: str) -> str:
 
 
 def _loss(plan: Plan) -> list[str]:
-    promise = plan.predicted
-    unit = unit_of(promise)
+    promise, proof = plan.prediction, plan.proof
     lines = [
-        f"Predicted: KL {promise['kl']:.4f} +- {promise['stderr']:.4f} nats per {unit} from the "
+        f"Predicted: KL {promise.kl:.4f} +- {promise.stderr:.4f} nats per {promise.unit} from the "
         "reference."
     ]
-    proof: Mapping[str, Any] = plan.certificate
-    if not proof:
+    if proof is None:
         return [*lines, "", "Not measured on held-out text."]
-    row = next(r for r in proof["rows"] if r["name"] == "plan")
     lines += [
         "",
         in_unit(
-            f"Measured on {inline(proof['documents'])} held-out documents "
-            f"({inline(proof['tokens'])} tokens), {inline(proof['interval'])}, with the weights of "
-            "this folder in fp32 arithmetic:",
-            unit,
+            f"Measured on {proof.documents} held-out documents ({proof.tokens} tokens), "
+            f"{inline(proof.interval)}, with the weights of this folder in fp32 arithmetic:",
+            proof.unit,
         ),
         "",
         "| measure | value | interval |",
         "| --- | ---: | ---: |",
     ]
-    for key, label in {**LABELS[unit], "perplexity_reference": "perplexity, reference"}.items():
-        if key not in row:
-            continue
-        cell = row[key]
-        lines.append(
-            f"| {label} | {cell['value']:.4f} | {cell['low']:.4f} to {cell['high']:.4f} |"
-        )
-    answer = proof.get("meaning", {}).get("verdict")
-    return [*lines, "", *([inline(answer), ""] if answer else []), inline(proof["verdict"])]
+    for name in unit_measures(proof.unit):
+        own, found = measure(name, proof.unit), proof.own[name]
+        value, low, high = map(own.number, (found.value, found.low, found.high))
+        lines.append(f"| {own.title} | {value} | {low} to {high} |")
+    answer = [] if proof.meaning is None else [inline(proof.meaning.verdict), ""]
+    return [*lines, "", *answer, inline(proof.verdict)]

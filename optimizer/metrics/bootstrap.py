@@ -3,19 +3,12 @@ independent; one-sided bounds; a test of random signs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
+
+from optimizer.plan.certificate import Interval
 
 RESAMPLES = 2000
 LEVEL = 0.95
-
-
-@dataclass(frozen=True)
-class Interval:
-    value: float
-    low: float
-    high: float
 
 
 def resamples(documents: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -9,13 +9,14 @@ One flipped token in a thousand ends a text early: this is what a reader of long
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
 
 from optimizer.data.text import Windows
-from optimizer.metrics.bootstrap import Interval, mean, resamples
+from optimizer.metrics.bootstrap import mean, resamples
+from optimizer.plan.certificate import Greedy, Interval, Median
 
 PROMPTS = 16  # documents whose beginning is continued
 PROMPT = 64  # tokens of a prompt at most
@@ -59,21 +60,21 @@ def continuations(
     return np.asarray(found[:, begun.shape[1] :].cpu().numpy())
 
 
-def compare(reference: np.ndarray, other: np.ndarray, seed: int) -> dict[str, Any]:
-    """Continuations [n, limit] twice -> plain JSON, with 95 % intervals over prompts."""
+def compare(reference: np.ndarray, other: np.ndarray, seed: int) -> Greedy:
+    """Continuations [n, limit] twice, with 95 % intervals over prompts."""
     limit = reference.shape[1]
     same = first_difference(reference, other)
     counts = resamples(np.arange(len(same)), np.random.default_rng([seed, 82]))
     repeated = {"reference": repetition(reference), "plan": repetition(other)}
-    return {
-        "prompts": len(same),
-        "limit": limit,
-        "never": int((same == limit).sum()),
-        "mean": asdict(mean(same, counts)),
-        "median": _median(same, counts, limit),
-        "repeated": {name: asdict(mean(share, counts)) for name, share in repeated.items()},
-        "repeated_more": asdict(mean(repeated["plan"] - repeated["reference"], counts)),
-    }
+    return Greedy(
+        prompts=len(same),
+        limit=limit,
+        never=int((same == limit).sum()),
+        mean=mean(same, counts),
+        median=_median(same, counts, limit),
+        repeated={name: mean(share, counts) for name, share in repeated.items()},
+        repeated_more=mean(repeated["plan"] - repeated["reference"], counts),
+    )
 
 
 def first_difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -91,11 +92,11 @@ def repetition(ids: np.ndarray) -> np.ndarray:
     return np.array(found)
 
 
-def _median(same: np.ndarray, counts: np.ndarray, limit: int) -> dict[str, float | None]:
+def _median(same: np.ndarray, counts: np.ndarray, limit: int) -> Median:
     """The lower median; None where it is censored."""
     order = np.argsort(same, kind="stable")
     mass = np.cumsum(counts[:, order], axis=1)
     drawn = same[order][(mass * 2 >= mass[:, -1:]).argmax(1)]
     low, high = np.quantile(drawn, [0.025, 0.975], method="inverted_cdf")
     found = Interval(float(np.sort(same)[(len(same) - 1) // 2]), float(low), float(high))
-    return {key: value if value < limit else None for key, value in asdict(found).items()}
+    return Median(*(value if value < limit else None for value in astuple(found)))

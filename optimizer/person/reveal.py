@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest
 
-from optimizer.metrics.bootstrap import Interval
 from optimizer.person import statistics
 from optimizer.person.session import Session, Tally
 from optimizer.person.votes import TAGS, About, Vote
+from optimizer.plan.certificate import Interval
 
 SHARES = ("first", "second", "alike", "lost")
 SAME_SIZE = 1.005  # files whose sizes differ by less count as equal

@@ -7,13 +7,15 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from optimizer import untrusted
 from optimizer.errors import ConfigError, PlanError
 from optimizer.plan.cache import parse_keep
+from optimizer.plan.certificate import Certificate, Prediction
 from optimizer.plan.container import Entry, container_bytes, stored_entries
 from optimizer.plan.inventory import Inventory, Layer
 from optimizer.plan.precision import UNTOUCHED, WIDTH, Precision
@@ -231,6 +233,16 @@ class Plan:
         """Layer name -> precision."""
         return {name: self.palette[key] for name, key in self.layers.items()}
 
+    @cached_property
+    def proof(self) -> Certificate | None:
+        """The certificate, if there is one."""
+        return Certificate.read(self.certificate)
+
+    @property
+    def prediction(self) -> Prediction:
+        known = {f.name for f in fields(Prediction)}
+        return Prediction(**{k: v for k, v in self.predicted.items() if k in known})
+
     @property
     def id(self) -> str:
         """Twelve hex digits that depend on the model, the quantizer and the assignment only."""
@@ -328,7 +340,7 @@ class Plan:
             kv=found.kv,
             keep=found.keep,
             budget=found.budget,
-            certificate=dict(data.get("certificate", {})),
+            certificate=dict(data.get("certificate") or {}),
             provenance=dict(data.get("provenance", {})),
             refinement=None if found.refinement is None else Refinement.of(found.refinement),
         )

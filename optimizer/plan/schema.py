@@ -6,20 +6,16 @@ nobody reads them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from optimizer.plan.certificate import Certificate, Interval, nothing
+from optimizer.plan.measures import Unit
 from optimizer.untrusted import Count, Fields, LineOfText, Name, Number, Share, Words
 
 Size = Annotated[int, Field(ge=1, le=2**40)]  # rows or columns of a matrix
 Shape = Annotated[list[Size], Field(min_length=2, max_length=2)]
-Unit = Literal["token", "text"]
-MEASURES = {
-    "token": ("kl", "kl_p99", "flips", "ear", "perplexity", "perplexity_reference"),
-    "text": ("kl", "kl_p99", "flips", "overlap", "cosine", "cosine_p99"),
-}
 
 
 class Model(Fields):
@@ -54,11 +50,8 @@ class Promise(Fields):
     unit: Unit = "token"
 
 
-# ---------------------------------------------------------------- certificate
-
-
 class Empty(Fields):
-    """A certificate or an answer that isn't there."""
+    """What isn't there."""
 
     @model_validator(mode="before")
     @classmethod
@@ -66,164 +59,6 @@ class Empty(Fields):
         if value != {}:
             raise ValueError("it is neither whole nor empty")
         return value
-
-
-class Interval(Fields):
-    value: Number
-    low: Number
-    high: Number
-
-
-class Row(Fields):
-    """One plan or text; a measure that it has is an interval."""
-
-    name: LineOfText
-    kl: Interval
-    kl_p99: Interval | None = None
-    kl_p999: Interval | None = None
-    kl_cvar99: Interval | None = None
-    flips: Interval | None = None
-    ear: Interval | None = None
-    drift: Interval | None = None
-    perplexity: Interval | None = None
-    perplexity_reference: Interval | None = None
-    overlap: Interval | None = None
-    cosine: Interval | None = None
-    cosine_p99: Interval | None = None
-
-
-class PlanRow(Row):
-    bytes: Count
-
-
-class TextRow(Row):
-    documents: Count
-    tokens: Count
-
-
-class Rival(Fields):
-    name: LineOfText
-    bytes: Count
-    difference: Interval
-    ratio: Interval
-
-
-class Line(Fields):
-    name: LineOfText
-    kl: Number
-    ratio: Interval
-
-
-class Versus(Fields):
-    uniform: Rival | None = None
-    fitting: Rival | None = None
-    line: Line | None = None
-
-
-class Finding(Fields):
-    text: LineOfText
-    measure: Literal["kl", "flips", "accuracy"]
-    value: Number
-    low: Number
-    high: Number
-    least: Number
-    tolerated: Number
-    state: Literal["within", "over", "open"]
-    needed: Count | None = None
-
-
-class McNemar(Fields):
-    lost: Count
-    won: Count
-    p: Number
-
-
-class Moved(Fields):
-    text: LineOfText
-    document: Count
-    window: Count = 0
-    kl: Number
-    begins: LineOfText | None = None
-
-
-class Median(Fields):
-    value: Number | None = None
-
-
-class Greedy(Fields):
-    mean: Interval
-    median: Median
-    limit: Count
-    never: Count
-    prompts: Count
-    repeated: dict[Name, Interval]
-
-    @model_validator(mode="after")
-    def _both(self) -> Greedy:
-        if not {"plan", "reference"} <= self.repeated.keys():
-            raise ValueError("repeated needs plan and reference")
-        return self
-
-
-class Tolerance(Fields):
-    kl: Share
-    flips: Share
-    accuracy: Share
-
-
-class Meaning(Fields):
-    state: Literal["within", "over", "open", "lossy", "lossless"]
-    tolerance: Tolerance
-    findings: list[Finding]
-    texts: Annotated[list[TextRow], Field(min_length=1)]
-    noise: list[TextRow]
-    documents: list[Moved]
-    half_of_loss: Count
-    unit: Unit = "token"
-    verdict: Words
-    mcnemar: McNemar | None = None
-    worst_domain: LineOfText | None = None
-    weighted_kl: Number | None = None
-    greedy: Greedy | None = None
-
-    @model_validator(mode="after")
-    def _whole(self) -> Meaning:
-        _measured([*self.texts, *self.noise], self.unit)
-        if self.worst_domain is not None:
-            if self.worst_domain not in {row.name for row in self.texts}:
-                raise ValueError("worst_domain is none of the texts")
-            if self.weighted_kl is None:
-                raise ValueError("weighted_kl is missing beside worst_domain")
-        return self
-
-
-class Certificate(Fields):
-    documents: Count
-    tokens: Count
-    interval: Words
-    rows: Annotated[list[PlanRow], Field(min_length=1)]
-    versus: Versus
-    unit: Unit = "token"
-    verdict: Words
-    meaning: Meaning | Empty = Empty()
-
-    @model_validator(mode="after")
-    def _whole(self) -> Certificate:
-        if self.rows[0].name != "plan":
-            raise ValueError("the first row isn't the plan's own")
-        _measured(self.rows, self.unit)
-        return self
-
-
-def _measured(rows: Sequence[Row], unit: str) -> None:
-    """Every row has what its unit has, and what the first one has."""
-    known = set(rows[0].model_fields_set)
-    for row in rows:
-        for name in MEASURES[unit]:
-            if getattr(row, name) is None:
-                raise ValueError(f"the row {row.name[:40]} lacks {name}")
-        if not known <= row.model_fields_set:
-            raise ValueError(f"the row {row.name[:40]} lacks what the first one has")
 
 
 # ---------------------------------------------------------------- provenance
@@ -349,7 +184,7 @@ class PlanFile(Fields):
     kv: Annotated[int, Field(ge=1, le=32)] = 16
     keep: Keep | None = None
     budget: dict[str, Any] = Field(default_factory=dict)
-    certificate: Certificate | Empty = Empty()
+    certificate: Annotated[Certificate | None, BeforeValidator(nothing)] = None
     provenance: Provenance = Provenance()
     refinement: Refined | None = None
 

@@ -116,8 +116,8 @@ def _without_empty_runs(source: np.ndarray) -> np.ndarray:
     quantize_row_iq3_s_impl skips such a run without moving on to the place of the next one, so that
     the rest of the block would decode to other numbers, more wrong than leaving it out."""
     runs = source.reshape(-1, GGML["iq3_s"].weights // RUN, RUN)
-    empty = ~runs.any(2)
-    empty &= ~empty.all(1, keepdims=True)
+    empty = (runs == 0).all(2)
+    empty &= ~np.all(empty, axis=1, keepdims=True)
     if not empty.any():
         return source
     return np.where(empty[..., None], np.float32(FAINT), runs).reshape(source.shape)

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from optimizer.plan.schema import Precision, Unit
+from optimizer.plan.measures import Unit
+from optimizer.plan.schema import Precision
 from optimizer.untrusted import Count, Fields, LineOfText, Name, Number, Share, Words
 
 

@@ -22,6 +22,7 @@ from optimizer.metrics.blur import visible
 from optimizer.models.source import context_length
 from optimizer.plan import Plan, digest
 from optimizer.plan.cache import WHOLE, CacheKind
+from optimizer.plan.certificate import Evaluation, Greedy, Moved
 from optimizer.stages.session import SCORES, Bench
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def certified(bench: Bench, plan: Plan) -> str:
     return digest(["certified", SCORES, plan.id, bench.part_key("heldout"), plan.kv, plan.keep])
 
 
-def judge(bench: Bench, weights: Weights, heldout: AnyScores, asked: Asked) -> dict[str, Any]:
+def judge(bench: Bench, weights: Weights, heldout: AnyScores, asked: Asked) -> Evaluation:
     """`tolerance.judge` on everything that was asked for, and the comparison of greedy texts."""
     from optimizer.certificate import equivalence as tolerance
     from optimizer.certificate.wording import MAIN
@@ -129,11 +130,9 @@ def judge(bench: Bench, weights: Weights, heldout: AnyScores, asked: Asked) -> d
     }
     cuts = {domain.name: domain.weight for domain in chosen}
     found = tolerance.judge(texts, cuts, _noise(bench), asked.tolerance, asked.seed, parts)
-    for one in found["documents"]:
-        one["begins"] = _beginning(bench, others, one)
-    if asked.generate:
-        found["greedy"] = _greedy(bench, weights, asked)
-    return found
+    named = [replace(one, begins=_beginning(bench, others, one)) for one in found.documents]
+    greedy = _greedy(bench, weights, asked) if asked.generate else None
+    return replace(found, documents=named, greedy=greedy)
 
 
 def _parts(bench: Bench, heldout: AnyScores, chosen: Sequence[Domain]) -> Mapping[str, AnyScores]:
@@ -286,13 +285,13 @@ def _kept(bench: Bench, key: str | None) -> dict[str, np.ndarray] | None:
     return None if key is None else bench.store.arrays("scores", key)
 
 
-def _beginning(bench: Bench, chosen: Sequence[Domain], one: Mapping[str, Any]) -> str:
+def _beginning(bench: Bench, chosen: Sequence[Domain], one: Moved) -> str:
     """The first words of a document, to find it again, control characters as their pictures; its first
     tokens' numbers where the model has no tokenizer."""
-    domain = next((d for d in chosen if d.name == one["text"]), None)
+    domain = next((d for d in chosen if d.name == one.text), None)
     windows = bench.windows("heldout") if domain is None else _windows(bench, domain)
     assert windows is not None
-    ids = [i for i in windows.ids[one["window"]][:40].tolist() if i >= 0]  # an encoder's padding
+    ids = [i for i in windows.ids[one.window][:40].tolist() if i >= 0]  # an encoder's padding
 
     def make() -> str:
         from optimizer.models.tokenizer import load_tokenizer
@@ -310,7 +309,7 @@ def _beginning(bench: Bench, chosen: Sequence[Domain], one: Mapping[str, Any]) -
 # ---------------------------------------------------------------- long greedy text
 
 
-def _greedy(bench: Bench, weights: Weights, asked: Asked) -> dict[str, Any]:
+def _greedy(bench: Bench, weights: Weights, asked: Asked) -> Greedy:
     context = context_length(bench.source.folder)
     begun = generation.prompts(bench.windows("heldout"), context, asked.generate)
     asked_for = [begun.tolist(), asked.generate, bench.source.fingerprint]

@@ -24,7 +24,14 @@ from optimizer.certificate.wording import FEW, MAIN
 from optimizer.metrics import embeddings
 from optimizer.metrics.bootstrap import resamples
 from optimizer.metrics.divergence import Scores
-from optimizer.plan import schema
+from optimizer.plan.certificate import (
+    Certificate,
+    Evaluation,
+    Interval,
+    Rival,
+    Versus,
+    to_json,
+)
 from optimizer.untrusted import checked
 
 DOCUMENTS = np.repeat(np.arange(20), 3)  # 20 documents of 3 windows
@@ -161,7 +168,9 @@ UNIFORMS = [
 
 
 def test_the_plan_is_held_against_its_neighbours() -> None:
-    proof = certify(candidate("plan", 350, 0.4), UNIFORMS, [candidate("random", 350, 0.8)], 0)
+    proof = to_json(
+        certify(candidate("plan", 350, 0.4), UNIFORMS, [candidate("random", 350, 0.8)], 0)
+    )
     assert proof["versus"]["uniform"]["name"] == "int4"
     assert proof["versus"]["line"]["name"] == "line int3 to int4"
     assert proof["versus"]["line"]["kl"] == pytest.approx(0.6, rel=0.05)
@@ -176,7 +185,7 @@ def test_the_plan_is_held_against_its_neighbours() -> None:
 
 
 def test_a_plan_of_a_uniforms_size_is_compared_with_that_one() -> None:
-    proof = certify(candidate("plan", 400, 0.2), UNIFORMS, [], 0)
+    proof = to_json(certify(candidate("plan", 400, 0.2), UNIFORMS, [], 0))
     assert proof["versus"]["uniform"]["name"] == "int4"
     assert "line" not in proof["versus"]
     assert proof["verdict"].startswith("Better than int4")
@@ -184,7 +193,7 @@ def test_a_plan_of_a_uniforms_size_is_compared_with_that_one() -> None:
 
 
 def test_above_all_uniforms_it_is_held_against_the_largest() -> None:
-    proof = certify(candidate("plan", 900, 0.001), UNIFORMS, [], 0)
+    proof = to_json(certify(candidate("plan", 900, 0.001), UNIFORMS, [], 0))
     assert proof["versus"].keys() == {"fitting"}
     assert proof["versus"]["fitting"]["name"] == "int8"
     assert proof["verdict"].startswith(
@@ -194,12 +203,12 @@ def test_above_all_uniforms_it_is_held_against_the_largest() -> None:
 
 
 def test_without_uniforms_nothing_is_claimed() -> None:
-    proof = certify(candidate("plan", 900, 0.001), [], [], 0)
+    proof = to_json(certify(candidate("plan", 900, 0.001), [], [], 0))
     assert proof["versus"] == {} and "nothing is claimed" in proof["verdict"]
 
 
 def test_below_all_uniforms_there_is_no_line() -> None:
-    proof = certify(candidate("plan", 200, 2.0), UNIFORMS, [], 0)
+    proof = to_json(certify(candidate("plan", 200, 2.0), UNIFORMS, [], 0))
     assert proof["versus"].keys() == {"uniform"}
     assert proof["versus"]["uniform"]["name"] == "int3"
 
@@ -213,17 +222,16 @@ def test_the_same_seed_gives_the_same_certificate() -> None:
 def test_few_documents_are_not_believed() -> None:
     few = np.repeat(np.arange(FEW - 1), 9)
     rivals = [candidate("int4", 400, 0.9, few)]
-    proof = certify(candidate("plan", 350, 0.1, few), rivals, [], 0)
+    proof = to_json(certify(candidate("plan", 350, 0.1, few), rivals, [], 0))
     assert proof["verdict"].startswith(f"Not enough text to say: {FEW - 1} documents")
 
 
 # ---------------------------------------------------------------- the wording
 
 
-def versus(low: float, value: float, high: float) -> dict[str, object]:
-    share = {"value": 1 + value, "low": 1 + low, "high": 1 + high}
-    gap = {"value": value, "low": low, "high": high}
-    return {"uniform": {"name": "int4", "bytes": 4e6, "difference": gap, "ratio": share}}
+def versus(low: float, value: float, high: float) -> Versus:
+    share = Interval(1 + value, 1 + low, 1 + high)
+    return Versus(uniform=Rival("int4", 4_000_000, Interval(value, low, high), share))
 
 
 @given(st.lists(st.floats(-0.5, 0.5), min_size=3, max_size=3).map(sorted), st.integers(0, 40))
@@ -257,16 +265,18 @@ def test_verdicts(gap: tuple[float, float, float], words: str) -> None:
 
 
 def test_without_a_rival_nothing_is_claimed() -> None:
-    assert "nothing is claimed" in verdict({}, 100)
+    assert "nothing is claimed" in verdict(Versus(), 100)
 
 
 @pytest.mark.parametrize(
     ("size", "beside"), [(350, {"uniform", "line"}), (200, {"uniform"}), (900, {"fitting"})]
 )
 def test_a_certificate_is_what_a_plan_may_hold(size: int, beside: set[str]) -> None:
-    found = certify(candidate("plan", size, 0.2), UNIFORMS, [candidate("random", 350, 1.0)], 0)
-    whole = checked(schema.Certificate, json.loads(json.dumps(found)))
-    assert whole.model_extra == {} and whole.versus.model_extra == {}
+    found = to_json(
+        certify(candidate("plan", size, 0.2), UNIFORMS, [candidate("random", 350, 1.0)], 0)
+    )
+    whole = checked(Certificate, json.loads(json.dumps(found)))
+    assert to_json(whole) == found
     assert found["versus"].keys() == beside
     names = ["plan", "int3", "int4", "int6", "int8", "random"]
     assert [row.name for row in whole.rows] == names and whole.rows[1].bytes == 300
@@ -324,15 +334,15 @@ def test_of_an_encoder_the_geometry_is_described() -> None:
 
 def test_an_encoders_certificate_speaks_of_batches_and_texts() -> None:
     plan, other = (Candidate(n, 300, 300, geometry(i)) for i, n in enumerate(("plan", "int4")))
-    found = certify(plan, [other], [], 0)
-    whole = checked(schema.Certificate, json.loads(json.dumps(found)))
+    found = to_json(certify(plan, [other], [], 0))
+    whole = checked(Certificate, json.loads(json.dumps(found)))
     assert (whole.unit, whole.documents, whole.tokens) == ("text", 20, 80)
     assert whole.interval == "95% bootstrap over batches"
-    same = certify(plan, [replace(plan, name="int4")], [], 0)["verdict"]
+    same = certify(plan, [replace(plan, name="int4")], [], 0).verdict
     assert same.startswith("The same as int4 (0.3 kB)")
     few = Candidate("few", 300, 300, only(geometry(0), 5))
-    assert "Not enough text to say: 5 batches" in certify(few, [few], [], 0)["verdict"]
-    answer = judge({MAIN: plan.scores}, {}, {"itself": geometry(3)}, Tolerance(), 0)
-    meaning = checked(schema.Meaning, json.loads(json.dumps(answer)))
+    assert "Not enough text to say: 5 batches" in certify(few, [few], [], 0).verdict
+    answer = to_json(judge({MAIN: plan.scores}, {}, {"itself": geometry(3)}, Tolerance(), 0))
+    meaning = checked(Evaluation, json.loads(json.dumps(answer)))
     assert meaning.unit == "text" and meaning.mcnemar is None
     assert [finding.measure for finding in meaning.findings] == ["kl", "flips"]

@@ -25,7 +25,7 @@ from optimizer.certificate.wording import FEW, MAIN, in_short, in_words
 from optimizer.errors import ConfigError
 from optimizer.metrics.bootstrap import per_document
 from optimizer.metrics.divergence import Scores
-from optimizer.plan import schema
+from optimizer.plan.certificate import Evaluation, McNemar, to_json
 from optimizer.untrusted import checked
 
 
@@ -53,7 +53,7 @@ def even(mean: float, documents: int = 24, spread: float = 0.2, seed: int = 0) -
 
 
 def answer(texts: dict[str, Scores], noise: dict[str, Scores] | None = None, **limits: float):
-    return judge(texts, {}, noise or {}, Tolerance(**limits), 0)
+    return to_json(judge(texts, {}, noise or {}, Tolerance(**limits), 0))
 
 
 # ---------------------------------------------------------------- the three answers
@@ -233,18 +233,18 @@ def discordant(lost: list[int], won: list[int]) -> Scores:
 
 def test_with_one_token_a_document_it_is_mcnemars_exact_test() -> None:
     found = mcnemar(discordant([1] * 12 + [0] * 8, [0] * 15 + [1] * 5), 0)
-    assert (found["lost"], found["won"]) == (12, 5)
-    assert found["p"] == pytest.approx(binomtest(12, 17).pvalue, abs=0.02)
+    assert (found.lost, found.won) == (12, 5)
+    assert found.p == pytest.approx(binomtest(12, 17).pvalue, abs=0.02)
 
 
 def test_tokens_of_one_document_are_one_witness() -> None:
     """All thirty lost tokens in one document prove nothing; in thirty documents they do."""
-    assert mcnemar(discordant([30] + [0] * 29, [0] * 30), 0)["p"] > 0.5
-    assert mcnemar(discordant([1] * 30, [0] * 30), 0)["p"] < 0.001
+    assert mcnemar(discordant([30] + [0] * 29, [0] * 30), 0).p > 0.5
+    assert mcnemar(discordant([1] * 30, [0] * 30), 0).p < 0.001
 
 
 def test_nothing_discordant_is_no_difference() -> None:
-    assert mcnemar(discordant([0] * 9, [0] * 9), 0) == {"lost": 0, "won": 0, "p": 1.0}
+    assert mcnemar(discordant([0] * 9, [0] * 9), 0) == McNemar(0, 0, 1.0)
 
 
 # ---------------------------------------------------------------- where the loss is
@@ -257,8 +257,8 @@ def test_where_the_loss_is() -> None:
     assert concentration(scores) == 1
     assert concentration(made(np.zeros((20, 5)))) == 0
     found = worst_documents({MAIN: scores, "code": made(np.full((3, 5), 0.01))})
-    assert [(one["text"], one["document"]) for one in found[:2]] == [(MAIN, 7), ("code", 0)]
-    assert found[0]["kl"] == pytest.approx(0.05)
+    assert [(one.text, one.document) for one in found[:2]] == [(MAIN, 7), ("code", 0)]
+    assert found[0].kl == pytest.approx(0.05)
 
 
 def test_weights_of_domains() -> None:
@@ -267,9 +267,10 @@ def test_weights_of_domains() -> None:
         "a": made(np.full((9, 5), 0.01)),
         "b": made(np.zeros((9, 5))),
     }
-    found = judge(texts, {"a": 3.0}, {}, Tolerance(), 0)
+    answer = judge(texts, {"a": 3.0}, {}, Tolerance(), 0)
+    found = to_json(answer)
     assert found["weighted_kl"] == pytest.approx(0.0075)
-    assert any("Worst domain: a, KL 0.0100" in line for line in in_words(found))
+    assert any("Worst domain: a, KL 0.0100" in line for line in in_words(answer))
 
 
 def test_words_of_one_cell() -> None:
@@ -287,18 +288,17 @@ def test_a_tolerance_of_nothing_is_refused(limits: dict[str, float]) -> None:
 @pytest.mark.parametrize("domains", [(), ("code", "law")])
 def test_an_answer_is_what_a_plan_may_hold(domains: tuple[str, ...]) -> None:
     texts = {name: made(even(0.003, seed=i)) for i, name in enumerate((MAIN, *domains))}
-    found = judge(texts, {"law": 2.0}, {"itself": made(even(1e-6))}, Tolerance(), 0)
-    whole = checked(schema.Meaning, json.loads(json.dumps(found)))
-    assert not (whole.model_extra or {}).keys() - {"verdict"}
+    found = to_json(judge(texts, {"law": 2.0}, {"itself": made(even(1e-6))}, Tolerance(), 0))
+    whole = checked(Evaluation, json.loads(json.dumps(found)))
+    assert to_json(whole) == found
     assert [row.name for row in whole.texts] == [MAIN, *domains]
     assert [(row.documents, row.tokens) for row in whole.noise] == [(24, 24 * 60)]
     assert (whole.mcnemar is not None) and (whole.worst_domain is not None) == bool(domains)
-    assert all(finding.model_extra == {} for finding in whole.findings)
 
 
 def test_parts_of_the_first_text_are_no_documents_of_their_own() -> None:
     texts = {MAIN: made(even(0.003)), "code": made(even(0.9))}
-    moved = judge(texts, {}, {}, Tolerance(), 0)["documents"]
-    assert {one["text"] for one in moved} == {"code"} and len(moved) == equivalence.WORST
-    moved = judge(texts, {}, {}, Tolerance(), 0, parts=["code"])["documents"]
-    assert {one["text"] for one in moved} == {MAIN}
+    moved = judge(texts, {}, {}, Tolerance(), 0).documents
+    assert {one.text for one in moved} == {"code"} and len(moved) == equivalence.WORST
+    moved = judge(texts, {}, {}, Tolerance(), 0, parts=["code"]).documents
+    assert {one.text for one in moved} == {MAIN}

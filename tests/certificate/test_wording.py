@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from optimizer.certificate import wording
 from optimizer.certificate.wording import MAIN
+from optimizer.plan.certificate import Evaluation, Finding
+from tests.certificate import typed
 
 
-def finding(text: str, measure: str, state: str, value: float, **more: Any) -> dict[str, Any]:
+def finding(text: str, measure: str, state: str, value: float, **more: Any) -> Finding:
     bounds = {"low": value / 2, "high": 2 * value, "least": 0.75 * value, "needed": None}
-    return {
-        "text": text,
-        "measure": measure,
-        "state": state,
-        "value": value,
-        "tolerated": 0.01,
-    } | (bounds | more)
+    about = {"text": text, "measure": measure, "state": state, "value": value}
+    return typed.finding(**(about | bounds | more))
 
 
-def found(state: str, *findings: dict[str, Any], **more: Any) -> dict[str, Any]:
-    names = dict.fromkeys([MAIN, *(f["text"] for f in findings)])
+def found(state: str, *findings: Finding, **more: Any) -> Evaluation:
+    names = dict.fromkeys([MAIN, *(f.text for f in findings)])
     texts = [{"name": n, "documents": 20 + i} for i, n in enumerate(names)]
-    rest = {"tolerance": {"kl": 0.01}, "noise": [], "texts": texts}
-    return rest | {"state": state, "findings": list(findings)} | more
+    return typed.evaluation({"texts": texts, "state": state, "findings": findings} | more)
 
 
 def test_lossless_names_what_may_be_lost_at_most() -> None:
@@ -76,18 +73,17 @@ def test_open_says_how_much_text_would_probably_be_enough() -> None:
         "and 0.0160, tolerated 0.0100; flips 0.9 %, between 0.4 % and 1.8 %, tolerated 1.0 %. About "
         "90 documents like these would be enough."
     )
-    near = wording.sentence(found("open", kl, flips | {"needed": None}))
+    near = wording.sentence(found("open", kl, replace(flips, needed=None)))
     assert near.endswith(
         "The loss is so near its tolerance that no amount of text is likely to decide."
     )
-    few = found("open", kl) | {"texts": [{"name": MAIN, "documents": 7}]}
+    few = found("open", kl, texts=[{"name": MAIN, "documents": 7}])
     assert wording.sentence(few) == (
         "Not enough text to say: 7 documents; 8 are the least. About 44 documents like these would be "
         "enough."
     )
-    assert "8 are the least" not in wording.sentence(
-        few | {"texts": [{"name": MAIN, "documents": 8}]}
-    )
+    enough = found("open", kl, texts=[{"name": MAIN, "documents": 8}])
+    assert "8 are the least" not in wording.sentence(enough)
 
 
 def test_encoders_have_batches_and_texts() -> None:
@@ -97,7 +93,6 @@ def test_encoders_have_batches_and_texts() -> None:
     assert "on 20 batches" in said and "9 batches like these" in said and "document" not in said
     assert wording.in_unit("a document of tokens", "text") == "a batch of texts"
     assert wording.in_unit("a document of tokens", "token") == "a document of tokens"
-    assert wording.unit_of({}) == "token" and wording.unit_of({"unit": "text"}) == "text"
 
 
 @pytest.mark.parametrize(("noise", "said"), [(0.0099, False), (0.01, True), (0.02, True)])
@@ -112,10 +107,10 @@ def test_a_tolerance_within_the_arithmetics_own_noise_is_pointed_out(
 
 def test_brief_is_one_sentence_of_both_answers() -> None:
     beside = "Better than int4 (1.0 MB): 0.80 times its KL."
-    assert wording.brief({"verdict": beside}) == beside
+    assert wording.brief(typed.certificate(beside)) == beside
 
-    def brief(meaning: dict[str, Any]) -> str:
-        return wording.brief({"verdict": beside, "meaning": meaning})
+    def brief(meaning: Evaluation) -> str:
+        return wording.brief(replace(typed.certificate(beside), meaning=meaning))
 
     tail = "; better than int4 (1.0 MB): 0.80 times its KL."
     assert brief(found("lossless")) == "Lossless within the tolerance (KL 0.01)" + tail
@@ -150,14 +145,14 @@ def test_what_supports_a_verdict_is_a_sentence_each() -> None:
         "texts": texts, "worst_domain": "code", "weighted_kl": 0.125, "half_of_loss": 4,
         "mcnemar": {"lost": 12, "won": 7, "p": 0.03125}, "documents": documents,
     }  # fmt: skip
-    assert wording.in_words(whole) == [
+    assert wording.in_words(typed.evaluation(whole)) == [
         "Worst domain: code, KL 0.2500; the weighted mean of the domains is 0.1250.",
         "Of the tokens that only one of the two ranks first, the reference is right at 12 and the "
         "plan at 7 (McNemar over documents: p = 0.031).",
         "Half of the held-out loss is in 4 of 20 documents. The most moved documents: held-out 3 "
         '(0.500, "Once"), code 7 (0.250), code 8 (0.125).',
     ]
-    assert wording.in_words({"half_of_loss": 0}) == []
+    assert wording.in_words(typed.evaluation({"half_of_loss": 0})) == []
 
 
 def test_greedy_texts_in_a_sentence() -> None:
@@ -166,9 +161,11 @@ def test_greedy_texts_in_a_sentence() -> None:
         "limit": 64, "prompts": 16, "never": 9, "mean": {"value": 50.0, "low": 40.0, "high": 60.0},
         "median": {"value": 12.0}, "repeated": {"plan": cell, "reference": cell | {"value": 0.125}},
     }  # fmt: skip
-    assert wording.in_words({"half_of_loss": 0, "greedy": greedy}) == [
+    assert wording.in_words(typed.evaluation({"greedy": greedy})) == [
         "Greedy texts of 64 tokens stay the same for 50.0 tokens on average (95 %: 40.0 to 60.0), "
         "half of them for 12 or fewer; 9 of 16 never part. Repeated "
         "4-grams: 25.0 %, the reference 12.5 %."
     ]
-    assert "most to the end" in wording.greedy_words(greedy | {"median": {"value": None}})
+    assert "most to the end" in wording.greedy_words(
+        typed.greedy(greedy | {"median": {"value": None}})
+    )

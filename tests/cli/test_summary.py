@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from optimizer.certificate.wording import brief, marks
 from optimizer.cli import summary
 from optimizer.commands.product import Outcome
 from optimizer.plan import Plan
+from tests.certificate.typed import finding
 
 
 def said(plan: Plan, folder: Path, width: int = 100) -> str:
@@ -45,19 +47,19 @@ def test_the_reference_size_is_that_of_16_bits(run_folder: Path) -> None:
 
 
 def test_one_sentence_says_whether_it_is_the_same_and_beside_what(run_folder: Path) -> None:
-    proof = Plan.load(run_folder).certificate
-    sentence = brief(proof)
-    state = proof["meaning"]["state"]
+    proof = Plan.load(run_folder).proof
+    assert proof is not None and proof.meaning is not None
+    sentence, state = brief(proof), proof.meaning.state
     begins = {"lossy": "Lossy", "lossless": "Lossless", "open": "Not enough text"}[state]
     assert sentence.startswith(begins) and sentence.endswith(".") and ". " not in sentence[:60]
-    assert brief({**proof, "meaning": {}}) == proof["verdict"]
+    assert brief(replace(proof, meaning=None)) == proof.verdict
 
 
 def test_marks_say_what_each_measure_is(run_folder: Path) -> None:
     found = [
-        {"text": "prose", "measure": "kl", "state": "within"},
-        {"text": "prose", "measure": "flips", "state": "over"},
-        {"text": "code", "measure": "kl", "state": "open"},
+        finding(text="prose", measure="kl", state="within"),
+        finding(text="prose", measure="flips", state="over"),
+        finding(text="code", measure="kl", state="open"),
     ]
     assert marks(found, "prose") == "\u2713 KL \u2717 flips"
     assert marks(found, "code") == "? KL"

@@ -8,6 +8,7 @@ from optimizer.data.text import Windows
 from optimizer.metrics import generation
 from optimizer.models.model import Model
 from optimizer.plan import Precision
+from optimizer.plan.certificate import to_json
 from optimizer.quantization.uniform import Nearest
 
 
@@ -28,13 +29,13 @@ def test_what_lies_beyond_the_limit_is_not_made_up() -> None:
     one = rng.integers(50, size=(11, 20))
     other = one.copy()
     other[:5, 6] += 1
-    found = generation.compare(one, other, 0)
+    found = to_json(generation.compare(one, other, 0))
     assert found["never"] == 6 and found["prompts"] == 11 and found["limit"] == 20
     assert found["median"]["value"] is None, "censored: more than half never part"
     assert found["mean"]["value"] == pytest.approx((5 * 6 + 6 * 20) / 11)
     other[5:8, 9] += 1
-    assert generation.compare(one, other, 0)["median"]["value"] == 9
-    same = generation.compare(one, one, 0)
+    assert generation.compare(one, other, 0).median.value == 9
+    same = to_json(generation.compare(one, one, 0))
     assert same["mean"] == {"value": 20, "low": 20, "high": 20}
     assert same["repeated_more"]["value"] == 0
 

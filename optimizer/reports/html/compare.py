@@ -31,10 +31,10 @@ class Job:
     @property
     def heldout(self) -> tuple[float, float, float] | None:
         """KL on held-out text with its interval, if it was measured."""
-        if not self.plan.certificate:
+        if self.plan.proof is None:
             return None
-        kl = self.plan.certificate["rows"][0]["kl"]
-        return kl["value"], kl["low"], kl["high"]
+        kl = self.plan.proof.own["kl"]
+        return kl.value, kl.low, kl.high
 
 
 @dataclass(frozen=True)

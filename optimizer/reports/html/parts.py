@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from optimizer.certificate.wording import brief, in_unit, in_words, marks, unit_of
+from optimizer.certificate.wording import brief, in_unit, in_words, marks
 from optimizer.plan import Plan, Precision
+from optimizer.plan.certificate import Certificate, Evaluation, PlanRow, Row, TextRow
+from optimizer.plan.measures import Measure, shown
 from optimizer.reports import heat_map
 from optimizer.reports.html import chart
 from optimizer.reports.run import Point, Run, overrides
@@ -20,15 +22,15 @@ EXPERTS = 6  # experts of a cell that are named; the rest is counted
 
 def head(plan: Plan, run: Run) -> str:
     """Title, verdict and the few numbers that matter."""
-    proof = plan.certificate
-    if proof:
-        kl = proof["rows"][0]["kl"]
+    proof = plan.proof
+    if proof is not None:
+        kl = proof.own["kl"]
         loss = (
-            f"{kl['value']:.4f}",
-            f"KL on held-out text, 95 %: {kl['low']:.4f} to {kl['high']:.4f}",
+            f"{kl.value:.4f}",
+            f"KL on held-out text, 95 %: {kl.low:.4f} to {kl.high:.4f}",
         )
     else:
-        loss = (f"{plan.predicted['kl']:.4f}", "KL, predicted only; not measured on held-out text")
+        loss = (f"{plan.prediction.kl:.4f}", "KL, predicted only; not measured on held-out text")
     facts = [
         (chart.size(plan.bytes["total"]), "whole weight file"),
         (f"{plan.effective_bits:.3f}", "bits per weight in scope, scales counted"),
@@ -40,7 +42,8 @@ def head(plan: Plan, run: Run) -> str:
             (f"{run.prediction['spearman']:.3f}", f"rank correlation of prediction, {count} plans")
         )
     cells = "".join(f"<div><dt>{escape(b)}</dt><dd>{escape(a)}</dd></div>" for a, b in facts)
-    verdict = proof.get("verdict", "No certificate: nothing was measured on held-out text.")
+    verdict = "No certificate: nothing was measured on held-out text."
+    verdict = verdict if proof is None else proof.verdict
     notes = "".join(f'<p class="note"><b>Note:</b> {escape(note)}</p>' for note in run.notes)
     return (
         f"<header><p class=over>Mezzotint report</p><h1>{escape(run.model)}</h1>"
@@ -246,54 +249,31 @@ def _bytes_row(name: str, stored: float, bits: str, total: int) -> str:
 # ---------------------------------------------------------------- certificate
 
 
-MEASURES = {  # those that a certificate has are shown
-    "kl": ("KL", "{:.4f}", 1),
-    "kl_p99": ("KL, worst 1 %", "{:.3f}", 1),
-    "flips": ("other top token, %", "{:.1f}", 100),
-    "ear": ("EAR", "{:.4f}", 1),
-    "perplexity": ("perplexity", "{:.3f}", 1),
-    "overlap": ("10 nearest that stay, %", "{:.1f}", 100),
-    "cosine": ("cosines change by", "{:.4f}", 1),
-    "cosine_p99": ("cosines, worst 1 %", "{:.4f}", 1),
-}
-OF_TEXTS = {
-    "flips": ("other nearest text, %", "{:.1f}", 100)
-}  # of encoders, in the place of flips
-
-
-def _measures(row: Mapping[str, Any], unit: str) -> dict[str, tuple[str, str, int]]:
-    found = {key: value for key, value in MEASURES.items() if key in row}
-    return found if unit == "token" else found | OF_TEXTS
-
-
 def certificate(plan: Plan) -> str:
-    proof = plan.certificate
-    if not proof:
+    proof = plan.proof
+    if proof is None:
         return (
             "<p>Nothing was measured on held-out text, so nothing is claimed. Run without "
             "proof.certify=false to get a certificate.</p>"
         )
-    own = proof["rows"][0]
-    unit = unit_of(proof)
-    words = _of_texts(proof, own) if unit == "text" else _of_tokens(proof, own)
-    names = _measures(own, unit)
-    head = "".join(f"<th scope=col>{title}</th>" for title, _, _ in names.values())
-    body = "".join(_proof_row(row, names) for row in proof["rows"])
-    between = proof["versus"].get("line")
-    line = ""
-    if between:
+    words = _of_texts(proof) if proof.unit == "text" else _of_tokens(proof)
+    columns = shown(proof.unit)
+    head = "".join(f"<th scope=col>{column.title}</th>" for column in columns)
+    body = "".join(_proof_row(row, columns) for row in proof.rows)
+    between, line = proof.versus.line, ""
+    if between is not None:
         line = (
-            f"<p>At exactly the plan's bytes, a straight {escape(between['name'])} would give a KL "
-            f"of {between['kl']:.4f}; the plan has {between['ratio']['value']:.2f} times that.</p>"
+            f"<p>At exactly the plan's bytes, a straight {escape(between.name)} would give a KL "
+            f"of {between.kl:.4f}; the plan has {between.ratio.value:.2f} times that.</p>"
         )
     return (
         f"<p><b>{escape(brief(proof))}</b></p>"
         "<div class=wide><table class=cards>"
-        f"<caption>{escape(proof['interval'])} in brackets</caption><thead><tr><th scope=col>plan"
+        f"<caption>{escape(proof.interval)} in brackets</caption><thead><tr><th scope=col>plan"
         f"</th><th scope=col>size</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        f"<p class=hint>Lower is better, except {BETTER[unit]}. &ldquo;plan&rdquo; is the chosen "
-        f"one.</p><details><summary>In words</summary><p>{words}</p>{line}</details>"
-        f"{_meaning(proof.get('meaning', {}))}"
+        f"<p class=hint>Lower is better, except {BETTER[proof.unit]}. &ldquo;plan&rdquo; is the "
+        f"chosen one.</p><details><summary>In words</summary><p>{words}</p>{line}</details>"
+        f"{'' if proof.meaning is None else _meaning(proof.meaning)}"
     )
 
 
@@ -303,72 +283,62 @@ BETTER = {
 }
 
 
-def _of_tokens(proof: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    documents, tokens = _said(proof["documents"]), _said(proof["tokens"])
+def _of_tokens(proof: Certificate) -> str:
+    own = proof.own
     return (
-        f"The plan was compared with the reference on {documents} documents ({tokens} tokens) "
-        "that were not used to make it. Per token, its predictions move by "
-        f"{own['kl']['value']:.4f} nats on average and by {own['kl_p99']['value']:.3f} or more at "
-        f"the worst 1 % of tokens. At {100 * own['flips']['value']:.1f} % of tokens it finds "
-        f"another token most likely. Its perplexity is {own['perplexity']['value']:.3f}, the "
-        f"reference's {own['perplexity_reference']['value']:.3f}."
+        f"The plan was compared with the reference on {proof.documents} documents ({proof.tokens} "
+        "tokens) that were not used to make it. Per token, its predictions move by "
+        f"{own['kl'].value:.4f} nats on average and by {own['kl_p99'].value:.3f} or more at "
+        f"the worst 1 % of tokens. At {100 * own['flips'].value:.1f} % of tokens it finds "
+        f"another token most likely. Its perplexity is {own['perplexity'].value:.3f}, the "
+        f"reference's {own['perplexity_reference'].value:.3f}."
     )
 
 
-def _of_texts(proof: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    documents, tokens = _said(proof["documents"]), _said(proof["tokens"])
+def _of_texts(proof: Certificate) -> str:
+    own = proof.own
     return (
-        f"The plan was compared with the reference on {tokens} texts in {documents} batches that were "
-        f"not used to make it. The cosine of two texts changes by {own['cosine']['value']:.4f} on "
-        f"average, and by {own['cosine_p99']['value']:.4f} or more "
-        f"for 1 % of the pairs. {100 * own['flips']['value']:.1f} % of the texts have another nearest "
-        f"text, and {100 * own['overlap']['value']:.1f} % of the 10 nearest stay among them. KL is "
+        f"The plan was compared with the reference on {proof.tokens} texts in {proof.documents} "
+        f"batches that were not used to make it. The cosine of two texts changes by "
+        f"{own['cosine'].value:.4f} on average, and by {own['cosine_p99'].value:.4f} or more "
+        f"for 1 % of the pairs. {100 * own['flips'].value:.1f} % of the texts have another nearest "
+        f"text, and {100 * own['overlap'].value:.1f} % of the 10 nearest stay among them. KL is "
         "that of a text's similarities to the others of its batch, in nats per text."
     )
 
 
-def _meaning(found: Mapping[str, Any]) -> str:
-    """Whether it is the reference within the tolerance; empty for plans of earlier versions."""
-    if not found:
-        return ""
-    unit = unit_of(found)
-    names = _measures(found["texts"][0], unit)
-    names.pop("perplexity", None)
-    head = "".join(f"<th scope=col>{title}</th>" for title, _, _ in names.values())
-    rows = [*found["texts"], *found["noise"]]
-    body = "".join(_text_row(row, names, marks(found["findings"], row["name"])) for row in rows)
-    words = "".join(f"<p>{escape(line)}</p>" for line in (found["verdict"], *in_words(found)))
+def _meaning(found: Evaluation) -> str:
+    """Whether it is the reference within the tolerance."""
+    columns = [column for column in shown(found.unit) if column.name != "perplexity"]
+    head = "".join(f"<th scope=col>{column.title}</th>" for column in columns)
+    rows = [*found.texts, *found.noise]
+    body = "".join(_text_row(row, columns, marks(found.findings, row.name)) for row in rows)
+    words = "".join(f"<p>{escape(line)}</p>" for line in (found.verdict, *in_words(found)))
     return (
         f"<div class=wide>"
         "<table class=cards>"
         "<caption>By text; below, the reference against itself, which is the noise that no plan can "
         "beat</caption><thead><tr><th scope=col>text</th>"
-        f"<th scope=col>{in_unit('documents', unit)}</th><th scope=col>within tolerance</th>{head}"
-        f"</tr></thead><tbody>{body}</tbody></table></div><p class=hint>\u2713 within its tolerance, "
-        f"\u2717 over it, ? not enough text to say.</p><details><summary>In words</summary>{words}"
-        "</details>"
+        f"<th scope=col>{in_unit('documents', found.unit)}</th><th scope=col>within tolerance</th>"
+        f"{head}</tr></thead><tbody>{body}</tbody></table></div><p class=hint>\u2713 within its "
+        "tolerance, \u2717 over it, ? not enough text to say.</p><details><summary>In words"
+        f"</summary>{words}</details>"
     )
 
 
-def _text_row(
-    row: Mapping[str, Any], names: Mapping[str, tuple[str, str, int]], short: str
-) -> str:
-    cells = [_named("documents", _said(row["documents"]))]
-    cells += [_named("within tolerance", short) if short else "<td></td>", *_values(row, names)]
-    return f"<tr><th scope=row>{escape(str(row['name']))}</th>{''.join(cells)}</tr>"
+def _text_row(row: TextRow, columns: Sequence[Measure], short: str) -> str:
+    cells = [_named("documents", str(row.documents))]
+    cells += [_named("within tolerance", short) if short else "<td></td>", *_values(row, columns)]
+    return f"<tr><th scope=row>{escape(row.name)}</th>{''.join(cells)}</tr>"
 
 
-def _values(row: Mapping[str, Any], names: Mapping[str, tuple[str, str, int]]) -> list[str]:
+def _values(row: Row, columns: Sequence[Measure]) -> list[str]:
     cells = []
-    for key, (title, pattern, factor) in names.items():
-        value, low, high = (pattern.format(factor * row[key][k]) for k in ("value", "low", "high"))
-        cells.append(_named(title, f"{value} <small>[{low}, {high}]</small>"))
+    for column in columns:
+        found = row[column.name]
+        value, low, high = map(column.number, (found.value, found.low, found.high))
+        cells.append(_named(column.title, f"{value} <small>[{low}, {high}]</small>"))
     return cells
-
-
-def _said(value: Any) -> str:
-    """Anything of a file, for a page."""
-    return escape(str(value))
 
 
 def _named(title: str, html: str) -> str:
@@ -376,10 +346,10 @@ def _named(title: str, html: str) -> str:
     return f'<td data-name="{escape(title)}"><span>{html}</span></td>'
 
 
-def _proof_row(row: Mapping[str, Any], names: Mapping[str, tuple[str, str, int]]) -> str:
-    cells = [_named("size", chart.size(row["bytes"])), *_values(row, names)]
-    own = ' class="own"' if row["name"] == "plan" else ""
-    return f"<tr{own}><th scope=row>{escape(str(row['name']))}</th>{''.join(cells)}</tr>"
+def _proof_row(row: PlanRow, columns: Sequence[Measure]) -> str:
+    cells = [_named("size", chart.size(row.bytes)), *_values(row, columns)]
+    own = ' class="own"' if row.name == "plan" else ""
+    return f"<tr{own}><th scope=row>{escape(row.name)}</th>{''.join(cells)}</tr>"
 
 
 # ---------------------------------------------------------------- reproduce

@@ -269,8 +269,8 @@ def _log(
     if (folder / blur_example.FILE).exists():
         shaded = (folder / blur_example.FILE).read_text(encoding="utf-8")
         log["blur"] = wandb.Html(shaded, inject=False)
-    if plan.certificate:
-        log["certificate"] = tables.certificate_table(plan.certificate)
+    if plan.proof is not None:
+        log["certificate"] = tables.certificate_table(plan.proof)
     live.log(log)
     live.summary.update(tables.summary(plan, run))
     stem = NAME.sub("-", Path(run.model).name).strip("-.") or "model"

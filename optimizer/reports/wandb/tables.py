@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import astuple
 from typing import Any
 
 from optimizer.plan import Plan
+from optimizer.plan.certificate import Certificate
 from optimizer.reports.html import chart
 from optimizer.reports.run import Point, Run
 
@@ -36,17 +38,17 @@ def _three(interval: Mapping[str, float]) -> list[float | None]:
     return [interval.get(end) for end in ("value", "low", "high")]
 
 
-def certificate_table(proof: Mapping[str, Any]) -> Any:
+def certificate_table(proof: Certificate) -> Any:
     """The held-out rows: plan, bytes, each measure with its interval."""
     import wandb
 
-    measures = [key for key, value in proof["rows"][0].items() if isinstance(value, dict)]
+    measures = list(proof.own.measures)
     columns: list[str | int] = ["plan", "bytes"]
     for key in measures:
         columns += [key, f"{key}_low", f"{key}_high"]
     rows = [
-        [row["name"], row["bytes"], *(v for key in measures for v in _three(row.get(key, {})))]
-        for row in proof["rows"]
+        [row.name, row.bytes, *(v for key in measures for v in astuple(row[key]))]
+        for row in proof.rows
     ]
     return wandb.Table(columns=columns, data=rows, allow_mixed_types=True)
 
@@ -77,10 +79,7 @@ def summary(plan: Plan, run: Run) -> dict[str, Any]:
         "notes": list(run.notes),
     }
     found |= {f"prediction.{key}": value for key, value in run.prediction.items()}
-    if plan.certificate:
-        found["verdict"] = plan.certificate["verdict"]
-        row = plan.certificate["rows"][0]
-        for key, value in row.items():
-            if isinstance(value, dict):
-                found[f"heldout.{key}"] = value["value"]
+    if plan.proof is not None:
+        found["verdict"] = plan.proof.verdict
+        found |= {f"heldout.{key}": v.value for key, v in plan.proof.own.measures.items()}
     return found
