@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
-from optimizer.config import Optimize
+from optimizer.cli import compose as composing
+from optimizer.config import Optimize, Wandb
+from optimizer.data.text import Data, Part
 from optimizer.errors import ConfigError
 from optimizer.formats.runtime import Runtime
 from optimizer.metrics.objective import Meaning
@@ -30,10 +33,11 @@ from optimizer.sensitivity import (
     Kronecker,
     Measured,
     Tokenwise,
+    estimator,
     estimators,
 )
 from optimizer.sensitivity.estimators import AutoEstimator, Gain
-from tests.cli.test_compose import CHOICES, composed
+from tests.cli.test_compose import CHOICES, COMMANDS, CONF, NEEDED, composed
 
 TWINS: dict[tuple[str, str], Any] = {
     ("quantizer", "auto"): Auto(),
@@ -60,6 +64,52 @@ TWINS: dict[tuple[str, str], Any] = {
 def test_the_command_line_and_python_mean_the_same(group: str, choice: str) -> None:
     found, twin = getattr(composed("optimize", f"{group}={choice}"), group), TWINS[group, choice]
     assert type(found) is type(twin) and found == twin
+
+
+TYPES: dict[str, Any] = {
+    "budget": Budget,
+    "data": Data,
+    "meaning": Meaning,
+    "palette": Palette,
+    "policy": Policy,
+    "runtime": Runtime,
+    "search": Search,
+    "wandb": Wandb,
+}
+PARTS = {"calibration": Part, "search": Part, "heldout": Part, "measured": Measured}
+
+
+def twin(group: str, choice: str) -> Any:
+    """In Python, with the values that the file names."""
+    whole: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{choice}.yaml"))
+    values = {k: v for k, v in whole.get(group, whole).items() if k != "defaults"}
+    named = {"quantizer": method, "sensitivity": estimator}
+    if group in named:
+        made = named[group](choice)
+        values = {k: v for k, v in values.items() if k not in ("name", "estimator")}
+    else:
+        made = TYPES[group]
+    parts = {k: PARTS[k](**v) if k in PARTS else v for k, v in values.items() if v != "???"}
+    return made(**parts)
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_file_means_what_its_dataclass_says(group: str, choice: str) -> None:
+    """Whole: what the file leaves out is the dataclass's default."""
+    words = ["data.path=text"] if choice in ("text", "hub") else []
+    found = getattr(composed("optimize", f"{group}={choice}", *words), group)
+    own = twin(group, choice)
+    own = replace(own, bits=4.5) if group == "budget" else own
+    own = replace(own, path="text") if words else own
+    assert type(found) is type(own) and found == own
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "optimize"])
+def test_every_command_means_what_its_dataclass_says(command: str) -> None:
+    given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(NEEDED[command]))
+    found = composed(command)
+    for key, value in asdict(composing.COMMANDS[command](**given)).items():
+        assert key == "store" or asdict(found)[key] == value, key
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)

@@ -32,6 +32,7 @@ from optimizer.stages.session import View
 from tests.conftest import QUICK
 
 SHORT = Part(sequences=8, length=32)
+UNPROVED = Proof(certify=False)
 
 
 def settings(source: Source, store: Path, **changes: Any) -> Optimize:
@@ -145,6 +146,7 @@ def test_a_search_killed_again_and_again_ends_with_the_identical_plan(
     assert searches[0] == searches[1]
 
 
+@pytest.mark.slow
 def test_kill_9_from_outside(source: Source, undisturbed: bytes, tmp_path: Path) -> None:
     """As soon as half of the table is there."""
     call = [sys.executable, "-m", "optimizer"]
@@ -256,7 +258,9 @@ def test_a_plan_that_is_not_better_is_replaced_by_the_uniform_one(
 
 def test_measured_rows_reach_the_table(source: Source, tmp_path: Path) -> None:
     measured = Measured(groups=["*.0.self_attn.q_proj"], at="int4_g64")
-    config = settings(source, tmp_path / "s", sensitivity=Fisher(chunks=4, measured=measured))
+    config = settings(
+        source, tmp_path / "s", sensitivity=Fisher(chunks=4, measured=measured), proof=UNPROVED
+    )
     view = Seen()
     optimize.optimize(config, tmp_path / "r", view)
     assert "measuring single groups" in view.stages
@@ -267,7 +271,7 @@ def test_measured_rows_reach_the_table(source: Source, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scope", [["head"], ["blocks", "head"], ["*mlp*"], ["all"]])
 def test_any_scope_keeps_to_its_budget(source: Source, tmp_path: Path, scope: list[str]) -> None:
-    config = settings(source, tmp_path / "s", scope=scope, budget=Budget(bits=3.3))
+    config = settings(source, tmp_path / "s", scope=scope, budget=Budget(bits=3.3), proof=UNPROVED)
     plan = optimize.optimize(config, tmp_path / "r").plan
     size = sum(plan.choice[n].bytes(*plan.shapes[n]) for n in plan.scope)
     weights = sum(r * c for r, c in (plan.shapes[n] for n in plan.scope))
@@ -279,7 +283,8 @@ def test_any_scope_keeps_to_its_budget(source: Source, tmp_path: Path, scope: li
 @pytest.mark.parametrize("bits", [[1, "ternary", 2, 16], [4, 16], [3]])
 def test_small_palettes(source: Source, tmp_path: Path, bits: list[Any]) -> None:
     palette = Palette(bits=bits)
-    config = settings(source, tmp_path / "s", palette=palette, budget=Budget(bits=6))
+    budget = Budget(bits=6)
+    config = settings(source, tmp_path / "s", palette=palette, budget=budget, proof=UNPROVED)
     plan = optimize.optimize(config, tmp_path / "r").plan
     assert plan.effective_bits <= 6
     assert {p.name for p in plan.choice.values()} <= {p.name for p in palette.precisions()} | {
@@ -291,7 +296,9 @@ def test_groups_of_a_runtime_share_their_precision(source: Source, tmp_path: Pat
     from optimizer.formats.runtime import Runtime
 
     fused = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
-    config = settings(source, tmp_path / "s", runtime=Runtime(name="vllm", fused=fused))
+    config = settings(
+        source, tmp_path / "s", runtime=Runtime(name="vllm", fused=fused), proof=UNPROVED
+    )
     plan = optimize.optimize(config, tmp_path / "r").plan
     assert plan.runtime == "vllm"
     for names in fused:
@@ -317,7 +324,8 @@ def test_the_fitting_group_size_is_chosen_where_the_user_allows_it(
 ) -> None:
     palette = Palette(bits=[4, 16], group_size=48, fit="nearest")
     plan = optimize.optimize(
-        settings(source, tmp_path / "s", palette=palette, budget=Budget(bits=5)), tmp_path / "r"
+        settings(source, tmp_path / "s", palette=palette, budget=Budget(bits=5), proof=UNPROVED),
+        tmp_path / "r",
     ).plan
     sizes = {plan.choice[n].group_size for n in plan.scope} - {None}
     assert sizes == {64, 48}

@@ -32,7 +32,7 @@ ORDERS = (
 )
 
 
-@pytest.mark.parametrize("imports", ORDERS)
+@pytest.mark.parametrize("imports", [ORDERS[0], pytest.param(ORDERS[1], marks=pytest.mark.slow)])
 def test_it_is_what_load_gives(packed_folder: Path, imports: str) -> None:
     code = READ.format(imports=imports, folder=str(packed_folder))
     done = subprocess.run(

@@ -47,7 +47,12 @@ def stretched(kind: str, scaling: dict, path: Path, wide: Wide) -> Wide:
 
 
 @pytest.mark.parametrize(
-    ("kind", "scaling"), [("llama", LLAMA3), ("llama", LINEAR), ("llama", YARN)]
+    ("kind", "scaling"),
+    [
+        ("llama", LLAMA3),
+        pytest.param("llama", LINEAR, marks=pytest.mark.slow),
+        pytest.param("llama", YARN, marks=pytest.mark.slow),
+    ],
 )
 def test_llama_cpp_turns_positions_the_same(
     wide: Wide, tmp_path: Path, kind: str, scaling: dict
@@ -88,11 +93,17 @@ def test_another_activation_is_noticed(wide: Wide, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "works"),
     [
-        (pre_tokenizers.ByteLevel(add_prefix_space=False), True),
+        pytest.param(
+            pre_tokenizers.ByteLevel(add_prefix_space=False), True, marks=pytest.mark.slow
+        ),
         (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                   pre_tokenizers.ByteLevel(add_prefix_space=False)]), True),
         (pre_tokenizers.ByteLevel(add_prefix_space=True), False),
-        (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), False),
+        pytest.param(
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            False,
+            marks=pytest.mark.slow,
+        ),
     ],
 )  # fmt: skip
 def test_tokenizers_are_known_or_refused(

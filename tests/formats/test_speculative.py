@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 import optimizer
@@ -22,6 +23,7 @@ def nested(mezzotint: Command, wide: Wide, *words: str) -> None:
     assert made.code == 0, made.err
 
 
+@pytest.mark.slow
 def test_draft_and_target_are_base_and_refined_model(mezzotint: Command, wide: Wide) -> None:
     nested(mezzotint, wide, *GGML_HAS)
     done = mezzotint("export", "run/plan.json", "to=gguf", "nested=true", "out=pair")

@@ -71,6 +71,7 @@ def test_drafts_change_no_word(folder: Path) -> None:
     assert 0 < net.unpacking.passes["refined"] < 40, "nothing was drafted"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_sampled_drafts_have_the_refined_distribution(folder: Path) -> None:
     """The second of two sampled tokens, which a draft may have been: chi-square against the refined
