@@ -200,7 +200,7 @@ def opened(one: Entrant, store: Store, device: str, view: View) -> Iterator[Open
     if one.packed is not None:
         from optimizer.formats.torch import packed
 
-        net = packed.load(one.packed, device=device)
+        net = packed.load(one.packed, device=device, once=True)  # its own reference fits as well
         yield Open(net, load_tokenizer(one.packed), cache(net))
         return
     tokenizer = load_tokenizer(one.home.folder)

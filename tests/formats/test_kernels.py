@@ -80,6 +80,7 @@ def test_a_loaded_model_multiplies_packed_and_agrees(
         fast_net, plain = optimizer.load(out, fast=True), packed.load(out, torch.bfloat16)
         fast, unpacked = fast_net(ids).logits, plain(ids).logits
         wide_net = optimizer.load(out, fast=True, wide=True)
+        assert torch.equal(packed.load(out, once=True)(ids).logits, exact)
         wide, reference = wide_net(ids).logits, stories.net(ids).logits
     all_products = [m for m in wide_net.modules() if isinstance(m, kernels.Product)]
     assert len(all_products) == len(blocks)

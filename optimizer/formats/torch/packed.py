@@ -203,6 +203,7 @@ def load(
     steady: bool = False,
     unpacking: Unpacking | None = None,
     wide: bool = False,
+    once: bool = False,
 ) -> Any:
     """A packed folder -> a working transformers model in eval mode, `generate()` included.
 
@@ -210,7 +211,8 @@ def load(
     certificate's own numbers. fast: compute in bf16 and, on a CPU, multiply packed where PyTorch
     can. wide: beside fast, hold codes of 2 to 7 bits in 4 or 8, so that they can, too: more memory
     than the plan says. dtype: another arithmetic; only bf16 multiplies packed. unpacking: what is done
-    with a refinement; by default it is used for every token.
+    with a refinement; by default it is used for every token. once: unpack each layer now and never
+    again: the same numbers, in the memory of a model that isn't quantized.
     steady: on a CPU, see `steady_memory`, which holds for the whole process.
     Raises PlanError if anything in the folder was changed.
     """
@@ -231,7 +233,7 @@ def load(
     with tensors(folder / (PACKED_FILE if plan.refinement is None else BASE_FILE)) as file:
         stored = _Scales(file, {f"{name}.scales" for name in refined})
         quick = kernels.Target(dtype, device, wide) if fast else None
-        filling = Filling(net, inventory, plan.choice, stored, dtype, quick)
+        filling = Filling(net, inventory, plan.choice, stored, dtype, quick, once)
         filling.fill([named[name] for name in refined])
     if hasattr(net, "generation_config"):
         with suppress(OSError):
@@ -301,8 +303,8 @@ def read_inventory(folder: Path) -> Inventory:
 
 @dataclass
 class Filling:
-    """A skeleton that gets its numbers. fast: what packed products are for; None: unpack
-    everything."""
+    """A skeleton that gets its numbers. fast: what packed products are for; None: unpack everything,
+    as it is used or all at once."""
 
     net: Any
     inventory: Inventory
@@ -310,6 +312,7 @@ class Filling:
     stored: Tensors | _Scales
     dtype: torch.dtype
     fast: kernels.Target | None
+    once: bool = False
 
     def fill(self, refined: Iterable[Layer] = ()) -> None:
         """refined: layers whose modules are kept in `refined`. Raises PlanError where tensors and
@@ -368,6 +371,9 @@ class Filling:
         if leaf not in module._parameters:
             module._buffers[leaf] = whole
             return
+        self._hold(value, whole)
+
+    def _hold(self, value: Tensor, whole: Tensor) -> None:
         for holder, name in self.holders[id(value)]:
             holder._parameters[name] = nn.Parameter(whole, requires_grad=False)
 
@@ -378,6 +384,9 @@ class Filling:
         if self.fast and len(pieces) == 1 and self._multiplied(value, pieces[0], self.fast):
             return
         store = PackedParameter(parameter, pieces, value.shape, self.dtype)
+        if self.once:
+            self._hold(value, store())
+            return
         for module, leaf in self.holders[id(value)]:
             install(module, leaf, store)
 
