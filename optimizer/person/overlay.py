@@ -2,7 +2,8 @@
 
 The signal is the entropy of its next token. As many tokens count as unsure as its plan's predicted
 loss may change: two distributions of divergence KL differ on at most sqrt(KL / 2) of the tokens
-(Pinsker), so the threshold is that quantile of the entropy along text of the model's own.
+(Pinsker), so the threshold is that quantile of the entropy along what the model writes by itself, its
+likeliest words. (Along text sampled from it, tokens are far less sure, and it would hardly ever stop.)
 
 A choice is kept as minimal pairs: what stood there, what was taken, and what was passed over.
 """
@@ -21,18 +22,19 @@ from typing import Any
 import numpy as np
 
 from optimizer.data import pairs as probes
-from optimizer.data import text as data
 from optimizer.errors import StorageError
 from optimizer.models.source import context_length
 from optimizer.person.entrants import Entrant, Open, opened
+from optimizer.person.prompts import gather, in_turn
+from optimizer.person.settings import DOMAINS
 from optimizer.person.votes import VoteFile
 from optimizer.person.writing import Ids, encode_prompt, ends, said
 from optimizer.plan import digest
 from optimizer.stages.session import View
 from optimizer.store import Store
 
-VERSION = 1
-SAMPLES, LENGTH = 8, 128  # of the model's own text, for the threshold
+VERSION = 2
+SAMPLES, LENGTH = 8, 32  # texts that the model goes on with, for the threshold, and tokens of each
 LEAST, USUAL, MOST = 0.02, 0.1, 0.25  # shares of unsure tokens; the middle one without a plan
 PHENOMENON = "choice"
 
@@ -100,17 +102,13 @@ class Writer:
         return self._threshold
 
     def _entropies(self) -> dict[str, np.ndarray]:
-        import torch
-
-        self._view.stage("how sure it is of text of its own")
-        net = self.model.net
-        ids = data.generate(self.model, SAMPLES, min(LENGTH, self._room), [VERSION])["ids"]
+        prompts = in_turn(gather(None, DOMAINS, ()), SAMPLES)
+        length = min(LENGTH, self._room // 2)
         found = []
-        with torch.inference_mode():
-            for row in torch.from_numpy(ids).to(next(net.parameters()).device):
-                logits = net(input_ids=row[None], use_cache=False).logits[0, :-1].float()
-                found.append(_entropy(logits).cpu().numpy())
-        return {"entropy": np.concatenate(found)}
+        for prompt in self._view.track(prompts, "how sure it is of what it writes"):
+            ids = self._prompt(prompt.text, length)
+            found += [entropy for _, entropy in self._tokens(ids, length)]
+        return {"entropy": np.array(found)}
 
     @property
     def _room(self) -> int:
