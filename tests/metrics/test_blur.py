@@ -80,6 +80,32 @@ def test_bytes_of_one_letter_are_one_unit() -> None:
     ]  # fmt: skip
 
 
+def letters(text: str) -> list[tuple[int, int]]:
+    """Passages of a text whose letters are its units: first and last unit behind."""
+    units = tuple(blur.Unit(i, i + 1, (i,)) for i in range(len(text)))
+    return [(found.start, found.stop) for found in blur.passages(text, units)]
+
+
+def test_passages_by_hand() -> None:
+    assert letters("abc") == [(0, 3)]
+    assert letters("a." + "b" * 21 + "." + "c" * 12) == [(0, 24), (24, 36)], "24 are enough"
+    assert letters("a." + "b" * 20 + "." + "c" * 13) == [(0, 36)], "23 are not"
+    assert letters("a" * 23 + "." + "c" * 11) == [(0, 35)], "a rest of less than 12 joins"
+    assert letters("a" * 200) == [(0, 96), (96, 200)]
+    assert letters("a" * 204) == [(0, 96), (96, 192), (192, 204)]
+
+
+def test_passages_without_a_prediction_come_last() -> None:
+    units = tuple(blur.Unit(i, i + 1, (i,)) for i in range(4))
+    kl, many = np.array([np.nan, 0.0, 0.5, 0.0]), np.zeros((4, 1))
+    reading = blur.Reading("plan", 1, kl, kl, kl > 1, many, many, None)
+    passages = tuple(range(i, i + 1) for i in range(4))
+    ids = np.arange(4)
+    found = blur.Map("abcd", ids, units, reading, (reading,), passages, (), {}, ())
+    assert blur._sorted(found).worst == (2, 1, 3, 0)
+    assert found.worst_units(4) == [2]
+
+
 def test_shades_grow_with_the_loss() -> None:
     values = [0, 0.009, 0.01, 0.05, 0.1, 0.5, 1, 20, float("nan")]
     assert [blur.level(kl) for kl in values] == [0, 0, 1, 2, 3, 4, 5, 5, 0]

@@ -40,6 +40,18 @@ def test_a_token_may_straddle_the_boundary() -> None:
     assert job == margins.Job([0, 5, 1], [0, 5, 2, 4], 2)
 
 
+def test_a_text_begins_with_one_start_token_and_has_no_other() -> None:
+    """Most tokenizers of encoders and of Llama add one to every text by themselves."""
+
+    class Adding(Greedy):
+        def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> Any:
+            ids = super().__call__(text)["input_ids"]
+            return {"input_ids": [0, *ids, 0] if add_special_tokens else ids}
+
+    (job,) = margins.encode([pair("x", "a", "c")], Adding(), None)
+    assert job == margins.Job([0, 5, 2], [0, 5, 4], 2)
+
+
 def test_what_cannot_be_measured_has_a_reason() -> None:
     pairs = [
         pair("x", " a", " b"),
