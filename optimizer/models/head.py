@@ -134,7 +134,12 @@ def _probe(net: Any, ids: Tensor, values: Tensor, shift: int) -> tuple[Tensor, T
     try:
         with torch.inference_mode(), disk.bypassed() if disk is not None else nullcontext():
             found = net(input_ids=ids[:1], use_cache=False).logits
-    except (IndexError, RuntimeError, TypeError, ValueError, AttributeError):
+    except (IndexError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        if not sent:
+            raise ModelError(
+                f"transformers can't run {type(net).__name__} on text ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:300]}). Correct what config.json says of it."
+            ) from None
         sent.clear()  # what follows the head wants another shape than one position
     finally:
         for handle in handles:

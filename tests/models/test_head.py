@@ -68,6 +68,14 @@ def test_what_isnt_known_is_refused(behind: Callable[[Tensor], Tensor]) -> None:
         final_transform(Headed(behind), np.zeros((1, 2), np.int64))
 
 
+def test_a_model_that_fails_before_its_head_is_told_so() -> None:
+    """DBRX without clip_qkv: what its head does was blamed."""
+    net = Headed(lambda z: z)
+    net.body.register_forward_hook(lambda _, __, output: output.clamp(min=None, max=None))
+    with pytest.raises(ModelError, match=r"can't run Headed on text \(RuntimeError: .*clamp"):
+        final_transform(net, np.arange(8)[None])
+
+
 def test_small_logits_hide_no_cap() -> None:
     """With weights near zero a cap changes nothing that could be seen in the model's own logits."""
     net = Headed(BEHIND["capped"], cap=30.0)
