@@ -33,7 +33,9 @@ NEEDED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CONVERSION = 3  # counts changes of what a conversion writes
 REMEMBERED = 32 * 2**20  # bytes from which a file's hash is remembered: above .1 s of hashing
-OFFLINE = b'"local_files_only": true'  # what HF_HUB_OFFLINE=1 leaves in a saved tokenizer_config.json
+OFFLINE = (
+    b'"local_files_only": true'  # what HF_HUB_OFFLINE=1 leaves in a saved tokenizer_config.json
+)
 SETTLED = 2.0  # seconds
 SAMPLES, SAMPLE = 64, 4096  # pieces, bytes of each
 

@@ -10,10 +10,17 @@ import pytest
 
 from optimizer.errors import ConfigError
 from optimizer.formats.format import Format, formats
+from optimizer.models.model import Model
 from optimizer.plan import Plan
 from optimizer.quantization.methods import Quantizer, methods
 from optimizer.sensitivity import estimators
-from tests.conftest import QUICK, Command
+from tests.conftest import QUICK, Command, Small
+from tests.formats import test_contract as files
+from tests.formats.conftest import Wide, wide
+from tests.quantization import test_contract as quantizers
+from tests.sensitivity import test_contract as scores
+
+__all__ = ["wide"]  # a fixture of another room
 
 PAGE = Path(__file__).parents[2] / "docs" / "extend.md"
 PYTHON = re.compile(r"```python\n(\"\"\"(\w+)\.py: .*?)```", re.DOTALL)
@@ -61,6 +68,28 @@ def test_the_examples_make_and_export_a_plan(
     assert (tmp_path / "packed" / "weights.npz").is_file()
     refused = mezzotint("check", "run/plan.json", "to=vllm")
     assert refused.code == 2
+
+
+def test_the_examples_keep_the_contracts(
+    installed: Path, stories: Model, llama: Small, wide: Wide, tmp_path: Path
+) -> None:
+    """Those that every quantizer, estimator and format of ours keeps."""
+    for i, precision in enumerate(quantizers.ROUGH):
+        for check in (
+            quantizers.test_the_parts_have_the_promised_shapes_and_decode_to_what_is_rounded,
+            quantizers.test_the_same_input_gives_the_same_codes,
+            quantizers.test_it_is_no_worse_than_nearest_on_its_own_tokens,
+            quantizers.test_dead_rows_stay_finite,
+        ):
+            check(stories, tmp_path / f"{i} {check.__name__[:20]}", "dithered", precision)
+    quantizers.test_a_key_names_the_method_its_version_and_its_fields("dithered")
+    scores.test_untouched_costs_nothing_and_bits_cost_less_on_average(llama, "magnitude")
+    scores.test_the_same_seed_gives_the_same_numbers(llama, "magnitude")
+    scores.test_planted_damage_ranks_first(llama, "magnitude", 6)
+    scores.test_a_key_names_the_estimator_its_version_and_each_field("magnitude")
+    case = files.Case("arrays", wide)
+    files.test_what_may_be_offered_is_accepted_and_read_back(case, tmp_path)
+    files.test_what_it_does_not_hold_is_refused(case)
 
 
 def test_a_wrong_value_of_a_registered_method_is_named(
