@@ -23,12 +23,20 @@ from optimizer.models.source import context_length
 from optimizer.plan import Plan, digest
 from optimizer.plan.cache import WHOLE, CacheKind
 from optimizer.plan.certificate import Evaluation, Greedy, Moved
-from optimizer.stages.session import SCORES, Bench
+from optimizer.stages.keys import (
+    BeginningKey,
+    CertifiedKey,
+    CutKey,
+    GreedyKey,
+    LongKey,
+    NoiseKey,
+    ReadKey,
+)
+from optimizer.stages.session import Bench
 
 if TYPE_CHECKING:
     from optimizer.metrics.divergence import AnyScores, Scores, Teacher
 
-VERSION = 1  # raised when a measurement changes
 NOISE_WINDOWS = 8  # enough for a floor
 LONG_DOCUMENTS, LONG_TOKENS = 8, 1024  # sampled once per model
 BEGINNING = 40  # characters by which a document is named
@@ -112,7 +120,7 @@ def _check_encoder(bench: Bench, asked: Asked) -> None:
 
 def certified(bench: Bench, plan: Plan) -> str:
     """Where the store keeps the held-out scores of a plan's joint rounding."""
-    return digest(["certified", SCORES, plan.id, bench.part_key("heldout"), plan.kv, plan.keep])
+    return CertifiedKey(plan.id, bench.part_key("heldout"), plan.kv, plan.keep).text
 
 
 def judge(bench: Bench, weights: Weights, heldout: AnyScores, asked: Asked) -> Evaluation:
@@ -164,7 +172,7 @@ def _noise(bench: Bench) -> dict[str, AnyScores]:
         found = divergence.teacher(bench.model, few, own_head=True).noise(bench.model.net)
         return {f"{n}/{k}": v for n, scores in found.items() for k, v in scores.arrays().items()}
 
-    key = digest(["noise", VERSION, NOISE_WINDOWS, bench.part_key("heldout"), bench.device])
+    key = NoiseKey(NOISE_WINDOWS, bench.part_key("heldout"), bench.device).text
     kept = bench.store.arrays("scores", key, make)
     assert kept is not None
     names = dict.fromkeys(name.rpartition("/")[0] for name in sorted(kept, reverse=True))
@@ -182,16 +190,8 @@ def _noise(bench: Bench) -> dict[str, AnyScores]:
 def _cut(bench: Bench, domain: Domain) -> tuple[Windows | None, dict[str, int]]:
     """From the store or cut now; the tokenizer is needed only then."""
     longest = bench.data.heldout.length
-    key = digest(
-        [
-            "domain",
-            domains.VERSION,
-            bench.source.fingerprint,
-            domain.key(),
-            longest,
-            bench.data.key("") if bench.data.source == "text" else "",
-        ]
-    )
+    own = bench.data.key("") if bench.data.source == "text" else ""
+    key = CutKey(domains.VERSION, bench.source.fingerprint, domain.key(), longest, own).text
 
     def make() -> dict[str, Any]:
         from optimizer.models.tokenizer import load_tokenizer
@@ -214,7 +214,7 @@ def _sampled(bench: Bench) -> Windows:
     from optimizer.stages.session import LazyModel
 
     length = min(context_length(bench.source.folder) or LONG_TOKENS, LONG_TOKENS)
-    key = digest(["long", data.VERSION, bench.source.fingerprint, length, bench.data.seed])
+    key = LongKey(data.VERSION, bench.source.fingerprint, length, bench.data.seed).text
 
     def make() -> dict[str, np.ndarray]:
         bench.view.stage("sampling long text from the reference")
@@ -237,7 +237,7 @@ def _domain_scores(bench: Bench, weights: Weights, chosen: Sequence[Domain]) -> 
 
     windows = {domain.name: _windows(bench, domain) for domain in chosen}
     present = {name: cut for name, cut in windows.items() if cut is not None}
-    keys = {name: _key(bench, weights, cut, "domain") for name, cut in present.items()}
+    keys = {name: _key(bench, weights, cut) for name, cut in present.items()}
     kept = {name: _kept(bench, key) for name, key in keys.items()}
     missing = {name: cut for name, cut in present.items() if kept[name] is None}
     for name, scores in _measured(bench, weights, missing).items():
@@ -274,11 +274,11 @@ def _measured(bench: Bench, weights: Weights, missing: Mapping[str, Windows]) ->
         }
 
 
-def _key(bench: Bench, weights: Weights, windows: Windows, kind: str) -> str | None:
+def _key(bench: Bench, weights: Weights, windows: Windows) -> str | None:
     if weights.key is None:
         return None
     ids = [list(windows.ids.shape), digest(windows.ids.tolist())]
-    return digest([kind, VERSION, bench.source.fingerprint, ids, weights.identity])
+    return ReadKey(bench.source.fingerprint, ids, weights.identity).text
 
 
 def _kept(bench: Bench, key: str | None) -> dict[str, np.ndarray] | None:
@@ -302,7 +302,7 @@ def _beginning(bench: Bench, chosen: Sequence[Domain], one: Moved) -> str:
             return f"tokens {', '.join(map(str, ids))}"[:BEGINNING]
         return " ".join(str(text).replace('"', "'").split())[:BEGINNING]
 
-    key = digest(["beginning", VERSION, bench.source.fingerprint, ids])
+    key = BeginningKey(bench.source.fingerprint, ids).text
     return visible(str(bench.store.json("beginnings", key, make)))
 
 
@@ -312,7 +312,7 @@ def _beginning(bench: Bench, chosen: Sequence[Domain], one: Moved) -> str:
 def _greedy(bench: Bench, weights: Weights, asked: Asked) -> Greedy:
     context = context_length(bench.source.folder)
     begun = generation.prompts(bench.windows("heldout"), context, asked.generate)
-    asked_for = [begun.tolist(), asked.generate, bench.source.fingerprint]
+    base = GreedyKey(bench.source.fingerprint, begun.tolist(), asked.generate)
 
     def said(who: str, own: Weights) -> dict[str, np.ndarray]:
         from optimizer.models.kv_cache import BITS, Cache
@@ -322,13 +322,12 @@ def _greedy(bench: Bench, weights: Weights, asked: Asked) -> Greedy:
             cache = Cache(net.config, own.cache) if own.cache.bits in BITS else None
             return {"ids": generation.continuations(net, begun, asked.generate, cache)}
 
-    base = digest(["greedy", VERSION, asked_for])
-    reference = bench.store.arrays("tokens", base, lambda: said("the reference", _own(bench)))
+    reference = bench.store.arrays("tokens", base.text, lambda: said("the reference", _own(bench)))
     assert reference is not None
     if weights.key is None:
         other: dict[str, np.ndarray] | None = said("the plan", weights)
     else:
-        key = digest(["greedy", VERSION, asked_for, weights.identity])
+        key = replace(base, weights=weights.identity).text
         other = bench.store.arrays("tokens", key, lambda: said("the plan", weights))
     assert other is not None
     return generation.compare(reference["ids"], other["ids"], asked.seed)

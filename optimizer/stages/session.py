@@ -33,6 +33,7 @@ from optimizer.models.source import (
 from optimizer.plan import Inventory, Layer, Policy, Precision, digest, policy
 from optimizer.plan.cache import WHOLE, CacheKind
 from optimizer.plan.pins import translated
+from optimizer.stages.keys import BundledKey, ChainKey, InventoryKey, ScoresKey, TokensKey
 from optimizer.store import Store
 
 if TYPE_CHECKING:
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
     from optimizer.models.model import Model
 
 CHECK_WINDOWS = 8
-INVENTORY = 5  # raised when what an inventory says changes
-VERSION = 4  # raised when a stage's numbers change
-SCORES = 5  # the same for scores: they say since then which model found the true token
 
 
 class View:
@@ -153,7 +151,7 @@ class Bench:
 
             return take_inventory(self.source.folder).to_json()
 
-        key = digest(["inventory", INVENTORY, self.source.fingerprint])
+        key = InventoryKey(self.source.fingerprint).text
         return Inventory.from_json(self.store.json("inventories", key, take))
 
     @cached_property
@@ -175,7 +173,7 @@ class Bench:
         from optimizer.data import text as texts
 
         def keep(name: str, make: Any) -> dict[str, np.ndarray]:
-            key = digest(["tokens", texts.VERSION, self.source.fingerprint, name])
+            key = TokensKey(texts.VERSION, self.source.fingerprint, name).text
             found = self.store.arrays("tokens", key, make)
             assert found is not None
             return found
@@ -230,7 +228,7 @@ class Bench:
                 for name, w in parts.items()
             }
 
-        key = digest(["bundled", domains.VERSION, domains.content(), self.tokens_key])
+        key = BundledKey(domains.VERSION, domains.content(), self.tokens_key).text
         kept = self.store.json("tokens", key, cut)
         if "why" in kept:
             self.view.note(f"{kept['why']} So text is sampled from the model instead.")
@@ -316,7 +314,7 @@ class Bench:
 
     def _scores_key(self, choice: Mapping[str, Precision], part: str, quantizer: Any) -> str:
         real = {name: p.name for name, p in sorted(choice.items()) if p.kind != "none"}
-        return digest(["scores", SCORES, self.part_key(part), quantizer.key, real])
+        return ScoresKey(self.part_key(part), quantizer.key, real).text
 
     def ready(self, choices: Iterable[Mapping[str, Precision]], part: str, quantizer: Any) -> None:
         """Make the codes of all plans that have no scores yet in one pass, where they can be."""
@@ -441,5 +439,5 @@ def unchained(bench: Bench) -> str | None:
             return str(error)
         return ""
 
-    key = digest(["chain", VERSION, bench.source.fingerprint])
+    key = ChainKey(bench.source.fingerprint).text
     return str(bench.store.json("chains", key, make)) or None

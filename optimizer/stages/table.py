@@ -15,9 +15,8 @@ from optimizer.errors import ConfigError
 from optimizer.plan import digest, glob
 from optimizer.quantization.methods import Rtn, bind
 from optimizer.sensitivity import Table, Task
+from optimizer.stages.keys import TableKey
 from optimizer.stages.session import Bench, Choices
-
-VERSION = 4  # raised when a table's numbers change
 
 
 @dataclass(frozen=True)
@@ -79,20 +78,16 @@ def measure_table(
     fitted = [[chosen.fitted[g[0], c].name for c in chosen.columns] for g in chosen.groups]
     windows = read_for(bench, config)
     quantizer = bind(config.quantizer, bench)
-    key = digest(
-        [
-            "table",
-            VERSION,
-            bench.key_of(windows),
-            settings.key,
-            chosen.groups,
-            chosen.columns,
-            fitted,
-            quantizer.key,
-            config.seed,
-            *([] if reading is None else [reading.key]),
-        ]
-    )
+    key = TableKey(
+        windows=bench.key_of(windows),
+        estimator=settings.key,
+        groups=chosen.groups,
+        columns=chosen.columns,
+        fitted=fitted,
+        quantizer=quantizer.key,
+        seed=config.seed,
+        reading=None if reading is None else reading.key,
+    ).text
     task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
     read = reading or Reading(None, windows.ids)
     runs = sensitivity.chunks(len(read.ids), min(settings.chunks, len(read.ids)))

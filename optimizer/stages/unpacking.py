@@ -23,8 +23,9 @@ from optimizer.metrics import bootstrap
 from optimizer.plan import Plan, digest
 from optimizer.quantization.methods import bind
 from optimizer.quantization.residual import Refining
+from optimizer.stages.keys import ScoresKey
 from optimizer.stages.nested import Nest
-from optimizer.stages.session import SCORES, Bench, Choices
+from optimizer.stages.session import Bench, Choices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +105,7 @@ class Unpacked:
 
     def _kept(self, what: Any, make: Any) -> dict[str, np.ndarray]:
         real = sorted((n, p.name) for n, p in self.plan.choice.items() if p.kind != "none")
-        key = digest(["unpacked", VERSION, SCORES, self._refining.key, real, what])
+        key = digest(["unpacked", VERSION, ScoresKey.VERSION, self._refining.key, real, what])
         found = self.bench.store.arrays("scores", key, make)
         assert found is not None
         return found
