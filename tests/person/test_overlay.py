@@ -52,7 +52,13 @@ def test_it_stops_where_it_is_unsure(writers: dict[float, Writer]) -> None:
 
 def test_it_is_unsure_of_about_as_many_words_as_it_says(writers: dict[float, Writer]) -> None:
     """Of what it writes, not of text that is sampled from it."""
-    begun = ("Mia had a", "Once upon a time", "Ben said", "The dog ran to", "It was a sunny day and")
+    begun = (
+        "Mia had a",
+        "Once upon a time",
+        "Ben said",
+        "The dog ran to",
+        "It was a sunny day and",
+    )
     marks = [len(writers[0.3].go_on(text, 24, stop=False).marks) for text in begun]
     assert 0.22 < sum(marks) / (24 * len(begun)) < 0.45
 
