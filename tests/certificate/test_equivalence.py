@@ -265,11 +265,11 @@ def test_weights_of_domains() -> None:
     texts = {
         MAIN: made(even(0.001)),
         "a": made(np.full((9, 5), 0.01)),
-        "b": made(np.zeros((9, 5))),
+        "b": made(np.full((9, 5), 0.002)),
     }
     answer = judge(texts, {"a": 3.0}, {}, Tolerance(), 0)
     found = to_json(answer)
-    assert found["weighted_kl"] == pytest.approx(0.0075)
+    assert found["weighted_kl"] == pytest.approx((3 * 0.01 + 0.002) / 4)
     assert any("Worst domain: a, KL 0.0100" in line for line in in_words(answer))
 
 

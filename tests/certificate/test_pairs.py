@@ -7,11 +7,35 @@ import pytest
 
 from optimizer.certificate import pairs as damage
 from optimizer.data.pairs import Pair
+from optimizer.plan.certificate import Interval
 
 
 def test_holm_by_hand() -> None:
     assert damage.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert damage.holm([0.6, 0.9]) == pytest.approx([1.0, 1.0])
+
+
+def test_each_column_of_a_table_is_one_family() -> None:
+    """Holm by hand for .01, .04, .03, .005; the plan's losses and the gaps apart; a cell without
+    informative pairs counts in neither."""
+    whole = Interval(0.0, 0.0, 0.0)
+
+    def cell(loss: float, gap: float | None) -> damage.Cell:
+        own = {"plan": damage.Damage(whole, whole, whole, loss)}
+        return damage.Cell("one", "en", COUNT, 1.0, own, gap if gap is None else whole, gap)
+
+    bare = damage.Cell("two", "en", COUNT, None, {})
+    given = [(0.6, 0.01), (0.9, 0.04), (0.02, 0.03), (0.8, 0.005)]
+    found = damage._corrected([bare, *(cell(*both) for both in given)])
+    assert found[0] == bare
+    assert [x.gap_p for x in found[1:]] == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    losses = [x.damage["plan"].p for x in found[1:]]
+    assert losses == pytest.approx([1.0, 1.0, 0.08, 1.0])
+    (alone,) = damage._corrected([cell(0.02, None)])
+    assert (alone.damage["plan"].p, alone.gap_p) == (0.02, None)
+
+
+COUNT = damage.Count(pairs=4, used=4, wrong=0, weak=0, skipped=0)
 
 
 def suite(count: int = 40) -> list[Pair]:

@@ -267,6 +267,14 @@ def test_scope_finds(scope: list[str], count: int) -> None:
     assert [x.name for x in found] == sorted((x.name for x in found), key=order.index)
 
 
+def test_an_embedding_inside_of_a_block_is_an_embedding() -> None:
+    """Doge's experts look up their rows."""
+    inside = layer("model.layers.0.mlp.up_embed.weight", "embedding")
+    inventory = Inventory((layer("model.layers.0.q.weight"), inside), (), "BF16")
+    assert inventory.scoped(["embeddings"]) == (inside,)
+    assert inside not in inventory.scoped(["blocks"])
+
+
 def test_a_tied_embedding_is_the_head_too() -> None:
     tied = Inventory((layer("model.embed.weight", "embedding", None, tied=True),), (), "F16")
     assert tied.scoped(["head"]) == tied.scoped(["embeddings"]) == tied.layers
