@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optimizer.certificate import comparison
 from optimizer.certificate.comparison import (
     Candidate,
     certify,
@@ -28,6 +29,7 @@ from optimizer.plan.certificate import (
     Certificate,
     Evaluation,
     Interval,
+    Line,
     Rival,
     Versus,
     to_json,
@@ -346,3 +348,17 @@ def test_an_encoders_certificate_speaks_of_batches_and_texts() -> None:
     meaning = checked(Evaluation, json.loads(json.dumps(answer)))
     assert meaning.unit == "text" and meaning.mcnemar is None
     assert [finding.measure for finding in meaning.findings] == ["kl", "flips"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(0.5, 0.99, "Better than"), (1.01, 2.0, "Worse than"), (0.9, 1.1, "Like")],
+)
+@pytest.mark.parametrize("worse", [True, False])
+def test_beside_the_straight_between_two_uniform_plans(
+    low: float, high: float, said: str, worse: bool
+) -> None:
+    ratio = Interval((low + high) / 2, low, high)
+    text = comparison._beside_line(Line("line", 0.01, ratio), "int5", worse)
+    assert text.startswith(f"{said} mixing uniform plans: {ratio.value:.2f} times")
+    assert ("int5, which is larger, is closer" in text) is worse

@@ -207,6 +207,13 @@ def test_needed_documents_give_the_promised_power() -> None:
     assert power(flat, np.ones(10), 0.004, 8) == 1 and power(-flat, np.ones(10), 0.004, 8) == 1
 
 
+@pytest.mark.parametrize(("kl", "state"), [(0.0001, "within"), (1.0, "over")])
+def test_what_is_decided_needs_no_more_documents(kl: float, state: str) -> None:
+    found = to_json(judge({MAIN: made(np.full((90, 5), kl))}, {}, {}, Tolerance(), 0))
+    (finding,) = (f for f in found["findings"] if f["measure"] == "kl")
+    assert (finding["state"], finding["needed"]) == (state, None)
+
+
 def test_more_documents_are_needed_than_did_not_do() -> None:
     """The estimate of power may say that as many would be enough: these had bad luck."""
     scores = made(even(0.001, 12, 1.3, 5), seed=5)
