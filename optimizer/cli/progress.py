@@ -24,6 +24,7 @@ from rich.text import Text
 
 from optimizer.stages.session import View
 
+MOST = 0.8  # of what is left of a stage that one bar stands for
 EVERY = 30.0  # seconds between two lines where output is no terminal
 
 
@@ -34,11 +35,19 @@ class Whole:
     def __init__(self, expected: Mapping[str, float], clock: Callable[[], float]) -> None:
         self._costs = dict(expected)
         self._clock, self._since = clock, clock()
-        self.now, self.share = "", 0.0
+        self.now, self.share, self._from = "", 0.0, 0.0
 
     def enter(self, stage: str) -> None:
         if stage in self._costs:
-            self.now, self.share = stage, 0.0
+            self.now, self.share, self._from = stage, 0.0, 0.0
+
+    def bar(self) -> None:
+        """A bar begins. A stage may have several, and nobody knows how many are still to come."""
+        self._from = self.share
+
+    def fill(self, share: float) -> None:
+        """The bar is filled to `share`, and so is most of what was left of the stage before it."""
+        self.share = self._from + MOST * (1 - self._from) * min(share, 1.0)
 
     @property
     def place(self) -> str:
@@ -119,7 +128,7 @@ class Terminal(View):
         try:
             with self._shown(text, len(items)) as tell:
                 for i, item in enumerate(items):
-                    self._whole.share = i / len(items)
+                    self._whole.fill(i / len(items))
                     yield item
                     tell(i + 1, "")
         finally:
@@ -129,7 +138,7 @@ class Terminal(View):
     def meter(self, text: str, total: int) -> Iterator[Callable[[int, str], None]]:
         def follow(tell: Callable[[int, str], None]) -> Callable[[int, str], None]:
             def both(done: int, news: str) -> None:
-                self._whole.share = min(done / total, 1.0) if total else 1.0
+                self._whole.fill(done / total if total else 1.0)
                 tell(done, news)
 
             return both
@@ -142,6 +151,7 @@ class Terminal(View):
         self, text: str, total: int, counted: bool = True
     ) -> Iterator[Callable[[int, str], None]]:
         shown = self._bar if self.out.is_terminal else self._lines
+        self._whole.bar()
         with shown(self._titled(text), total, counted) as tell:
             yield tell
 

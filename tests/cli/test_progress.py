@@ -33,6 +33,23 @@ def test_what_is_left_of_all_of_it() -> None:
     assert whole.place == "2 of 3"
 
 
+def test_a_second_bar_of_a_stage_goes_on_where_the_first_ended() -> None:
+    """It began at nothing again, and said eleven hours where ten minutes were left."""
+    clock = Clock()
+    whole = Whole({"table": 3.0, "proof": 1.0}, clock)
+    whole.enter("table")
+    whole.bar()
+    whole.fill(1.0)
+    clock.now = 600.0
+    before = whole.left
+    whole.bar()
+    whole.fill(0.05)
+    after = whole.left
+    assert before is not None and after is not None and 0.9 * before < after < before
+    whole.fill(1.0)
+    assert whole.share < 1.0
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [(3, "10 s"), (44, "40 s"), (100, "2 min"), (5340, "89 min"), (7800, "2 h 10 min")],
