@@ -16,6 +16,8 @@ import numpy as np
 from optimizer.errors import ConfigError
 from optimizer.plan import FLOATS, GGML, UNTOUCHED, Precision
 
+OUTLIER, FEW = 20.0, 4  # medians above which a chunk doesn't count, of that many chunks
+
 if TYPE_CHECKING:
     from optimizer.models.model import Rounder
 
@@ -89,6 +91,18 @@ class Table:
     loss: np.ndarray
     stderr: np.ndarray
     samples: np.ndarray
+
+    @staticmethod
+    def typical(samples: np.ndarray) -> np.ndarray:
+        """Which chunks [n] count. samples [n, groups, precisions]: of FEW chunks or more, one whose
+        losses have a sum of more than OUTLIER medians doesn't. A window that begins within a word may
+        have gradients a hundred times as large as any other's; its true loss isn't: there the second
+        order ends."""
+        totals = samples.sum((1, 2))
+        middle = float(np.median(totals))
+        if len(samples) < FEW or middle <= 0:
+            return np.ones(len(samples), dtype=bool)
+        return np.asarray(totals <= OUTLIER * middle)
 
     @classmethod
     def from_samples(cls, task: Task, samples: np.ndarray) -> Table:

@@ -119,7 +119,15 @@ def measure_table(
         if todo:
             read_so_far = len(read.ids[: runs[i].stop]) * read.ids.shape[1]
             Kept(bench, "").show(len(task.layers), len(task.layers), read_so_far)
-    table = Table.from_samples(task, np.array(samples))
+    kept = Table.typical(np.array(samples))
+    if not kept.all():
+        totals = np.sum(samples, (1, 2))
+        bench.view.note(
+            f"{(~kept).sum()} of {len(kept)} parts of a text are left out of its table: their "
+            f"gradients say {totals.max() / np.median(totals):.0f} times the loss of the others, which "
+            "no rounding has."
+        )
+    table = Table.from_samples(task, np.array(samples)[kept])
     return table if reading else _measured_rows(bench, config, task, table, key)
 
 
