@@ -124,7 +124,7 @@ def measure_table(
         totals = np.sum(samples, (1, 2))
         bench.view.note(
             f"{(~kept).sum()} of {len(kept)} parts of a text are left out of its table: their "
-            f"gradients say {totals.max() / np.median(totals):.0f} times the loss of the others, which "
+            f"gradients say {totals.max() / np.median(totals):.0f} times the others' loss, which "
             "no rounding has."
         )
     table = Table.from_samples(task, np.array(samples)[kept])
