@@ -107,7 +107,7 @@ def overlay(config: Overlay, view: View) -> None:
     writer, other = (
         writing_with.Writer(one, share, store, config.device, view) for one in (found[0], made)
     )
-    view.note(f"It stops where its entropy is above {writer.threshold:.2f} nats.")
+    view.note(f"It stops where {writer.stops}.")
     sock = web.bind(config.port, view.note)
     port, token = sock.getsockname()[1], web.new_token()
     state = overlay_page.State(begun)

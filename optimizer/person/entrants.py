@@ -184,8 +184,11 @@ def template(folder: Path) -> str | None:
 
 
 @contextmanager
-def opened(one: Entrant, store: Store, device: str, view: View) -> Iterator[Open]:
-    """The entrant, loaded, with its own weights. Raises PlanError if it isn't what it says."""
+def opened(
+    one: Entrant, store: Store, device: str, view: View, base: bool = False
+) -> Iterator[Open]:
+    """The entrant, loaded, with its own weights. base: without the refinement that its folder may
+    have. Raises PlanError if it isn't what it says."""
     from optimizer.models.kv_cache import BITS, Cache
     from optimizer.models.model import Model
     from optimizer.models.tokenizer import load_tokenizer
@@ -199,8 +202,11 @@ def opened(one: Entrant, store: Store, device: str, view: View) -> Iterator[Open
     view.stage(f"loading {one.name}")
     if one.packed is not None:
         from optimizer.formats.torch import packed
+        from optimizer.formats.torch.modes import Unpacking
 
-        net = packed.load(one.packed, device=device, once=True)  # its own reference fits as well
+        way = Unpacking("never") if base else Unpacking()
+        # once: its own reference fits as well
+        net = packed.load(one.packed, device=device, unpacking=way, once=True)
         yield Open(net, load_tokenizer(one.packed), cache(net))
         return
     tokenizer = load_tokenizer(one.home.folder)

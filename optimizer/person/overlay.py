@@ -1,9 +1,10 @@
 """Writing with a quantized model: it goes on by itself where it is sure, and stops where it isn't.
 
-The signal is the entropy of its next token. As many tokens count as unsure as its plan's predicted
-loss may change: two distributions of divergence KL differ on at most sqrt(KL / 2) of the tokens
-(Pinsker), so the threshold is that quantile of the entropy along what the model writes by itself, its
-likeliest words. (Along text sampled from it, tokens are far less sure, and it would hardly ever stop.)
+The signal is the one that unpack=hard goes by, where the plan has one (its base writes then), else the
+entropy of the next token. As many tokens count as unsure as the plan's predicted loss may change: two
+distributions of divergence KL differ on at most sqrt(KL / 2) of the tokens (Pinsker), so the threshold
+is that quantile of the signal along what the model writes by itself, its likeliest words. (Along text
+sampled from it, tokens are far less sure, and it would hardly ever stop.)
 
 A choice is kept as minimal pairs: what stood there, what was taken, and what was passed over.
 """
@@ -11,10 +12,11 @@ A choice is kept as minimal pairs: what stood there, what was taken, and what wa
 from __future__ import annotations
 
 import json
+import math
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from optimizer.plan import digest
 from optimizer.stages.session import View
 from optimizer.store import Store
 
-VERSION = 2
+VERSION = 3
 SAMPLES, LENGTH = 8, 32  # texts that the model goes on with, for the threshold, and tokens of each
 LEAST, USUAL, MOST = 0.02, 0.1, 0.25  # shares of unsure tokens; the middle one without a plan
 PHENOMENON = "choice"
@@ -87,28 +89,46 @@ class Writer:
         """Loaded at the first use."""
         if self._model is None:
             self._model = self._stack.enter_context(
-                opened(self.entrant, self._store, self._device, self._view)
+                opened(self.entrant, self._store, self._device, self._view, base=True)
             )
         return self._model
 
     @property
+    def signal(self) -> Any:
+        """Of `models.planes`: higher where the next word is less sure."""
+        from optimizer.formats.torch.modes import signal_of
+        from optimizer.models.planes import Signal
+
+        plan = self.entrant.plan
+        if plan is None or plan.refinement is None or not plan.refinement.hard:
+            return Signal("entropy")
+        return signal_of(self.model.net, plan)
+
+    @property
+    def stops(self) -> str:
+        """Where it stops, for a person."""
+        if self.signal.kind == "probe":  # of the log of the loss
+            return f"its plan's probe foretells a loss above {math.exp(self.threshold):.3g} nats"
+        return f"its {self.signal.kind} is above {self.threshold:.2f} nats"
+
+    @property
     def threshold(self) -> float:
-        """Entropy in nats above which a token counts as unsure."""
+        """The signal above which a token counts as unsure."""
         if self._threshold is None:
-            key = digest(["entropy", VERSION, self.entrant.identity])
-            kept = self._store.arrays("entropies", key, self._entropies)
+            key = digest(["signal", VERSION, self.entrant.identity])
+            kept = self._store.arrays("entropies", key, self._along)
             assert kept is not None
-            self._threshold = float(np.quantile(kept["entropy"], 1 - self.share))
+            self._threshold = float(np.quantile(kept["signal"], 1 - self.share))
         return self._threshold
 
-    def _entropies(self) -> dict[str, np.ndarray]:
+    def _along(self) -> dict[str, np.ndarray]:
         prompts = in_turn(gather(None, DOMAINS, ()), SAMPLES)
         length = min(LENGTH, self._room // 2)
         found = []
         for prompt in self._view.track(prompts, "how sure it is of what it writes"):
             ids = self._prompt(prompt.text, length)
-            found += [entropy for _, entropy in self._tokens(ids, length)]
-        return {"entropy": np.array(found)}
+            found += [value for _, value in self._tokens(ids, length)]
+        return {"signal": np.array(found)}
 
     @property
     def _room(self) -> int:
@@ -128,11 +148,11 @@ class Writer:
             ids: Ids = []
             marks: list[int] = []
             unsure = ended = False
-            for token, entropy in self._tokens(prompt, stretch):
+            for token, value in self._tokens(prompt, stretch):
                 if token in ends(self.model.net):
                     ended = True
                     break
-                if entropy > self.threshold:
+                if value > self.threshold:
                     if stop and ids:
                         unsure = True
                         break
@@ -143,19 +163,22 @@ class Writer:
             return Step(added, tuple(at), unsure, ended)
 
     def _tokens(self, prompt: Ids, most: int) -> Iterator[tuple[int, float]]:
-        """The likeliest next tokens one after the other, each with the entropy at its place."""
+        """The likeliest next tokens one after the other, each with the signal at its place."""
         import torch
 
-        net, past = self.model.net, self.model.cache()
+        from optimizer.models.planes import watched
+
+        net, past, signal = self.model.net, self.model.cache(), self.signal
         device = next(net.parameters()).device
         ids = torch.tensor([prompt], device=device)
-        for _ in range(most):
-            with torch.inference_mode():
-                out = net(input_ids=ids, past_key_values=past, use_cache=True)
-            past, logits = out.past_key_values, out.logits[:, -1].float()
-            token = int(logits.argmax())
-            yield token, float(_entropy(logits)[0])
-            ids = torch.tensor([[token]], device=device)
+        with watched(net) if signal.kind == "probe" else nullcontext([ids]) as seen:
+            for _ in range(most):
+                with torch.inference_mode():
+                    out = net(input_ids=ids, past_key_values=past, use_cache=True)
+                past, logits = out.past_key_values, out.logits[:, -1].float()
+                token = int(logits.argmax())
+                yield token, float(signal(logits, seen[0][:, -1])[0])
+                ids = torch.tensor([[token]], device=device)
 
     def offers(self, text: str, count: int, words: int) -> tuple[str, ...]:
         """The likeliest next tokens, each with what it would go on with; different texts only."""
@@ -180,12 +203,6 @@ class Writer:
 
     def close(self) -> None:
         self._stack.close()
-
-
-def _entropy(logits: Any) -> Any:
-    """Logits [..., vocabulary] -> nats [...]."""
-    log = logits.log_softmax(-1)
-    return -(log.exp() * log).sum(-1)
 
 
 def pairs_of(prefix: str, taken: str, passed: Sequence[str], language: str) -> list[probes.Pair]:

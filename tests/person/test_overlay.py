@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+import optimizer
 from optimizer.data import pairs as probes
 from optimizer.errors import TextError
 from optimizer.models.source import Source
@@ -61,6 +62,24 @@ def test_it_is_unsure_of_about_as_many_words_as_it_says(writers: dict[float, Wri
     )
     marks = [len(writers[0.3].go_on(text, 24, stop=False).marks) for text in begun]
     assert 0.22 < sum(marks) / (24 * len(begun)) < 0.45
+
+
+def test_a_nested_plans_base_writes_and_its_probe_says_where(
+    nested_folder: Path, store: Path
+) -> None:
+    base = optimizer.load(nested_folder, unpack="never")
+    one = writer(store, nested_folder, 0.3)
+    try:
+        step = one.go_on(BEGIN, 24, stop=False)
+        ids = one.model.tokenizer(BEGIN, return_tensors="pt")["input_ids"]
+        greedy = base.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)
+        assert (BEGIN + step.text).strip() == one.model.tokenizer.decode(
+            greedy[0], skip_special_tokens=True
+        ).strip()
+        assert one.signal.kind == "probe" and "probe foretells a loss above" in one.stops
+        assert 1 <= len(step.marks) <= 16
+    finally:
+        one.close()
 
 
 def test_quiet_writing_only_marks(writers: dict[float, Writer]) -> None:

@@ -182,7 +182,7 @@ def unpacked(
         assert plan.refinement is not None
         _check_cache(net)
         state.threshold = wanted.threshold(plan)
-        signal = _signal(net, plan)
+        signal = signal_of(net, plan)
     drafts = _twin(net) if mode == "draft" else None
     attach(modules, planes, gate)
     object.__setattr__(net, "unpacking", state)
@@ -260,8 +260,8 @@ def _check_cache(net: Any) -> None:
         )
 
 
-def _signal(net: Any, plan: Plan) -> Signal:
-    """The plan's. Raises PlanError for a probe of another model."""
+def signal_of(net: Any, plan: Plan) -> Signal:
+    """The plan's, for its base. Raises PlanError for a probe of another model."""
     assert plan.refinement is not None
     hard = plan.refinement.hard
     found = Signal(hard["signal"], tuple(hard["weights"]), hard["bias"])
