@@ -46,11 +46,11 @@ def test_a_median_is_of_the_texts_in_order() -> None:
     one = np.zeros((11, 8), int)
     other = one.copy()
     other[1:10, 3] = other[10, 0] = 1
-    found = generation.compare(one, other, 0)["median"]
-    assert found == {"value": 3, "low": 3, "high": 3}
+    found = generation.compare(one, other, 0).median
+    assert (found.value, found.low, found.high) == (3, 3, 3)
     other[1:6, 3], other[1:6, 5] = 0, 1  # 0, four times 3, five times 5, never: the sixth is 5
-    found = generation.compare(one, other, 0)["median"]
-    assert (found["value"], found["low"], found["high"]) == (5, 3, 5)
+    found = generation.compare(one, other, 0).median
+    assert (found.value, found.low, found.high) == (5, 3, 5)
 
 
 def test_prompts_are_beginnings_of_different_documents_and_leave_room() -> None:
