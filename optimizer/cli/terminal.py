@@ -170,8 +170,8 @@ def heat_map(plan: Plan) -> Text:
         text.append(*_cell([plan.choice[name]]))
         text.append(f" {plan.choice[name].name}\n", "dim")
     text.append("bits: ")
-    for bits in grid.STEPS:
-        text.append(f"{bits:>2}", _style(grid.shade(bits)))
+    for bits in grid.STEPS:  # a space before 16, too, where nothing has a colour
+        text.append(" " if bits > 9 else "").append(f"{bits:>2}", _style(grid.shade(bits)))
     text.append("  (t: ternary, 16: untouched)\n", "dim")
     return text
 

@@ -244,9 +244,8 @@ def evaluate(config: Evaluate, view: View | None = None) -> Evaluated:
     asked = certify.Asked(config.tolerance, entries, config.generate, 0, tuned)
     tokenizer = _asking(config, bench)  # before texts are read, or sampled
     certify.check(bench, asked)
-    writes = bool(
-        config.task_names or config.refusals or config.generate
-    )  # many words, one by one
+    # many words, one by one
+    writes = bool(config.task_names or config.refusals or config.generate)
     way = _unpacking(config)
     net = packed.load(folder, device=config.device, steady=True, unpacking=way, once=writes)
     with rounded(net, kind_of(plan)):

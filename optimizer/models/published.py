@@ -22,18 +22,9 @@ SCALES = ("F32", "BF16", "F16", "F8_E8M0")
 # endings of the names that quantizers give to codes: GPTQ and AWQ, compressed-tensors, bitsandbytes,
 # MXFP4, torchao, HQQ, quanto, AQLM, exllama, VPTQ, QuIP#, SpQR
 CODES = (
-    *(
-        ".qweight",
-        ".weight_packed",
-        ".absmax",
-        ".SCB",
-        "_blocks",
-        ".qdata",
-        "_weight_qdata",
-        ".W_q",
-    ),
-    *(".weight._data", ".codebooks", ".q_weight", ".trellis", ".centroids.weight", ".Qidxs"),
-    ".dense_weights",
+    *(".qweight", ".weight_packed", ".absmax", ".SCB", "_blocks", ".qdata", "_weight_qdata"),
+    *(".W_q", ".weight._data", ".codebooks", ".q_weight", ".trellis", ".centroids.weight"),
+    *(".Qidxs", ".dense_weights"),
 )
 # what codes are stored as, one or several in a number
 CODED = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "F4", "F8_E8M0")

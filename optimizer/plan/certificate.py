@@ -210,7 +210,7 @@ class Evaluation:
 
     __pydantic_config__ = FILE
 
-    state: Literal["within", "over", "open", "lossy", "lossless"]
+    state: Literal["lossy", "lossless", "open"]
     tolerance: Tolerated
     findings: Sequence[Finding]
     texts: Annotated[Sequence[TextRow], Field(min_length=1)]
@@ -229,6 +229,11 @@ class Evaluation:
         _measured([*self.texts, *self.noise], self.unit)
         if not self.verdict:
             raise ValueError("verdict is missing")
+        over = [finding for finding in self.findings if finding.state == "over"]
+        if (self.state == "lossy") != bool(over):
+            raise ValueError(f"the state is {self.state}, with {len(over)} findings over")
+        if any(finding.tolerated <= 0 for finding in over):
+            raise ValueError("what is tolerated is above 0")
         if self.worst_domain is not None:
             if self.worst_domain not in {row.name for row in self.texts}:
                 raise ValueError("worst_domain is none of the texts")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from optimizer.commands.generate import REFERENCE, Generate, generate
+from optimizer.formats.torch import packed
+from optimizer.plan import Plan
 from tests.conftest import Command
 
 PROMPT = "Once upon a time"
@@ -30,6 +33,15 @@ def test_every_way_is_told_beside_the_reference(asked: Generate) -> None:
     hard = rows["hard"]
     assert 0 < hard.share < 1 and hard.share == pytest.approx(hard.passes[1] - 1 / 12, abs=0.1)
     assert len(found.pieces) == 12 and any(mark for _, mark in found.pieces[1:])
+
+
+def test_what_a_word_reads_is_what_is_held(asked: Generate) -> None:
+    """Unpacked: the plan's own bytes of each layer. Held in 4 or 8 bits to be multiplied: more."""
+    exact = generate(replace(asked, unpack="never", share=None, compare=False, fast=False))
+    wide = generate(replace(asked, unpack="never", share=None, compare=False))
+    plan, inventory = Plan.load(asked.model), packed.read_inventory(Path(asked.model))
+    own = sum(layer.bytes(plan.choice[layer.name]) for layer in inventory.layers)
+    assert exact.asked.read == own < wide.asked.read < 3 * own
 
 
 @pytest.mark.filterwarnings("ignore")

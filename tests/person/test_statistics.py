@@ -66,6 +66,43 @@ def test_probabilities_are_davidsons() -> None:
     assert np.exp(st.log_p(u, tie)) == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize("spread", [1.0, 6.0])
+def test_evidence_is_the_likelihood_averaged_over_the_prior(spread: float) -> None:
+    """Laplace's approximation beside the integral that it stands for, in one dimension."""
+    x, y = simulated([1.5], 80, np.random.default_rng(11), tie=0.3)
+    at = st.fit(x, y, np.ones(80), free(1, spread))
+
+    def joint(b: float) -> float:
+        log = st.log_p(x[:, 0] * b, at.tie)[np.arange(80), y + 1].sum()
+        return float(log - b * b / 2 / spread**2 - np.log(spread * np.sqrt(2 * np.pi)))
+
+    best = float(at.weights[0])
+    over = quad(lambda b: np.exp(joint(b) - joint(best)), best - 2, best + 2)[0]
+    found = st._evidence(x, y, np.ones(80), at, spread)
+    assert found == pytest.approx(joint(best) + np.log(over), abs=0.05)
+
+
+def test_a_belief_finds_the_one_weight_that_differs() -> None:
+    """Of ten, where all the others are the default's common one; and which, by its probability."""
+    true = np.full(10, 0.7)
+    true[4] = 7.0
+    x, y = simulated(list(true), 150, np.random.default_rng(12))
+    towards = np.ones(10)
+    prior = st.Prior(towards, 6.0, np.zeros(10))
+    found = st.believed(x, y, np.ones(150), prior)
+    assert found.probable.sum() == pytest.approx(1)
+    with_it = sum(p for (own, _), p in zip(found.models, found.probable, strict=True) if 4 in own)
+    assert with_it > 0.99
+    cosine = found.weights @ true / np.linalg.norm(found.weights) / np.linalg.norm(true)
+    assert cosine > 0.98
+    plain = st.fit(x, y, np.ones(150), prior).weights
+    assert np.abs(found.weights - true).max() < np.abs(plain - true).max()
+    assert found.weights[0] == pytest.approx(found.scale, rel=0.3)
+    again = st.believed(x, y, np.ones(150), prior, found)  # of the likely models alone
+    assert len(again.models) <= st.MODELS
+    assert again.weights == pytest.approx(found.weights, abs=0.3)
+
+
 def test_many_votes_find_the_weights() -> None:
     x, y = simulated([2.0, -1.0, 0.0], 4000, np.random.default_rng(3), tie=0.5)
     found = st.fit(x, y, np.ones(len(y)), free(3))

@@ -108,6 +108,9 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         meaning(lambda m: m["noise"].append({**TEXT, "name": "noise", "kl_p99": None})),
         "the row noise lacks kl_p99",
     ),
+    "lossy, and nothing is over": (
+        meaning(lambda m: m.update(state="lossy")), "the state is lossy, with 0 findings over"
+    ),
     "a domain that isn't there": (
         meaning(lambda m: m.update(worst_domain="verse")), "worst_domain is none of the texts"
     ),

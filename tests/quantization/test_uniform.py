@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from optimizer.plan import Precision
+from optimizer.quantization import uniform
 from optimizer.quantization.uniform import CACHED, Codes, Nearest, pack, unpack
 from tests.plan.test_inventory import KINDS, precisions
 
@@ -57,6 +58,15 @@ def test_unpacking_is_the_inverse(case: tuple[Precision, np.ndarray]) -> None:
     again = unpack(pack(torch.from_numpy(codes), precision), precision, codes.shape[1])
     assert again.dtype == torch.uint8
     assert np.array_equal(again.numpy(), codes)
+
+
+def test_a_large_layer_is_packed_in_pieces_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = torch.randint(0, 8, (7, 40), generator=torch.Generator().manual_seed(0)).byte()
+    precision = Precision("int", 3, None)
+    whole = pack(codes, precision)
+    monkeypatch.setattr(uniform, "PIECE", 80)
+    assert torch.equal(pack(codes, precision), whole)
+    assert torch.equal(unpack(whole, precision, 40), codes)
 
 
 values = st.floats(-4, 4, width=32).map(lambda x: round(x, 4))
