@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -30,13 +31,15 @@ class Borders:
         self._places: dict[tuple[int, int], int] = {}
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what a full disk didn't take is tried once more, and not needed
+            self._file.close()
 
     def keep(self, block: int, batch: int, hidden: Tensor) -> None:
         data = hidden.contiguous().cpu().numpy()
         try:
             self._places[block, batch] = self._file.seek(0, 2)
             self._file.write(data.data)
+            self._file.flush()
         except OSError as error:
             raise unwritable(Path(tempfile.gettempdir()), error) from None
 

@@ -33,7 +33,8 @@ def tiny() -> Model:
             0,
             n,
             tuple(net.get_parameter(n).shape),
+            dtype="F32",
         )
         for n in NAMES
     )
-    return Model(net, Inventory(layers, (), "F16"), None)  # type: ignore[arg-type]  # nothing reads its files
+    return Model(net, Inventory(layers, (), "F32"), None)  # type: ignore[arg-type]  # nothing reads its files

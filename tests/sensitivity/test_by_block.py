@@ -190,3 +190,130 @@ def test_a_class_whose_gradients_are_for_training_only_is_refused(tmp_path: Path
         ModelError, match=r"ReformerModelWithLMHead gives no gradients.*model\.train"
     ):
         diagonal(model, task_of(model), text(weighted=False).ids, [0])
+
+
+class Watched(Desk):
+    """Remembers what it is shown."""
+
+    def __init__(self) -> None:
+        self.tracks, self.steps = list[tuple[list[int], str]](), 0
+        self.shown = list[tuple[int, int, int]]()
+        self.states = list[dict[str, np.ndarray]]()
+
+    def track(self, items: Any, text: str) -> Any:
+        self.tracks.append((list(items), text))
+        for item in items:
+            yield item
+            self.steps += 1
+
+    def show(self, layers: int, of: int, tokens: int) -> None:
+        self.shown.append((layers, of, tokens))
+
+    def leave(self, state: dict[str, np.ndarray]) -> None:
+        self.states.append({key: value.copy() for key, value in state.items()})
+
+
+def test_a_desk_is_shown_each_block_there_and_back_and_then_the_outside(tmp_path: Path) -> None:
+    model, read, desk = small("llama", tmp_path), text(weighted=False), Watched()
+    by_block.samples(model, task_of(model), read, desk)
+    assert desk.tracks == [([0, 1, 2, 0, 1, 2], "sensitivity")] and desk.steps == 6
+    tokens = 7 * 24  # seven layers a block; the embeddings and the head are outside
+    assert desk.shown == [(7, 23, tokens), (14, 23, tokens), (21, 23, tokens), (23, 23, tokens)]
+    assert [int(x["block"][0]) for x in desk.states] == [2, 1, 0]
+    names = set(model.layers)
+    assert [set(x) - names for x in desk.states] == [{"block", "border 0"}] * 3
+    done = [{n for n in names if desk.states[i][n].any()} for i in range(3)]
+    assert done == [
+        {n for n in names if model.layers[n].block in range(2 - i, 3)} for i in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [(k, p) for k in ("llama", "llama tied") for p in ("embeddings", "heads", "one block")]
+    + [("mixtral", "one block")],
+)
+def test_some_of_the_layers_get_what_they_get_among_all(
+    kind: str, part: str, tmp_path: Path
+) -> None:
+    model, read = small(kind, tmp_path), text(weighted=True)
+    whole = task_of(model)
+    chosen = {
+        "embeddings": lambda x: x.kind == "embedding",
+        "heads": lambda x: x.predicts,
+        "one block": lambda x: x.block == 1,
+    }[part]
+    own = [i for i, (name,) in enumerate(whole.groups) if chosen(model.layers[name])]
+    some = Task(tuple(whole.groups[i] for i in own), whole.columns, whole.fitted, whole.quantizer)
+    wanted = by_block.samples(model, whole, read, Desk())
+    found = by_block.samples(model, some, read, Desk())
+    assert own and wanted is not None and found is not None
+    np.testing.assert_allclose(found, wanted[:, own], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_windows_in_several_batches_give_the_same(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two windows of 24 tokens in a batch: a chunk's windows lie in several, and the last is short."""
+    model, read, sizes = small(kind, tmp_path), text(weighted=True), list[list[int]]()
+    wanted, begin = by_block.samples(model, task_of(model), read, Desk()), Stream._begin
+
+    def began(self: Stream, parts: Any) -> Any:
+        found = begin(self, parts)
+        sizes.append([len(x.ids) for x in found])
+        return found
+
+    monkeypatch.setattr(Stream, "_begin", began)
+    monkeypatch.setattr(by_block, "TOGETHER", 48)
+    desk = Watched()
+    found = by_block.samples(model, task_of(model), read, desk)
+    assert found is not None and wanted is not None
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-9 * wanted.max())
+    alone = [[1] * 7] if kind == "mixtral" else []  # experts see some tokens of a window
+    assert sizes == [[2, 2, 2, 1], *alone]
+    borders = {key for key in desk.states[0] if key.startswith("border")}
+    assert len(borders) == (7 if alone else 4)
+
+
+def test_blocks_that_share_a_parameter_are_left_to_the_whole(tmp_path: Path) -> None:
+    model, read = small("llama", tmp_path), text(weighted=False)
+    assert by_block.samples(model, task_of(model), read, Desk()) is not None
+    first, last = (model.net.model.layers[i].mlp for i in (0, 2))
+    last.up_proj.weight = first.up_proj.weight
+    assert by_block.samples(model, task_of(model), read, Desk()) is None
+
+
+def test_encoders_are_left_to_the_whole(tmp_path: Path) -> None:
+    model = small("llama", tmp_path)
+    encoder = Model(model.net, model.inventory, model.checkpoint, pooling="mean")
+    assert by_block.samples(encoder, task_of(model), text(weighted=False), Desk()) is None
+
+
+def test_rows_that_are_rounded_by_themselves_are_rounded_some_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many rows as STACK bytes hold of all precisions at once, whole layers of what a row can't
+    tell alone, and untouched columns not at all."""
+    model, asked = small("llama", tmp_path), list[tuple[tuple[int, ...], str, str]]()
+
+    class Told(Nearest):
+        def round(self, weight: torch.Tensor, precision: Precision, layer: str = "") -> Any:
+            asked.append((tuple(weight.shape), precision.name, layer))
+            return super().round(weight, precision, layer)
+
+    name = next(x.name for x in model.layers.values() if x.role == "up_proj")  # [96, 64]
+    columns = {"a": Precision("int", 3, 16), "b": Precision(), "c": Precision.ggml("q4_0"),
+               "d": Precision("int", 4, 16)}  # fmt: skip
+    fitted = {(name, key): p for key, p in columns.items()}
+    work = Task(((name,),), tuple(columns), fitted, Told())
+    monkeypatch.setattr(by_block, "STACK", 4 * 64 * 2 * 40)  # fp32, columns, precisions, rows
+    weight = model.weight(name)
+    found = list(by_block._stacks(model, work, model.layers[name]))
+    int3, int4, q4 = columns["a"].name, columns["d"].name, columns["c"].name
+    rows = [((n, 64), p, "") for n in (40, 40, 16) for p in (int3, int4)]
+    assert asked == [*rows, ((96, 64), q4, name)]
+    assert [(c, s) for c, s, _ in found[:3]] == [([0, 3], slice(a, a + 40)) for a in (0, 40, 80)]
+    assert found[3][0] == [2]
+    error = (Nearest().round(weight, columns["d"]) - weight).square().flatten()
+    np.testing.assert_allclose(torch.cat([x[2][1] for x in found[:3]]), error, atol=1e-9)

@@ -342,3 +342,40 @@ def test_a_part_whose_gradients_explode_does_not_count() -> None:
     assert Table.typical(samples).tolist() == [True, True, False, *[True] * 5]
     assert Table.typical(samples[:3]).all()  # of so few nobody knows which is odd
     assert Table.typical(samples - samples.mean() * 9).all()
+
+
+def test_twenty_medians_are_still_typical_and_three_parts_are_too_few_to_tell() -> None:
+    def parts(*totals: float) -> np.ndarray:
+        return np.array(totals)[:, None, None] * np.array([[[0.25, 0.25], [0.5, 0.0]]])
+
+    assert Table.typical(parts(1, 1, 1, 20)).all()
+    assert Table.typical(parts(1, 1, 1, 20.001)).tolist() == [True, True, True, False]
+    assert Table.typical(parts(1, 1, 1000)).all()  # of three nobody knows which is odd
+    assert Table.typical(parts(0, 0, 0, 5)).all()  # nothing is a multiple of zero
+
+
+def test_what_cannot_be_rounded_is_told_with_what_would_round_it() -> None:
+    more = layer("x_proj", 80)
+    (text,) = unfitting([WIDE, ODD, more], [P32, Precision("int", 2, 32), WHOLE], "untouched")
+    assert text == (
+        "Groups of 32 don't divide the 48 columns of dt_proj.weight and 1 more: untouched in every "
+        "precision with such groups. palette.fit=nearest rounds them in other groups."
+    )
+    floats = [Precision.floating("mxfp4"), Precision.floating("nvfp4")]
+    found = unfitting([layer("a_proj", 40), ODD], floats, "nearest")
+    assert found == (
+        "Groups of 16 don't divide the 40 columns of a_proj.weight: untouched in nvfp4.",
+        "Groups of 32 don't divide the 40 columns of a_proj.weight and 1 more: untouched in mxfp4.",
+    )
+    (text,) = unfitting([ODD], [P32, Precision.floating("mxfp4")], "untouched")
+    assert "every precision with such groups. palette.fit" in text  # int4 could be helped
+    assert unfitting([ODD], [P32], "nearest") == ()
+
+
+def test_a_refused_group_size_comes_with_the_one_that_divides_all() -> None:
+    for wrong, size in ((Precision("int", 4, 40), 48), (Precision("int", 4, 20), 16)):
+        layers = [layer("a", 96), layer("b", 48 if size == 48 else 80)]
+        with pytest.raises(ConfigError, match=rf"divisor of all \({size} is the nearest\)"):
+            palette_columns(layers, [wrong], "strict")
+    with pytest.raises(ConfigError, match=r"q4_k out of palette\.bits, or set palette\.fit=nearest"):
+        palette_columns([ODD], [Precision.ggml("q4_k")], "untouched")
