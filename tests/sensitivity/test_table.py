@@ -377,5 +377,7 @@ def test_a_refused_group_size_comes_with_the_one_that_divides_all() -> None:
         layers = [layer("a", 96), layer("b", 48 if size == 48 else 80)]
         with pytest.raises(ConfigError, match=rf"divisor of all \({size} is the nearest\)"):
             palette_columns(layers, [wrong], "strict")
-    with pytest.raises(ConfigError, match=r"q4_k out of palette\.bits, or set palette\.fit=nearest"):
+    with pytest.raises(
+        ConfigError, match=r"q4_k out of palette\.bits, or set palette\.fit=nearest"
+    ):
         palette_columns([ODD], [Precision.ggml("q4_k")], "untouched")
