@@ -19,10 +19,11 @@ from optimizer.config import AUTO, Optimize
 from optimizer.data.text import Part
 from optimizer.errors import ConfigError
 from optimizer.quantization.methods import Gptq, Rtn
-from optimizer.sensitivity import estimator
+from optimizer.sensitivity import Estimator, Fisher, estimator
 
 EFFORTS = ("quick", "standard", "thorough")
-QUICK_WINDOWS = 24  # of calibration, in place of the default number
+QUICK_WINDOWS = 8  # of calibration, in place of the default number
+ENOUGH = 16  # windows that a diagonal's table reads; gptq's Hessians read all
 
 
 def check(config: Optimize) -> None:
@@ -35,7 +36,8 @@ def reading(config: Optimize) -> Optimize:
     usual, own = Part(sequences=64, length=128), config.data.calibration
     if config.effort != "quick" or own != usual:
         return config
-    fewer = replace(config.data, calibration=replace(own, sequences=QUICK_WINDOWS))
+    few = max(QUICK_WINDOWS, config.sensitivity.chunks)
+    fewer = replace(config.data, calibration=replace(own, sequences=few))
     return replace(config, data=fewer)
 
 
@@ -55,8 +57,18 @@ def settle(
     sensitivity, search = config.sensitivity, config.search
     if sensitivity.estimator == AUTO:
         suiting = estimator(quantizer.estimator)
-        sensitivity = suiting(chunks=sensitivity.chunks, measured=sensitivity.measured)
+        sensitivity = replace(
+            suiting(chunks=sensitivity.chunks, measured=sensitivity.measured),
+            windows=_windows(sensitivity, suiting),
+        )
     if search.space == AUTO:
         search = replace(search, space="moves" if config.effort == "thorough" else "exact")
     settled = replace(config, quantizer=quantizer, sensitivity=sensitivity, search=search)
     return settled, notes
+
+
+def _windows(asked: Estimator, suiting: type[Estimator]) -> int | None:
+    """How many windows a table reads where nobody said so."""
+    if asked.windows is not None or not issubclass(suiting, Fisher):
+        return asked.windows
+    return max(ENOUGH, asked.chunks)

@@ -139,6 +139,15 @@ class Windows:
     def head(self, windows: int) -> Windows:
         return Windows(self.ids[:windows], self.documents[:windows], self.domains[:windows])
 
+    def spread(self, windows: int) -> Windows:
+        """So many of them, evenly from the first to the last; all if there are no more."""
+        count = len(self.ids)
+        if windows >= count:
+            return self
+        some = np.linspace(0, count - 1, windows).round().astype(int)
+        domains = tuple(self.domains[i] for i in some) if self.domains else ()
+        return Windows(self.ids[some], self.documents[some], domains)
+
 
 Tokens = dict[str, Windows]
 

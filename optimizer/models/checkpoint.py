@@ -4,6 +4,7 @@ at a time.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MAPPED = 2**26
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Checkpoint:
             return value
 
     def several(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors as they are stored, one at a time; each file is opened once."""
+        """Tensors as they are stored, one at a time. A file is opened anew for every MAPPED bytes of
+        it: what was read of an open file counts as this process's memory."""
         from safetensors import safe_open
 
         by_file: dict[Path, list[str]] = {}
@@ -62,12 +65,17 @@ class Checkpoint:
                 continue
             by_file.setdefault(self.tensors[name].file, []).append(name)
         for path, own in by_file.items():
-            with readable(path) as file, safe_open(file, framework="pt") as opened:
-                for name in own:
-                    value = opened.get_tensor(name)
-                    if self.kept is not None:
-                        self.kept[name] = value = value.clone()  # no view of the file
-                    yield name, value
+            rest = deque(own)
+            while rest:
+                mapped = 0
+                with readable(path) as file, safe_open(file, framework="pt") as opened:
+                    while rest and mapped < MAPPED:
+                        name = rest.popleft()
+                        value = opened.get_tensor(name)
+                        mapped += value.nbytes
+                        if self.kept is not None:
+                            self.kept[name] = value = value.clone()  # no view of the file
+                        yield name, value
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

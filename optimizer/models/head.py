@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from optimizer.errors import ModelError
 from optimizer.models.offload import offloaded
 
-# glibc gives pieces of more than 32 MiB back at once; smaller ones tore the heap to gigabytes.
-LOGITS = 2**26  # bytes of logits that exist at one time, some times over
+# glibc gives pieces of 32 MiB or more back at once; smaller ones tore the heap to gigabytes.
+LOGITS = 9 * 2**22  # bytes of logits that exist at one time, some times over
 MOST = 512  # tokens of which they are at most
 BATCH_TOKENS = 2048  # tokens that run through the blocks together
 
@@ -203,6 +203,12 @@ def _with_fixed(
 
 def unchanged(logits: Tensor) -> Tensor:
     return logits
+
+
+def entrywise(shape: Callable[[Tensor], Tensor]) -> bool:
+    """Whether what `final_transform` found does the same to every token's logit, whichever others are
+    there."""
+    return getattr(shape, "func", shape) is not _with_fixed
 
 
 def is_head(net: Any, parameter: str) -> bool:

@@ -148,6 +148,13 @@ class Model:
             return matrix(finite(name, self.checkpoint.read(name)), layer)
         return read(self.parameter, layer)
 
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows of the layer's own matrix, fp32, without the others where its weights lie on disk.
+        The model must hold its own weights."""
+        if self._disk is not None and self._disk.holds(name):
+            return matrix(self.checkpoint.read(name), self.layers[name])[rows].float()
+        return self.weight(name)[rows]
+
     def parameter(self, name: str) -> Tensor:
         """A live parameter's values."""
         if self._disk is not None:

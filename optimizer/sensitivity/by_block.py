@@ -31,20 +31,24 @@ from optimizer.models.blockwise import Batch, Stream
 from optimizer.models.head import final_transform, output_head, tokens_together
 from optimizer.models.model import Model, read
 from optimizer.models.watching import begin_gradients
-from optimizer.plan import Layer, Precision
+from optimizer.plan import Layer
+from optimizer.sensitivity import vocabulary
 from optimizer.sensitivity.borders import Borders
 from optimizer.sensitivity.fisher import (
+    STACK,
     add_square,
+    by_row,
     gradients,
     likelihood,
     sampled,
+    squared_error,
     watching,
 )
 from optimizer.sensitivity.table import Desk, Task, Text
+from optimizer.sensitivity.vocabulary import Ends
 
 TOGETHER = 1024  # tokens that run through a block at a time
 SQUARES = 2**27  # bytes of squares that exist at a time, if more than one chunk's are to
-STACK = 2**23  # bytes of errors that exist at a time, where rows are rounded by themselves
 AGREE = 1e-3  # how far two ways to one gradient may lie apart, as a share of it
 
 
@@ -106,6 +110,8 @@ class _Passes:
         }
         shape = (len(text.runs), len(task.columns))
         self.losses = {x.name: np.zeros(shape) for x in layers}
+        self.labels = np.zeros(text.ids.shape, np.int64)
+        self.normalisers = np.zeros(text.ids.shape, np.float32)
         firsts = np.cumsum([0, *(len(batch.ids) for batch in stream.batches)])
         self.windows = [range(a, b) for a, b in pairwise(firsts.tolist())]
 
@@ -146,12 +152,19 @@ class _Passes:
     def _state(self, block: int, arrived: Sequence[Tensor]) -> dict[str, np.ndarray]:
         """What is known when a block is done: gradients at its input, the losses from there on."""
         borders = {f"border {i}": x.cpu().numpy() for i, x in enumerate(arrived)}
-        return {"block": np.array([block]), **borders, **self.losses}
+        return {
+            "block": np.array([block]),
+            "labels": self.labels,
+            "normalisers": self.normalisers,
+            **borders,
+            **self.losses,
+        }
 
     def _resume(self, left: dict[str, np.ndarray]) -> tuple[int, list[Tensor]]:
         """The last block that was done, and the gradients at its input."""
         for name, losses in self.losses.items():
             losses[:] = left[name]
+        self.labels[:], self.normalisers[:] = left["labels"], left["normalisers"]
         device = self.stream.batches[0].hidden.device
         borders = [left[f"border {i}"] for i in range(len(self.stream.batches))]
         return int(left["block"][0]), [torch.from_numpy(x).to(device) for x in borders]
@@ -160,7 +173,7 @@ class _Passes:
 
     def _likelihood(self, x: Tensor, window: int) -> None:
         """Backward from the log-likelihood of a window's sampled labels. x: the head's inputs
-        [length, width]."""
+        [length, width]. Notes the labels and their normalisers."""
         weights = self.text.weights
         roots = None if weights is None else torch.from_numpy(np.sqrt(weights[window])).to(x)
         draws = np.random.default_rng(self.text.labels(window)).random((len(x), 1))
@@ -170,6 +183,9 @@ class _Passes:
             logits = self.shape(self.head(x[part]).float())
             labels = sampled(logits, draws[part])
             each = torch.log_softmax(logits, -1).gather(-1, labels)[:, 0]
+            normaliser = (logits.gather(-1, labels)[:, 0] - each).detach()
+            self.labels[window, part] = labels[:, 0].cpu().numpy()
+            self.normalisers[window, part] = normaliser.cpu().numpy()
             (each if roots is None else each * roots[part]).sum().backward()
 
     def _at_the_end(self, index: int) -> Tensor:
@@ -252,7 +268,15 @@ class _Passes:
 
     def _outside(self, arrived: Sequence[Tensor]) -> None:
         """Embeddings, the head, and what else lies before or behind the blocks."""
-        own = self.layers[None]
+        wide = [
+            x for x in self.layers[None] if vocabulary.suits(self.model, self.task, x, self.shape)
+        ]
+        if wide:
+            ends = self._ends(arrived)
+            for layer in wide:
+                found = vocabulary.losses(self.model, self.task, layer, self.text, ends)
+                self.losses[layer.name][:] = found
+        own = [x for x in self.layers[None] if x not in wide]
         if not own:
             return
         net, squares = self.model.net, _Squares(self, own)
@@ -278,6 +302,35 @@ class _Passes:
             for value in parameters.values():
                 value.requires_grad_(False).grad = None
         squares.score()
+
+    def _ends(self, arrived: Sequence[Tensor]) -> Ends:
+        """Both ends of all windows. arrived: each batch's gradient at the first block's input."""
+        with torch.no_grad():
+            inputs = [self.stream.tail(batch.ids, batch.hidden) for batch in self.stream.batches]
+        table, looked = self.model.net.get_input_embeddings(), []
+        sparse, value = getattr(table, "sparse", False), table.weight
+        try:
+            table.sparse = True
+            value.requires_grad_(True)
+            for index, batch in enumerate(self.stream.batches):
+                for row in range(len(batch.ids)):
+                    before = self.stream.front(batch.ids[row : row + 1])
+                    before.backward(arrived[index][row : row + 1])
+                    looked.append(_rows(value.grad))
+                    value.grad = None
+        finally:
+            table.sparse = sparse
+            value.requires_grad_(False).grad = None
+        return Ends(torch.cat(inputs), self.labels, self.normalisers, self.shape, looked)
+
+
+def _rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [n] and their rows [n, width] of an embedding's gradient."""
+    if gradient.is_sparse:
+        whole = gradient.coalesce()
+        return whole.indices()[0], whole.values()
+    ids = gradient.any(1).nonzero()[:, 0]
+    return ids, gradient[ids]
 
 
 class _Squares:
@@ -319,20 +372,13 @@ def _stacks(model: Model, task: Task, layer: Layer) -> Iterator[tuple[list[int],
     """Some columns' numbers, some rows, and the squared errors of those precisions there [columns,
     weights]. Rows go by themselves where the rounding of one doesn't depend on the others."""
     precisions = [task.fitted[layer.name, column] for column in task.columns]
-    alone = getattr(task.quantizer, "by_row", False)
-    real = [i for i, p in enumerate(precisions) if p.kind != "none"]
-    split = [i for i in real if alone and precisions[i].kind in ("int", "ternary")]
+    split = by_row(task, layer)
     weight = model.weight(layer.name)
     some = max(1, STACK // (4 * layer.cols * max(len(split), 1)))
     for start in range(0, layer.rows if split else 0, some):
         rows = slice(start, start + some)
-        parts = [_squared(task, weight[rows], precisions[i], "") for i in split]
+        parts = [squared_error(task, weight[rows], precisions[i], "") for i in split]
         yield split, rows, torch.stack(parts)
-    for i in real:
-        if i not in split:
-            yield [i], slice(None), _squared(task, weight, precisions[i], layer.name)[None]
-
-
-def _squared(task: Task, weight: Tensor, precision: Precision, name: str) -> Tensor:
-    """(W' - W)^2 of some rows, flat."""
-    return task.quantizer.round(weight, precision, name).sub_(weight).square_().reshape(-1)
+    for i, precision in enumerate(precisions):
+        if precision.kind != "none" and i not in split:
+            yield [i], slice(None), squared_error(task, weight, precision, layer.name)[None]

@@ -41,20 +41,25 @@ class Estimator:
     VERSION: raise it when the same settings give other numbers; it is part of a table's key.
     by_token: it can weigh single tokens. chunks: the windows are scored in this many parts; the
     parts' spread gives the standard errors, and a killed run loses at most one part, or a block.
+    windows: how many of the windows are read, spread evenly over them; None: all.
     """
 
     VERSION: ClassVar[int] = 1
     by_token: ClassVar[bool] = False
     estimator: str = field(default="", init=False)
     chunks: int = 8
+    windows: int | None = None
     measured: Measured = field(default_factory=Measured)
 
     def check(self, windows: int) -> None:
         """Raises ConfigError for a wrong value. windows: how many there are to read."""
-        if not 2 <= self.chunks <= windows:
+        some, what = windows, f"data.calibration.sequences={windows}"
+        if self.windows is not None and self.windows < windows:
+            some, what = self.windows, f"sensitivity.windows={self.windows}"
+        if not 2 <= self.chunks <= some:
             raise ConfigError(
                 "A standard error needs at least two chunks of at least one window each; "
-                f"sensitivity.chunks={self.chunks} with data.calibration.sequences={windows}."
+                f"sensitivity.chunks={self.chunks} with {what}."
             )
 
     @property

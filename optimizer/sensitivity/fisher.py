@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from optimizer.errors import ModelError
 from optimizer.models.model import Model, read
 from optimizer.models.watching import begin_gradients, on_gradient, rows_of
-from optimizer.plan import Layer
+from optimizer.plan import Layer, Precision
 from optimizer.sensitivity import Task
 
 TOGETHER = 4  # windows whose inputs and output gradients are kept at a time
+STACK = 2**23  # bytes of errors that exist at a time, where rows are rounded by themselves
 
 
 def diagonal(
@@ -262,6 +263,18 @@ def rounding_errors(model: Model, task: Task, layer: Layer) -> Iterator[tuple[st
             if (precision.kind != "none")
             else torch.zeros_like(weight),
         )
+
+
+def by_row(task: Task, layer: Layer) -> list[int]:
+    """Numbers of the columns that round each row of the layer by itself."""
+    alone = getattr(task.quantizer, "by_row", False)
+    kinds = [task.fitted[layer.name, column].kind for column in task.columns]
+    return [i for i, kind in enumerate(kinds) if alone and kind in ("int", "ternary")]
+
+
+def squared_error(task: Task, weight: Tensor, precision: Precision, name: str) -> Tensor:
+    """(W' - W)^2 of some rows, flat."""
+    return task.quantizer.round(weight, precision, name).sub_(weight).square_().reshape(-1)
 
 
 def _array(values: list[Tensor]) -> np.ndarray:

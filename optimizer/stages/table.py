@@ -18,6 +18,8 @@ from optimizer.sensitivity import Table, Task
 from optimizer.stages.keys import TableKey
 from optimizer.stages.session import Bench, Choices
 
+SO_FAR = 2  # version of what a killed run leaves
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -77,6 +79,8 @@ def measure_table(
         return _foretold(bench, config, chosen, reading)
     fitted = [[chosen.fitted[g[0], c].name for c in chosen.columns] for g in chosen.groups]
     windows = read_for(bench, config)
+    if reading is None and settings.windows is not None:
+        windows = windows.spread(settings.windows)
     quantizer = bind(config.quantizer, bench)
     key = TableKey(
         windows=bench.key_of(windows),
@@ -100,7 +104,7 @@ def measure_table(
     weights = read.weights() if todo and read.weights is not None else None
     if todo:
         text = sensitivity.Text(read.ids, runs, config.seed, weights)
-        desk = Kept(bench, digest([key, "so far"]))
+        desk = Kept(bench, digest([key, "so far", SO_FAR]))
         whole = settings.samples(bench.model, task, text, desk)
         for i in range(0 if whole is None else len(runs)):
             bench.store.arrays("tables", _part(key, i), lambda i=i: {"loss": whole[i]})  # type: ignore
@@ -139,7 +143,9 @@ def _foretold(bench: Bench, config: Optimize, chosen: Choices, reading: Reading 
         config,
         quantizer=Rtn(clip=config.quantizer.clip),
         sensitivity=sensitivity.Fisher(
-            chunks=config.sensitivity.chunks, measured=config.sensitivity.measured
+            chunks=config.sensitivity.chunks,
+            windows=config.sensitivity.windows,
+            measured=config.sensitivity.measured,
         ),
     )
     table = measure_table(bench, nearest, chosen, reading)

@@ -227,6 +227,22 @@ def test_a_quick_run_reads_fewer_windows_unless_a_number_was_chosen() -> None:
 
     assert read("effort=quick") < read() == read("effort=thorough") == 64
     assert read("effort=quick", "data.calibration.sequences=50") == 50
+    composed("optimize", "effort=quick", "sensitivity.chunks=12").check()
+    assert read("effort=quick", "sensitivity.chunks=12") == 12
+
+
+def test_a_diagonal_reads_some_of_the_windows_unless_somebody_said_how_many() -> None:
+    def read(*words: str) -> int | None:
+        found, _ = effort.settle(composed("optimize", *words), False, lambda: None)
+        return found.sensitivity.windows
+
+    assert read() == read("effort=thorough") == read("quantizer=rtn") == 16
+    assert read("sensitivity.windows=40") == 40
+    assert read("sensitivity.chunks=20") == 20
+    assert read("quantizer=awq") is None and read("sensitivity=gain") is None
+    with pytest.raises(ConfigError, match=r"chunks=8 with sensitivity\.windows=6"):
+        composed("optimize", "sensitivity.windows=6").check()
+    composed("optimize", "sensitivity.windows=99", "data.calibration.sequences=8").check()
 
 
 @pytest.mark.parametrize(

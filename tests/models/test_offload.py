@@ -205,4 +205,6 @@ def test_the_stories_model_in_two_files(stories: Model, tmp_path: Path) -> None:
     model = Model.load(tmp_path, inventory, offload="disk")
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
-        assert torch.equal(model.net(ids).logits, stories.net(ids).logits)
+        torch.testing.assert_close(model.net(ids).logits, stories.net(ids).logits)
+    for name, layer in stories.layers.items():
+        assert torch.equal(model.weight(name), stories.weight(name)), layer

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimizer.errors import ModelError, StorageError
 from optimizer.models.blockwise import Stream
+from optimizer.models.head import _with_fixed, unchanged
 from optimizer.models.model import Model, take_inventory
 from optimizer.plan import Precision
 from optimizer.quantization.uniform import Nearest
-from optimizer.sensitivity import Desk, Task, Text, by_block, chunks
+from optimizer.sensitivity import Desk, Task, Text, by_block, chunks, vocabulary
 from optimizer.sensitivity.fisher import diagonal
 
 torch.set_num_threads(1)
@@ -118,6 +121,52 @@ def test_the_table_is_that_of_the_whole_model(kind: str, weighted: bool, tmp_pat
     np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=1e-9 * wanted.max())
     assert (found[..., :2].sum(0) > 0).all() and (found[..., 2] == 0).all()
     assert not any(p.requires_grad or p.grad is not None for p in model.net.parameters())
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_the_vocabulary_by_themselves_give_the_same(
+    kind: str, weighted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tied and by themselves, scaled embeddings, capped logits, in memory and on disk."""
+    model, read = small(kind, tmp_path), text(weighted)
+    wanted = by_block.samples(model, task_of(model), read, Desk())
+    monkeypatch.setattr(vocabulary, "LARGE", 0)
+    monkeypatch.setattr(vocabulary, "SQUARES", 40 * 4 * 64 * 3)  # 40 rows of 96
+    monkeypatch.setattr(vocabulary, "STACK", 7 * 4 * 64 * 2)
+    monkeypatch.setattr(vocabulary, "TOGETHER", 48)
+    asked, own = list[str](), vocabulary.losses
+    monkeypatch.setattr(vocabulary, "losses", lambda *a: asked.append(a[2].name) or own(*a))
+    found = by_block.samples(model, task_of(model), read, Desk())
+    assert found is not None and wanted is not None
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-9 * wanted.max())
+    ends = {x.name for x in model.inventory.layers if x.rows == 96 and x.block is None}
+    assert ends and ends <= set(asked)
+    assert not any(p.requires_grad or p.grad is not None for p in model.net.parameters())
+    assert not model.net.get_input_embeddings().sparse
+    monkeypatch.setattr("optimizer.models.offload.LARGE", 0)
+    disk = Model.load(tmp_path, model.inventory, offload="disk")
+    away = by_block.samples(disk, task_of(disk), read, Desk())
+    np.testing.assert_array_equal(away, found)
+
+
+def test_what_only_the_whole_shows_is_not_cut_into_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small layers, logits that don't stand for themselves, rounding that looks at all rows."""
+    model = small("llama", tmp_path)
+    task, head = task_of(model), model.layers["lm_head.weight"]
+    assert not vocabulary.suits(model, task, head, unchanged)
+    monkeypatch.setattr(vocabulary, "LARGE", 4 * head.weights)
+    assert vocabulary.suits(model, task, head, unchanged)
+    fixed = partial(_with_fixed, unchanged, torch.zeros(96) > 0, torch.zeros(96))
+    assert not vocabulary.suits(model, task, head, fixed)
+    floats = {**task.fitted, (head.name, "int3"): Precision("fp8", 8, None, True)}
+    assert not vocabulary.suits(model, replace(task, fitted=floats), head, unchanged)
+    handed = model.net.model.layers[0].mlp.up_proj  # a layer that isn't at an end
+    name = next(n for n, x in model.layers.items() if "up_proj" in n and x.block == 0)
+    assert handed.weight.shape == (model.layers[name].rows, model.layers[name].cols)
+    assert not vocabulary.suits(model, task, replace(model.layers[name], rows=96), unchanged)
 
 
 @pytest.mark.parametrize("kind", KINDS)
