@@ -26,6 +26,7 @@ from optimizer.models.source import PACKED_FILE, quiet
 from optimizer.models.stories import corpus
 from optimizer.plan import GGML, Budget, Inventory, Palette, Plan, Precision
 from optimizer.quantization import ggml
+from optimizer.quantization.gain import gain
 from optimizer.quantization.ggml_native import NATIVE
 from optimizer.quantization.keeping import Keeping
 from optimizer.quantization.methods import Awq, Gptq, Rtn, bind
@@ -552,3 +553,121 @@ def test_grids_of_blocks_are_searched_for_once(
     assert torch.equal(blocks.decode(), plain)
     with pytest.raises(pytest.fail.Exception):
         again.round(weight * 1.5, precision, "layer")
+
+
+# ---------------------------------------------------------------- gains, heads, what is told
+
+
+def test_gains_are_foretold_from_each_layers_own_inputs(made: Maker) -> None:
+    """By hand from the inputs of the last block and of the head; layers without inputs gain nothing,
+    and the second time no token is read."""
+    material = made("llama")
+    model, ids = material.model, material.calibration()
+    down = "model.layers.2.mlp.down_proj.weight"
+    names = [x.name for x in model.inventory.layers]
+    material.asked.clear()
+    found = gptq(material, damping=0.2).gains(names)
+    assert set(found) == set(names) and len(material.asked) == 1
+    x: dict[str, list[torch.Tensor]] = {"down": [], "head": []}
+    hooks = [
+        module.register_forward_pre_hook(lambda _m, args, key=key: x[key].append(args[0]))
+        for key, module in (
+            ("down", model.net.model.layers[2].mlp.down_proj),
+            ("head", model.net.lm_head),
+        )
+    ]
+    with torch.no_grad():
+        model.net(torch.from_numpy(ids))
+    for hook in hooks:
+        hook.remove()
+    for key, name in (("down", down), ("head", "lm_head.weight")):
+        flat = x[key][0].flatten(0, 1)
+        h = flat.T @ flat
+        wanted = gain(h, 0.2, h.diagonal().argsort(descending=True))
+        assert found[name] == pytest.approx(wanted, rel=1e-3), name
+        assert 0.05 < wanted < 0.98
+    assert found["model.embed_tokens.weight"] == 1.0
+    same = [found[down.replace("down", which)] for which in ("up", "gate")]
+    assert same[0] == same[1] != found[down]  # they read one tensor
+    assert gptq(material, damping=0.2).gains([down, "other"]) == {down: found[down], "other": 1.0}
+    assert len(material.asked) == 1
+    assert gptq(material, damping=0.1).gains([down])[down] != found[down]
+    assert gptq(material, damping=0.2, order="none").gains([down])[down] != found[down]
+    blind = bind(Gptq(damping=0.3, head=False), material).gains(["lm_head.weight"])
+    assert blind == {"lm_head.weight": 1.0}
+
+
+@pytest.mark.parametrize(("bits", "chained"), [(3, True), (4, False)])
+def test_layers_see_rounded_ones_below_four_bits_a_weight(
+    made: Maker, bits: int, chained: bool
+) -> None:
+    """Scales and zeros count: 4 bits in large groups of a symmetric precision are just above."""
+    material = made("llama")
+    choice = everything(material.model, Precision("int", bits, 32, True))
+    choice |= {"model.layers.0.mlp.up_proj.weight": Precision()}  # doesn't count
+    auto = gptq(material).rounder(choice)
+    other = gptq(material, inputs="rounded" if chained else "reference").rounder(choice)
+    one = gptq(material, inputs="reference" if chained else "rounded").rounder(choice)
+    name = "model.layers.1.mlp.down_proj.weight"
+    weight = material.model.weight(name)
+    own, same, unlike = (r.round(weight, choice[name], name) for r in (auto, other, one))
+    assert torch.equal(own, same) and not torch.equal(own, unlike)
+
+
+@pytest.mark.parametrize("precision", [P3, Precision.floating("nvfp4")], ids=lambda p: p.name)
+def test_a_long_head_is_rounded_some_rows_at_a_time(
+    made: Maker, monkeypatch: pytest.MonkeyPatch, precision: Precision
+) -> None:
+    material, head = made("llama"), "lm_head.weight"
+    weight = material.model.weight(head)
+    whole = gptq(material).rounder({head: precision}).encode(weight, precision, head)
+    material.store = Store(material.store.root.parent / "other")
+    monkeypatch.setattr("optimizer.quantization.calibrated.STACKED", 64 * 40)  # of 96
+    pieces = gptq(material).rounder({head: precision}).encode(weight, precision, head)
+    for part, value in whole.pack().items():
+        assert pieces.pack()[part].shape == value.shape
+    assert (pieces.decode() != whole.decode()).float().mean() < 0.01
+
+
+def test_who_is_rounded_to_nearest_is_told_once_with_three_names(made: Maker) -> None:
+    material = made("mixtral")
+    experts = sorted(x.name for x in material.inventory.layers if x.kind == "experts")[:6]
+    rounder = gptq(material)
+    rounder.rounder(dict.fromkeys(experts[:1], P3))
+    rounder.rounder(dict.fromkeys(experts[:1], P3))
+    rounder.rounder(dict.fromkeys(experts, P3) | {experts[5]: Precision()})
+    rounder.rounder(dict.fromkeys(experts, P3))
+    why = "to nearest: they lie in one tensor, whose inputs can't be watched one by one."
+    assert material.notes == [
+        f"gptq rounds {experts[0]} {why}",
+        f"gptq rounds {', '.join(experts[1:4])} and 1 more {why}",
+        f"gptq rounds {experts[5]} {why}",
+    ]
+
+
+def test_a_choice_that_is_rounded_jointly_is_not_made_ready_layer_by_layer(made: Maker) -> None:
+    material = made("llama")
+    low = everything(material.model, Precision("int", 3, 32, True))
+    gptq(material).ready([low])
+    assert not material.asked
+    gptq(material).ready([{}, everything(material.model, Precision("int", 6, 16))])
+    assert len(material.asked) == 1
+
+
+def test_only_what_is_missing_is_made(made: Maker) -> None:
+    material = made("llama")
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 2)]
+    rounder = gptq(material)
+    entries = lambda: len(list(material.store.root.glob("codes/*.safetensors")))  # noqa: E731
+    rounder.prepare({names[0]: [P3, P3, Precision()], "model.embed_tokens.weight": [P3]})
+    assert (entries(), len(material.asked)) == (1, 1)
+    rounder.prepare({names[0]: [P3]})
+    assert (entries(), len(material.asked)) == (1, 1)
+    rounder.prepare({names[0]: [P3, Precision("int", 4, 16)], names[1]: [P3]})
+    assert (entries(), len(material.asked)) == (3, 2)
+    weight = material.model.weight(names[0])
+    assert torch.equal(rounder.round(weight, Precision(), names[0]), weight)
+    embedding = material.model.weight("model.embed_tokens.weight")
+    assert torch.equal(
+        rounder.round(embedding, P3, "model.embed_tokens.weight"), Nearest().round(embedding, P3)
+    )
