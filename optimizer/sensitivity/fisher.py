@@ -62,8 +62,14 @@ def squared(model: Model, task: Task, passes: Iterable[Callable[[], Tensor]]) ->
     names = {name for x in layers for name in x.parameters}
     with gradients(model.net, names, partial(add_square, squares)):
         for scalar in passes:
-            torch.autograd.backward(scalar())
+            backward(scalar())
     return task.collect({x.name: _diagonal(model, task, x, squares) for x in layers})
+
+
+def backward(scalar: Tensor) -> None:
+    """Nothing where it depends on none of the parameters whose gradients are asked for."""
+    if scalar.requires_grad:
+        torch.autograd.backward(scalar)
 
 
 def add_square(squares: dict[str, Tensor], name: str, gradient: Tensor) -> None:
@@ -99,20 +105,29 @@ def directional(
     products: dict[str, np.ndarray] = {}
     waiting: dict[str, dict[str, Tensor]] = {}  # of layers that several parameters hold
 
+    def multiply(layer: Layer, parts: dict[str, Tensor]) -> None:
+        def part(name: str) -> Tensor:
+            return parts[name] if name in parts else torch.zeros_like(model.parameter(name))
+
+        own = read(part, layer)
+        errors = rounding_errors(model, task, layer)
+        products[layer.name] = _array([(own * error).sum() for _, error in errors])
+
     def dot(parameter: str, gradient: Tensor) -> None:
         for layer in by_parameter[parameter]:
             parts = waiting.setdefault(layer.name, {})
             parts[parameter] = gradient
-            if len(parts) < len(layer.parameters):
-                continue
-            own = read(waiting.pop(layer.name).__getitem__, layer)
-            errors = rounding_errors(model, task, layer)
-            products[layer.name] = _array([(own * error).sum() for _, error in errors])
+            if len(parts) == len(layer.parameters):
+                multiply(layer, waiting.pop(layer.name))
 
     total = np.zeros((len(task.groups), len(task.columns)))
     with gradients(model.net, set(by_parameter), dot):
         for i, (window, own_seed) in enumerate(_windows(model.net, ids, seed)):
-            likelihood(model, window, own_seed, _row(weights, i)).backward()
+            products |= dict.fromkeys(task.layers, np.zeros(len(task.columns)))  # unless one comes
+            backward(likelihood(model, window, own_seed, _row(weights, i)))
+            while waiting:  # a part of them had no gradient on this window
+                name, parts = waiting.popitem()
+                multiply(model.layers[name], parts)
             total += task.collect(products) ** 2
     return total / (2 * model.predictions(ids))
 
@@ -178,7 +193,7 @@ def unwatched(
     names = {name for x in missed for name in x.parameters}
     with gradients(model.net, names, partial(add_square, squares)):
         for i, (window, own_seed) in enumerate(_windows(model.net, ids, seed)):
-            likelihood(model, window, own_seed, _row(weights, i)).backward()
+            backward(likelihood(model, window, own_seed, _row(weights, i)))
     return {layer.name: _diagonal(model, task, layer, squares) for layer in missed}
 
 

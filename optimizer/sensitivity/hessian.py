@@ -68,17 +68,20 @@ def trace(
 def _hvp(
     model: Model, window: Tensor, parameters: list[Any], rng: torch.Generator
 ) -> list[Tensor]:
-    """v * (H v) for one Rademacher vector over all parameters, H summed over the window."""
+    """v * (H v) for one Rademacher vector over all parameters, H summed over the window; 0 for those
+    that the window's predictions don't depend on."""
     logits = model.logits(window)
     log_q = torch.log_softmax(logits, -1)
     log_p = log_q.detach()
     kl = (log_p.exp() * (log_p - log_q)).sum()
-    gradients = torch.autograd.grad(kl, parameters, create_graph=True)
+    if not kl.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    gradients = torch.autograd.grad(kl, parameters, create_graph=True, materialize_grads=True)
     vectors = [
         torch.randint(0, 2, p.shape, generator=rng).to(p).mul_(2).sub_(1) for p in parameters
     ]
     product = torch.stack([(g * v).sum() for g, v in zip(gradients, vectors, strict=True)]).sum()
-    products = torch.autograd.grad(product, parameters)
+    products = torch.autograd.grad(product, parameters, materialize_grads=True)
     return [v.mul_(hv) for v, hv in zip(vectors, products, strict=True)]
 
 

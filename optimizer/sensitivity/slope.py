@@ -21,7 +21,7 @@ from torch import Tensor
 from optimizer.metrics.divergence import AnyTeacher
 from optimizer.models.model import Model, read
 from optimizer.sensitivity import Task
-from optimizer.sensitivity.fisher import gradients
+from optimizer.sensitivity.fisher import backward, gradients
 
 Beside = Callable[
     [int], Tensor
@@ -62,14 +62,18 @@ def _slope(
     with gradients(model.net, names, add):
         for window in windows:
             kl = teacher.divergence(model.net, int(window))
-            torch.autograd.backward(teacher.objective.of(kl).sum())
+            backward(teacher.objective.of(kl).sum())
             tokens += kl.numel()
             rest = None if beside is None else beside(int(window))
-            if rest is not None and rest.requires_grad:  # a window may have nothing beside it
-                torch.autograd.backward(kl.numel() * rest)
+            if rest is not None:
+                backward(kl.numel() * rest)
+
+    def found(name: str) -> Tensor:
+        return total[name] if name in total else torch.zeros_like(model.parameter(name))
+
     values = {}
     for layer in layers:
-        gradient = read(total.__getitem__, layer)
+        gradient = read(found, layer)
         weight = model.reference(layer.name)
         values[layer.name] = np.array(
             [float((gradient * _rounded(task, layer.name, c, weight)).sum()) for c in task.columns]

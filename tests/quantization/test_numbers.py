@@ -459,10 +459,16 @@ def test_damping_is_a_share_between_zero_and_one(damping: float) -> None:
     Gptq(damping=1e-9).check()
 
 
-def test_a_method_that_nobody_knows_is_told_with_those_that_there_are() -> None:
+def test_a_method_that_nobody_knows_is_told_with_those_that_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(ConfigError, match=r"one of auto, rtn, gptq, awq, not 'gtpq'"):
         method("gtpq")
     assert method("awq") is Awq and methods()["rtn"] is Rtn
+    monkeypatch.setattr(
+        "optimizer.quantization.methods.extensions", lambda *_: pytest.fail("asked")
+    )
+    assert method("gptq") is Gptq  # who can't be imported stands in nobody's way
     with pytest.raises(ConfigError, match=r"blocks \(q4_k\) are rounded by rtn or gptq"):
         Awq().check_palette([INT4, Precision.ggml("q4_k"), Precision.ggml("q6_k")])
     Awq().check_palette(Palette(bits=[4, 16], group_size=32).precisions())

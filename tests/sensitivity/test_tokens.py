@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,8 +21,9 @@ from optimizer.sensitivity.fisher import diagonal, directional, gradients, likel
 from optimizer.sensitivity.hessian import kronecker, trace
 from optimizer.sensitivity.measured import measure
 from optimizer.sensitivity.outputs import token_weights
+from optimizer.sensitivity.slope import slopes
 from tests.sensitivity.conftest import NAMES, VOCABULARY
-from tests.sensitivity.test_fisher import LARGE, SMALL, Nudge, task
+from tests.sensitivity.test_fisher import LARGE, SMALL, Nudge, errors, task
 
 IDS = np.random.default_rng(8).integers(VOCABULARY, size=(6, 5))
 BY_TOKEN = {"fisher": diagonal, "directional": directional, "tokenwise": tokenwise}
@@ -78,6 +80,13 @@ class Halved(Silent):
         return torch.cat([self.down_proj(hidden[:, :2]), torch.zeros_like(x[:, 2:])], 1)
 
 
+class Skipped(Silent):
+    """Nothing of it is computed at all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
 @pytest.fixture(params=[Silent])
 def unseen(request: pytest.FixtureRequest, tiny: Model) -> Iterator[Model]:
     """`tiny`, whose second layer's module isn't called as it should be."""
@@ -101,6 +110,57 @@ def test_a_layer_whose_module_is_not_called_gets_the_diagonal(
         other = kronecker(unseen, task(), IDS, [3])
         np.testing.assert_allclose(other[1], wanted[1], rtol=1e-4)
         assert not np.allclose(other[0], wanted[0], rtol=1e-2)
+
+
+def probed(model: Model, work: Task, ids: np.ndarray, seed: list[int]) -> np.ndarray:
+    return trace(model, work, ids, seed, 2)
+
+
+@pytest.mark.parametrize("unseen", [Skipped], indirect=True)
+@pytest.mark.parametrize("score", [diagonal, directional, tokenwise, kronecker, probed])
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_layer_that_nothing_depends_on_costs_nothing(
+    unseen: Model, score: Any, alone: bool
+) -> None:
+    """Such as an expert that no token of these windows visits; also if no other is asked for."""
+    found = score(unseen, task(((NAMES[1],),) if alone else ((NAMES[1],), (NAMES[0],))), IDS, [3])
+    assert (found[0] == 0).all() and (found[1:, :2] > 0).all()
+    assert not any(p.requires_grad or p.grad is not None for p in unseen.net.parameters())
+
+
+@pytest.mark.parametrize("unseen", [Skipped], indirect=True)
+def test_a_layer_that_nothing_depends_on_has_no_slope(unseen: Model) -> None:
+    work, windows = task(quantizer=Nudge(0.05)), Windows(IDS, np.arange(6))
+    teacher = Teacher(unseen.net, windows, own_head=True)
+    with unseen.rounded(work.quantizer, dict.fromkeys(NAMES, LARGE)):
+        for groups in (((NAMES[0],), (NAMES[1],)), ((NAMES[1],),)):
+            found = slopes(unseen, task(groups), teacher, [np.arange(6)])
+            assert (found[:, -1] == 0).all() and found[:, :-1].all()
+
+
+class Sometimes(Silent):
+    """Computed for every second window only."""
+
+    windows = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.windows += 1
+        return super().forward(x) if self.windows % 2 else torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("unseen", [Sometimes], indirect=True)
+def test_a_window_that_a_layer_does_not_see_adds_nothing_to_its_loss(unseen: Model) -> None:
+    """What it lost on the window before isn't counted once more."""
+    found = directional(unseen, task(), IDS, [3])[1]
+    live, total = unseen.net.get_parameter(NAMES[1]), np.zeros(3)
+    for i in (0, 2, 4):
+        unseen.net.model.layers[0].mlp.windows = 0
+        live.requires_grad_(True)
+        value = likelihood(unseen, torch.from_numpy(IDS[i])[None], [3, i])
+        (gradient,) = torch.autograd.grad(value, live)
+        live.requires_grad_(False)
+        total += [float((gradient * e).sum()) ** 2 for e in errors(unseen, NAMES[1])]
+    assert found == pytest.approx(total / (2 * IDS.size), rel=1e-4) and found[0] > 0
 
 
 @pytest.mark.parametrize("unseen", [Halved, Silent], indirect=True)
@@ -187,6 +247,14 @@ def test_an_estimator_that_nobody_knows_is_told_with_those_that_there_are() -> N
     assert estimator("gain") is estimators()["gain"]
 
 
+def test_other_packages_are_not_asked_for_the_projects_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that can't be imported stands in nobody's way."""
+    monkeypatch.setitem(vars(sys.modules[Estimator.__module__]), "extensions", None)
+    assert estimator("fisher").__name__ == "Fisher"
+
+
 @pytest.mark.parametrize(("count", "windows"), [(2, 2), (8, 8), (8, 9)])
 def test_as_many_chunks_as_windows_are_enough(count: int, windows: int) -> None:
     estimators()["fisher"](chunks=count).check(windows)
@@ -201,7 +269,9 @@ def test_an_estimator_without_a_score_says_which() -> None:
     with pytest.raises(NotImplementedError, match="Empty has no score"):
         Empty().score(None, None, IDS, [1])  # type: ignore[arg-type]
     assert Empty().samples(None, None, None, None) is None  # type: ignore[arg-type]
-    assert Empty().key == ["Empty", 1, {"estimator": "", "chunks": 8}]
+    name, version, settings = Empty().key
+    assert (name, version) == ("Empty", 1) and settings["chunks"] == 8
+    assert "measured" not in settings  # rows that stand beside the table
 
 
 def test_the_trace_takes_as_many_probes_as_it_is_told(tiny: Model) -> None:
