@@ -16,12 +16,12 @@ from optimizer.data.text import Data
 from optimizer.metrics import bootstrap
 from optimizer.plan import Plan
 from optimizer.quantization.methods import Rtn, bind
-from optimizer.stages.session import Bench, View
+from optimizer.stages.session import Session
 
 
 def main(runs: Path, text: str, out: Path) -> None:
     store = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")
-    bench = Bench("smollm2", None, Data(source="text", path=text), store, "cpu", View())
+    session = Session.open("smollm2", Data(source="text", path=text), store)
     plans = {p.parent.name: Plan.load(p) for p in sorted(runs.glob("*/plan.json"))}
     uniform = {}
     first = next(iter(plans.values()))
@@ -31,7 +31,7 @@ def main(runs: Path, text: str, out: Path) -> None:
     choices = uniform | {name: plan.choice for name, plan in plans.items()}
     rows = []
     for name, choice in choices.items():
-        scores = bench.score(choice, "heldout", bind(Rtn(), bench))
+        scores = session.score(choice, "heldout", bind(Rtn(), session))
         counts = bootstrap.resamples(scores.documents, np.random.default_rng(0))
         found = {k: asdict(v) for k, v in comparison.describe(scores, counts).items()}
         bits = [

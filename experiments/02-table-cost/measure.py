@@ -21,7 +21,8 @@ from optimizer.data.text import Data
 from optimizer.plan import Budget, Palette
 from optimizer.quantization.methods import bind
 from optimizer.sensitivity import Task, fisher
-from optimizer.stages.session import Bench, View, choices
+from optimizer.stages.session import Session
+from optimizer.stages.space import search_space
 
 
 def peak() -> int:
@@ -34,11 +35,11 @@ def main(what: str, text: str) -> None:
         model="smollm2", budget=Budget(bits=4), palette=Palette(bits=[2, 3, 4, 5, 6, 8])
     )
     data = Data(source="text", path=text)
-    bench = Bench("smollm2", None, data, store, "cpu", View())
-    ids = bench.windows("calibration").ids
-    chosen = choices(config, bench.inventory)
-    model = bench.model
-    task = Task(chosen.groups, chosen.columns, chosen.fitted, bind(config.quantizer, bench))
+    session = Session.open("smollm2", data, store)
+    ids = session.windows("calibration").ids
+    space = search_space(config, session.inventory)
+    model = session.model
+    task = Task(space.groups, space.columns, space.fitted, bind(config.quantizer, session))
     scored = sum(model.layers[name].weights for name in task.layers)
     begun = time.perf_counter()
     if what == "table":

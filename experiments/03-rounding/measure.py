@@ -37,8 +37,10 @@ from optimizer.plan import Budget, Palette, Plan, Precision, stored_bytes
 from optimizer.quantization.methods import Awq, Gptq, Quantizer, Rtn, bind, of_plan
 from optimizer.search import exact
 from optimizer.sensitivity import estimator as estimator_of
-from optimizer.stages.session import Bench, Choices, View, choices
+from optimizer.stages.session import Session
+from optimizer.stages.space import SearchSpace, search_space
 from optimizer.stages.table import measure_table
+from optimizer.stages.view import View
 
 RESULTS = Path(__file__).parent / "results.csv"
 FIELDS = ["model", "method", "plan", "code_bits", "kl", "flips", "seconds", "kl_low", "kl_high",
@@ -93,17 +95,17 @@ def timing(model: str, text: str, method: str) -> None:
     from optimizer.quantization.gptq import Solver
 
     config = configuration(model, text, method, "fisher", 8)
-    bench = Bench(model, None, config.data, config.store, "cpu", Lines())
+    session = Session.open(model, config.data, config.store, Lines())
     settings, size = config.quantizer, group_of(model)
     solver = Solver(settings.damping, settings.order, settings.clip)
-    stream = Stream(bench.model, bench.calibration())
+    stream = Stream(session.model, session.calibration())
     sets = stream.inputs(0)
     hessians = stream.hessians(0, sets)
     palette = [Precision("int", bits, size) for bits in (2, 3, 4, 5, 6, 8)]
     for name, chosen in (("all six", palette), *((p.name, [p]) for p in palette)):
         begun = time.process_time()
         for names, hessian in zip(sets, hessians, strict=True):
-            solver.solve([(bench.model.weight(n), p) for n in names for p in chosen], hessian)
+            solver.solve([(session.model.weight(n), p) for n in names for p in chosen], hessian)
         seconds = time.process_time() - begun
         print(name, f"{seconds:.2f} s of processor time")
         keep([model, method, f"time of the first block at {name}", "", "", "", f"{seconds:.2f}"])
@@ -115,33 +117,33 @@ def main(model: str, text: str, kind: str, method: str, *rest: str) -> None:
     elif kind in ("plan", "file"):
         planned(model, text, method, *rest, whole=kind == "file")
     elif kind == "uniform":
-        bench = bench_of(model, text)
-        chosen = choices(configuration(model, text, "rtn", "fisher", 8), bench.inventory)
+        session = bench_of(model, text)
+        space = search_space(configuration(model, text, "rtn", "fisher", 8), session.inventory)
         for bits in rest:
-            choice = uniform(model, chosen, bits)
-            score(bench, bind(quantizer(method), bench), choice, model, method, "uniform",
+            choice = uniform(model, space, bits)
+            score(session, bind(quantizer(method), session), choice, model, method, "uniform",
                   bits)  # fmt: skip
     elif kind == "saved":
-        plan, bench = Plan.load(rest[0]), bench_of(model, text)
+        plan, session = Plan.load(rest[0]), bench_of(model, text)
         settings = {k: v for k, v in plan.quantizer.items() if k != "tokens"}
-        rounder = bind(of_plan(settings), bench)
-        score(bench, rounder, plan.choice, model, method, "searched", f"{plan.code_bits:.3g}")
+        rounder = bind(of_plan(settings), session)
+        score(session, rounder, plan.choice, model, method, "searched", f"{plan.code_bits:.3g}")
     elif kind == "tokens":
-        bench = bench_of(model, text)
-        np.save(Path(rest[0]) / "tokens.npy", bench.calibration())
-        (Path(rest[0]) / "folder").write_text(str(bench.source.folder))
+        session = bench_of(model, text)
+        np.save(Path(rest[0]) / "tokens.npy", session.calibration())
+        (Path(rest[0]) / "folder").write_text(str(session.source.folder))
     else:
         given(model, text, method, *rest)
 
 
-def uniform(model: str, chosen: Choices, bits: str) -> dict[str, Precision]:
+def uniform(model: str, space: SearchSpace, bits: str) -> dict[str, Precision]:
     column = Precision("int", int(bits), group_of(model) or None).name
-    return {x.name: chosen.fitted[x.name, column] for x in chosen.scope}
+    return {x.name: space.fitted[x.name, column] for x in space.scope}
 
 
-def bench_of(model: str, text: str) -> Bench:
+def bench_of(model: str, text: str) -> Session:
     config = configuration(model, text, "rtn", "fisher", 8)
-    return Bench(model, None, config.data, config.store, "cpu", Lines())
+    return Session.open(model, config.data, config.store, Lines())
 
 
 def planned(
@@ -149,39 +151,41 @@ def planned(
 ) -> None:
     """whole: all layers are planned, and a budget is the file that has these bits in its blocks."""
     estimator, _, scored_with = table_of.partition("-")
-    bench = bench_of(model, text)
+    session = bench_of(model, text)
     config = configuration(model, text, scored_with, estimator, 8)
-    blocks = choices(config, bench.inventory)
+    blocks = search_space(config, session.inventory)
     config = replace(config, scope=["all"]) if whole else config
-    chosen = choices(config, bench.inventory) if whole else blocks
-    table = measure_table(bench, config, chosen)
+    space = search_space(config, session.inventory) if whole else blocks
+    table = measure_table(session, config, space)
     for bits in budgets:
-        size = stored_bytes(bench.inventory, uniform(model, blocks, bits))["total"] if whole else 0
+        size = (
+            stored_bytes(session.inventory, uniform(model, blocks, bits))["total"] if whole else 0
+        )
         budget = Budget(size=str(size)) if whole else Budget(code_bits=float(bits))
         problem = optimize._pose(
-            replace(config, budget=budget), bench.inventory, chosen, table.loss
+            replace(config, budget=budget), session.inventory, space, table.loss
         )
-        choice = chosen.choice(exact.solve(problem))
+        choice = space.choice(exact.solve(problem))
         name = table_of + " file" * whole
         if whole:
             outside = {
                 n: p.name for n, p in choice.items() if n not in uniform(model, blocks, bits)
             }
-            used = stored_bytes(bench.inventory, choice)["total"]
+            used = stored_bytes(session.inventory, choice)["total"]
             print(f"{used} of {size} bytes; {outside}", flush=True)
-        score(bench, bind(quantizer(method), bench), choice, model, method, name, bits)
+        score(session, bind(quantizer(method), session), choice, model, method, name, bits)
 
 
 def given(model: str, text: str, tool: str, bits: str, file: str) -> None:
-    bench = bench_of(model, text)
+    session = bench_of(model, text)
     with safe_open(file, framework="pt") as found:
         seconds = found.metadata()["seconds"]
         rounder = Foreign({name: found.get_tensor(name) for name in found.keys()}, tool)  # noqa: SIM118
-    scope = bench.inventory.scoped(["blocks"])
+    scope = session.inventory.scoped(["blocks"])
     assert {x.name for x in scope} == rounder.weights.keys()
     named = Precision("int", int(bits), group_of(model) or None)
     choice = {x.name: named for x in scope}
-    score(bench, rounder, choice, model, tool, "uniform", bits, seconds)
+    score(session, rounder, choice, model, tool, "uniform", bits, seconds)
 
 
 class Foreign:
@@ -206,12 +210,12 @@ class Foreign:
 
 
 def score(
-    bench: Bench, rounder: Any, choice: Any, model: str, method: str, plan: str, bits: str,
+    session: Session, rounder: Any, choice: Any, model: str, method: str, plan: str, bits: str,
     seconds: str | None = None,
 ) -> None:  # fmt: skip
     """Append the row of a choice. seconds: of the rounding elsewhere; else of rounding and reading."""
     begun = time.monotonic()
-    scores = bench.score(choice, "heldout", rounder)
+    scores = session.score(choice, "heldout", rounder)
     found = describe(scores, resamples(scores.documents, np.random.default_rng(0)))
     kl, flips = found["kl"], found["flips"]
     row = [model, method, plan, bits, f"{kl.value:.6f}", f"{flips.value:.6f}",

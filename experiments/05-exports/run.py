@@ -28,7 +28,8 @@ from optimizer.formats.safetensors import checkpoint
 from optimizer.models.model import Model, take_inventory
 from optimizer.models.source import PACKED_FILE, locate
 from optimizer.plan import GGML, Plan, Precision, assemble
-from optimizer.stages.session import Bench, View
+from optimizer.stages.session import Session
+from optimizer.stages.view import View
 from optimizer.store import Store
 
 STORE = Path("~/.cache/mezzotint").expanduser()
@@ -64,10 +65,10 @@ def main(model: str, to: str, given: str, out: str, windows: int = 6, length: in
     text = os.environ.get("TEXT")
     data = Data(source="text" if text else "self", path=text, calibration=part, search=part,
                 heldout=part)  # fmt: skip
-    bench = Bench(model, None, data, str(store), "cpu", View())
-    ids = bench.windows("heldout").ids
+    session = Session.open(model, data, str(store))
+    ids = session.windows("heldout").ids
     positions = list(range(EVERY - 1, length - 1, EVERY))
-    reference = Model.load(bench.source.folder, bench.inventory)
+    reference = Model.load(session.source.folder, session.inventory)
 
     def log_p() -> np.ndarray:
         with torch.inference_mode():
@@ -75,7 +76,7 @@ def main(model: str, to: str, given: str, out: str, windows: int = 6, length: in
         return torch.log_softmax(logits.float(), -1).numpy()
 
     p = log_p()
-    rounder = deploy.codes_of(plan, bench.source, bench.inventory, Store(store), View())
+    rounder = deploy.codes_of(plan, session.source, session.inventory, Store(store), View())
     with reference.rounded(rounder, plan.choice):
         ours = log_p()
     with tempfile.TemporaryDirectory() as scratch:
@@ -92,7 +93,7 @@ def main(model: str, to: str, given: str, out: str, windows: int = 6, length: in
         runs = {
             name: engine.run(
                 name,
-                bench.source.folder if name == "reference" else folder,
+                session.source.folder if name == "reference" else folder,
                 ids,
                 positions,
                 python,

@@ -25,7 +25,8 @@ from optimizer.metrics.bootstrap import per_document
 from optimizer.metrics.divergence import COLUMNS, Scores, Teacher, TopTeacher
 from optimizer.plan import Precision
 from optimizer.quantization.methods import Rtn, bind
-from optimizer.stages.session import Bench, View
+from optimizer.stages.session import Session
+from optimizer.stages.view import View
 
 HERE = Path(__file__).parent
 WORK = HERE / "work"
@@ -50,17 +51,17 @@ class Lines(View):
             print(f"{text}: {i + 1}/{len(items)}, {time.monotonic() - begun:.0f} s", flush=True)
 
 
-def opened(model: str, text: str | None) -> Bench:
+def opened(model: str, text: str | None) -> Session:
     few = Part(sequences=1, length=LENGTH)
     parts = {"calibration": few, "search": few, "heldout": Part(sequences=POOL, length=LENGTH)}
     data = Data(source="text" if text else "self", path=text, **parts)
-    return Bench(model, None, data, os.environ["MEZZOTINT_STORE"], "cpu", Lines())
+    return Session.open(model, data, os.environ["MEZZOTINT_STORE"], Lines())
 
 
-def damages(bench: Bench, size: int) -> dict[str, dict[str, Precision]]:
+def damages(session: Session, size: int) -> dict[str, dict[str, Precision]]:
     """Small known damages: one layer at 3 bits, four times; and a whole model at 8 for scale."""
-    layers = [layer.name for layer in bench.inventory.scoped(["blocks"])]
-    last = max(layer.block for layer in bench.inventory.layers if layer.block is not None)
+    layers = [layer.name for layer in session.inventory.scoped(["blocks"])]
+    last = max(layer.block for layer in session.inventory.layers if layer.block is not None)
     found: dict[str, dict[str, Precision]] = {}
     for block, part in zip((last // 2, 1, last // 2, last - 1), PARTS, strict=True):
         name = next(n for n in layers if f".{block}.{part}." in n)
@@ -70,15 +71,17 @@ def damages(bench: Bench, size: int) -> dict[str, dict[str, Precision]]:
 
 
 def score(model: str, text: str | None = None) -> None:
-    bench = opened(model, text)
-    windows = bench.windows("heldout")
-    teacher = Teacher(bench.model.net, windows)
-    bench.view.stage("noise")
-    pool = dict(teacher.noise(bench.model.net))
-    quantizer = bind(Rtn(), bench)
-    for name, choice in bench.view.track(list(damages(bench, GROUP[model]).items()), "damages"):
-        with bench.model.rounded(quantizer.rounder(choice), choice):
-            pool[name] = teacher.score(bench.model.net)
+    session = opened(model, text)
+    windows = session.windows("heldout")
+    teacher = Teacher(session.model.net, windows)
+    session.view.stage("noise")
+    pool = dict(teacher.noise(session.model.net))
+    quantizer = bind(Rtn(), session)
+    for name, choice in session.view.track(
+        list(damages(session, GROUP[model]).items()), "damages"
+    ):
+        with session.model.rounded(quantizer.rounder(choice), choice):
+            pool[name] = teacher.score(session.model.net)
     arrays = {
         f"{n}/{k}": getattr(s, k).astype(np.float32) for n, s in pool.items() for k in COLUMNS
     }
@@ -146,22 +149,22 @@ def runs(only: str = "") -> None:
 
 
 def topk(model: str, text: str | None = None) -> None:
-    bench = opened(model, text)
-    windows = bench.windows("heldout").head(16)
-    exact = Teacher(bench.model.net, windows)
-    tops = {k: TopTeacher(bench.model.net, windows, k) for k in (32, 128, 512, 2048)}
-    quantizer = bind(Rtn(), bench)
-    layers = [layer.name for layer in bench.inventory.scoped(["blocks"])]
+    session = opened(model, text)
+    windows = session.windows("heldout").head(16)
+    exact = Teacher(session.model.net, windows)
+    tops = {k: TopTeacher(session.model.net, windows, k) for k in (32, 128, 512, 2048)}
+    quantizer = bind(Rtn(), session)
+    layers = [layer.name for layer in session.inventory.scoped(["blocks"])]
     rows: list[list[Any]] = [
         ["bits", "k", "bytes", "bytes_exact", "kl", "kl_exact", "worst_token"]
     ]
     hidden = sum(part.numel() * part.element_size() for part in exact._hidden)
     for bits in (8, 4):
         choice = dict.fromkeys(layers, Precision("int", bits, GROUP[model]))
-        with bench.model.rounded(quantizer.rounder(choice), choice):
-            kl = exact.score(bench.model.net).kl
+        with session.model.rounded(quantizer.rounder(choice), choice):
+            kl = exact.score(session.model.net).kl
             for k, top in tops.items():
-                found = top.kl(bench.model.net)
+                found = top.kl(session.model.net)
                 rows.append([bits, k, top.bytes, hidden, f"{found.mean():.6f}", f"{kl.mean():.6f}",
                              f"{np.abs(kl - found).max():.6f}"])  # fmt: skip
                 print(*rows[-1], flush=True)

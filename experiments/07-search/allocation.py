@@ -21,34 +21,34 @@ from optimizer.metrics import bootstrap
 from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import Precision
 from optimizer.quantization.methods import Rtn, bind
-from optimizer.stages.session import Bench, View
+from optimizer.stages.session import Session
 
 
-def bench_of(text: str) -> Bench:
+def bench_of(text: str) -> Session:
     store = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")
-    return Bench("smollm2", None, Data(source="text", path=text), store, "cpu", View())
+    return Session.open("smollm2", Data(source="text", path=text), store)
 
 
 def give(text: str, out: Path) -> None:
-    bench = bench_of(text)
-    tokenizer = load_tokenizer(bench.source.folder)
+    session = bench_of(text)
+    tokenizer = load_tokenizer(session.source.folder)
     lines = []
-    for window in bench.windows("calibration").ids:
+    for window in session.windows("calibration").ids:
         # a window read back may be a token or two shorter, and short samples are dropped
         words = tokenizer.decode(np.concatenate([window, window[:16]]))
         lines.append(json.dumps({"text": words}))
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(bench.source.folder)
+    print(session.source.folder)
 
 
 def take(text: str, plans: Path, out: Path) -> None:
-    bench, found = bench_of(text), json.loads(plans.read_text())
-    quantizer = bind(Rtn(), bench)
+    session, found = bench_of(text), json.loads(plans.read_text())
+    quantizer = bind(Rtn(), session)
     for bits, plan in found["plans"].items():
-        weights = {x.name: x.weights for x in bench.inventory.layers}
+        weights = {x.name: x.weights for x in session.inventory.layers}
         choice = {name: Precision("int", b, 64, False) for name, b in plan.items()}
         average = sum(plan[n] * weights[n] for n in plan) / sum(weights[n] for n in plan)
-        scores = bench.score(choice, "heldout", quantizer)
+        scores = session.score(choice, "heldout", quantizer)
         counts = bootstrap.resamples(scores.documents, np.random.default_rng(0))
         row = {k: asdict(v) for k, v in comparison.describe(scores, counts).items()}
         record = {"bits": float(bits), "seed": 0, "method": "autoscheme", "tokens": 0,

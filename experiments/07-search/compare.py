@@ -31,7 +31,8 @@ from optimizer.search import Problem, Search, exact, starts
 from optimizer.sensitivity import Sensitivity
 from optimizer.stages import refine, studies
 from optimizer.stages.prefix import Prefix, Shortcut
-from optimizer.stages.session import Bench, View, choices
+from optimizer.stages.session import Session
+from optimizer.stages.space import search_space
 from optimizer.stages.table import measure_table
 
 SEEDS = (0, 1, 2)
@@ -43,18 +44,18 @@ class Meter:
     ours are tried on."""
 
     def __init__(
-        self, bench: Bench, chosen, rounding, teacher: Teacher, windows: int, limit: int
+        self, session: Session, space, rounding, teacher: Teacher, windows: int, limit: int
     ) -> None:
-        self.bench, self.chosen, self.rounding, self.teacher = bench, chosen, rounding, teacher
+        self.session, self.space, self.rounding, self.teacher = session, space, rounding, teacher
         self.windows = windows
         self.length = teacher.windows.ids.shape[1]
         self.spent, self.limit = 0, limit
         self.curve: list[tuple[int, float]] = []
-        self.shortcut = Shortcut(bench.model, teacher)
+        self.shortcut = Shortcut(session.model, teacher)
 
     def losses(self, plan: np.ndarray, windows: Iterator[int]) -> np.ndarray:
-        self.rounding.set(self.chosen.choice(plan))
-        own = Prefix(self.chosen.choice(plan))
+        self.rounding.set(self.space.choice(plan))
+        own = Prefix(self.space.choice(plan))
         found = []
         for window in windows:
             found.append(self.shortcut.window(int(window), None, own))
@@ -157,11 +158,11 @@ class Race:
             model=model, budget=self.budget(4), palette=Palette(bits=[2, 3, 4, 5, 6, 8]),
             data=data, store=store, **own,
         )  # fmt: skip
-        self.bench = Bench(model, None, data, store, "cpu", View())
-        self.chosen = choices(self.base, self.bench.inventory)
-        self.table = measure_table(self.bench, self.base, self.chosen)
-        self.quantizer = bind(self.base.quantizer, self.bench)
-        self.teacher = Teacher(self.bench.model.net, self.bench.windows("search"))
+        self.session = Session.open(model, data, store)
+        self.space = search_space(self.base, self.session.inventory)
+        self.table = measure_table(self.session, self.base, self.space)
+        self.quantizer = bind(self.base.quantizer, self.session)
+        self.teacher = Teacher(self.session.model.net, self.session.windows("search"))
 
     def budget(self, number: float) -> Budget:
         return Budget(code_bits=number) if self.terms == "blocks" else Budget(size=f"{number:g}MB")
@@ -169,7 +170,7 @@ class Race:
     def run(self, bits: float, method: str, sampler: str, seed: int) -> dict[str, object]:
         """The found plan on held-out documents, and how the search went."""
         config = replace(self.base, budget=self.budget(bits), seed=seed)
-        problem = optimize._pose(config, self.bench.inventory, self.chosen, self.table.loss)
+        problem = optimize._pose(config, self.session.inventory, self.space, self.table.loss)
         start = exact.solve(problem)
         began = time.process_time()
         if sampler:
@@ -179,7 +180,7 @@ class Race:
         else:
             plan, spent, curve = self._other(config, problem, start, method)
         seconds = time.process_time() - began
-        scores = self.bench.score(self.chosen.choice(plan), "heldout", self.quantizer)
+        scores = self.session.score(self.space.choice(plan), "heldout", self.quantizer)
         counts = bootstrap.resamples(scores.documents, np.random.default_rng(0))
         row = {k: asdict(v) for k, v in comparison.describe(scores, counts).items()}
         return {"bits": bits, "seed": seed, "method": f"{method} {sampler}".strip(),
@@ -188,17 +189,17 @@ class Race:
     def _ours(self, config, problem: Problem, start: np.ndarray, space: str, sampler: str):
         search = Search(space=space, sampler=sampler, tokens=self.tokens)
         with tempfile.TemporaryDirectory() as folder:
-            found = refine.refine(self.bench, replace(config, search=search), self.chosen, problem,
+            found = refine.refine(self.session, replace(config, search=search), self.space, problem,
                                   start, Path(folder) / "journal")  # fmt: skip
         curve = [(row["tokens"], row["best"]) for row in found.history]
         return found.assignment, found.spent, curve
 
     def _other(self, config, problem: Problem, start: np.ndarray, method: str):
-        with self.bench.model.rounded(self.quantizer) as rounding:
+        with self.session.model.rounded(self.quantizer) as rounding:
             settings = Search(space="moves", tokens=self.tokens)
             used = studies.tried_on(settings, *self.teacher.windows.ids.shape)
             confirm = 4 * used * self.teacher.windows.ids.shape[1]  # as ours spends
-            meter = Meter(self.bench, self.chosen, rounding, self.teacher, used,
+            meter = Meter(self.session, self.space, rounding, self.teacher, used,
                           self.tokens + confirm)  # fmt: skip
             search = evolution if method == "evolution" else random
             plan = search(problem, starts.of_a_budget(problem, start), meter, config.seed)

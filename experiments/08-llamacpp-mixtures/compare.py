@@ -23,7 +23,7 @@ from optimizer.commands import export
 from optimizer.data.text import Data, Part
 from optimizer.models.model import Model
 from optimizer.plan import Plan, assemble
-from optimizer.stages.session import Bench, View
+from optimizer.stages.session import Session
 
 HERE = Path(__file__).parent
 RESULTS, MODEL = HERE / "results.csv", "smollm2"
@@ -35,15 +35,18 @@ def reference(text: str, scratch: str) -> None:
     if (Path(scratch) / "request.npz").exists():
         return
     data = Data(source="text", path=text, heldout=Part(sequences=12, length=256))
-    bench = Bench(MODEL, None, data, STORE, "cpu", View())
-    ids, net = bench.windows("heldout").ids, Model.load(bench.source.folder, bench.inventory).net
+    session = Session.open(MODEL, data, STORE)
+    ids, net = (
+        session.windows("heldout").ids,
+        Model.load(session.source.folder, session.inventory).net,
+    )
     with torch.inference_mode():
         rows = [net(input_ids=torch.from_numpy(row[None])).logits[0, :-1] for row in ids]
         log_p = torch.stack([torch.log_softmax(row, -1) for row in rows]).numpy()
     np.savez(Path(scratch) / "request.npz", ids=ids, log_p=log_p)
     plan = assemble(
-        bench.inventory, bench.inventory.scoped(["all"]), {},
-        model={"name": bench.source.name, "fingerprint": bench.source.fingerprint},
+        session.inventory, session.inventory.scoped(["all"]), {},
+        model={"name": session.source.name, "fingerprint": session.source.fingerprint},
         runtime="llamacpp", quantizer={"name": "rtn"}, predicted={"kl": 0.0, "stderr": 0.0},
     )  # fmt: skip
     export.export(plan, "gguf", Path(scratch) / "16", STORE, overwrite=True)

@@ -18,7 +18,8 @@ from optimizer.config import Optimize
 from optimizer.data.text import Data, Part
 from optimizer.plan import Budget, Layer, Palette, Precision, assemble
 from optimizer.quantization.methods import method
-from optimizer.stages.session import Bench, View, choices
+from optimizer.stages.session import Session
+from optimizer.stages.space import search_space
 from optimizer.stages.table import measure_table
 
 BESIDES = 1_910_000  # bytes of a GGUF file that aren't layers
@@ -39,16 +40,16 @@ def main(limit: str, embedding: str, quantizer: str, text: str, out: str) -> Non
     config = Optimize(model="smollm2", budget=Budget(code_bits=4), palette=palette, store=STORE,
                       data=Data(source="text", path=text))  # fmt: skip
     data = Data(source="text", path=text, heldout=Part(sequences=12, length=256))
-    bench = Bench("smollm2", None, data, STORE, "cpu", View())
-    table = measure_table(bench, config, choices(config, bench.inventory))
-    layers = {x.name: x for x in bench.inventory.layers}
+    session = Session.open("smollm2", data, STORE)
+    table = measure_table(session, config, search_space(config, session.inventory))
+    layers = {x.name: x for x in session.inventory.layers}
     firsts = [layers[group[0]] for group in table.groups]
     loss = np.array([[table.loss[i, table.columns.index(c)] * f for _, c, f in types(x)]
                      for i, x in enumerate(firsts)])  # fmt: skip
     size = np.array(
         [[Precision.ggml(k).bytes(x.rows, x.cols) for k, _, _ in types(x)] for x in firsts]
     )
-    tied = next(x for x in bench.inventory.layers if x.kind == "embedding")
+    tied = next(x for x in session.inventory.layers if x.kind == "embedding")
     own = Precision.ggml(embedding)
     left = int(limit) - BESIDES - own.bytes(tied.rows, tied.cols)
     rows, low, high = np.arange(len(firsts)), 0.0, 1e-3
@@ -58,11 +59,11 @@ def main(limit: str, embedding: str, quantizer: str, text: str, out: str) -> Non
         low, high = (middle, high) if over else (low, middle)
     picked = (loss + high * size).argmin(1)
     choice = {x.name: Precision.ggml(types(x)[k][0]) for x, k in zip(firsts, picked, strict=True)}
-    source = bench.source
+    source = session.source
     assemble(
-        bench.inventory, bench.inventory.scoped(["all"]), choice | {tied.name: own},
+        session.inventory, session.inventory.scoped(["all"]), choice | {tied.name: own},
         model={"name": source.name, "fingerprint": source.fingerprint}, runtime="llamacpp",
-        quantizer=method(quantizer)().described(bench.calibration_key),
+        quantizer=method(quantizer)().described(session.calibration_key),
         predicted={"kl": float(loss[rows, picked].sum()), "stderr": 0.0},
         provenance={"data": asdict(data)},
     ).save(Path(out))  # fmt: skip

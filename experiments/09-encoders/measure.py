@@ -32,7 +32,8 @@ from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import Budget, Plan, Precision
 from optimizer.quantization.methods import bind
 from optimizer.search import Search
-from optimizer.stages.session import Bench, Choices, View, choices
+from optimizer.stages.session import Session
+from optimizer.stages.space import SearchSpace, search_space
 from optimizer.stages.table import measure_table
 
 HERE = Path(__file__).parent
@@ -56,19 +57,19 @@ def lines_of(text: str) -> Data:
     return Data(source="text", path=text, calibration=part, search=part, heldout=part)
 
 
-def bench_of(config: Optimize, data: Data | None = None) -> Bench:
-    return Bench(config.model, None, data or config.data, config.store, "cpu", View())
+def bench_of(config: Optimize, data: Data | None = None) -> Session:
+    return Session.open(config.model, data or config.data, config.store)
 
 
-def uniform(chosen: Choices, bits: float) -> Choice:
+def uniform(space: SearchSpace, bits: float) -> Choice:
     column = next(
-        c for c in chosen.columns if chosen.fitted[chosen.scope[0].name, c].code_bits == bits
+        c for c in space.columns if space.fitted[space.scope[0].name, c].code_bits == bits
     )
-    return {layer.name: chosen.fitted[layer.name, column] for layer in chosen.scope}
+    return {layer.name: space.fitted[layer.name, column] for layer in space.scope}
 
 
-def stored(chosen: Choices, choice: Choice) -> int:
-    return sum(choice[x.name].bytes(x.rows, x.cols) for x in chosen.scope)
+def stored(space: SearchSpace, choice: Choice) -> int:
+    return sum(choice[x.name].bytes(x.rows, x.cols) for x in space.scope)
 
 
 def neighbours(bits: float) -> tuple[int, int]:
@@ -79,44 +80,44 @@ def neighbours(bits: float) -> tuple[int, int]:
 def make(name: str, text: str) -> None:
     kind, bits = name.split("-")
     config = config_of(name, text, search=Search(space=SPACES[kind]))
-    chosen = choices(config, bench_of(config).inventory)
-    low, high = (stored(chosen, uniform(chosen, b)) for b in neighbours(float(bits)))
+    space = search_space(config, bench_of(config).inventory)
+    low, high = (stored(space, uniform(space, b)) for b in neighbours(float(bits)))
     size = low + (high - low) * (float(bits) % 1)
-    config.budget = Budget(bits=8 * size / sum(x.weights for x in chosen.scope))
+    config.budget = Budget(bits=8 * size / sum(x.weights for x in space.scope))
     plan = optimize(config, HERE / "work" / name).plan
-    assert stored(chosen, plan.choice) <= size
+    assert stored(space, plan.choice) <= size
     print(name, plan.predicted, flush=True)
 
 
-def choice_of(name: str, chosen: Choices) -> Choice:
+def choice_of(name: str, space: SearchSpace) -> Choice:
     if name == "reference":
         return {}
     kind, bits = name.split("-")
     if kind == "uniform":
-        return uniform(chosen, float(bits))
+        return uniform(space, float(bits))
     plan = Plan.load(HERE / "work" / name / "plan.json")
-    return {x.name: plan.choice[x.name] for x in chosen.scope}
+    return {x.name: plan.choice[x.name] for x in space.scope}
 
 
 def promise(
-    bench: Bench, config: Optimize, chosen: Choices, choice: Choice
+    session: Session, config: Optimize, space: SearchSpace, choice: Choice
 ) -> tuple[float, float]:
     """The table's prediction and its standard error."""
-    table = measure_table(bench, config, chosen)
+    table = measure_table(session, config, space)
     columns = [
-        next(i for i, c in enumerate(chosen.columns) if chosen.fitted[g[0], c] == choice[g[0]])
-        for g in chosen.groups
+        next(i for i, c in enumerate(space.columns) if space.fitted[g[0], c] == choice[g[0]])
+        for g in space.groups
     ]
     return table.predict(np.array(columns))
 
 
-def cosines(bench: Bench, pairs: list[dict[str, object]]) -> np.ndarray:
+def cosines(session: Session, pairs: list[dict[str, object]]) -> np.ndarray:
     """Of the two sentences of each pair; texts of like length are read together."""
-    tokenizer = load_tokenizer(bench.source.folder)
+    tokenizer = load_tokenizer(session.source.folder)
     texts = [str(p[k]) for p in pairs for k in ("sentence1", "sentence2")]
     ids = [tokenizer(text)["input_ids"] for text in texts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    z = np.zeros((len(ids), bench.model.net.config.hidden_size), dtype=np.float32)
+    z = np.zeros((len(ids), session.model.net.config.hidden_size), dtype=np.float32)
     for first in range(0, len(ids), TOGETHER):
         own = order[first : first + TOGETHER]
         block = np.full((len(own), len(ids[own[-1]])), PADDING)
@@ -124,20 +125,20 @@ def cosines(bench: Bench, pairs: list[dict[str, object]]) -> np.ndarray:
             row[: len(ids[i])] = ids[i]
         with torch.inference_mode():
             z[own] = embed(
-                bench.model.net, torch.from_numpy(block), str(bench.model.pooling)
+                session.model.net, torch.from_numpy(block), str(session.model.pooling)
             ).numpy()
     return np.asarray((z[0::2] * z[1::2]).sum(-1))
 
 
-def sts(bench: Bench, name: str, choice: Choice, path: str) -> dict[str, float]:
+def sts(session: Session, name: str, choice: Choice, path: str) -> dict[str, float]:
     """Spearman of cosines and people's scores, 100 times; its change from the reference's, with an
     interval over pairs."""
     pairs = [json.loads(text) for text in Path(path).read_text(encoding="utf-8").splitlines()]
     scores = np.array([float(p["score"]) for p in pairs])
     kept = HERE / "work" / f"sts-{name}.npy"
     if not kept.exists():
-        with bench.model.rounded(bind(config_of().quantizer, bench), choice):
-            found = cosines(bench, pairs)
+        with session.model.rounded(bind(config_of().quantizer, session), choice):
+            found = cosines(session, pairs)
         kept.parent.mkdir(exist_ok=True)
         np.save(kept, found)
     own, before = np.load(kept), np.load(HERE / "work" / "sts-reference.npy")
@@ -155,13 +156,13 @@ def sts(bench: Bench, name: str, choice: Choice, path: str) -> dict[str, float]:
     return {"sts": value, "sts_change": gone, "sts_low": float(low), "sts_high": float(high)}
 
 
-def judged(bench: Bench, chosen: Choices, name: str, choice: Choice) -> dict[str, float]:
+def judged(session: Session, space: SearchSpace, name: str, choice: Choice) -> dict[str, float]:
     """Held-out measures, and the KL over that of the straight line between uniform plans."""
-    quantizer = bind(config_of().quantizer, bench)
+    quantizer = bind(config_of().quantizer, session)
 
     def candidate(own: Choice) -> Candidate:
-        size = stored(chosen, own) if own else 0
-        return Candidate("", size, size, bench.score(own, "heldout", quantizer))
+        size = stored(space, own) if own else 0
+        return Candidate("", size, size, session.score(own, "heldout", quantizer))
 
     mine = candidate(choice)
     counts = resamples(mine.scores.documents, np.random.default_rng(0))
@@ -171,7 +172,7 @@ def judged(bench: Bench, chosen: Choices, name: str, choice: Choice) -> dict[str
         row |= {key: measured[key].value, f"{key}_low": measured[key].low,
                 f"{key}_high": measured[key].high}  # fmt: skip
     if choice:
-        low, high = (candidate(uniform(chosen, b)) for b in neighbours(float(name.split("-")[1])))
+        low, high = (candidate(uniform(space, b)) for b in neighbours(float(name.split("-")[1])))
         share = ratio(mine.scores, line(low, high, mine.size), counts)
         row |= {"ratio": share.value, "ratio_low": share.low, "ratio_high": share.high}
     return row
@@ -189,20 +190,20 @@ def score(name: str, text: str, path: str) -> None:
     if any(row["plan"] == name for row in rows):
         return
     config = config_of()
-    bench = bench_of(config)
-    chosen = choices(config, bench.inventory)
-    choice = choice_of(name, chosen)
+    session = bench_of(config)
+    space = search_space(config, session.inventory)
+    choice = choice_of(name, space)
     shared: dict[str, object] = {"plan": name}
     if choice:
         made = config_of(name, text)
-        value, error = promise(bench_of(made), made, chosen, choice)
+        value, error = promise(bench_of(made), made, space, choice)
         shared |= {"predicted": value, "stderr": error}
-    shared |= sts(bench, name, choice, path)
+    shared |= sts(session, name, choice, path)
     given = bench_of(config, lines_of(text))
-    given.model = bench.model
-    for label, one in (("own", bench), ("given", given)):
+    given.model = session.model
+    for label, one in (("own", session), ("given", given)):
         rows.append({k: _spelled(v) for k, v in (
-            shared | {"text": label} | judged(one, chosen, name, choice)
+            shared | {"text": label} | judged(one, space, name, choice)
         ).items()})  # fmt: skip
         print(rows[-1], flush=True)
     with FILE.open("w", newline="") as out:

@@ -14,7 +14,7 @@ from optimizer.data.text import Data
 from optimizer.metrics import bootstrap
 from optimizer.plan import Plan
 from optimizer.quantization.methods import Rtn, bind
-from optimizer.stages.session import Bench, View
+from optimizer.stages.session import Session
 
 
 def tail(kl: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -39,10 +39,10 @@ def main(runs: Path, here: Path) -> None:
         bits, cvar = name.split("-")
         settings = plan.provenance["data"]
         data = Data(source="text", path=settings["path"])
-        bench = Bench("smollm2", None, data, store, "cpu", View())
-        quantizer = bind(Rtn(), bench)
-        scores = bench.score(plan.choice, "heldout", quantizer)
-        base = bench.score(plans[f"{bits}-0"].choice, "heldout", quantizer)
+        session = Session.open("smollm2", data, store)
+        quantizer = bind(Rtn(), session)
+        scores = session.score(plan.choice, "heldout", quantizer)
+        base = session.score(plans[f"{bits}-0"].choice, "heldout", quantizer)
         counts = bootstrap.resamples(scores.documents, np.random.default_rng(0))[:500]
         once = np.ones((1, len(scores.kl)), dtype=int)
         row = {"code_bits": bits, "cvar_weight": cvar}

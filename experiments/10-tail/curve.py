@@ -29,7 +29,8 @@ from optimizer.plan import Budget, Palette, digest
 from optimizer.quantization.methods import bind
 from optimizer.search import exact
 from optimizer.stages import objective
-from optimizer.stages.session import Bench, View, choices
+from optimizer.stages.session import Session
+from optimizer.stages.space import search_space
 from optimizer.stages.table import measure_table
 
 HERE = Path(__file__).parent
@@ -44,31 +45,31 @@ JUDGED = 16  # pairs of each cell, of the half that is not tuned on
 class Judge:
     """Measures on held-out documents, the domains' other documents, and the probes' other half."""
 
-    def __init__(self, bench: Bench, entries: list[str]) -> None:
-        self.bench, tokenizer = bench, load_tokenizer(bench.source.folder)
+    def __init__(self, session: Session, entries: list[str]) -> None:
+        self.session, tokenizer = session, load_tokenizer(session.source.folder)
         parsed = [replace(d, half=1) for d in domains.parse(entries)]
-        cuts = {d.name: domains.cut(d, tokenizer, 128, bench.data).windows for d in parsed}
-        self.texts = {"held-out": bench.windows("heldout")}
+        cuts = {d.name: domains.cut(d, tokenizer, 128, session.data).windows for d in parsed}
+        self.texts = {"held-out": session.windows("heldout")}
         self.texts |= {name: cut for name, cut in cuts.items() if cut is not None}
         pairs = objective._in_turn(probes.halves(probes.built_in())[1])
-        encoded = margins.encode(pairs, tokenizer, context_length(bench.source.folder))
+        encoded = margins.encode(pairs, tokenizer, context_length(session.source.folder))
         self.jobs: list[Any] = [job for job in encoded if not isinstance(job, str)]
         self.teachers: dict[str, Teacher] = {}
-        self.key = [bench.source.fingerprint, [t.ids.tolist() for t in self.texts.values()],
+        self.key = [session.source.fingerprint, [t.ids.tolist() for t in self.texts.values()],
                     [[job.good, job.bad] for job in self.jobs]]  # fmt: skip
 
     def measure(self, choice: dict[str, Any], quantizer: Any) -> dict[str, np.ndarray]:
         names = {name: p.name for name, p in choice.items()}
 
         def make() -> dict[str, np.ndarray]:
-            net = self.bench.model.net
+            net = self.session.model.net
             for name, text in self.texts.items():
                 self.teachers.setdefault(name, Teacher(net, text))
-            with self.bench.model.rounded(quantizer.rounder(choice), choice):
+            with self.session.model.rounded(quantizer.rounder(choice), choice):
                 found = {n: t.score(net).kl for n, t in self.teachers.items()}
                 return found | {"margins": margins.measure(net, self.jobs)}
 
-        kept = self.bench.store.arrays("scores", digest(["curve", self.key, names]), make)
+        kept = self.session.store.arrays("scores", digest(["curve", self.key, names]), make)
         assert kept is not None
         return kept
 
@@ -104,11 +105,11 @@ def main(model: str, text: str, bits: list[float]) -> None:
     palette = Palette(bits=[2, 3, 4, 5, 6, 8], fit="nearest")
     data = Data(source="text", path=text)
     config = Optimize(model=model, budget=Budget(code_bits=4), palette=palette, data=data)
-    bench = Bench(model, None, data, store, "cpu", View())
-    chosen, quantizer = choices(config, bench.inventory), bind(config.quantizer, bench)
-    plain = measure_table(bench, config, chosen)
+    session = Session.open(model, data, store)
+    space, quantizer = search_space(config, session.inventory), bind(config.quantizer, session)
+    plain = measure_table(session, config, space)
     entries = list(domains.BUILT_IN)
-    judge = Judge(bench, entries)
+    judge = Judge(session, entries)
     reference = judge.measure({}, quantizer)["margins"]
     rows = []
     for size in bits:
@@ -117,15 +118,15 @@ def main(model: str, text: str, bits: list[float]) -> None:
             for weight in weights:
                 config.budget = Budget(code_bits=size)
                 config.meaning = Meaning(**{part: weight}, domains=entries)
-                loss = objective.losses(bench, config, chosen, plain)
-                problem = _pose(config, bench.inventory, chosen, loss)
-                choice = chosen.choice(exact.solve(problem))
+                loss = objective.losses(session, config, space, plain)
+                problem = _pose(config, session.inventory, space, loss)
+                choice = space.choice(exact.solve(problem))
                 found = judge.measure(choice, quantizer)
                 base = base or found
                 own = row(found, base, reference, judge.texts["held-out"].documents)
                 rows.append({"code_bits": size, "part": part, "weight": weight} | own)
                 print(*rows[-1].values(), flush=True)
-    name = Path(bench.source.name).name
+    name = Path(session.source.name).name
     with (HERE / f"{name}-curve.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()

@@ -26,7 +26,8 @@ from optimizer.data.text import Data, Part
 from optimizer.plan import Budget, Palette
 from optimizer.quantization.methods import bind
 from optimizer.search import Problem, exact
-from optimizer.stages.session import Bench, View, choices
+from optimizer.stages.session import Session
+from optimizer.stages.space import search_space
 from optimizer.stages.table import measure_table
 
 TOGETHER = 8  # windows of a backward pass
@@ -38,20 +39,18 @@ def setup(text: str, windows: int = 64, length: int = 128):
     data = Data(source="text", path=text, calibration=Part(sequences=windows, length=length))
     config = Optimize(model="smollm2", budget=Budget(code_bits=4), data=data, store=store,
                       palette=Palette(bits=[2, 3, 4, 5, 6, 8]))  # fmt: skip
-    bench = Bench("smollm2", None, data, store, "cpu", View())
-    return config, bench, choices(config, bench.inventory)
+    session = Session.open("smollm2", data, store)
+    return config, session, search_space(config, session.inventory)
 
 
 def sample(text: str, out: str, windows: int = 256, length: int = 64, draws: int = 8) -> None:
-    config, bench, chosen = setup(text, windows, length)
-    net, quantizer = bench.model.net, bind(config.quantizer, bench)
-    layers = [bench.model.layers[group[0]] for group in chosen.groups]
+    config, session, space = setup(text, windows, length)
+    net, quantizer = session.model.net, bind(config.quantizer, session)
+    layers = [session.model.layers[group[0]] for group in space.groups]
     errors, inputs, now, found = {}, {}, {}, []
     for x in layers:
-        weight = bench.model.weight(x.name)
-        rounded = [
-            quantizer.round(weight, chosen.fitted[x.name, c], x.name) for c in chosen.columns
-        ]
+        weight = session.model.weight(x.name)
+        rounded = [quantizer.round(weight, space.fitted[x.name, c], x.name) for c in space.columns]
         errors[x.name] = torch.stack([(r - weight).flatten() for r in rounded]).bfloat16().T
     net.bfloat16()
     for x in layers:
@@ -69,7 +68,7 @@ def sample(text: str, out: str, windows: int = 256, length: int = 64, draws: int
     net.get_input_embeddings().register_forward_hook(lambda _m, _i, y: y.requires_grad_(True))
     rng, begun = torch.Generator().manual_seed(0), time.monotonic()
     for i in range(0, windows, TOGETHER):
-        ids = torch.from_numpy(bench.calibration()[i : i + TOGETHER])
+        ids = torch.from_numpy(session.calibration()[i : i + TOGETHER])
         logits = net(input_ids=ids, use_cache=False).logits[:, :-1]
         p = logits.detach().float().softmax(-1)
         for draw in range(draws):
@@ -130,8 +129,8 @@ def correlations(z: np.ndarray) -> np.ndarray:
 
 
 def report(text: str, file: str) -> None:
-    config, bench, chosen = setup(text)
-    table = measure_table(bench, config, chosen).loss
+    config, session, space = setup(text)
+    table = measure_table(session, config, space).loss
     with np.load(file) as found:
         z, tokens = found["z"], int(found["tokens"])
     groups, columns = table.shape
@@ -149,12 +148,12 @@ def report(text: str, file: str) -> None:
     )
     print(
         "of one layer's errors at two precisions, mean:",
-        chosen.columns,
+        space.columns,
         own.mean(0).round(2),
         sep="\n",
     )
     joint = (z.astype(np.float64) ** 2).mean(0) / (2 * tokens)
-    for i, column in enumerate(chosen.columns):
+    for i, column in enumerate(space.columns):
         ratio = np.log(joint[:, i] / table[:, i])
         print(
             f"{column}: whole over diagonal Fisher, median {np.exp(np.median(ratio)):.3f}, "
@@ -163,17 +162,17 @@ def report(text: str, file: str) -> None:
     share = signal / np.sqrt(
         signal**2 + noise**2 / 2
     )  # so that the cross terms have the signal's size
-    quantizer = bind(config.quantizer, bench)
+    quantizer = bind(config.quantizer, session)
     for bits in BUDGETS:
         posed = optimize._pose(
-            replace(config, budget=Budget(code_bits=bits)), bench.inventory, chosen, table
+            replace(config, budget=Budget(code_bits=bits)), session.inventory, space, table
         )
         start = exact.solve(posed)
         ideal = Quadratic(posed, whole, share)
         found = {"table": start, "whole": exact.solve(replace(posed, loss=joint)),
                  "pairs": Quadratic(posed, whole, share**2).descend(start)}  # fmt: skip
         kl = {
-            k: bench.score(chosen.choice(x), "heldout", quantizer).mean_kl
+            k: session.score(space.choice(x), "heldout", quantizer).mean_kl
             for k, x in found.items()
         }
         gain = ideal.value(ideal.descend(start)) / ideal.value(start)

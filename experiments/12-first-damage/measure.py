@@ -33,7 +33,7 @@ from optimizer.models.source import context_length
 from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import Precision, digest
 from optimizer.quantization.methods import Rtn, bind
-from optimizer.stages.session import Bench, View
+from optimizer.stages.session import Session
 
 HERE = Path(__file__).parent
 BITS = (8, 6, 5, 4, 3)
@@ -48,11 +48,11 @@ UNFINISHED = 75
 class Work:
     def __init__(self, model: str, text: str) -> None:
         store = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")
-        self.bench = Bench(model, None, Data(source="text", path=text), store, "cpu", View())
-        self.quantizer = bind(Rtn(), self.bench)
-        tokenizer = load_tokenizer(self.bench.source.folder)
-        self.context = context_length(self.bench.source.folder)
-        self.texts: dict[str, Windows] = {"en": self.bench.windows("heldout")}
+        self.session = Session.open(model, Data(source="text", path=text), store)
+        self.quantizer = bind(Rtn(), self.session)
+        tokenizer = load_tokenizer(self.session.source.folder)
+        self.context = context_length(self.session.source.folder)
+        self.texts: dict[str, Windows] = {"en": self.session.windows("heldout")}
         cut = domains.cut(Domain("russian"), tokenizer, 256, Data()).windows
         if cut is not None:
             self.texts["ru"] = cut
@@ -72,12 +72,12 @@ class Work:
         bits = int(weights) if weights.isdigit() else 16
         choice = {
             layer.name: Precision("int", bits, 64).nearest(layer.cols)
-            for layer in self.bench.inventory.scoped(["blocks"])
+            for layer in self.session.inventory.scoped(["blocks"])
             if bits < 16
         }
         low = torch.autocast("cpu", torch.bfloat16) if weights == NOISE else nullcontext()
-        with self.bench.model.rounded(self.quantizer.rounder(choice), choice), low:
-            yield self.bench.model.net
+        with self.session.model.rounded(self.quantizer.rounder(choice), choice), low:
+            yield self.session.model.net
 
     def key(self, weights: str, part: Any) -> str:
         """part: a text's language or a cell of probes."""
@@ -85,23 +85,23 @@ class Work:
             what: Any = self.texts[part].ids.tolist()
         else:
             what = [asdict(self.jobs[i]) for i in self.rows(part)]
-        return digest(["12", self.bench.source.fingerprint, what, weights])
+        return digest(["12", self.session.source.fingerprint, what, weights])
 
     def score(self, weights: str, language: str, net: Any = None) -> Scores | None:
         """From the store, or with `net`, which holds these weights."""
         make = None if net is None else lambda: self.teachers[language].score(net).arrays()
-        found = self.bench.store.arrays("scores", self.key(weights, language), make)
+        found = self.session.store.arrays("scores", self.key(weights, language), make)
         return None if found is None else Scores(**found)
 
     def margins(self, weights: str, cell: tuple[str, str], net: Any = None) -> Any:
         jobs = [self.jobs[i] for i in self.rows(cell)]
         make = None if net is None else lambda: {"margins": margins.measure(net, jobs)}
-        found = self.bench.store.arrays("margins", self.key(weights, cell), make)
+        found = self.session.store.arrays("margins", self.key(weights, cell), make)
         return None if found is None else found["margins"]
 
     @cached_property
     def teachers(self) -> dict[str, Teacher]:
-        return {name: Teacher(self.bench.model.net, cut) for name, cut in self.texts.items()}
+        return {name: Teacher(self.session.model.net, cut) for name, cut in self.texts.items()}
 
     def rows(self, cell: tuple[str, str]) -> list[int]:
         return [i for i, pair in enumerate(self.pairs) if pair.cell == cell]
@@ -223,7 +223,7 @@ def report(work: Work) -> None:
                 rows.append([name, key, *cell, *found, tokens, 0, holm])
     head = ["bits", "measure", "where", "language", "excess", "error", "p", "tokens", "z_equal",
             "p_holm"]  # fmt: skip
-    with (HERE / f"{Path(work.bench.source.name).name}.csv").open("w", newline="") as file:
+    with (HERE / f"{Path(work.session.source.name).name}.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(head)
         for row in rows:

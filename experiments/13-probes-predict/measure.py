@@ -34,7 +34,8 @@ from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import Budget, Palette, Precision, digest
 from optimizer.quantization.methods import bind
 from optimizer.search import exact
-from optimizer.stages.session import Bench, View, choices
+from optimizer.stages.session import Session
+from optimizer.stages.space import search_space
 from optimizer.stages.table import measure_table
 
 HERE = Path(__file__).parent
@@ -129,8 +130,8 @@ class Work:
             data=Data(source="text", path=text),
             store=store,
         )
-        self.bench = Bench(model, None, self.config.data, store, "cpu", View())
-        self.quantizer = bind(self.config.quantizer, self.bench)
+        self.session = Session.open(model, self.config.data, store)
+        self.quantizer = bind(self.config.quantizer, self.session)
         own = [
             p
             for language, most in PROBES.items()
@@ -147,36 +148,36 @@ class Work:
         self.pairs = own + given
         encoded = margins.encode(
             self.pairs,
-            load_tokenizer(self.bench.source.folder),
-            context_length(self.bench.source.folder),
+            load_tokenizer(self.session.source.folder),
+            context_length(self.session.source.folder),
         )
         kept = [i for i, job in enumerate(encoded) if not isinstance(job, str)]
         self.pairs = [self.pairs[i] for i in kept]
         self.jobs = [encoded[i] for i in kept]
-        self.what = digest([self.bench.source.fingerprint, [asdict(j) for j in self.jobs]])
+        self.what = digest([self.session.source.fingerprint, [asdict(j) for j in self.jobs]])
 
     def plans(self) -> dict[str, dict[str, Precision]]:
         """Uniform ones, the table's optima, random mixtures, and some that are one-sided on
         purpose, so that a plan's KL doesn't say everything about it."""
         config = self.config
-        chosen = choices(config, self.bench.inventory)
-        table = measure_table(self.bench, config, chosen)
-        bits = [chosen.fitted[chosen.groups[0][0], c].bits for c in chosen.columns]
+        space = search_space(config, self.session.inventory)
+        table = measure_table(self.session, config, space)
+        bits = [space.fitted[space.groups[0][0], c].bits for c in space.columns]
         found: dict[str, dict[str, Precision]] = {"reference": {}}
         rng = np.random.default_rng(13)
         for i, budget in enumerate((4, 3, 5, 3.5, 2.6, 4.5)):
             config.budget = Budget(code_bits=budget)
-            problem = _pose(config, self.bench.inventory, chosen, table.loss)
-            found[f"table {budget}"] = chosen.choice(exact.solve(problem))
+            problem = _pose(config, self.session.inventory, space, table.loss)
+            found[f"table {budget}"] = space.choice(exact.solve(problem))
             if i < 5:
-                uniform = chosen.choice(problem.uniform(bits.index((4, 3, 5, 6, 2)[i])))
+                uniform = space.choice(problem.uniform(bits.index((4, 3, 5, 6, 2)[i])))
                 found[f"uniform {(4, 3, 5, 6, 2)[i]}"] = uniform
             if i < 4:
                 for k in range(2):
                     plan = exact.random_plan(problem, rng)
-                    found[f"random {budget} {k}"] = chosen.choice(plan)
-        layers = {layer.name: layer for layer in chosen.scope}
-        half = max(layer.block or 0 for layer in chosen.scope) // 2
+                    found[f"random {budget} {k}"] = space.choice(plan)
+        layers = {layer.name: layer for layer in space.scope}
+        half = max(layer.block or 0 for layer in space.scope) // 2
         parts = {
             "attention 2": lambda x: 2 if "self_attn" in x.name else 6,
             "mlp 3": lambda x: 3 if "mlp" in x.name else 6,
@@ -193,15 +194,15 @@ class Work:
     def margins(self, choice: dict[str, Precision], net: Any = None) -> Any:
         key = digest(["13", self.what, {k: p.name for k, p in choice.items()}])
         make = None if net is None else lambda: {"margins": margins.measure(net, self.jobs)}
-        found = self.bench.store.arrays("margins", key, make)
+        found = self.session.store.arrays("margins", key, make)
         return None if found is None else found["margins"]
 
     def score(self, choice: dict[str, Precision], net: Any = None, teacher: Any = None) -> Any:
-        windows = self.bench.windows("search").head(WINDOWS)
-        key = digest(["13", self.bench.source.fingerprint, windows.ids.tolist(),
+        windows = self.session.windows("search").head(WINDOWS)
+        key = digest(["13", self.session.source.fingerprint, windows.ids.tolist(),
                       {k: p.name for k, p in choice.items()}])  # fmt: skip
         make = None if net is None else lambda: teacher.score(net).arrays()
-        found = self.bench.store.arrays("scores", key, make)
+        found = self.session.store.arrays("scores", key, make)
         return None if found is None else Scores(**found)
 
 
@@ -216,9 +217,9 @@ def measure(work: Work, seconds: float) -> None:
             continue
         if time.monotonic() - begun > seconds:
             sys.exit(UNFINISHED)
-        model = work.bench.model
+        model = work.session.model
         if teacher is None:
-            teacher = Teacher(model.net, work.bench.windows("search").head(WINDOWS))
+            teacher = Teacher(model.net, work.session.windows("search").head(WINDOWS))
         with model.rounded(work.quantizer.rounder(choice), choice):
             work.margins(choice, model.net)
             work.score(choice, model.net, teacher)
@@ -275,7 +276,7 @@ def report(work: Work) -> None:
         for key, mask in masks.items():
             row |= {f"{key}: {k}": v for k, v in harm(reference, margin, mask).items()}
         rows.append(row)
-    model = Path(work.bench.source.name).name
+    model = Path(work.session.source.name).name
     _write(f"{model}-plans.csv", [{k: _short(v) for k, v in row.items()} for row in rows])
     column = {key: np.array([row[key] for row in rows]) for key in rows[0] if key != "plan"}
     found = []

@@ -34,7 +34,8 @@ from optimizer.plan import Budget
 from optimizer.quantization.methods import Gptq, Quantizer, Rtn, bind
 from optimizer.search import Search
 from optimizer.sensitivity import estimator as estimator_of
-from optimizer.stages.session import Bench, View
+from optimizer.stages.session import Session
+from optimizer.stages.view import View
 
 COUNT, LENGTH = 4, 128  # windows of each judge
 SEARCH = Part(sequences=64, length=128)
@@ -88,24 +89,24 @@ class Clock(View):
         return {k: round(v, 2) for k, v in self.spent.items() if v > 0.05}
 
 
-def judges(folder: Path, bench: Bench) -> dict[str, AnyTeacher]:
+def judges(folder: Path, session: Session) -> dict[str, AnyTeacher]:
     """The reference on each file's first windows: one from a document, or batches of short texts."""
     found = {}
     for path in sorted(folder.glob("*.txt")):
-        if bench.encoder:
+        if session.encoder:
             part = Part(sequences=COUNT, length=LENGTH)
             few = Data(source="text", path=str(path), calibration=part, search=part, heldout=part)
-            read = Bench(bench.source.name, None, few, str(bench.store.root), "cpu", View())
-            found[path.stem] = teacher(bench.model, read.windows("heldout"))
+            read = Session.open(session.source.name, few, str(session.store.root))
+            found[path.stem] = teacher(session.model, read.windows("heldout"))
             continue
-        tokenizer = load_tokenizer(bench.source.folder)
+        tokenizer = load_tokenizer(session.source.folder)
         start, rows = text_prefix(tokenizer), []
         for text in read_documents(path, "text"):
             ids = start + encode(tokenizer, text.strip())
             if len(ids) >= LENGTH:
                 rows.append(ids[:LENGTH])
         ids = np.array(rows[:COUNT], dtype=np.int64)
-        found[path.stem] = teacher(bench.model, Windows(ids, np.arange(len(ids))), True)
+        found[path.stem] = teacher(session.model, Windows(ids, np.arange(len(ids))), True)
     return found
 
 
@@ -127,7 +128,7 @@ class Costs:
         return dict(known)
 
 
-def own_store(base: Bench, key: str, folder: Path) -> str:
+def own_store(base: Session, key: str, folder: Path) -> str:
     """A store that holds the model and nothing that another way measured."""
     store = folder / "stores" / hashlib.sha256(key.encode()).hexdigest()[:12]
     store.mkdir(parents=True, exist_ok=True)
@@ -141,7 +142,7 @@ def own_store(base: Bench, key: str, folder: Path) -> str:
 def main(model: str, sizes: str, folder: str, out: str, seeds: str, *names: str) -> None:
     store, target = os.environ["MEZZOTINT_STORE"], Path(out)
     costs = Costs(target.with_suffix(".costs.json"))
-    base = Bench(model, None, Data(source="self"), store, "cpu", View())
+    base = Session.open(model, Data(source="self"), store)
     truth = judges(Path(folder), base)
     for name in names:
         for seed in map(int, seeds.split(",")):
@@ -152,7 +153,7 @@ def main(model: str, sizes: str, folder: str, out: str, seeds: str, *names: str)
 
 
 def one(
-    base: Bench,
+    base: Session,
     truth: dict[str, AnyTeacher],
     costs: Costs,
     size: str,
@@ -175,9 +176,9 @@ def one(
         store=store, proof=Proof(certify=False),
     )  # fmt: skip
     made = optimize.optimize(config, out / "run", clock).plan
-    bench = Bench(base.source.name, None, data, store, "cpu", clock)
-    bench.__dict__["model"] = base.model  # loaded once; its time is the optimizer's own
-    rounder = bind(quantizer, bench).rounder(made.choice, joint=True)
+    session = Session.open(base.source.name, data, store, clock, model=base.model)
+
+    rounder = bind(quantizer, session).rounder(made.choice, joint=True)
     spent = costs.of(key, clock.end())
     row: dict[str, Any] = {
         "model": Path(base.source.name).name, "size": size, "text": source, "way": way, "seed": seed,

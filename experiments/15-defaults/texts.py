@@ -14,7 +14,7 @@ import numpy as np
 from optimizer.data import domains
 from optimizer.data.text import Data, Part
 from optimizer.models.tokenizer import load_tokenizer
-from optimizer.stages.session import Bench
+from optimizer.stages.session import Session
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 BETWEEN = "\n---\n"
@@ -22,7 +22,7 @@ FEW = Part(sequences=2, length=128)  # of the parts that no combination here rea
 
 
 def data(
-    name: str, bench: Bench, calibration: Part, search: Part, seed: int, folder: Path
+    name: str, session: Session, calibration: Part, search: Part, seed: int, folder: Path
 ) -> Data:
     """Settings for `optimize`, where needed with a file in `folder`."""
     rest = {"calibration": calibration, "search": search, "heldout": FEW, "seed": seed}
@@ -31,40 +31,40 @@ def data(
     windows = calibration.sequences + search.sequences + FEW.sequences + 6
     path = folder / f"{name}-{seed}-{windows}.txt"
     if not path.exists():
-        path.write_text(BETWEEN.join(documents(name, bench, windows, seed)), encoding="utf-8")
+        path.write_text(BETWEEN.join(documents(name, session, windows, seed)), encoding="utf-8")
     return Data(source="text", path=str(path), **rest)
 
 
-def documents(name: str, bench: Bench, windows: int, seed: int) -> list[str]:
+def documents(name: str, session: Session, windows: int, seed: int) -> list[str]:
     """About `windows` documents of a window each or more, of each part of the mixture as many."""
     parts = name.split("+")
     each = -(-windows // len(parts))
     made = {"bundled": bundled, "self": sampled, "chat": answered}
-    return [text for part in parts for text in made[part](bench, each, seed)]
+    return [text for part in parts for text in made[part](session, each, seed)]
 
 
-def bundled(bench: Bench, count: int, seed: int) -> list[str]:
+def bundled(session: Session, count: int, seed: int) -> list[str]:
     """Windows of the half that plans may be tuned on."""
     parts = Data(source="bundled", seed=seed, search=FEW, heldout=FEW)
     parts.calibration = Part(sequences=count, length=136)
-    tokenizer = load_tokenizer(bench.source.folder)
+    tokenizer = load_tokenizer(session.source.folder)
     return decoded(tokenizer, domains.bundled(parts, tokenizer)["calibration"].ids)
 
 
-def sampled(bench: Bench, count: int, seed: int) -> list[str]:
+def sampled(session: Session, count: int, seed: int) -> list[str]:
     from optimizer.data.text import generate
 
-    ids = generate(bench, count, 136, [seed, 0, 0])[
+    ids = generate(session, count, 136, [seed, 0, 0])[
         "ids"
     ]  # a little longer: read again it shrinks
-    return decoded(load_tokenizer(bench.source.folder), ids[:, 1:])
+    return decoded(load_tokenizer(session.source.folder), ids[:, 1:])
 
 
-def answered(bench: Bench, count: int, seed: int) -> list[str]:
+def answered(session: Session, count: int, seed: int) -> list[str]:
     """Sampled where the model's generation settings are silent."""
     import torch
 
-    tokenizer, net = load_tokenizer(bench.source.folder), bench.model.net
+    tokenizer, net = load_tokenizer(session.source.folder), session.model.net
     prompts = PROMPTS.read_text(encoding="utf-8").strip().splitlines()
     order = np.random.default_rng(seed).permutation(len(prompts))
     texts, pad = [], tokenizer.pad_token_id or 0

@@ -31,13 +31,13 @@ import uvicorn
 from optimizer.models.source import Source
 from optimizer.person import commands, judge_page, learning, meaning_file, statistics, web
 from optimizer.person.entrants import Entrant
+from optimizer.person.judging import Judging, Question, compare
 from optimizer.person.learning import Column
 from optimizer.person.prompts import gather, in_turn
-from optimizer.person.session import Question, Session, compare
 from optimizer.person.settings import DOMAINS, Judge
 from optimizer.person.votes import About, VoteFile, standing
 from optimizer.person.writing import Material, Written
-from optimizer.stages.session import View
+from optimizer.stages.view import View
 
 SURE = 8.0  # cost of a typical difference
 TIE = 2.0  # log of the weight of "alike": 79 % where nothing that is minded differs
@@ -78,7 +78,7 @@ def scales(questions: Sequence[Question]) -> dict[str, float]:
     }
 
 
-def vote_all(address: str, made: Session, minds: dict[Column, float], seed: int) -> list[float]:
+def vote_all(address: str, made: Judging, minds: dict[Column, float], seed: int) -> list[float]:
     """Answer what the page shows until it shows no question; seconds of each answer."""
     rng, unit, spent = np.random.default_rng(seed), scales(made.comparison.questions), []
     origin = "/".join(address.split("/")[:3])
@@ -125,7 +125,7 @@ def drawn(seed: int, names: Sequence[str]) -> Material:
     return Material(given, {}, sides, side("reference"), side("twin"), f"drawn {seed}")
 
 
-def prepared(folder: Path, file: Path, who: str, seed: int, votes: int, real: bool) -> Session:
+def prepared(folder: Path, file: Path, who: str, seed: int, votes: int, real: bool) -> Judging:
     """A session that can be served."""
     config = Judge(
         models=[str(folder / "even.json"), str(folder / "odd.json")], votes=str(file), judge=who,
@@ -133,12 +133,12 @@ def prepared(folder: Path, file: Path, who: str, seed: int, votes: int, real: bo
         phenomena=["negation", "numbers", "idiom"], open=False, store=store(),
     )  # fmt: skip
     if real:
-        return commands.prepare(config, Out()).session
+        return commands.prepare(config, Out()).judging
     both = [made_up("even"), made_up("odd")]
     found = compare(both, drawn(seed, ["even", "odd"]), votes, config.catch, who)
-    session = Session(found, VoteFile(file), who, stop=False)
-    session.begin()
-    return session
+    judging = Judging(found, VoteFile(file), who, stop=False)
+    judging.begin()
+    return judging
 
 
 def made_up(name: str) -> Entrant:
@@ -146,7 +146,7 @@ def made_up(name: str) -> Entrant:
 
 
 @contextmanager
-def served(made: Session) -> Iterator[str]:
+def served(made: Judging) -> Iterator[str]:
     """The address of the page, by a server of its own."""
     sock = web.bind(8900, lambda _: None)
     port, token = sock.getsockname()[1], web.new_token()
@@ -205,7 +205,7 @@ def itself(folder: Path, sessions: int) -> None:
         both = [one, replace(one, name="reference, number 2")]
         sides = {each.name: material.reference for each in both}
         found = compare(both, replace(material, written=sides), 40, 0.1, str(seed))
-        made = Session(found, VoteFile(folder / "itself.jsonl"), str(seed))
+        made = Judging(found, VoteFile(folder / "itself.jsonl"), str(seed))
         made.begin()
         rng = np.random.default_rng(seed)
         first, tie = float(rng.choice([0.5, 0.8])), float(rng.choice([0.0, 0.3]))

@@ -21,7 +21,7 @@ from optimizer.hardware.geometry import geometry
 from optimizer.metrics import bootstrap
 from optimizer.plan import Budget
 from optimizer.quantization.methods import Rtn, bind
-from optimizer.stages.session import Bench, Kept, View
+from optimizer.stages.session import Kept, Session
 
 TRIED = ((8, None), (4, None), (4, "4+0"), (4, "0+16"), (4, "4+16"), (4, "4+64"), (4, "4+256"))
 LONG = 8192
@@ -29,14 +29,14 @@ LONG = 8192
 
 def main(model: str, out: str, length: str = "384", windows: str = "12") -> None:
     data = Data(source="bundled", heldout=Part(sequences=int(windows), length=int(length)))
-    bench = Bench(model, None, data, "~/.cache/mezzotint", "cpu", View())
-    quantizer, shape = bind(Rtn(), bench), geometry(bench.config)
-    documents = bench.windows("heldout").documents
+    session = Session.open(model, data, "~/.cache/mezzotint")
+    quantizer, shape = bind(Rtn(), session), geometry(session.config)
+    documents = session.windows("heldout").documents
     counts = bootstrap.resamples(documents, np.random.default_rng(0))
     rows = []
     for bits, keep in TRIED:
-        bench.cache = Kept(memory.kind("torch", bits, keep))
-        kl = bench.score({}, "heldout", quantizer).kl
+        cached = session.with_cache(Kept(memory.kind("torch", bits, keep)))
+        kl = cached.score({}, "heldout", quantizer).kl
 
         def size(tokens: int, bits: int = bits, keep: str | None = keep) -> int:
             asked = Budget(memory="1GiB", context=tokens, kv=bits, keep=keep)

@@ -19,7 +19,7 @@ import torch
 import optimizer
 from optimizer.data.text import Data, Part
 from optimizer.plan import Plan
-from optimizer.stages.session import Bench, View
+from optimizer.stages.session import Session
 
 BEGUN, WRITTEN, DRAFTED = 24, 64, 4
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     said = dict(plan.provenance["data"])
     parts = {k: Part(**v) for k, v in said.items() if isinstance(v, dict)}
     store = argv[3] if len(argv) > 3 else "~/.cache/mezzotint"
-    bench = Bench(str(plan.model["name"]), None, Data(**(said | parts)), store, "cpu", View())
+    session = Session.open(str(plan.model["name"]), Data(**(said | parts)), store)
     net = optimizer.load(folder, unpack="draft", fast=True, wide=True)
     torch.manual_seed(0)
     rates = []
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     assistant.generation_config.num_assistant_tokens = DRAFTED
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
     assistant.generation_config.assistant_confidence_threshold = 0.0
-    windows = bench.windows("heldout").ids
+    windows = session.windows("heldout").ids
     each = windows.shape[1] // BEGUN
     for i in range(min(count, each * len(windows))):
         ids = windows[i % len(windows), BEGUN * (i // len(windows)) :]

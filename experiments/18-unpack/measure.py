@@ -30,8 +30,9 @@ from optimizer.plan import Budget, Palette, Plan
 from optimizer.quantization.methods import bind, method
 from optimizer.quantization.residual import Refining
 from optimizer.search import Search
-from optimizer.stages.session import Bench, View
+from optimizer.stages.session import Session
 from optimizer.stages.unpacking import Unpacked
+from optimizer.stages.view import View
 
 SHARES = {"entropy": (0.1, 0.2, 0.3, 0.5), "random": (0.1, 0.3, 0.5), "oracle": (0.1, 0.3, 0.5)}
 SHARES |= {"probe": (0.1, 0.2, 0.3, 0.5), "margin": (0.3,), "norm": (0.3,)}
@@ -70,12 +71,12 @@ def planned(config: Optimize, **changed: Any) -> Plan:
 
 def norms(view: Unpacked, windows: Any) -> np.ndarray:
     """Sum over layers of |R' x| / |B' x + R' x| [windows, length - 1]."""
-    bench, choice = view.bench, view.plan.choice
+    session, choice = view.session, view.plan.choice
     assert view.plan.refinement is not None
     stacked = view._refining.rounder(choice)
-    names = [n for n in view.plan.refinement.layers if bench.model.layers[n].block is not None]
-    dense = {n: planes.Dense(stacked.rest(bench.model.weight(n), n)) for n in names}
-    modules = planes.modules_of(bench.model.net, [bench.model.layers[n] for n in names])
+    names = [n for n in view.plan.refinement.layers if session.model.layers[n].block is not None]
+    dense = {n: planes.Dense(stacked.rest(session.model.weight(n), n)) for n in names}
+    modules = planes.modules_of(session.model.net, [session.model.layers[n] for n in names])
     rounder, total = view._quantizer.rounder(choice), []
 
     def hook(plane: planes.Dense) -> Any:
@@ -87,10 +88,10 @@ def norms(view: Unpacked, windows: Any) -> np.ndarray:
 
     handles = [m.register_forward_hook(hook(dense[n])) for n in names for m in modules[n]]
     try:
-        with bench.model.rounded(rounder, choice), torch.inference_mode():
+        with session.model.rounded(rounder, choice), torch.inference_mode():
             for ids in windows.ids:
                 total.append(torch.zeros(len(ids) - 1))
-                bench.model.net(input_ids=torch.from_numpy(ids)[None], use_cache=False)
+                session.model.net(input_ids=torch.from_numpy(ids)[None], use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -102,10 +103,10 @@ def main(argv: list[str]) -> None:
     plan = planned(config)
     section = plan.refinement
     assert section is not None
-    bench = Bench(config.model, None, config.data, config.store, "cpu", Said())
-    quantizer = bind(config.quantizer, bench)
-    refining = Refining(quantizer, section.planes, config.quantizer, bench)
-    windows = bench.windows("heldout")
+    session = Session.open(config.model, config.data, config.store, Said())
+    quantizer = bind(config.quantizer, session)
+    refining = Refining(quantizer, section.planes, config.quantizer, session)
+    windows = session.windows("heldout")
     counts = bootstrap.resamples(windows.documents, np.random.default_rng(0))
     rows: list[dict[str, Any]] = []
 
@@ -120,8 +121,8 @@ def main(argv: list[str]) -> None:
             writer.writeheader()
             writer.writerows(rows)
 
-    base = bench.score(plan.choice, "heldout", quantizer).kl
-    refined = bench.score(plan.choice, "heldout", refining).kl
+    base = session.score(plan.choice, "heldout", quantizer).kl
+    refined = session.score(plan.choice, "heldout", refining).kl
     total = plan.bytes["total"] + section.bytes["total"]
     row("base", 0, plan.bytes["total"], base)
     row("refined", 1, total, refined)
@@ -130,8 +131,8 @@ def main(argv: list[str]) -> None:
         ("separate refined", config.nested.size),
     ):
         other = planned(config, budget=Budget(size=size), nested=Nested())
-        row(name, 1, other.bytes["total"], bench.score(other.choice, "heldout", quantizer).kl)
-    view = Unpacked(bench, plan, quantizer, refining)
+        row(name, 1, other.bytes["total"], session.score(other.choice, "heldout", quantizer).kl)
+    view = Unpacked(session, plan, quantizer, refining)
     row("acceptance (EAR of base and refined)", 0, total, view.acceptance())
     signals = {
         **{k: view.signals(windows, "heldout", view.signal(k)) for k in planes.SIGNALS},

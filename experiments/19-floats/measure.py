@@ -19,7 +19,7 @@ from optimizer.plan import Precision
 from optimizer.quantization import floats
 from optimizer.quantization.methods import Gptq, bind
 from optimizer.quantization.uniform import Nearest
-from optimizer.stages.session import Bench, View
+from optimizer.stages.session import Session
 
 WINDOWS, LENGTH = 12, 128
 INT4, INT4_WIDE = Precision("int", 4, 32, True), Precision("int", 4, 64, True)
@@ -39,10 +39,10 @@ def log_p(net: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def main(model: str, quantizer: str, file: Path) -> None:
     store = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")
-    bench = Bench(model, None, Data(), store, "cpu", View())
-    ids = torch.from_numpy(bench.windows("heldout").ids[:WINDOWS, :LENGTH])
-    layers = bench.inventory.scoped(["blocks"])
-    reference = log_p(bench.model.net, ids)
+    session = Session.open(model, Data(), store)
+    ids = torch.from_numpy(session.windows("heldout").ids[:WINDOWS, :LENGTH])
+    layers = session.inventory.scoped(["blocks"])
+    reference = log_p(session.model.net, ids)
     done = {row["arm"] for row in csv.DictReader(file.open())} if file.exists() else set()
     for arm, (precision, searched) in ARMS.items():
         own = f"{quantizer} {arm}"
@@ -51,10 +51,10 @@ def main(model: str, quantizer: str, file: Path) -> None:
         near, exponents = floats.NEAR, floats.EXPONENTS
         floats.NEAR, floats.EXPONENTS = searched or (near, exponents)
         choice = {x.name: precision.nearest(x.cols) for x in layers}
-        rounder = Nearest() if quantizer == "rtn" else bind(Gptq(), bench).rounder(choice)
+        rounder = Nearest() if quantizer == "rtn" else bind(Gptq(), session).rounder(choice)
         try:
-            with bench.model.rounded(rounder, choice):
-                found = log_p(bench.model.net, ids)
+            with session.model.rounded(rounder, choice):
+                found = log_p(session.model.net, ids)
         finally:
             floats.NEAR, floats.EXPONENTS = near, exponents
         each = (reference.exp() * (reference - found)).sum(-1).mean(-1).double().numpy()

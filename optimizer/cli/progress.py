@@ -22,7 +22,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from optimizer.stages.session import View
+from optimizer.stages.view import View
 
 MOST = 0.8  # of what is left of a stage that one bar stands for
 EVERY = 30.0  # seconds between two lines where output is no terminal

@@ -22,7 +22,8 @@ from optimizer.plan import Inventory, Plan
 from optimizer.plan.certificate import Evaluation, Row
 from optimizer.quantization.methods import bind, of_plan
 from optimizer.stages import certify
-from optimizer.stages.session import Bench, View
+from optimizer.stages.session import Session
+from optimizer.stages.view import View
 from optimizer.store import Store
 
 if TYPE_CHECKING:
@@ -131,15 +132,15 @@ class Recipe:
         parts = {k: Part(**v) for k, v in settings.items() if isinstance(v, dict)}
         data = Data(**(settings | parts))
         revision = self._plan.model.get("revision")
-        bench = Bench(self._source.name, revision, data, str(self.store.root), "cpu", self._view)
-        if bench.calibration_key != self.calibration_key:
+        name, store = self._source.name, str(self.store.root)
+        session = Session.open(name, data, store, self._view, revision=revision)
+        if session.calibration_key != self.calibration_key:
             raise PlanError(
                 f"A plan's codes come from its own calibration tokens. The text at {data.path} "
                 "isn't the one that this plan was made with. Put that text back, or make a plan "
                 "with this one."
             )
-        bench.model = self.model
-        return bench.calibration()
+        return session.calibration()
 
     def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:
         return self._view.track(items, text)
@@ -224,36 +225,36 @@ def evaluate(config: Evaluate, view: View | None = None) -> Evaluated:
     folder = Path(config.model)
     plan = packed.verify(folder, whole=config.unpack != "never")
     mode = _unpacking(config).settle(plan, folder)
-    bench = Bench(
+    session = Session.open(
         config.reference or str(plan.model["name"]),
-        plan.model.get("revision"),
         _read(config, plan),
         config.store,
-        config.device,
         view,
-        config.residence,
+        revision=plan.model.get("revision"),
+        device=config.device,
+        residence=config.residence,
     )
-    if bench.source.fingerprint != plan.model.get("fingerprint", bench.source.fingerprint):
-        reference_of(plan, config.reference, bench.store)
+    if session.source.fingerprint != plan.model.get("fingerprint", session.source.fingerprint):
+        reference_of(plan, config.reference, session.store)
     tuned = plan.provenance.get("tuned", {}).get("domains", [])
     if config.speed:
-        _check_speed(config, bench)
+        _check_speed(config, session)
     entries = (
         config.domains if mode != "hard" else []
     )  # whose windows are read without full logits
     asked = certify.Asked(config.tolerance, entries, config.generate, 0, tuned)
-    tokenizer = _asking(config, bench)  # before texts are read, or sampled
-    certify.check(bench, asked)
+    tokenizer = _asking(config, session)  # before texts are read, or sampled
+    certify.check(session, asked)
     # many words, one by one
     writes = bool(config.task_names or config.refusals or config.generate)
     way = _unpacking(config)
     net = packed.load(folder, device=config.device, steady=True, unpacking=way, once=writes)
     with rounded(net, kind_of(plan)):
         kept = mode == "never" and not config.again
-        scores = _certified(bench, plan, net) if kept else None
+        scores = _certified(session, plan, net) if kept else None
         if scores is None:
             view.stage("the reference reads")
-            teacher = bench.teacher("heldout")
+            teacher = session.teacher("heldout")
             view.stage("the packed model reads")
             scores = _token_by_token(teacher, net) if mode == "hard" else teacher.score(net)
     weights = certify.Weights(None, lambda: nullcontext(net), kind_of(plan))
@@ -265,10 +266,10 @@ def evaluate(config: Evaluate, view: View | None = None) -> Evaluated:
         documents=len(np.unique(scores.documents)),
         tokens=int(scores.kl.size),
         row=Row("packed", **comparison.describe(scores, counts)),
-        meaning=certify.judge(bench, weights, scores, asked),
-        speed=_speed(config, plan, bench, view) if config.speed else None,
+        meaning=certify.judge(session, weights, scores, asked),
+        speed=_speed(config, plan, session, view) if config.speed else None,
         hourly_rate=config.hourly_rate,
-        **_asked(config, plan, {"reference": bench.model.net, "packed": net}, tokenizer, view),
+        **_asked(config, plan, {"reference": session.model.net, "packed": net}, tokenizer, view),
     )
 
 
@@ -294,19 +295,19 @@ def _token_by_token(teacher: Any, net: Any) -> AnyScores:
     return Scores(**arrays, documents=teacher.windows.documents)
 
 
-def _asking(config: Evaluate, bench: Bench) -> Any:
+def _asking(config: Evaluate, session: Session) -> Any:
     """The tokenizer, if questions will be asked; what can be wrong with them ends here."""
     from optimizer.commands import harness
     from optimizer.models.tokenizer import load_tokenizer
 
     if not config.task_names and not config.refusals:
         return None
-    if bench.encoder:
+    if session.encoder:
         raise ConfigError("tasks and refusals are for language models, and this is an encoder.")
     harness.check(config.task_names)
-    tokenizer = load_tokenizer(bench.source.folder)
+    tokenizer = load_tokenizer(session.source.folder)
     if config.refusals:
-        harness.check_template(tokenizer, bench.source.name)
+        harness.check_template(tokenizer, session.source.name)
     return tokenizer
 
 
@@ -342,34 +343,34 @@ def _read(config: Evaluate, plan: Plan) -> Data:
     return found
 
 
-def _certified(bench: Bench, plan: Plan, net: Any) -> AnyScores | None:
+def _certified(session: Session, plan: Plan, net: Any) -> AnyScores | None:
     """The scores of this very plan on these windows, if the store has them and the packed model gives
     the same on the first SPOT windows; else None."""
     from optimizer.metrics import divergence
 
-    kept = bench.store.arrays("scores", certify.certified(bench, plan))
+    kept = session.store.arrays("scores", certify.certified(session, plan))
     if kept is None:
         return None
-    stored, few = divergence.stored(kept), bench.windows("heldout").head(SPOT)
-    bench.view.stage(f"the packed model reads {SPOT} windows that its plan was certified on")
-    own = divergence.teacher(bench.model, few).score(net)
+    stored, few = divergence.stored(kept), session.windows("heldout").head(SPOT)
+    session.view.stage(f"the packed model reads {SPOT} windows that its plan was certified on")
+    own = divergence.teacher(session.model, few).score(net)
     if np.allclose(own.kl, stored.kl[: len(own.kl)], rtol=SAME, atol=SAME):
-        bench.view.note(
+        session.view.note(
             f"It reads {SPOT} windows as its plan did, so the certificate's scores are its own; "
             "again=true measures all of them again."
         )
         return stored
-    bench.view.note("It doesn't read as its plan did, so everything is measured again.")
+    session.view.note("It doesn't read as its plan did, so everything is measured again.")
     return None
 
 
-def _check_speed(config: Evaluate, bench: Bench) -> None:
-    if bench.encoder:
+def _check_speed(config: Evaluate, session: Session) -> None:
+    if session.encoder:
         raise ConfigError(
             f"speed={config.speed} times how fast text is written, and an encoder writes none. Leave "
             "it out."
         )
-    context = context_length(bench.source.folder)
+    context = context_length(session.source.folder)
     prompt = min(throughput.PROMPT, config.data.heldout.length)
     if context is not None and prompt + config.speed > context:
         raise ConfigError(
@@ -378,7 +379,7 @@ def _check_speed(config: Evaluate, bench: Bench) -> None:
         )
 
 
-def _speed(config: Evaluate, plan: Plan, bench: Bench, view: View) -> Speed:
+def _speed(config: Evaluate, plan: Plan, session: Session, view: View) -> Speed:
     """Of the model as `optimizer.load` gives it, which multiplies packed where it can."""
     from transformers import DynamicCache
 
@@ -399,6 +400,6 @@ def _speed(config: Evaluate, plan: Plan, bench: Bench, view: View) -> Speed:
             return Cache(net.config, kind_of(plan))
         return DynamicCache(config=model.config)
 
-    ids = bench.windows("heldout").ids[0]
+    ids = session.windows("heldout").ids[0]
     track = partial(view.track, text=f"both write {config.speed} tokens")
-    return throughput.measure(net, bench.model.net, ids, config.speed, cache, track)
+    return throughput.measure(net, session.model.net, ids, config.speed, cache, track)

@@ -24,7 +24,7 @@ from optimizer.formats.rules import Verdict
 from optimizer.formats.safetensors.loader import loading
 from optimizer.models.source import Source, packed_file
 from optimizer.plan import Inventory, Plan
-from optimizer.stages.session import View
+from optimizer.stages.view import View
 from optimizer.store import Store
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from optimizer.commands.deploy import reference_of
 from optimizer.errors import ConfigError, MezzotintError, TextError
 from optimizer.models.source import context_length, is_encoder
 from optimizer.plan import Inventory, Plan
-from optimizer.stages.session import View, check_device
+from optimizer.stages.session import check_device
+from optimizer.stages.view import View
 from optimizer.store import Store, root
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from optimizer.hardware.memory import kind_of
 from optimizer.models.source import context_length
 from optimizer.plan import UNTOUCHED, Inventory, Plan, Precision, digest, stored_bytes
 from optimizer.plan.cache import WHOLE, CacheKind
-from optimizer.stages.session import View, check_device
+from optimizer.stages.session import check_device
+from optimizer.stages.view import View
 from optimizer.store import Store, write_atomically
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from optimizer.formats import registry
 from optimizer.formats.format import Subject, format_of
 from optimizer.plan import UNTOUCHED, Inventory, Plan, policy
 from optimizer.search import Problem, exact
-from optimizer.stages.session import Bench, Choices
+from optimizer.stages.session import Session
+from optimizer.stages.space import SearchSpace
 
 if TYPE_CHECKING:
     from optimizer.stages.refine import Refined
@@ -22,14 +23,14 @@ LARGE = 0.2  # a share of the file that is worth a word
 PRICED = 32  # pins whose price is told; each takes an exact solution
 
 
-def unwatched(config: Optimize, chosen: Choices) -> list[str]:
+def unwatched(config: Optimize, space: SearchSpace) -> list[str]:
     """Layers that a calibrated quantizer rounds to nearest."""
     seen = config.quantizer.reads_head
-    names = [x.name for x in chosen.scope if not (x.watchable or (seen and x.predicts))]
+    names = [x.name for x in space.scope if not (x.watchable or (seen and x.predicts))]
     if not config.quantizer.calibrated or not names:
         return []
     return [
-        f"{config.quantizer.name} needs a layer's inputs. {len(names)} of {len(chosen.scope)} layers "
+        f"{config.quantizer.name} needs a layer's inputs. {len(names)} of {len(space.scope)} layers "
         f"in scope have none that can be watched (embeddings, fused experts: "
         f"{names[0]}); they are rounded to nearest."
     ]
@@ -107,53 +108,53 @@ def gain(refined: Refined, objective: str) -> str:
 
 
 def price_of_policy(
-    config: Optimize, chosen: Choices, problem: Problem, assignment: np.ndarray
+    config: Optimize, space: SearchSpace, problem: Problem, assignment: np.ndarray
 ) -> list[str]:
     """What the policy cost against the engine's best plan of the same bytes, by the table."""
-    if (problem.free == chosen.held).all():
+    if (problem.free == space.held).all():
         return []
     limit = problem.sizes(assignment)
-    rival = exact.solve(replace(problem, allowed=chosen.held, limit=limit))
+    rival = exact.solve(replace(problem, allowed=space.held, limit=limit))
     own, free = problem.losses(assignment), problem.losses(rival)
     pins = f" with {len(config.policy.listed)} pins" if config.policy.listed else ""
     return [
         f"policy={config.policy.name}{pins}: predicted KL {own:.4f}; the free plan of the same "
         f"bytes has {free:.4f}, so the policy costs {own - free:.4f} ({own / max(free, 1e-12):.3g} "
         "times), by the table.",
-        *_prices(config, chosen, problem, assignment),
+        *_prices(config, space, problem, assignment),
     ]
 
 
 def _prices(
-    config: Optimize, chosen: Choices, problem: Problem, assignment: np.ndarray
+    config: Optimize, space: SearchSpace, problem: Problem, assignment: np.ndarray
 ) -> Iterator[str]:
     """What each pin cost: against the best plan of the same bytes that keeps all others."""
     own, limit = problem.losses(assignment), problem.sizes(assignment)
-    assert chosen.held is not None
+    assert space.held is not None
     for i, pin in enumerate(config.policy.listed[:PRICED]):
-        others = [p for j, some in enumerate(chosen.pins) if j != i for p in some]
+        others = [p for j, some in enumerate(space.pins) if j != i for p in some]
         left = policy.allowed(
             replace(config.policy, pins=others),
-            chosen.scope,
-            chosen.groups,
-            chosen.columns,
-            chosen.fitted,
+            space.scope,
+            space.groups,
+            space.columns,
+            space.fitted,
         )
-        rival = exact.solve(replace(problem, allowed=chosen.held & left, limit=limit))
+        rival = exact.solve(replace(problem, allowed=space.held & left, limit=limit))
         free = problem.losses(rival)
         yield f"The pin {pin!r} costs {own - free:.4f} nats of {own:.4f}, by the table."
 
 
-def outside(inventory: Inventory, chosen: Choices, plan: Plan, total: int) -> list[str]:
+def outside(inventory: Inventory, space: SearchSpace, plan: Plan, total: int) -> list[str]:
     """Much of the file, of `total` bytes, out of scope, though the engine could hold it rounded."""
     real = [p for p in plan.choice.values() if p.kind != "none"]
     if not real:
         return []
-    scope, widest = {layer.name for layer in chosen.scope}, max(real, key=lambda p: p.code_bits)
+    scope, widest = {layer.name for layer in space.scope}, max(real, key=lambda p: p.code_bits)
     left = [
         layer
         for layer in inventory.layers
-        if layer.name not in scope and chosen.demands.refusal(layer, widest) is None
+        if layer.name not in scope and space.demands.refusal(layer, widest) is None
     ]
     size = sum(layer.bytes(UNTOUCHED) for layer in left)
     if size < LARGE * total:
@@ -166,10 +167,10 @@ def outside(inventory: Inventory, chosen: Choices, plan: Plan, total: int) -> li
     ]
 
 
-def file(config: Optimize, bench: Bench, chosen: Choices, plan: Plan) -> list[str]:
+def file(config: Optimize, session: Session, space: SearchSpace, plan: Plan) -> list[str]:
     """What the plan weighs in its engine's own format, and what of that is out of scope."""
     runtime = config.runtime
-    subject = Subject(bench.inventory, bench.source.folder, chosen.base)
+    subject = Subject(session.inventory, session.source.folder, space.base)
     verdict = registry.check(plan, runtime, subject)
     if verdict.errors:
         return [f"{runtime.name} would not run this plan: {' '.join(verdict.errors)}"]
@@ -178,7 +179,7 @@ def file(config: Optimize, bench: Bench, chosen: Choices, plan: Plan) -> list[st
             f"As a recipe: mezzotint export plan.json to={runtime.name} out=DIR.",
             *verdict.notes,
         ]
-    left = outside(bench.inventory, chosen, plan, verdict.bytes)
+    left = outside(session.inventory, space, plan, verdict.bytes)
     if not format_of(runtime.name).larger:
         return left
     return [

@@ -37,8 +37,10 @@ from optimizer.reports.run import (
 from optimizer.search import Problem, exact
 from optimizer.sensitivity import Table
 from optimizer.stages import certify, kv_budget, nested, objective
-from optimizer.stages.session import Bench, Choices, View, choices, unchained
+from optimizer.stages.session import Session, unchained
+from optimizer.stages.space import SearchSpace, search_space
 from optimizer.stages.table import measure_table
+from optimizer.stages.view import View
 from optimizer.store import root, unwritable, write_atomically
 
 if TYPE_CHECKING:
@@ -53,68 +55,69 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     run.json and report.html to `out`."""
     begun = time.monotonic()
     view = view or View()
-    config, bench, chosen = _checked(config, view)
-    blank = np.zeros((len(chosen.groups), len(chosen.columns)))
-    rooms = kv_budget.rooms(config, bench, chosen)
+    config, session, space = _checked(config, view)
+    blank = np.zeros((len(space.groups), len(space.columns)))
+    rooms = kv_budget.rooms(config, session, space)
     for one in rooms:
         view.note(one.text) if one.text else None
-        _pose(replace(config, budget=one.budget), bench.inventory, chosen, blank)
+        _pose(replace(config, budget=one.budget), session.inventory, space, blank)
     # an impossible budget ended here
     write_atomically(out / ".writable", b"").unlink()  # an unwritable folder ends here
     view.begin(
-        run_key(asdict(config), bench.source.fingerprint), bench.source.name, asdict(config)
+        run_key(asdict(config), session.source.fingerprint), session.source.name, asdict(config)
     )
     view.expect(_stages(config))
     view.enter(TABLE)
-    table = measure_table(bench, config, chosen)  # KL, for promises
-    parts = objective.parts(bench, config, chosen, table)
+    table = measure_table(session, config, space)  # KL, for promises
+    parts = objective.parts(session, config, space, table)
     aimed = np.sum(list(parts.values()), axis=0)
-    notes = [*chosen.notes, *remarks.unwatched(config, chosen)]
+    notes = [*space.notes, *remarks.unwatched(config, space)]
 
     def solve(budget: Budget) -> tuple[Problem, np.ndarray]:
-        posed = _pose(replace(config, budget=budget), bench.inventory, chosen, aimed)
+        posed = _pose(replace(config, budget=budget), session.inventory, space, aimed)
         return posed, _allocate(posed)
 
-    settled = kv_budget.settle(config, bench, chosen, rooms, solve)
-    nest = nested.choose(bench, config, chosen, settled.problem, table)
+    settled = kv_budget.settle(config, session, space, rooms, solve)
+    session = settled.session
+    nest = nested.choose(session, config, space, settled.problem, table)
     problem, assignment = settled.problem, settled.assignment if nest is None else nest.columns
-    scale = _scale(bench, config, chosen)
+    scale = _scale(session, config, space)
     notes += remarks.aim(problem, config.meaning.name, parts)
     problem = replace(problem, third=_third(config, scale))
     notes += remarks.ample(config, problem)
-    if bench.cache.tried:
+    if session.cache.tried:
         notes.append(
-            kv_budget.told(bench.cache.tried, bench.cache.kind.bits, bench.cache.kind.keep)
+            kv_budget.told(session.cache.tried, session.cache.kind.bits, session.cache.kind.keep)
         )
-    plan = plan_of(bench, config, chosen, table, assignment)
+    plan = plan_of(session, config, space, table, assignment)
     plan.save(out / "plan.json")  # within seconds on a measured model; what follows improves it
     view.note(f"wrote {out / 'plan.json'}: the table's optimum")
     _show_front(view, config, scale, replace(problem, loss=table.loss))
     view.enter(SEARCH)
-    refined = _refine(bench, config, chosen, problem, assignment)
+    refined = _refine(session, config, space, problem, assignment)
     searched: dict[str, np.ndarray] = {}
     if refined is not None:
         notes.append(remarks.gain(refined, config.meaning.name))
         assignment = refined.assignment
         searched = {f"searched {i}": x for i, x in enumerate(refined.front)}
-        notes += _save_front(bench, config, chosen, table, searched, out / "front")
+        notes += _save_front(session, config, space, table, searched, out / "front")
     problem = replace(problem, loss=table.loss)  # from here on for showing: KL
-    notes += remarks.price_of_policy(config, chosen, problem, assignment)
-    plan = plan_of(bench, config, chosen, table, assignment)
-    notes += remarks.file(config, bench, chosen, plan)
+    notes += remarks.price_of_policy(config, space, problem, assignment)
+    plan = plan_of(session, config, space, table, assignment)
+    notes += remarks.file(config, session, space, plan)
     files = _files(plan, problem, refined, out)
     outcome = Outcome(plan, files, notes=notes)
     if config.proof.certify:
-        outcome = prove(bench, config, chosen, table, problem, assignment, searched, outcome, out)
-    found = _nested(bench, config, chosen, nest, outcome)
+        outcome = prove(session, config, space, table, problem, assignment, searched, outcome, out)
+    found = _nested(session, config, space, nest, outcome)
     outcome = replace(found, seconds=time.monotonic() - begun)
-    return _publish(bench, config, chosen, problem, scale, outcome, out)
+    return _publish(session, config, space, problem, scale, outcome, out)
 
 
-def _announce(view: View, config: Optimize, bench: Bench) -> None:
+def _announce(view: View, config: Optimize, session: Session) -> None:
     """What is asked is settled, and the work begins."""
     settings = asdict(config)
-    view.begin(run_key(settings, bench.source.fingerprint), bench.source.name, settings)
+    view.begin(run_key(settings, session.source.fingerprint), session.source.name, settings)
     view.expect(_stages(config))
     view.enter(TABLE)
 
@@ -140,17 +143,21 @@ def _third(config: Optimize, scale: Scale) -> search.Third | None:
 
 
 def _nested(
-    bench: Bench, config: Optimize, chosen: Choices, nest: nested.Nest | None, outcome: Outcome
+    session: Session,
+    config: Optimize,
+    space: SearchSpace,
+    nest: nested.Nest | None,
+    outcome: Outcome,
 ) -> Outcome:
     """With planes for the plan's own layers, measured unless nothing is to be certified."""
     if nest is None:
         return outcome
-    plan = nested.refined(bench, config, chosen, nest, outcome.plan)
+    plan = nested.refined(session, config, space, nest, outcome.plan)
     if config.proof.certify:
         from optimizer.stages import unpacking
 
-        bench.view.enter(NEST)
-        plan = unpacking.measure(bench, config, chosen, nest, plan)
+        session.view.enter(NEST)
+        plan = unpacking.measure(session, config, space, nest, plan)
     plan.save(outcome.files["plan"])
     return replace(outcome, plan=plan)
 
@@ -175,58 +182,58 @@ def _stages(config: Optimize) -> dict[str, float]:
     return found
 
 
-def _checked(config: Optimize, view: View) -> tuple[Optimize, Bench, Choices]:
+def _checked(config: Optimize, view: View) -> tuple[Optimize, Session, SearchSpace]:
     """What is meant, the model and its choices. Most that can be wrong ends here."""
     config.check()
     effort.check(config)
     config = effort.reading(config)
     _reach_storage(config, root(config.store))
-    bench = Bench(
+    session = Session.open(
         config.model,
-        config.revision,
         config.data,
         config.store,
-        config.device,
         view,
-        config.residence,
+        revision=config.revision,
+        device=config.device,
+        residence=config.residence,
     )
-    _ = config.residence.settled(bench.inventory)  # a cap that is too small ends here
-    config, said = advise.propose(config, bench.source.folder)
+    _ = config.residence.settled(session.inventory)  # a cap that is too small ends here
+    config, said = advise.propose(config, session.source.folder)
     config.budget.check()
     for line in said:
         view.note(line)
-    if bench.encoder:
+    if session.encoder:
         config.check_encoder()
-    folder = bench.source.folder
+    folder = session.source.folder
     base = registry.base_of(
-        config.runtime, bench.source, bench.inventory, bench.store, config.gguf
+        config.runtime, session.source, session.inventory, session.store, config.gguf
     )
-    chosen = choices(config, bench.inventory, folder, base)
+    space = search_space(config, session.inventory, folder, base)
     if config.budget.size is not None:
-        every = _uniform(chosen)
-        over = registry.overhead(config.runtime, Subject(bench.inventory, folder, base), every)
-        chosen = replace(chosen, overhead=over)
+        every = _uniform(space)
+        over = registry.overhead(config.runtime, Subject(session.inventory, folder, base), every)
+        space = replace(space, overhead=over)
     if config.proof.certify:
-        certify.check(bench, asked(config))
+        certify.check(session, asked(config))
     if config.search.third in ("time", "price"):
         from optimizer.stages import latency
 
-        latency.check(chosen, config.runtime.name)
+        latency.check(space, config.runtime.name)
     if config.nested.size is not None:
         config = replace(config, search=replace(config.search, space="exact"))
-    config, said = effort.settle(config, bench.encoder, lambda: unchained(bench))
+    config, said = effort.settle(config, session.encoder, lambda: unchained(session))
     for line in said:
         view.note(line)
-    return config, bench, replace(chosen, notes=(*chosen.notes, *said))
+    return config, session, replace(space, notes=(*space.notes, *said))
 
 
-def _uniform(chosen: Choices) -> Iterator[dict[str, Precision]]:
+def _uniform(space: SearchSpace) -> Iterator[dict[str, Precision]]:
     """For each column the choice that has it wherever it is allowed; other layers are left out."""
-    assert chosen.allowed is not None
-    for column in np.flatnonzero(chosen.allowed.any(0)):
-        rows = np.flatnonzero(chosen.allowed[:, column])
-        names = [name for row in rows for name in chosen.groups[row]]
-        yield {name: chosen.fitted[name, chosen.columns[column]] for name in names}
+    assert space.allowed is not None
+    for column in np.flatnonzero(space.allowed.any(0)):
+        rows = np.flatnonzero(space.allowed[:, column])
+        names = [name for row in rows for name in space.groups[row]]
+        yield {name: space.fitted[name, space.columns[column]] for name in names}
 
 
 def _reach_storage(config: Optimize, store: Path) -> None:
@@ -237,27 +244,27 @@ def _reach_storage(config: Optimize, store: Path) -> None:
         open_storage(config.search.storage, store, config.search.heartbeat)
 
 
-def _scale(bench: Bench, config: Optimize, chosen: Choices) -> Scale:
+def _scale(session: Session, config: Optimize, space: SearchSpace) -> Scale:
     """With times, measured now or kept, if they are an objective."""
     scale = Scale.of(
-        bench.inventory,
-        chosen,
-        bench.source.fingerprint,
-        config.quantizer.described(bench.calibration_key),
-        kv_budget.traffic(config, bench),
+        session.inventory,
+        space,
+        session.source.fingerprint,
+        config.quantizer.described(session.calibration_key),
+        kv_budget.traffic(config, session),
     )
     if config.search.third not in ("time", "price"):
         return scale
     from optimizer.stages import latency
 
-    found = latency.times(bench, chosen, scale.traffic.batch)
+    found = latency.times(session, space, scale.traffic.batch)
     return replace(scale, times=search.Third("time", found.each, found.outside))
 
 
 def _save_front(
-    bench: Bench,
+    session: Session,
     config: Optimize,
-    chosen: Choices,
+    space: SearchSpace,
     table: Table,
     searched: Mapping[str, np.ndarray],
     folder: Path,
@@ -265,21 +272,21 @@ def _save_front(
     """Each plan of a searched front as a file of its own, so that any of them can be applied."""
     for name, assignment in searched.items():
         path = folder / f"{name.replace(' ', '-')}.json"
-        plan_of(bench, config, chosen, table, assignment).save(path)
+        plan_of(session, config, space, table, assignment).save(path)
     return [f"The plans of the front are in {folder}, without certificates."] if searched else []
 
 
 def _publish(
-    bench: Bench,
+    session: Session,
     config: Optimize,
-    chosen: Choices,
+    space: SearchSpace,
     problem: Problem,
     scale: Scale,
     outcome: Outcome,
     out: Path,
 ) -> Outcome:
     """What a person looks at afterwards: run.json, and the page that is made from it."""
-    fingerprint, settings = bench.source.fingerprint, asdict(config)
+    fingerprint, settings = session.source.fingerprint, asdict(config)
     measured = tuple(
         scale.point(
             row.name, row.assignment, row.predicted, measured=row.measured, measures=row.measures
@@ -287,10 +294,10 @@ def _publish(
         for row in outcome.measured
     )
     run = Run(
-        model=bench.source.name,
+        model=session.source.name,
         key=run_key(settings, fingerprint),
-        columns=_palette(chosen),
-        groups=chosen.groups,
+        columns=_palette(space),
+        groups=space.groups,
         chosen=chosen_point(scale, outcome.plan, measured),
         front=scale.front(problem, FRONT_ROWS),
         measured=measured,
@@ -298,28 +305,28 @@ def _publish(
         notes=tuple(outcome.notes),
         config=settings,
         seconds=outcome.seconds,
-        unit="text" if bench.encoder else "token",
+        unit="text" if session.encoder else "token",
     )
     files = outcome.files | {"run": run.save(out), "report": page.write(out)}
     return replace(outcome, files=files, run=run)
 
 
-def _palette(chosen: Choices) -> dict[str, Precision]:
+def _palette(space: SearchSpace) -> dict[str, Precision]:
     """Column name -> the precision as most layers have it (`fit=nearest` adapts some)."""
-    return {column: chosen.fitted[chosen.groups[0][0], column] for column in chosen.columns}
+    return {column: space.fitted[space.groups[0][0], column] for column in space.columns}
 
 
-def _pose(config: Optimize, inventory: Inventory, chosen: Choices, loss: np.ndarray) -> Problem:
+def _pose(config: Optimize, inventory: Inventory, space: SearchSpace, loss: np.ndarray) -> Problem:
     return search.pose(
         inventory,
-        chosen.scope,
-        chosen.groups,
-        chosen.columns,
-        chosen.fitted,
+        space.scope,
+        space.groups,
+        space.columns,
+        space.fitted,
         loss,
         config.budget,
-        chosen.allowed,
-        chosen.overhead,
+        space.allowed,
+        space.overhead,
     )
 
 
@@ -328,9 +335,9 @@ def _allocate(problem: Problem) -> np.ndarray:
 
 
 def _refine(
-    bench: Bench,
+    session: Session,
     config: Optimize,
-    chosen: Choices,
+    space: SearchSpace,
     problem: Problem,
     start: np.ndarray,
 ) -> Refined | None:
@@ -339,9 +346,9 @@ def _refine(
         return None
     from optimizer.stages.refine import refine
 
-    journal = bench.store.root / "studies" / f"{bench.part_key('search')[:40]}.journal"
+    journal = session.store.root / "studies" / f"{session.part_key('search')[:40]}.journal"
     try:
-        with bench.cached():
-            return refine(bench, config, chosen, problem, start, journal)
+        with session.cached():
+            return refine(session, config, space, problem, start, journal)
     except OSError as error:  # Optuna's, writing the journal
         raise unwritable(Path(error.filename or journal), error) from None

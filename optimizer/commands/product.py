@@ -14,7 +14,8 @@ from optimizer.plan import Plan, assemble
 from optimizer.reports.run import Run, overrides
 from optimizer.sensitivity import Table
 from optimizer.stages import baselines, kv_budget, objective
-from optimizer.stages.session import Bench, Choices
+from optimizer.stages.session import Session
+from optimizer.stages.space import SearchSpace
 
 
 @dataclass(frozen=True)
@@ -31,34 +32,34 @@ class Outcome:
 
 
 def plan_of(
-    bench: Bench, config: Optimize, chosen: Choices, table: Table, assignment: np.ndarray
+    session: Session, config: Optimize, space: SearchSpace, table: Table, assignment: np.ndarray
 ) -> Plan:
     kl, error = table.predict(assignment)
     return assemble(
-        bench.inventory,
-        chosen.scope,
-        chosen.choice(assignment),
+        session.inventory,
+        space.scope,
+        space.choice(assignment),
         model={
-            "name": bench.source.name,
-            "revision": bench.source.revision,
-            "fingerprint": bench.source.fingerprint,
+            "name": session.source.name,
+            "revision": session.source.revision,
+            "fingerprint": session.source.fingerprint,
         },
         runtime=config.runtime.name,
-        quantizer=config.quantizer.described(bench.calibration_key),
+        quantizer=config.quantizer.described(session.calibration_key),
         predicted={"kl": kl, "stderr": error, "estimator": config.sensitivity.estimator}
-        | ({"unit": "text"} if bench.encoder else {}),
-        kv=bench.cache.kind.bits,
-        keep=bench.cache.kind.keep,
+        | ({"unit": "text"} if session.encoder else {}),
+        kv=session.cache.kind.bits,
+        keep=session.cache.kind.keep,
         budget=config.budget.asked,
         provenance={
             "command": shlex.join(["mezzotint", "optimize", *overrides(asdict(config))]),
             "seed": config.seed,
             "data": asdict(config.data),
             "tuned": objective.tuned(config.meaning),
-            "geometry": bench.geometry(),
-            "caches": list(bench.cache.tried),
-            "read": kv_budget.traffic(config, bench).weights(
-                bench.inventory, chosen.choice(assignment)
+            "geometry": session.geometry(),
+            "caches": list(session.cache.tried),
+            "read": kv_budget.traffic(config, session).weights(
+                session.inventory, space.choice(assignment)
             ),
             "versions": versions(),
         },

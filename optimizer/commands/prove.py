@@ -21,7 +21,8 @@ from optimizer.quantization.methods import bind
 from optimizer.search import Problem
 from optimizer.sensitivity import Table
 from optimizer.stages import baselines, certify, objective
-from optimizer.stages.session import Bench, Choices
+from optimizer.stages.session import Session
+from optimizer.stages.space import SearchSpace
 from optimizer.store import write_atomically
 
 if TYPE_CHECKING:
@@ -31,9 +32,9 @@ HELD, NOISE = "held-out text", "noise and domains"  # stages, as a person sees t
 
 
 def prove(
-    bench: Bench,
+    session: Session,
     config: Optimize,
-    chosen: Choices,
+    space: SearchSpace,
     table: Table,
     problem: Problem,
     assignment: np.ndarray,
@@ -46,11 +47,11 @@ def prove(
     measured on search documents only."""
     from optimizer.certificate import comparison
 
-    quantizer = bind(config.quantizer, bench)
-    bench.view.enter(HELD)
+    quantizer = bind(config.quantizer, session)
+    session.view.enter(HELD)
     others = baselines.rivals(config, problem)
     rows = baselines.measure(
-        bench, config, chosen, table, problem, {**others, **searched, "plan": assignment}
+        session, config, space, table, problem, {**others, **searched, "plan": assignment}
     )
     best_random = min(
         (r for r in rows if r.name.startswith("random")), key=baselines.measured_loss, default=None
@@ -60,12 +61,12 @@ def prove(
         held[f"best of {config.proof.random} random"] = others[best_random.name]
     held = {k: v for k, v in held.items() if baselines.worth_measuring(k, v, problem, assignment)}
     found = {}
-    for name in bench.view.track(list(held), "held-out measurement"):
-        choice = chosen.choice(held[name])
-        stored = baselines.tensor_bytes(bench.inventory, choice)
-        scores = bench.score(choice, "heldout", quantizer)
+    for name in session.view.track(list(held), "held-out measurement"):
+        choice = space.choice(held[name])
+        stored = baselines.tensor_bytes(session.inventory, choice)
+        scores = session.score(choice, "heldout", quantizer)
         found[name] = comparison.Candidate(name, stored, problem.sizes(held[name]), scores)
-    bench.view.enter(NOISE)
+    session.view.enter(NOISE)
     notes = list(outcome.notes)
     uniforms = [c for n, c in found.items() if n in problem.columns]
     fitting = [c for c in uniforms if baselines.may_be(held[c.name], problem)]
@@ -83,38 +84,38 @@ def prove(
                 f"plan is {winner} everywhere."
             )
             assignment = held[winner]
-            outcome = replace(outcome, plan=plan_of(bench, config, chosen, table, assignment))
+            outcome = replace(outcome, plan=plan_of(session, config, space, table, assignment))
     mine = replace(found[winner], name="plan")
     mixed = [c for n, c in found.items() if n != "plan" and n not in problem.columns]
-    mixed += _stock(bench, config, chosen, outcome.plan)
-    kept = certify.certified(bench, outcome.plan)
-    bench.store.arrays("scores", kept, mine.scores.arrays)
+    mixed += _stock(session, config, space, outcome.plan)
+    kept = certify.certified(session, outcome.plan)
+    session.store.arrays("scores", kept, mine.scores.arrays)
     found_to_be = comparison.certify(mine, uniforms, mixed, config.seed)
-    weights = weights_of(bench, chosen.choice(assignment), quantizer)
-    meaning = certify.judge(bench, weights, mine.scores, asked(config))
+    weights = weights_of(session, space.choice(assignment), quantizer)
+    meaning = certify.judge(session, weights, mine.scores, asked(config))
     plan = replace(outcome.plan, certificate=to_json(replace(found_to_be, meaning=meaning)))
     files = outcome.files | {
         "plan": plan.save(out / "plan.json"),
         "measured": baselines.save(rows, out / "measured.csv"),
     }
-    files |= blurred(bench, mine.scores.kl, plan, out)
+    files |= blurred(session, mine.scores.kl, plan, out)
     quality = baselines.quality(rows)
     return replace(outcome, plan=plan, files=files, measured=rows, prediction=quality, notes=notes)
 
 
 def _stock(
-    bench: Bench, config: Optimize, chosen: Choices, plan: Plan
+    session: Session, config: Optimize, space: SearchSpace, plan: Plan
 ) -> list[comparison.Candidate]:
     """The engine's own mixture of at most the plan's bytes, where it has some."""
-    if chosen.base is None or bench.encoder:
+    if space.base is None or session.encoder:
         return []
-    subject = Subject(bench.inventory, bench.source.folder, chosen.base)
+    subject = Subject(session.inventory, session.source.folder, space.base)
     size = registry.check(plan, config.runtime, subject).bytes
     if size is None:
         return []
     from optimizer.stages import stock
 
-    found = stock.measured(bench, chosen, size)
+    found = stock.measured(session, space, size)
     return [] if found is None else [found]
 
 
@@ -125,29 +126,31 @@ def asked(config: Optimize) -> certify.Asked:
     return certify.Asked(wanted.tolerance, entries, wanted.generate, config.seed, tuned)
 
 
-def weights_of(bench: Bench, choice: Mapping[str, Precision], quantizer: Any) -> certify.Weights:
+def weights_of(
+    session: Session, choice: Mapping[str, Precision], quantizer: Any
+) -> certify.Weights:
     """The plan's joint rounding, which is what gets packed, and its cache."""
 
     @contextmanager
     def hold() -> Iterator[Any]:
         rounder = quantizer.rounder(choice, joint=True)
-        with bench.model.rounded(rounder, choice):
-            yield bench.model.net
+        with session.model.rounded(rounder, choice):
+            yield session.model.net
 
     real = {name: p.name for name, p in sorted(choice.items()) if p.kind != "none"}
-    return certify.Weights([quantizer.key, real], hold, bench.cache.kind)
+    return certify.Weights([quantizer.key, real], hold, session.cache.kind)
 
 
-def blurred(bench: Bench, kl: np.ndarray, plan: Plan, out: Path) -> dict[str, Path]:
+def blurred(session: Session, kl: np.ndarray, plan: Plan, out: Path) -> dict[str, Path]:
     """Held-out text, shaded; nothing where the model has no tokenizer that works, or embeds texts."""
-    if bench.encoder:
+    if session.encoder:
         return {}
     from optimizer.models.tokenizer import load_tokenizer
     from optimizer.reports.html import blur_example
 
-    ids = bench.windows("heldout").ids
+    ids = session.windows("heldout").ids
     try:
-        tokenizer = load_tokenizer(bench.source.folder)
+        tokenizer = load_tokenizer(session.source.folder)
         page = blur_example.render(ids, kl, tokenizer, f"Plan {plan.id} on held-out text")
     except ModelError:
         return {}

@@ -22,7 +22,7 @@ from optimizer.formats.model_card import card
 from optimizer.formats.rules import Verdict
 from optimizer.plan import Inventory, Plan, Precision
 from optimizer.plan.plan import assemble
-from optimizer.stages.session import View
+from optimizer.stages.view import View
 from optimizer.store import Store
 
 if TYPE_CHECKING:

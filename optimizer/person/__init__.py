@@ -1,7 +1,7 @@
 """A person in the loop: blind judgements of pairs of texts, chosen continuations, and an objective
 learned from both.
 
-    votes, prompts, entrants, writing, session   what is asked, and what was answered
+    votes, prompts, entrants, writing, judging   what is asked, and what was answered
     statistics, reveal, learning                 what the answers say
     web, judge_page, overlay, overlay_page       the pages
     commands                                     judge, overlay, learn (printed by cli.person)

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 from optimizer.data import pairs as probes
 from optimizer.data.documents import read_text
 from optimizer.errors import ConfigError, TextError
-from optimizer.person import entrants, prompts, session, writing
+from optimizer.person import entrants, prompts, writing
+from optimizer.person.judging import Judging, compare
 from optimizer.person.settings import Judge, Learn, Overlay
 from optimizer.person.votes import VoteFile, joined, standing
-from optimizer.stages.session import View, check_device
+from optimizer.stages.session import check_device
+from optimizer.stages.view import View
 from optimizer.store import Store, root, write_atomically
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 class Ready:
     """A comparison that can be shown. notes: what the person should know before."""
 
-    session: session.Session
+    judging: Judging
     notes: list[str]
 
 
@@ -44,8 +46,8 @@ def prepare(config: Judge, view: View) -> Ready:
     twins = config.pool if itself else 2 * round(config.catch * config.questions)
     asked = writing.Asked(config.tokens, config.chat, config.device, twins)
     material = writing.write(found, reference, texts, config.pool, asked, store, view)
-    comparison = session.compare(found, material, config.questions, config.catch, config.judge)
-    ready = session.Session(comparison, file, config.judge, config.stop)
+    comparison = compare(found, material, config.questions, config.catch, config.judge)
+    ready = Judging(comparison, file, config.judge, config.stop)
     ready.begin()
     notes = [*entrants.differences(found), *_skipped(material.skipped), *file.complaints]
     return Ready(ready, notes)
@@ -64,24 +66,24 @@ def judge(config: Judge, view: View, ended: Callable[[Result], None]) -> Ready:
         view.note(note)
     sock = web.bind(config.port, view.note)
     port, token = sock.getsockname()[1], web.new_token()
-    application = judge_page.application(ready.session, token, port, ended)
-    answered = len(ready.session.votes)
-    most = len(ready.session.comparison.questions)
+    application = judge_page.application(ready.judging, token, port, ended)
+    answered = len(ready.judging.votes)
+    most = len(ready.judging.comparison.questions)
     view.note(
         f"{most} questions at most, {answered} answered before. Answers are kept in {config.votes}; "
         "Ctrl-C stops, and the same command goes on."
     )
     web.show(f"http://{web.HOST}:{port}/{token}/", config.open, view.note)
     web.serve(application, sock)
-    if ready.session.over:
+    if ready.judging.over:
         from optimizer.person import record, reveal
 
-        votes = list(ready.session.votes.values())
-        found = reveal.reveal(ready.session)
+        votes = list(ready.judging.votes.values())
+        found = reveal.reveal(ready.judging)
         for line in record.comparison(found, votes, Path(config.votes), config.wandb):
             view.note(line)
     else:
-        count = len(ready.session.votes)
+        count = len(ready.judging.votes)
         view.note(
             f"{count} answers are in {config.votes}; the same command goes on with the next."
         )

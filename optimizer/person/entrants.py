@@ -20,7 +20,7 @@ from optimizer.formats.folder import MANIFEST
 from optimizer.hardware.memory import kind_of
 from optimizer.models.source import Source, locate, packed_file
 from optimizer.plan import Plan, digest
-from optimizer.stages.session import View
+from optimizer.stages.view import View
 from optimizer.store import Store
 
 REFERENCE = "reference"

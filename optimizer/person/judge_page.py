@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from optimizer.errors import StorageError
 from optimizer.person import reveal, web
-from optimizer.person.session import Kept, Question, Session
+from optimizer.person.judging import Judging, Kept, Question
 from optimizer.person.votes import TAGS
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _lead(text: str, before: str) -> str:
 class JudgePage:
     """ended: is called once, when the names are revealed."""
 
-    session: Session
+    judging: Judging
     base: str
     ended: Callable[[reveal.Result], None]
     _result: reveal.Result | None = None
@@ -93,12 +93,12 @@ class JudgePage:
         return self._home()
 
     def _home(self, note: str = "", status: int = 200) -> Response:
-        session = self.session
-        if session.over:
+        judging = self.judging
+        if judging.over:
             return self._page("result.html", {"result": self.result, "note": note}, status)
-        question = session.current
+        question = judging.current
         if question is None:
-            values = {"why": session.stopped, "note": note, **self._last()}
+            values = {"why": judging.stopped, "note": note, **self._last()}
             return self._page("done.html", values, status)
         return self._page("question.html", self._asked(question, note), status)
 
@@ -106,18 +106,18 @@ class JudgePage:
     def result(self) -> reveal.Result:
         """Of the finished session, computed once."""
         if self._result is None:
-            self._result = reveal.reveal(self.session)
+            self._result = reveal.reveal(self.judging)
         return self._result
 
     def _asked(self, question: Question, note: str) -> dict[str, Any]:
         first, second = parted(question.texts)
-        answered = len(self.session.votes)
+        answered = len(self.judging.votes)
         return {
             "note": note,
             "question": question,
             "pieces": (("First", first), ("Second", second)),
             "number": answered + 1,
-            "most": len(self.session.comparison.questions),
+            "most": len(self.judging.comparison.questions),
             "answers": ANSWERS,
             "tags": TAGS,
             "language": _language(question),
@@ -125,7 +125,7 @@ class JudgePage:
         }
 
     def _last(self) -> dict[str, Any]:
-        last = self.session.last
+        last = self.judging.last
         return {"last": last, "last_said": SAID[last.choice] if last else ""}
 
     def _page(self, name: str, values: dict[str, Any], status: int = 200) -> Response:
@@ -138,7 +138,7 @@ class JudgePage:
         given = dict(fields)
         tags = [value for name, value in fields if name == "tag"]
         try:
-            kept = self.session.vote(given.get("question", ""), given.get("choice", ""), tags)
+            kept = self.judging.vote(given.get("question", ""), given.get("choice", ""), tags)
         except StorageError as error:
             return self._home(str(error), 507)
         if kept in (Kept.NEW, Kept.AGAIN):
@@ -150,7 +150,7 @@ class JudgePage:
     async def undo(self, request: Request) -> Response:
         fields = dict(await web.form(request) or [])
         try:
-            done = self.session.undo(fields.get("vote", ""))
+            done = self.judging.undo(fields.get("vote", ""))
         except StorageError as error:
             return self._home(str(error), 507)
         if done:
@@ -159,9 +159,9 @@ class JudgePage:
 
     async def reveal(self, request: Request) -> Response:
         await web.form(request)
-        before = self.session.over
+        before = self.judging.over
         try:
-            self.session.end()
+            self.judging.end()
         except StorageError as error:
             return self._home(str(error), 507)
         if not before:
@@ -170,8 +170,8 @@ class JudgePage:
 
     async def seen(self, request: Request) -> Response:
         """Only for questions that were answered: before, the reference would give itself away."""
-        question = self.session.question(request.path_params["question"])
-        vote = self.session.votes.get(question.id) if question else None
+        question = self.judging.question(request.path_params["question"])
+        vote = self.judging.votes.get(question.id) if question else None
         if question is None or vote is None:
             return self._home("The reference's text is shown after the vote.", 404)
         first, second = parted(question.texts)
@@ -179,7 +179,7 @@ class JudgePage:
             "question": question,
             "pieces": (("First", first), ("Second", second)),
             "said": SAID[vote.choice],
-            "reference": self.session.comparison.reference.texts[question.prompt.id],
+            "reference": self.judging.comparison.reference.texts[question.prompt.id],
             "language": _language(question),
         }
         return self._page("seen.html", values)
@@ -197,6 +197,6 @@ def _language(question: Question) -> str:
 
 
 def application(
-    session: Session, token: str, port: int, ended: Callable[[reveal.Result], None]
+    judging: Judging, token: str, port: int, ended: Callable[[reveal.Result], None]
 ) -> ASGIApp:
-    return web.app(JudgePage(session, f"/{token}/", ended).routes, token, port)
+    return web.app(JudgePage(judging, f"/{token}/", ended).routes, token, port)

@@ -32,7 +32,7 @@ from optimizer.person.settings import DOMAINS
 from optimizer.person.votes import VoteFile
 from optimizer.person.writing import Ids, encode_prompt, ends, said
 from optimizer.plan import digest
-from optimizer.stages.session import View
+from optimizer.stages.view import View
 from optimizer.store import Store
 
 VERSION = 3

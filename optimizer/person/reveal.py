@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from optimizer.person import statistics
-from optimizer.person.session import Session, Tally
+from optimizer.person.judging import Judging, Tally
 from optimizer.person.votes import TAGS, About, Vote
 from optimizer.plan.certificate import Interval
 
@@ -65,18 +65,18 @@ class Result:
     sides: str
 
 
-def reveal(session: Session) -> Result:
+def reveal(judging: Judging) -> Result:
     """Of what was answered so far."""
-    votes = list(session.votes.values())
+    votes = list(judging.votes.values())
     real = [v for v in votes if not v.about.catch and v.choice != "skip"]
-    comparison = session.comparison
+    comparison = judging.comparison
     duels = [
-        _duel(tally, session, [v for v in real if set(v.about.models) == set(tally.models)])
-        for tally in session.tallies
+        _duel(tally, judging, [v for v in real if set(v.about.models) == set(tally.models)])
+        for tally in judging.tallies
     ]
     names = [one.name for one in comparison.entrants]
     return Result(
-        session.judge,
+        judging.judge,
         len(votes),
         sum(v.choice == "skip" for v in votes),
         duels,
@@ -93,23 +93,23 @@ def _for(vote: Vote, models: tuple[str, str]) -> str:
     return "second" if vote.choice == "first" else "first"
 
 
-def _duel(tally: Tally, session: Session, votes: list[Vote]) -> Duel:
+def _duel(tally: Tally, judging: Judging, votes: list[Vote]) -> Duel:
     models = tally.models
-    same = [a for a in session.comparison.alike if a.models == models]
+    same = [a for a in judging.comparison.alike if a.models == models]
     answers = [_for(vote, models) for vote in votes]
-    differing = len(votes) + tally.rest + session.comparison.untold.get(models, 0)
+    differing = len(votes) + tally.rest + judging.comparison.untold.get(models, 0)
     each = differing / max(len(votes), 1)
     prompts = np.array([v.about.prompt for v in votes] + [a.prompt for a in same])
     weight = np.array([each] * len(votes) + [1.0] * len(same))
     hits = np.array([[a == s for s in SHARES] for a in [*answers, *["alike"] * len(same)]], float)
     shares, net = _shares(hits.reshape(-1, len(SHARES)), weight, prompts)
-    sizes = _bytes(session, models)
-    verdict, worth = _verdict(tally, sizes, session.alpha, net)
+    sizes = _bytes(judging, models)
+    verdict, worth = _verdict(tally, sizes, judging.alpha, net)
     return Duel(models, sizes, tally, len(same), shares, net, verdict, worth, _by(votes, answers))
 
 
-def _bytes(session: Session, models: tuple[str, str]) -> tuple[int, int]:
-    sizes = {one.name: one.bytes for one in session.comparison.entrants}
+def _bytes(judging: Judging, models: tuple[str, str]) -> tuple[int, int]:
+    sizes = {one.name: one.bytes for one in judging.comparison.entrants}
     return sizes[models[0]], sizes[models[1]]
 
 

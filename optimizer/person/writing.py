@@ -27,7 +27,7 @@ from optimizer.models.source import context_length
 from optimizer.person.entrants import Entrant, Open, opened, template
 from optimizer.person.prompts import Prompt
 from optimizer.plan import digest
-from optimizer.stages.session import View
+from optimizer.stages.view import View
 from optimizer.store import Store
 
 if TYPE_CHECKING:

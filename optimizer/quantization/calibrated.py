@@ -39,8 +39,8 @@ Parts = dict[str, Tensor]  # a layer's packed tensors by suffix
 class Material(Protocol):
     """What GPTQ works with; nothing is loaded before it is used."""
 
-    store: Store
-
+    @property
+    def store(self) -> Store: ...
     @property
     def inventory(self) -> Inventory: ...
     @property

@@ -23,7 +23,7 @@ from optimizer.store import write_atomically
 
 if TYPE_CHECKING:
     from optimizer.search import Problem, Third
-    from optimizer.stages.session import Choices
+    from optimizer.stages.space import SearchSpace
 
 FORMAT, VERSION = "mezzotint-run", 1
 FILE = "run.json"
@@ -167,7 +167,7 @@ class Scale:
 
     fingerprint: str
     quantizer: Mapping[str, Any]
-    chosen: Choices
+    space: SearchSpace
     names: tuple[str, ...]
     size: np.ndarray
     constant: int
@@ -181,31 +181,31 @@ class Scale:
     def of(
         cls,
         inventory: Inventory,
-        chosen: Choices,
+        space: SearchSpace,
         fingerprint: str,
         quantizer: Mapping[str, Any],
         traffic: Traffic = Traffic(),  # noqa: B008  (frozen)
     ) -> Scale:
-        layers = {layer.name: layer for layer in chosen.scope}
+        layers = {layer.name: layer for layer in space.scope}
 
         def size(group: Sequence[str], column: str) -> int:
-            return sum(layers[name].bytes(chosen.fitted[name, column]) for name in group)
+            return sum(layers[name].bytes(space.fitted[name, column]) for name in group)
 
-        sizes = np.array([[size(g, c) for c in chosen.columns] for g in chosen.groups])
+        sizes = np.array([[size(g, c) for c in space.columns] for g in space.groups])
         whole = stored_bytes(inventory, {})
-        inside = sum(layer.bytes(UNTOUCHED) for layer in chosen.scope)
-        shares = [[traffic.share(layers[name]) for name in group] for group in chosen.groups]
+        inside = sum(layer.bytes(UNTOUCHED) for layer in space.scope)
+        shares = [[traffic.share(layers[name]) for name in group] for group in space.groups]
         read = sizes * np.array([[np.mean(row)] for row in shares])
         untouched = traffic.weights(inventory, {})
-        scoped = sum(x.bytes(UNTOUCHED) * traffic.share(x) for x in chosen.scope)
+        scoped = sum(x.bytes(UNTOUCHED) * traffic.share(x) for x in space.scope)
         return cls(
             fingerprint,
             quantizer,
-            chosen,
+            space,
             tuple(layer.name for layer in inventory.layers),
             sizes,
             whole["untouched"] - inside,
-            float(sum(layer.weights for layer in chosen.scope)),
+            float(sum(layer.weights for layer in space.scope)),
             traffic,
             read,
             untouched - scoped,
@@ -214,7 +214,7 @@ class Scale:
     def point(self, name: str, assignment: np.ndarray, predicted: float, **rest: Any) -> Point:
         rows = np.arange(len(self.size))
         inside = int(self.size[rows, assignment].sum())
-        choice = self.chosen.choice(assignment)
+        choice = self.space.choice(assignment)
         full = {layer: choice[layer].name if layer in choice else "none" for layer in self.names}
         return Point(
             name,
@@ -254,12 +254,12 @@ class Scale:
 
 def chosen_point(scale: Scale, plan: Plan, measured: Sequence[Point]) -> Point:
     """The plan's own point, with its measurement if one of the measured plans is the same."""
-    column = {name: i for i, name in enumerate(scale.chosen.columns)}
-    fitted = {key: precision.name for key, precision in scale.chosen.fitted.items()}
+    column = {name: i for i, name in enumerate(scale.space.columns)}
+    fitted = {key: precision.name for key, precision in scale.space.fitted.items()}
     assignment = np.array(
         [
             next(c for c in column if fitted[group[0], c] == plan.layers[group[0]])
-            for group in scale.chosen.groups
+            for group in scale.space.groups
         ]
     )
     indices = np.array([column[name] for name in assignment])

@@ -13,7 +13,8 @@ from optimizer.plan import Inventory, Precision, identity, stored_bytes
 from optimizer.quantization.methods import bind
 from optimizer.search import Problem, exact
 from optimizer.sensitivity import Table
-from optimizer.stages.session import Bench, Choices
+from optimizer.stages.session import Session
+from optimizer.stages.space import SearchSpace
 from optimizer.store import write_atomically
 
 
@@ -80,9 +81,9 @@ def tensor_bytes(inventory: Inventory, choice: Mapping[str, Precision]) -> int:
 
 
 def measure(
-    bench: Bench,
+    session: Session,
     config: Optimize,
-    chosen: Choices,
+    space: SearchSpace,
     table: Table,
     problem: Problem,
     plans: Mapping[str, np.ndarray],
@@ -92,21 +93,21 @@ def measure(
     from optimizer.certificate import comparison
     from optimizer.metrics import bootstrap
 
-    quantizer = bind(config.quantizer, bench)
-    described = config.quantizer.described(bench.calibration_key)
+    quantizer = bind(config.quantizer, session)
+    described = config.quantizer.described(session.calibration_key)
     weights = problem.weights.sum()
     rows = []
     part = "check" if config.proof.random else "heldout"
-    bench.ready([chosen.choice(x) for x in plans.values()], part, quantizer)
-    for name in bench.view.track(list(plans), "measuring plans"):
-        choice = chosen.choice(plans[name])
-        size = sum(x.bytes(choice[x.name]) for x in chosen.scope)
-        scores = bench.score(choice, part, quantizer)
+    session.ready([space.choice(x) for x in plans.values()], part, quantizer)
+    for name in session.view.track(list(plans), "measuring plans"):
+        choice = space.choice(plans[name])
+        size = sum(x.bytes(choice[x.name]) for x in space.scope)
+        scores = session.score(choice, part, quantizer)
         counts = bootstrap.resamples(scores.documents, np.random.default_rng([config.seed, 78]))
         measures = {k: asdict(v) for k, v in comparison.describe(scores, counts).items()}
-        layers = {x.name: "none" for x in bench.inventory.layers}
+        layers = {x.name: "none" for x in session.inventory.layers}
         layers |= {k: precision.name for k, precision in choice.items()}
-        key = identity(bench.source.fingerprint, described, layers)
+        key = identity(session.source.fingerprint, described, layers)
         predicted, measured = table.predict(plans[name])[0], scores.mean_kl
         bits = 8 * size / float(weights)
         rows.append(Row(name, key, bits, predicted, measured, measures, plans[name]))

@@ -22,7 +22,8 @@ from optimizer.plan import Budget, stored_bytes
 from optimizer.plan.cache import CacheKind
 from optimizer.quantization.methods import bind
 from optimizer.search import Problem
-from optimizer.stages.session import Bench, Choices, Kept
+from optimizer.stages.session import Kept, Session
+from optimizer.stages.space import SearchSpace
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Room:
 
 @dataclass(frozen=True)
 class Settled:
-    """The chosen room, its problem and the assignment to go on from."""
+    """The session with the chosen room's cache, its problem and the assignment to go on from."""
 
-    room: Room
+    session: Session
     problem: Problem
     assignment: np.ndarray
 
@@ -62,16 +63,16 @@ def told(tried: Sequence[Mapping[str, Any]], kv: int, keep: str | None) -> str:
     )
 
 
-def rooms(config: Optimize, bench: Bench, chosen: Choices) -> list[Room]:
+def rooms(config: Optimize, session: Session, space: SearchSpace) -> list[Room]:
     """One per cache precision that leaves enough for the smallest plan, widest cache first.
     Raises BudgetError if none does, with what the smallest cache would need."""
     budget, runtime = config.budget, config.runtime.name
     if budget.keeps != [None]:
-        _check_keep(bench)
+        _check_keep(session)
     if budget.memory is None:
         return [Room(memory.kind(runtime, budget.caches[0], budget.keeps[0]), budget)]
-    shape = geometry(bench.config)
-    least, unpacked = _smallest(bench, chosen), _unpacked(chosen)
+    shape = geometry(session.config)
+    least, unpacked = _smallest(session, space), _unpacked(space)
     found: list[Room] = []
     refusal: BudgetError | None = None
     bits = budget.caches or memory.caches(runtime)
@@ -88,83 +89,80 @@ def rooms(config: Optimize, bench: Bench, chosen: Choices) -> list[Room]:
     return found
 
 
-def _check_keep(bench: Bench) -> None:
+def _check_keep(session: Session) -> None:
     """Raises ConfigError for a model whose class says that it can't, before anything is measured."""
     from optimizer.models.inventory import architecture
     from optimizer.models.kv_cache import check_sees_all
 
-    _, found = architecture(bench.source.folder)
+    _, found = architecture(session.source.folder)
     check_sees_all(found)
 
 
-def traffic(config: Optimize, bench: Bench) -> Traffic:
+def traffic(config: Optimize, session: Session) -> Traffic:
     """What decoding reads per token on the budget's machine; the cache only where one is asked."""
-    share = active_share(bench.config)
+    share = active_share(session.config)
     if config.budget.memory is None:
         return Traffic(experts=share)
-    shape = geometry(bench.config)
-    kind, context = bench.cache.kind, config.budget.context
+    shape = geometry(session.config)
+    kind, context = session.cache.kind, config.budget.context
     bits = memory.stored_bits(shape, config.runtime.name, kind.bits)
     cache = memory.cache_bytes(shape, context, 1, bits, 0 if kind.whole else kind.exact(context))
     return Traffic(config.budget.batch, cache, share)
 
 
-def _smallest(bench: Bench, chosen: Choices) -> int:
+def _smallest(session: Session, space: SearchSpace) -> int:
     """Bytes of the smallest plan that the policy allows."""
-    free = np.ones((len(chosen.groups), len(chosen.columns)), dtype=bool)
-    free = free if chosen.allowed is None else chosen.allowed
+    free = np.ones((len(space.groups), len(space.columns)), dtype=bool)
+    free = free if space.allowed is None else space.allowed
     left = {
         name: np.flatnonzero(row)
-        for group, row in zip(chosen.groups, free, strict=True)
+        for group, row in zip(space.groups, free, strict=True)
         for name in group
     }
     smallest = {
         layer.name: min(
-            (chosen.fitted[layer.name, chosen.columns[c]] for c in left[layer.name]),
+            (space.fitted[layer.name, space.columns[c]] for c in left[layer.name]),
             key=layer.bytes,
         )
-        for layer in chosen.scope
+        for layer in space.scope
     }
-    return stored_bytes(bench.inventory, smallest)["total"] + 8 * len(chosen.scope)
+    return stored_bytes(session.inventory, smallest)["total"] + 8 * len(space.scope)
 
 
-def _unpacked(chosen: Choices) -> int:
+def _unpacked(space: SearchSpace) -> int:
     """Bytes while the largest layer is unpacked from the dearest precision."""
     return max(
-        max(memory.unpacking(layer.weights, chosen.fitted[layer.name, c]) for c in chosen.columns)
-        for layer in chosen.scope
+        max(memory.unpacking(layer.weights, space.fitted[layer.name, c]) for c in space.columns)
+        for layer in space.scope
     )
 
 
 def settle(
     config: Optimize,
-    bench: Bench,
-    chosen: Choices,
+    session: Session,
+    space: SearchSpace,
     found: list[Room],
     solve: Callable[[Budget], tuple[Problem, np.ndarray]],
 ) -> Settled:
-    """The room whose best plan measures best together with its cache. Sets the bench's cache.
-    solve: a budget of weights -> its problem and the table's optimum. Cost: the search windows
-    once per room, where there are several."""
+    """The room whose best plan measures best together with its cache. solve: a budget of
+    weights -> its problem and the table's optimum. Cost: the search windows once per room, where
+    there are several."""
     if len(found) == 1:
-        bench.cache = Kept(found[0].kind)
-        return Settled(found[0], *solve(found[0].budget))
-    quantizer = bind(config.quantizer, bench)
+        return Settled(session.with_cache(Kept(found[0].kind)), *solve(found[0].budget))
+    quantizer = bind(config.quantizer, session)
     tried, solved = [], []
-    for room in bench.view.track(found, "caches with their plans"):
+    for room in session.view.track(found, "caches with their plans"):
         problem, assignment = solve(room.budget)
-        bench.cache = Kept(room.kind)
-        choice = chosen.choice(assignment)
-        inside = sum(x.bytes(choice[x.name]) for x in chosen.scope)
+        choice = space.choice(assignment)
+        inside = sum(x.bytes(choice[x.name]) for x in space.scope)
         row = {
             "kv": room.kind.bits,
             "keep": room.kind.keep,
-            "bytes": stored_bytes(bench.inventory, choice)["total"],
-            "bits": 8 * inside / sum(x.weights for x in chosen.scope),
-            "kl": bench.score(choice, "search", quantizer).mean_kl,
+            "bytes": stored_bytes(session.inventory, choice)["total"],
+            "bits": 8 * inside / sum(x.weights for x in space.scope),
+            "kl": session.with_cache(Kept(room.kind)).score(choice, "search", quantizer).mean_kl,
         }
         tried.append(row)
-        solved.append(Settled(room, problem, assignment))
+        solved.append((problem, assignment))
     best = min(range(len(found)), key=lambda i: float(tried[i]["kl"]))
-    bench.cache = Kept(found[best].kind, tuple(tried))
-    return solved[best]
+    return Settled(session.with_cache(Kept(found[best].kind, tuple(tried))), *solved[best])

@@ -26,7 +26,8 @@ from optimizer.errors import ConfigError
 from optimizer.formats.torch import modules
 from optimizer.models.model import skeleton
 from optimizer.plan import Layer, Precision, digest
-from optimizer.stages.session import Bench, Choices
+from optimizer.stages.session import Session
+from optimizer.stages.space import SearchSpace
 
 VERSION = 2
 ROUNDS = 5  # turns of everything that is measured; the fastest counts
@@ -47,78 +48,80 @@ class Times:
     outside: float
 
 
-def check(chosen: Choices, runtime: str) -> None:
+def check(space: SearchSpace, runtime: str) -> None:
     """Raise ConfigError where time can't be measured, before anything is."""
     if runtime != "torch":
         raise ConfigError(
             f"Time is measured in the runtime itself, and of these only torch runs here, not {runtime}"
             ". Take search.third=read, which is arithmetic, or runtime=torch."
         )
-    other = [layer for layer in chosen.scope if layer.kind not in KINDS]
+    other = [layer for layer in space.scope if layer.kind not in KINDS]
     if other:
         raise ConfigError(
-            f"Layers are timed one by one, and {len(other)} of {len(chosen.scope)} in scope are "
+            f"Layers are timed one by one, and {len(other)} of {len(space.scope)} in scope are "
             f"experts of a fused parameter ({other[0].name}). Take search.third=read."
         )
 
 
-def times(bench: Bench, chosen: Choices, batch: int) -> Times:
+def times(session: Session, space: SearchSpace, batch: int) -> Times:
     """Cost: a few seconds per precision of the palette, the first time."""
-    kinds = _kinds(chosen)
+    kinds = _kinds(space)
     todo = list(dict.fromkeys(kinds.values()))
     key = digest(
         [
             "times",
             VERSION,
-            bench.source.fingerprint,
+            session.source.fingerprint,
             torch.__version__,
             platform.node(),
             os.cpu_count(),
             torch.get_num_threads(),
-            bench.device,
+            session.device,
             batch,
-            [layer.name for layer in chosen.scope],
+            [layer.name for layer in space.scope],
             todo,
         ]
     )
 
     def make() -> dict[str, np.ndarray]:
-        return _measure(bench, chosen, todo, batch)
+        return _measure(session, space, todo, batch)
 
-    found = bench.store.arrays("times", key, make)
+    found = session.store.arrays("times", key, make)
     assert found is not None
     seconds = dict(zip(todo, found["layers"], strict=True))
     each = [
         [
             sum(seconds[kinds[name, c]] if (name, c) in kinds else 0.0 for name in group)
-            for c in chosen.columns
+            for c in space.columns
         ]
-        for group in chosen.groups
+        for group in space.groups
     ]
     return Times(np.array(each) / batch, found["outside"].item() / batch)
 
 
-def _kinds(chosen: Choices) -> dict[tuple[str, str], Kind]:
+def _kinds(space: SearchSpace) -> dict[tuple[str, str], Kind]:
     """What takes time, by layer and column. An embedding that is no head only looks up rows."""
     return {
-        (x.name, c): (x.rows, x.cols, x.tied, chosen.fitted[x.name, c].name)
-        for x in chosen.scope
-        for c in chosen.columns
+        (x.name, c): (x.rows, x.cols, x.tied, space.fitted[x.name, c].name)
+        for x in space.scope
+        for c in space.columns
         if x.kind != "embedding" or x.tied
     }
 
 
-def _measure(bench: Bench, chosen: Choices, todo: list[Kind], batch: int) -> dict[str, np.ndarray]:
+def _measure(
+    session: Session, space: SearchSpace, todo: list[Kind], batch: int
+) -> dict[str, np.ndarray]:
     """Seconds of one step: layers [kinds], outside []. In turns, and of each its fastest: what else
     the machine does only ever adds."""
-    precisions = {p.name: p for p in chosen.fitted.values()}
-    rest = Rest(bench.source.folder, chosen.scope, batch, bench.device)
+    precisions = {p.name: p for p in space.fitted.values()}
+    rest = Rest(session.source.folder, space.scope, batch, session.device)
     every: list[Callable[[], float]] = [
-        Alone(kind, precisions[kind[3]], batch, bench.device) for kind in todo
+        Alone(kind, precisions[kind[3]], batch, session.device) for kind in todo
     ]
     every.append(rest)
     taken = np.zeros((ROUNDS + 1, len(every)))
-    for turn in bench.view.track(range(ROUNDS + 1), "timing layers"):
+    for turn in session.view.track(range(ROUNDS + 1), "timing layers"):
         taken[turn] = [step() for step in every]
     fastest = taken[1:].min(axis=0)  # the first turn warms up
     return {"layers": fastest[:-1], "outside": fastest[-1]}

@@ -32,7 +32,8 @@ from optimizer.search import Problem, exact
 from optimizer.search import nested as program
 from optimizer.search.nested import Pairs
 from optimizer.sensitivity import Table
-from optimizer.stages.session import Bench, Choices
+from optimizer.stages.session import Session
+from optimizer.stages.space import SearchSpace
 
 VERSION = 1  # raised when the ratios change
 ROWS = 64  # of a layer, evenly spaced, from which its ratios are taken
@@ -57,27 +58,27 @@ class Nest:
 
 
 def choose(
-    bench: Bench, config: Optimize, chosen: Choices, problem: Problem, table: Table
+    session: Session, config: Optimize, space: SearchSpace, problem: Problem, table: Table
 ) -> Nest | None:
     """Both precisions of every group; None if no second budget is given. problem: of the base alone.
     Raises BudgetError."""
     if config.nested.size is None:
         return None
     ladder = _ladder(config)
-    layers = {x.name: x for x in _refinable(bench) if x in chosen.scope}
-    free = _free(chosen, problem, layers, len(ladder))
-    apart = _apart(bench, config, chosen, problem)
+    layers = {x.name: x for x in _refinable(session) if x in space.scope}
+    free = _free(space, problem, layers, len(ladder))
+    apart = _apart(session, config, space, problem)
     separate = apart.largest if apart.fits(apart.largest) else exact.solve(apart)
     alone = problem.largest if problem.fits(problem.largest) else exact.solve(problem)
     units = (max(problem.losses(alone), 1e-12), max(apart.losses(separate), 1e-12))
-    ratios = _ratios(bench, config, chosen, ladder, free)
+    ratios = _ratios(session, config, space, ladder, free)
     widest = dict.fromkeys(layers, ladder[-1])
-    header = plane_bytes(bench.inventory, widest)["container"] + 4 * len(layers)
+    header = plane_bytes(session.inventory, widest)["container"] + 4 * len(layers)
     pairs = Pairs(
         base=problem.loss,
         refined=problem.loss[:, :, None] * ratios,
         size=problem.size,
-        extra=_extra(chosen, layers, ladder, free),
+        extra=_extra(space, layers, ladder, free),
         free=free,
         first=problem.limit,
         both=apart.limit - header,
@@ -93,48 +94,51 @@ def _ladder(config: Optimize) -> tuple[Precision, ...]:
     return (UNTOUCHED, *own.precisions())
 
 
-def _refinable(bench: Bench) -> list[Layer]:
+def _refinable(session: Session) -> list[Layer]:
     from optimizer.models.model import skeleton
     from optimizer.models.planes import refinable
 
-    return refinable(skeleton(bench.source.folder), bench.inventory)
+    return refinable(skeleton(session.source.folder), session.inventory)
 
 
 def _free(
-    chosen: Choices, problem: Problem, layers: Mapping[str, Layer], planes: int
+    space: SearchSpace, problem: Problem, layers: Mapping[str, Layer], planes: int
 ) -> np.ndarray:
     """bool [G, P, R]: bases that are allowed; planes on bases that have group scales to go on from."""
     found = np.zeros((*problem.loss.shape, planes), dtype=bool)
     found[:, :, 0] = problem.free
-    for g, group in enumerate(chosen.groups):
+    for g, group in enumerate(space.groups):
         if all(name in layers for name in group):
-            kinds = [{chosen.fitted[name, c].kind for name in group} for c in chosen.columns]
+            kinds = [{space.fitted[name, c].kind for name in group} for c in space.columns]
             scaled = np.array([own <= {"int", "ternary"} for own in kinds])
             found[g, :, 1:] = (problem.free[g] & scaled)[:, None]
     return found
 
 
-def _apart(bench: Bench, config: Optimize, chosen: Choices, problem: Problem) -> Problem:
+def _apart(session: Session, config: Optimize, space: SearchSpace, problem: Problem) -> Problem:
     """The problem of one plan that has the second budget for itself."""
     return search.pose(
-        bench.inventory,
-        chosen.scope,
-        chosen.groups,
-        chosen.columns,
-        chosen.fitted,
+        session.inventory,
+        space.scope,
+        space.groups,
+        space.columns,
+        space.fitted,
         problem.loss,
         replace(config.budget, size=config.nested.size),
-        chosen.allowed,
-        chosen.overhead,
+        space.allowed,
+        space.overhead,
     )
 
 
 def _extra(
-    chosen: Choices, layers: Mapping[str, Layer], ladder: tuple[Precision, ...], free: np.ndarray
+    space: SearchSpace,
+    layers: Mapping[str, Layer],
+    ladder: tuple[Precision, ...],
+    free: np.ndarray,
 ) -> np.ndarray:
     """Bytes of planes [G, P, R]."""
     found = np.zeros(free.shape)
-    for g, group in enumerate(chosen.groups):
+    for g, group in enumerate(space.groups):
         for r in np.flatnonzero(free[g, :, 1:].any(0)) + 1:
             own = (layers[name] for name in group)
             found[g, :, r] = sum(ladder[r].bytes(x.rows, x.cols) for x in own)
@@ -142,21 +146,21 @@ def _extra(
 
 
 def _ratios(
-    bench: Bench,
+    session: Session,
     config: Optimize,
-    chosen: Choices,
+    space: SearchSpace,
     ladder: tuple[Precision, ...],
     free: np.ndarray,
 ) -> np.ndarray:
     """What a plane leaves of its base's loss [G, P, R]; 1 without a plane."""
-    columns = [[chosen.fitted[g[0], c].name for c in chosen.columns] for g in chosen.groups]
+    columns = [[space.fitted[g[0], c].name for c in space.columns] for g in space.groups]
     planes = [plane.name for plane in ladder]
     key = digest(
         [
             "ratios",
             VERSION,
-            bench.source.fingerprint,
-            chosen.groups,
+            session.source.fingerprint,
+            space.groups,
             columns,
             planes,
             free.tolist(),
@@ -171,16 +175,16 @@ def _ratios(
 
         nearest = Nearest(clip=config.quantizer.clip)
         found = np.ones(free.shape)
-        for g in bench.view.track(range(len(chosen.groups)), "what planes leave"):
-            group = chosen.groups[g]
+        for g in session.view.track(range(len(space.groups)), "what planes leave"):
+            group = space.groups[g]
             if not free[g, :, 1:].any():
                 continue
-            for p, column in enumerate(chosen.columns):
+            for p, column in enumerate(space.columns):
                 planes = np.flatnonzero(free[g, p, 1:]) + 1
                 left = np.zeros((1 + len(planes),))
                 for name in group if len(planes) else ():
-                    weight = _sample(bench.model.weight(name))
-                    base: Any = nearest.encode(weight, chosen.fitted[name, column])
+                    weight = _sample(session.model.weight(name))
+                    base: Any = nearest.encode(weight, space.fitted[name, column])
                     rest = weight - base.decode()
                     codes = [refine(rest, base.scales, ladder[r], NEAR) for r in planes]
                     errors = [rest, *(rest - plane.decode(base.scales) for plane in codes)]
@@ -188,7 +192,7 @@ def _ratios(
                 found[g, p, planes] = left[1:] / max(left[0], 1e-30)
         return {"ratios": found}
 
-    kept = bench.store.arrays("tables", key, make)
+    kept = session.store.arrays("tables", key, make)
     assert kept is not None
     ratios: np.ndarray = kept["ratios"]
     if config.quantizer.name == "gptq":
@@ -204,15 +208,17 @@ def _sample(weight: Any) -> Any:
 # ---------------------------------------------------------------- the plan
 
 
-def refined(bench: Bench, config: Optimize, chosen: Choices, nest: Nest, plan: Plan) -> Plan:
+def refined(
+    session: Session, config: Optimize, space: SearchSpace, nest: Nest, plan: Plan
+) -> Plan:
     """The plan with the planes for its own layers, not yet measured."""
     columns, planes = nest.columns, nest.planes
-    own = np.array([_column(chosen, group, plan) for group in chosen.groups])
+    own = np.array([_column(space, group, plan) for group in space.groups])
     if not np.array_equal(own, columns):  # the certificate preferred another base
         columns, planes = program.solve(nest.pairs.fixed(own))
     layers = {
         name: nest.ladder[plane]
-        for group, plane in zip(chosen.groups, planes, strict=True)
+        for group, plane in zip(space.groups, planes, strict=True)
         for name in group
         if plane
     }
@@ -230,17 +236,17 @@ def refined(bench: Bench, config: Optimize, chosen: Choices, nest: Nest, plan: P
     section = Refinement(
         palette={p.name: p for p in sorted(set(layers.values()), key=lambda p: p.bits)},
         layers={name: p.name for name, p in layers.items()},
-        bytes=plane_bytes(bench.inventory, layers),
+        bytes=plane_bytes(session.inventory, layers),
         size=parse_size(str(config.nested.size)),
         predicted={"kl": float(loss.sum()), "stderr": stderr},
     )
     return replace(plan, refinement=section)
 
 
-def _column(chosen: Choices, group: tuple[str, ...], plan: Plan) -> int:
+def _column(space: SearchSpace, group: tuple[str, ...], plan: Plan) -> int:
     """Which column gives the group what the plan says."""
     wanted = [plan.choice[name] for name in group]
-    for i, column in enumerate(chosen.columns):
-        if [chosen.fitted[name, column] for name in group] == wanted:
+    for i, column in enumerate(space.columns):
+        if [space.fitted[name, column] for name in group] == wanted:
             return i
     raise AssertionError(f"{group[0]} has a precision of no column")

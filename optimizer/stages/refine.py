@@ -26,8 +26,10 @@ from optimizer.search.surrogate import Seen, Slope, believe
 from optimizer.sensitivity import Task
 from optimizer.stages import studies
 from optimizer.stages.baselines import tensor_bytes
-from optimizer.stages.objective import Beside, own_head
-from optimizer.stages.session import Bench, Choices
+from optimizer.stages.beside import Beside
+from optimizer.stages.objective import own_head
+from optimizer.stages.session import Session
+from optimizer.stages.space import SearchSpace
 from optimizer.stages.trials import history, shown, volume
 
 if TYPE_CHECKING:
@@ -58,9 +60,9 @@ class Refined:
 
 
 def refine(
-    bench: Bench,
+    session: Session,
     config: Optimize,
-    chosen: Choices,
+    space: SearchSpace,
     problem: Problem,
     start: np.ndarray,
     journal: Path,
@@ -70,7 +72,7 @@ def refine(
     from optimizer.search.study import Study
 
     settings = config.search
-    windows = bench.windows("search")
+    windows = session.windows("search")
     used = studies.tried_on(settings, *windows.ids.shape)
     if used < studies.FEWEST:
         raise ConfigError(
@@ -78,32 +80,32 @@ def refine(
             f"choice; data.search.sequences is {len(windows.ids)}. Raise it, or take search=exact."
         )
     if used < studies.affordable(settings, windows.ids.shape[1]):
-        bench.view.note(
+        session.view.note(
             f"{settings.tokens} tokens would allow trials on more than {used} windows, which overfit "
             f"less: data.search.sequences={2 * len(windows.ids)} gives the search more text"
         )
     settings = replace(settings, first=min(settings.first, used))
-    beside = Beside(bench, config, chosen, used)
-    name = studies.name(bench, config, problem, beside)
+    beside = Beside(session, config, space, used)
+    name = studies.name(session, config, problem, beside)
     where = masked(settings.storage) if settings.storage else str(journal)
-    bench.view.note(f"trials are kept in {where}; optuna-dashboard shows them live")
-    with studies.in_turn(bench, settings, journal.with_name(name)):
-        study = Study.open(settings, problem, name, journal, config.seed, bench.view.note)
-        quantizer = bind(config.quantizer, bench)
-        quantizer.prepare(_offered(chosen))  # all codes, while the model holds its own weights
-        with bench.model.rounded(quantizer) as rounding:
-            scout = Scout(bench, config, chosen, problem, study, used, rounding, beside)
+    session.view.note(f"trials are kept in {where}; optuna-dashboard shows them live")
+    with studies.in_turn(session, settings, journal.with_name(name)):
+        study = Study.open(settings, problem, name, journal, config.seed, session.view.note)
+        quantizer = bind(config.quantizer, session)
+        quantizer.prepare(_offered(space))  # all codes, while the model holds its own weights
+        with session.model.rounded(quantizer) as rounding:
+            scout = Scout(session, config, space, problem, study, used, rounding, beside)
             scout.aim(start)
             scout.seed(start)
             scout.tell()
-            _search(bench, settings, study, scout)
+            _search(session, settings, study, scout)
             scout.settle()
             return scout.confirm(start)
 
 
-def _search(bench: Bench, settings: Search, study: Study, scout: Scout) -> None:
+def _search(session: Session, settings: Search, study: Study, scout: Scout) -> None:
     begun, before = time.monotonic(), study.spent
-    with bench.view.meter("search", settings.tokens) as show:
+    with session.view.meter("search", settings.tokens) as show:
         while not _over(settings, study, begun):
             scout.step()
             scout.tell()
@@ -123,10 +125,10 @@ def _over(settings: Search, study: Study, begun: float) -> bool:
     return late or study.spent >= settings.tokens
 
 
-def _offered(chosen: Choices) -> dict[str, list[Precision]]:
+def _offered(space: SearchSpace) -> dict[str, list[Precision]]:
     return {
-        layer.name: [chosen.fitted[layer.name, column] for column in chosen.columns]
-        for layer in chosen.scope
+        layer.name: [space.fitted[layer.name, column] for column in space.columns]
+        for layer in space.scope
     }
 
 
@@ -136,9 +138,9 @@ class Scout:
 
     def __init__(
         self,
-        bench: Bench,
+        session: Session,
         config: Optimize,
-        chosen: Choices,
+        space: SearchSpace,
         problem: Problem,
         study: Study,
         used: int,
@@ -148,21 +150,21 @@ class Scout:
         from optimizer.metrics.divergence import teacher
         from optimizer.stages.prefix import Shortcut
 
-        self.bench, self.config, self.chosen = bench, config, chosen
+        self.session, self.config, self.space = session, config, space
         self.problem, self.study, self.used = problem, study, used
-        self.quantizer, self.rounding = bind(config.quantizer, bench), rounding
-        self.task = Task(chosen.groups, chosen.columns, chosen.fitted, self.quantizer)
-        self.teacher = teacher(bench.model, bench.windows("search"), own_head(bench, chosen))
-        self.shortcut = Shortcut(bench.model, self.teacher)
+        self.quantizer, self.rounding = bind(config.quantizer, session), rounding
+        self.task = Task(space.groups, space.columns, space.fitted, self.quantizer)
+        self.teacher = teacher(session.model, session.windows("search"), own_head(session, space))
+        self.shortcut = Shortcut(session.model, self.teacher)
         self.prefix: Prefix | None = None
         self.beside = beside
-        self.length = bench.windows("search").ids.shape[1] + beside.tokens
+        self.length = session.windows("search").ids.shape[1] + beside.tokens
         self.slopes: list[Slope] = []
         self.taken: list[int] = []  # finished trials when each slope was taken
         self.seen = 0  # finished trials after which slopes were looked for
         self.told = 0  # trials that a person, or a record, was shown
         self.fallback = problem.largest
-        self.roles = [bench.model.layers[group[0]].role for group in chosen.groups]
+        self.roles = [session.model.layers[group[0]].role for group in space.groups]
 
     def aim(self, start: np.ndarray) -> None:
         """Fix what J depends on at the start: the quantile of its token losses, and its worst
@@ -177,13 +179,15 @@ class Scout:
 
             self._set(start)
             with torch.inference_mode():
-                each = (self.teacher.divergence(self.bench.model.net, w) for w in range(self.used))
+                each = (
+                    self.teacher.divergence(self.session.model.net, w) for w in range(self.used)
+                )
                 found = np.concatenate([losses.cpu().numpy() for losses in each])
                 domain = self.beside.choose()
             threshold = np.quantile(found, meaning.level)
             return {"threshold": threshold, "domain": np.array(domain)}
 
-        found = self.bench.store.arrays("thresholds", key, make)
+        found = self.session.store.arrays("thresholds", key, make)
         assert found is not None
         self.study.spend(self.used * self.length, key)
         self.teacher.objective = Objective(
@@ -196,7 +200,7 @@ class Scout:
 
         def measure(assignment: np.ndarray) -> Iterator[tuple[int, float]]:
             self._set(assignment)
-            own = Prefix(self.chosen.choice(assignment))
+            own = Prefix(self.space.choice(assignment))
             total = 0.0
             for window in windows:
                 loss = self.shortcut.window(window, self.prefix, own) + self.beside.loss(window)
@@ -209,7 +213,7 @@ class Scout:
 
     def _set(self, assignment: np.ndarray) -> None:
         """Change the layers in which the model differs from this plan, and no others."""
-        self.rounding.set(self.chosen.choice(assignment))
+        self.rounding.set(self.space.choice(assignment))
 
     def _leads(self, loss: float, windows: range) -> bool:
         best = self.study.best
@@ -233,7 +237,7 @@ class Scout:
         self.fallback, self.seen = start, len(first)
         if self.study.shared:
             self.study.begin(first)
-            for _ in self.bench.view.track(range(self.study.waiting), "search: first plans"):
+            for _ in self.session.view.track(range(self.study.waiting), "search: first plans"):
                 if self.study.waiting:
                     paid = self._slope_tokens if self._slope_is_unpaid else 0
                     self.run(self._starting(), paid)
@@ -241,7 +245,7 @@ class Scout:
                 time.sleep(POLL)
             return
         missing = self.study.missing(first)
-        for plan in self.bench.view.track(missing, "search: first plans") if missing else ():
+        for plan in self.session.view.track(missing, "search: first plans") if missing else ():
             self.study.begin([plan])
             self.run(self._starting(), self._slope_tokens if self._slope_is_unpaid else 0)
 
@@ -249,8 +253,8 @@ class Scout:
         """Show the trials that ended since the last time, of all workers."""
         tried = self.study.tried()
         for row, one in zip(history(self.study, self.told), tried[self.told :], strict=True):
-            size = tensor_bytes(self.bench.inventory, self.chosen.choice(one.assignment))
-            self.bench.view.row("trial", row | {"bytes": size})
+            size = tensor_bytes(self.session.inventory, self.space.choice(one.assignment))
+            self.session.view.row("trial", row | {"bytes": size})
         self.told = len(tried)
 
     @property
@@ -356,11 +360,11 @@ class Scout:
             self._set(best)
             return {
                 "halves": slopes(
-                    self.bench.model, self.task, self.teacher, parts, self.beside.live
+                    self.session.model, self.task, self.teacher, parts, self.beside.live
                 )
             }
 
-        found = self.bench.store.arrays("slopes", key, make)
+        found = self.session.store.arrays("slopes", key, make)
         assert found is not None
         self.slopes.append(Slope(best, found["halves"]))
         self.taken.append(count)
@@ -382,7 +386,7 @@ class Scout:
             return
         under_way = self.study.running
         if under_way:
-            self.bench.view.note(f"waiting for {len(under_way)} trials of other workers")
+            self.session.view.note(f"waiting for {len(under_way)} trials of other workers")
             self.study.beat_for(under_way.values())
         while under_way.keys() & self.study.running.keys():
             time.sleep(POLL)

@@ -1,27 +1,20 @@
-"""One model on the bench: its source, inventory, tokens, sensitivity table and measured scores,
-each made once and kept under a content key. Nothing here depends on a budget.
+"""One model with its text: source, inventory, tokens, sensitivity table and measured scores, each made
+once and kept under a content key. Nothing here depends on a budget.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from hashlib import sha256
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
-from optimizer import sensitivity
-from optimizer.config import Optimize
 from optimizer.data.text import Data, Tokens, Windows
-from optimizer.errors import ConfigError, ModelError, TextError
-from optimizer.formats import registry
-from optimizer.formats.rules import Demands
-from optimizer.formats.runtime import Runtime
+from optimizer.errors import ConfigError, ModelError
 from optimizer.models.residence import Residence
 from optimizer.models.source import (
     Source,
@@ -30,51 +23,19 @@ from optimizer.models.source import (
     locate,
     read_config,
 )
-from optimizer.plan import Inventory, Layer, Policy, Precision, digest, policy
+from optimizer.plan import Inventory, Precision, digest
 from optimizer.plan.cache import WHOLE, CacheKind
-from optimizer.plan.pins import translated
-from optimizer.stages.keys import BundledKey, ChainKey, InventoryKey, ScoresKey, TokensKey
+from optimizer.stages import tokens
+from optimizer.stages.keys import ChainKey, InventoryKey, ScoresKey
+from optimizer.stages.view import View
 from optimizer.store import Store
 
 if TYPE_CHECKING:
-    from optimizer.formats.gguf.base import Base
     from optimizer.metrics.divergence import AnyScores, AnyTeacher
     from optimizer.models.model import Model
 
 CHECK_WINDOWS = 8
-
-
-class View:
-    """What a person sees while it runs; this one shows nothing."""
-
-    def expect(self, stages: Mapping[str, float]) -> None:
-        """A run's stages in order, with what each costs in a unit of their own."""
-
-    def enter(self, stage: str) -> None:
-        """One of the expected stages begins."""
-
-    def stage(self, text: str) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-    def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:  # noqa: ARG002
-        return items
-
-    @contextmanager
-    def meter(self, text: str, total: int) -> Iterator[Callable[[int, str], None]]:  # noqa: ARG002
-        """Progress of something that isn't a list: call the yielded (done so far, news)."""
-        yield lambda _done, _news: None
-
-    def begin(self, key: str, model: str, config: Mapping[str, Any]) -> None:
-        """A run's question is known: its content key, its model's name and its settings."""
-
-    def row(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Numbers of one moment: of a trial that ended, or of a table that grows."""
-
-    def plans(self, points: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-        """kind -> (bytes, loss) of plans that are known now."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -102,28 +63,67 @@ def check_device(name: str) -> None:
         ) from None
 
 
-class Bench:
-    """One model with its store: everything that doesn't depend on a budget."""
+class Lazy(Generic[T]):
+    """An attribute that is made at its first use, once for a session and its copies, which differ in
+    their cache alone."""
 
-    def __init__(
-        self,
+    def __init__(self, make: Callable[[Any], T]) -> None:
+        self._make, self._name, self.__doc__ = make, make.__name__, make.__doc__
+
+    def __get__(self, session: Session, _owner: type) -> T:
+        values = session._values
+        if self._name not in values:
+            values[self._name] = self._make(session)
+        return values[self._name]
+
+    def __set__(self, session: Session, value: T) -> None:
+        raise AttributeError(f"{self._name} is made by the session itself.")
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """One model with its text and store: everything that doesn't depend on a budget. cache: how plans
+    keep keys and values while they are measured."""
+
+    source: Source
+    data: Data
+    store: Store
+    device: str
+    view: View
+    residence: Residence
+    cache: Kept = Kept()
+    _values: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(
+        cls,
         name: str,
-        revision: str | None,
         data: Data,
         store: str,
-        device: str,
-        view: View,
+        view: View | None = None,
+        *,
+        revision: str | None = None,
+        device: str = "cpu",
         residence: Residence | None = None,
-    ) -> None:
-        self.store, self.residence = Store.open(store, view.note), residence or Residence()
-        self.view, self.data, self.device = view, data, device
-        self.cache = Kept()
+        model: Model | None = None,
+    ) -> Session:
+        """The model of this name. model: the same, where it is loaded already. Raises ConfigError,
+        ModelError and TextError for a device, a name and data that can't be used."""
+        view = view or View()
+        where = Store.open(store, view.note)
         check_device(device)
         view.stage(f"finding {name}")
-        self.source: Source = locate(name, self.store, revision)
-        data.check(context_length(self.source.folder))
+        source = locate(name, where, revision)
+        data.check(context_length(source.folder))
+        values = {} if model is None else {"model": model}
+        home = residence or Residence()
+        return cls(source, data, where, device, view, home, _values=values)
 
-    @cached_property
+    def with_cache(self, cache: Kept) -> Session:
+        """The same, sharing what is loaded, with plans measured in another cache."""
+        return replace(self, cache=cache)
+
+    @Lazy
     def encoder(self) -> bool:
         """Whether the model embeds texts, see `optimizer.metrics.embeddings`; else it is a language
         model."""
@@ -139,12 +139,12 @@ class Bench:
             return {}
         return dict(json.loads(json.dumps(found)))  # as it reads in plan.json: lists, no tuples
 
-    @cached_property
+    @Lazy
     def config(self) -> dict[str, Any]:
         """The model's config.json."""
         return read_config(self.source.folder)
 
-    @cached_property
+    @Lazy
     def inventory(self) -> Inventory:
         def take() -> dict[str, Any]:
             from optimizer.models.model import take_inventory
@@ -154,7 +154,7 @@ class Bench:
         key = InventoryKey(self.source.fingerprint).text
         return Inventory.from_json(self.store.json("inventories", key, take))
 
-    @cached_property
+    @Lazy
     def model(self) -> Model:
         from optimizer.models.model import Model
 
@@ -164,100 +164,19 @@ class Bench:
             self.view.note("The model's blocks stay on disk, and are read for each pass.")
         return Model.load(self.source.folder, self.inventory, self.device, offload=where)
 
-    @cached_property
+    @Lazy
     def tokens_key(self) -> str:
         return digest(self.data.key(self.source.fingerprint))
 
-    @cached_property
+    @Lazy
     def tokens(self) -> Tokens:
-        from optimizer.data import text as texts
+        """Windows of each part of the text."""
+        return tokens.made(self)
 
-        def keep(name: str, make: Any) -> dict[str, np.ndarray]:
-            key = TokensKey(texts.VERSION, self.source.fingerprint, name).text
-            found = self.store.arrays("tokens", key, make)
-            assert found is not None
-            return found
-
-        def cut() -> dict[str, np.ndarray]:
-            from optimizer.models.tokenizer import load_tokenizer
-
-            said: list[str] = []
-            parts = texts.cut(self.data, load_tokenizer(self.source.folder), said.append)
-            found = {
-                f"{name}.{k}": v
-                for name, w in parts.items()
-                for k, v in (("ids", w.ids), ("documents", w.documents))
-            }
-            return found | {"said": np.frombuffer("\n".join(said).encode(), np.uint8)}
-
-        if self.encoder:
-            return self._texts(keep)
-        if self.data.source == "bundled":
-            if self.bundled is not None:
-                return self.bundled
-        elif self.data.source != "self":
-            kept = keep(self.tokens_key, cut)
-            if "said" in kept and kept["said"].size:
-                self.view.note(kept["said"].tobytes().decode())
-            return {
-                name: Windows(kept[f"{name}.ids"], kept[f"{name}.documents"])
-                for name in self.data.parts
-            }
-
-        return texts.sample(self.data, LazyModel(self), keep, self.view.track)
-
-    @cached_property
+    @Lazy
     def bundled(self) -> Tokens | None:
-        """The texts that come with the program; None, with a word, where the model can't read them,
-        or where there are fewer than a part asks for by default."""
-        from optimizer.data import domains
-
-        def cut() -> dict[str, Any]:
-            from optimizer.models.tokenizer import load_tokenizer
-
-            try:
-                parts = domains.bundled(self.data, load_tokenizer(self.source.folder))
-            except (ModelError, TextError) as error:
-                return {"why": str(error)}
-            return {
-                name: {
-                    "ids": w.ids.tolist(),
-                    "documents": w.documents.tolist(),
-                    "domains": w.domains,
-                }
-                for name, w in parts.items()
-            }
-
-        key = BundledKey(domains.VERSION, domains.content(), self.tokens_key).text
-        kept = self.store.json("tokens", key, cut)
-        if "why" in kept:
-            self.view.note(f"{kept['why']} So text is sampled from the model instead.")
-            return None
-        return {
-            name: Windows(
-                np.array(w["ids"], np.int64),
-                np.array(w["documents"], np.int64),
-                tuple(w["domains"]),
-            )
-            for name, w in kept.items()
-        }
-
-    def _texts(self, keep: Callable[[str, Any], dict[str, np.ndarray]]) -> Tokens:
-        """Batches of texts for an encoder, and a word on those that were left out or cut."""
-        from optimizer.data import short_texts as texts
-
-        def cut() -> dict[str, np.ndarray]:
-            from optimizer.models.tokenizer import load_tokenizer
-
-            found = texts.cut(self.data, load_tokenizer(self.source.folder))
-            ids = {name: windows.ids for name, windows in found.parts.items()}
-            return ids | {"news": np.array([found.texts, found.shortened, found.skipped])}
-
-        kept = keep(f"{self.tokens_key} texts {texts.VERSION}", cut)
-        self.view.note(texts.told(*kept["news"].tolist()))
-        return {
-            name: Windows(ids, np.arange(len(ids))) for name, ids in kept.items() if name != "news"
-        }
+        """The texts that come with the program, see `tokens.bundled`."""
+        return tokens.bundled(self)
 
     def windows(self, part: str) -> Windows:
         """calibration, search or heldout; `check` is the first search windows, enough to rank
@@ -284,7 +203,7 @@ class Bench:
 
     @contextmanager
     def cached(self) -> Iterator[None]:
-        """Inside, the model keeps keys and values in the bench's cache whenever it holds rounded
+        """Inside, the model keeps keys and values in the session's cache whenever it holds rounded
         weights. With its own weights it is the reference, which nothing rounds."""
         from optimizer.models.kv_cache import BITS, rounded
 
@@ -308,8 +227,8 @@ class Bench:
     def note(self, text: str) -> None:
         self.view.note(text)
 
-    @cached_property
-    def teachers(self) -> dict[str, AnyTeacher]:
+    @Lazy
+    def _teachers(self) -> dict[str, AnyTeacher]:
         return {}
 
     def _scores_key(self, choice: Mapping[str, Precision], part: str, quantizer: Any) -> str:
@@ -348,96 +267,22 @@ class Bench:
         """The reference on a part of the tokens, made once."""
         from optimizer.metrics.divergence import teacher
 
-        if part not in self.teachers:
-            self.teachers[part] = teacher(self.model, self.windows(part), own_head=True)
-        return self.teachers[part]
+        if part not in self._teachers:
+            self._teachers[part] = teacher(self.model, self.windows(part), own_head=True)
+        return self._teachers[part]
 
 
-class LazyModel:
-    """Stands for the bench's model, loaded at the first use: stored batches don't need it."""
-
-    def __init__(self, bench: Bench) -> None:
-        self._bench = bench
-
-    @property
-    def net(self) -> Any:
-        return self._bench.model.net
-
-
-@dataclass(frozen=True)
-class Choices:
-    """The table's rows and columns: what may be chosen for what. held: by the engine, allowed: by the
-    policy, too; bool [G, P], None: everything. notes: what the engine doesn't hold. overhead: bytes of
-    its file beyond our own, counted where the budget is a file's."""
-
-    scope: tuple[Layer, ...]
-    groups: tuple[tuple[str, ...], ...]
-    columns: tuple[str, ...]
-    fitted: dict[tuple[str, str], Precision]
-    allowed: np.ndarray | None = None
-    held: np.ndarray | None = None
-    notes: tuple[str, ...] = ()
-    overhead: int = 0
-    demands: Demands = field(default_factory=lambda: Demands(Runtime()))
-    base: Base | None = None
-    pins: Sequence[Sequence[str]] = ()
-
-    def choice(self, assignment: np.ndarray) -> dict[str, Precision]:
-        """Column index per group -> precision per layer."""
-        return {
-            name: self.fitted[name, self.columns[column]]
-            for group, column in zip(self.groups, assignment, strict=True)
-            for name in group
-        }
-
-
-def choices(
-    config: Optimize, inventory: Inventory, folder: Path | None = None, base: Base | None = None
-) -> Choices:
-    """folder: the model's, whose class an engine may ask for; None: what it asks of any. base: what
-    the engine's file is made from, see `formats.registry.base_of`."""
-    scope = inventory.scoped(config.scopes)
-    palette = config.palette.precisions()
-    fitted = sensitivity.palette_columns(scope, palette, config.palette.fit)
-    if config.runtime.experts not in ("tensor", "block", "model"):
-        raise ConfigError(
-            f"runtime.experts is tensor, block or model, not {config.runtime.experts!r}."
-        )
-    demands = registry.demands(config.runtime, inventory, folder, base)
-    outside: tuple[str, ...] = ()
-    if config.scopes == ["all"]:  # of what the engine can round
-        scope, outside = registry.rounded(demands, scope, [p.name for p in palette], fitted)
-    groups = demands.groups(scope)
-    columns = tuple(p.name for p in palette)
-    fitted = sensitivity.agreeing(groups, columns, fitted, demands.beside)
-    rules = registry.offered(demands, inventory, scope, columns, fitted)
-    pins = translated(
-        config.policy.listed,
-        [layer.name for layer in scope],
-        None if base is None else {name: p.layers for name, p in base.placed.pieces.items()},
-    )
-    own = replace(config.policy, pins=[pin for some in pins for pin in some])
-    left, held = (
-        policy.allowed(p, scope, groups, columns, fitted, rules) for p in (own, Policy())
-    )
-    notes = demands.notes + outside + registry.told(config.runtime, rules)
-    notes += sensitivity.unfitting(scope, palette, config.palette.fit) + inventory.notes
-    return Choices(
-        scope, groups, columns, fitted, left, held, notes, demands=demands, base=base, pins=pins
-    )
-
-
-def unchained(bench: Bench) -> str | None:
+def unchained(session: Session) -> str | None:
     """Why a quantizer that rounds block after block can't round this model; None: it can."""
 
     def make() -> str:
         from optimizer.models.blockwise import Stream
 
         try:
-            Stream(bench.model, bench.calibration()[:1])
+            Stream(session.model, session.calibration()[:1])
         except ModelError as error:
             return str(error)
         return ""
 
-    key = ChainKey(bench.source.fingerprint).text
-    return str(bench.store.json("chains", key, make)) or None
+    key = ChainKey(session.source.fingerprint).text
+    return str(session.store.json("chains", key, make)) or None

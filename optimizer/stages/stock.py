@@ -11,7 +11,8 @@ from optimizer.certificate import comparison
 from optimizer.errors import ConfigError
 from optimizer.formats.gguf import mixtures, retyping
 from optimizer.plan import Precision, digest
-from optimizer.stages.session import Bench, Choices
+from optimizer.stages.session import Session
+from optimizer.stages.space import SearchSpace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,13 +32,13 @@ class Stock:
         return ggml_native.decode(blocks, precision.kind, weight.shape[1])
 
 
-def measured(bench: Bench, chosen: Choices, size: int) -> comparison.Candidate | None:
+def measured(session: Session, space: SearchSpace, size: int) -> comparison.Candidate | None:
     """size: of the plan's file. None where the engine has none, or isn't here."""
     from optimizer.metrics.divergence import stored
     from optimizer.models.kv_cache import rounded
     from optimizer.quantization import ggml_native
 
-    base = chosen.base
+    base = space.base
     found = None if base is None else mixtures.largest(base, size)
     if base is None or found is None:
         return None
@@ -53,17 +54,24 @@ def measured(bench: Bench, chosen: Choices, size: int) -> comparison.Candidate |
             if choice.setdefault(layer, precision) != precision:
                 return None  # its rows are in tensors of several types
     key = digest(
-        ["stock", VERSION, bench.part_key("heldout"), name, sorted(kinds.items()), sorted(choice)]
+        [
+            "stock",
+            VERSION,
+            session.part_key("heldout"),
+            name,
+            sorted(kinds.items()),
+            sorted(choice),
+        ]
     )
 
     def make() -> dict[str, np.ndarray]:
-        bench.view.stage(f"{NAME} {name}")
-        teacher = bench.teacher("heldout")
-        cache = rounded(bench.model.net, bench.cache.kind)
-        with bench.model.rounded(Stock(), choice), cache:
-            return teacher.score(bench.model.net).arrays()
+        session.view.stage(f"{NAME} {name}")
+        teacher = session.teacher("heldout")
+        cache = rounded(session.model.net, session.cache.kind)
+        with session.model.rounded(Stock(), choice), cache:
+            return teacher.score(session.model.net).arrays()
 
-    kept = bench.store.arrays("scores", key, make)
+    kept = session.store.arrays("scores", key, make)
     assert kept is not None
     own = sum(entry.size for entry in retyping.entries(base, kinds))
     return comparison.Candidate(f"{NAME} {name}", own, float(own), stored(kept))

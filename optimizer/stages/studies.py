@@ -11,8 +11,8 @@ from optimizer.config import Optimize
 from optimizer.plan import digest
 from optimizer.quantization.methods import bind
 from optimizer.search import Problem, Search
-from optimizer.stages.objective import Beside
-from optimizer.stages.session import Bench
+from optimizer.stages.beside import Beside
+from optimizer.stages.session import Session
 from optimizer.store import alone
 
 VERSION = 5  # raised when trials can't be compared with older ones
@@ -21,14 +21,14 @@ WHOLE_TRIALS = 0.5  # whole trials that the tokens allow, over the windows of ea
 
 
 @contextmanager
-def in_turn(bench: Bench, settings: Search, key: Path) -> Iterator[None]:
+def in_turn(session: Session, settings: Search, key: Path) -> Iterator[None]:
     """A journal's study has one worker: the same command, given twice at once, waits for the other,
     then finds its trials and ends with its plan. Workers on a database share a study."""
     if settings.storage is not None:
         yield
         return
     with alone(
-        key, lambda: bench.view.note("another command is on this very search; waiting for it")
+        key, lambda: session.view.note("another command is on this very search; waiting for it")
     ):
         yield
 
@@ -45,18 +45,18 @@ def affordable(settings: Search, length: int) -> int:
     return int((settings.tokens / length / WHOLE_TRIALS) ** 0.5)
 
 
-def name(bench: Bench, config: Optimize, problem: Problem, beside: Beside) -> str:
+def name(session: Session, config: Optimize, problem: Problem, beside: Beside) -> str:
     """The study's name: everything that two workers must agree on to share their trials."""
     from optimizer.search import samplers, spaces
 
     search = config.search
     content = [
         *(VERSION, spaces.VERSION, search.sampler, samplers.SETTINGS, search.prune, search.first),
-        *(bench.part_key("calibration"), bench.part_key("search")),
-        bind(config.quantizer, bench).key,
+        *(session.part_key("calibration"), session.part_key("search")),
+        bind(config.quantizer, session).key,
         *(problem.groups, problem.columns, problem.limit, problem.unit, problem.free.tolist()),
         *(config.search.space, config.search.front, config.seed),
-        tried_on(config.search, *bench.windows("search").ids.shape),
+        tried_on(config.search, *session.windows("search").ids.shape),
         *(config.meaning.name, beside.key),
         *([problem.third.name, problem.third.each.tolist()] if problem.third else []),
     ]

@@ -16,7 +16,8 @@ from optimizer.plan import digest, glob
 from optimizer.quantization.methods import Rtn, bind
 from optimizer.sensitivity import Table, Task
 from optimizer.stages.keys import TableKey
-from optimizer.stages.session import Bench, Choices
+from optimizer.stages.session import Session
+from optimizer.stages.space import SearchSpace
 
 SO_FAR = 2  # version of what a killed run leaves
 
@@ -41,104 +42,106 @@ def read_part(config: Optimize) -> str:
     return "search" if fitted else "calibration"
 
 
-def read_for(bench: Bench, config: Optimize) -> Windows:
+def read_for(session: Session, config: Optimize) -> Windows:
     """No more of them than calibration windows."""
-    return bench.windows(read_part(config)).head(bench.data.calibration.sequences)
+    return session.windows(read_part(config)).head(session.data.calibration.sequences)
 
 
 @dataclass(frozen=True)
 class Kept(sensitivity.Desk):
     """A desk in the store."""
 
-    bench: Bench
+    session: Session
     key: str
 
     def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:
-        return self.bench.view.track(items, text)
+        return self.session.view.track(items, text)
 
     def show(self, layers: int, of: int, tokens: int) -> None:
-        self.bench.view.row("table", {"layers": layers, "layers of all": of, "tokens": tokens})
+        self.session.view.row("table", {"layers": layers, "layers of all": of, "tokens": tokens})
 
     def leave(self, state: dict[str, np.ndarray]) -> None:
         self.clear()
-        self.bench.store.arrays("tables", self.key, lambda: state)
+        self.session.store.arrays("tables", self.key, lambda: state)
 
     def left(self) -> dict[str, np.ndarray] | None:
-        return self.bench.store.arrays("tables", self.key)
+        return self.session.store.arrays("tables", self.key)
 
     def clear(self) -> None:
-        self.bench.store.path("tables", self.key, ".safetensors").unlink(missing_ok=True)
+        self.session.store.path("tables", self.key, ".safetensors").unlink(missing_ok=True)
 
 
 def measure_table(
-    bench: Bench, config: Optimize, chosen: Choices, reading: Reading | None = None
+    session: Session, config: Optimize, space: SearchSpace, reading: Reading | None = None
 ) -> Table:
     """The sensitivity table in nats of mean KL, chunk by chunk from the store or made now."""
     settings = config.sensitivity
     if settings.estimator == "gain":
-        return _foretold(bench, config, chosen, reading)
-    fitted = [[chosen.fitted[g[0], c].name for c in chosen.columns] for g in chosen.groups]
-    windows = read_for(bench, config)
+        return _foretold(session, config, space, reading)
+    fitted = [[space.fitted[g[0], c].name for c in space.columns] for g in space.groups]
+    windows = read_for(session, config)
     if reading is None and settings.windows is not None:
         windows = windows.spread(settings.windows)
-    quantizer = bind(config.quantizer, bench)
+    quantizer = bind(config.quantizer, session)
     key = TableKey(
-        windows=bench.key_of(windows),
+        windows=session.key_of(windows),
         estimator=settings.key,
-        groups=chosen.groups,
-        columns=chosen.columns,
+        groups=space.groups,
+        columns=space.columns,
         fitted=fitted,
         quantizer=quantizer.key,
         seed=config.seed,
         reading=None if reading is None else reading.key,
     ).text
-    task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
+    task = Task(space.groups, space.columns, space.fitted, quantizer)
     read = reading or Reading(None, windows.ids)
     runs = sensitivity.chunks(len(read.ids), min(settings.chunks, len(read.ids)))
     samples = []
-    todo = [i for i in range(len(runs)) if bench.store.arrays("tables", _part(key, i)) is None]
+    todo = [i for i in range(len(runs)) if session.store.arrays("tables", _part(key, i)) is None]
     if todo:
         quantizer.prepare(
-            {name: [chosen.fitted[name, c] for c in task.columns] for name in task.layers}
+            {name: [space.fitted[name, c] for c in task.columns] for name in task.layers}
         )
     weights = read.weights() if todo and read.weights is not None else None
     if todo:
         text = sensitivity.Text(read.ids, runs, config.seed, weights)
-        desk = Kept(bench, digest([key, "so far", SO_FAR]))
-        whole = settings.samples(bench.model, task, text, desk)
+        desk = Kept(session, digest([key, "so far", SO_FAR]))
+        whole = settings.samples(session.model, task, text, desk)
         for i in range(0 if whole is None else len(runs)):
-            bench.store.arrays("tables", _part(key, i), lambda i=i: {"loss": whole[i]})  # type: ignore
+            session.store.arrays("tables", _part(key, i), lambda i=i: {"loss": whole[i]})  # type: ignore
         todo = todo if whole is None else []
         desk.clear()
-    for i in bench.view.track(range(len(runs)), "sensitivity") if todo else range(len(runs)):
+    for i in session.view.track(range(len(runs)), "sensitivity") if todo else range(len(runs)):
 
         def make(i: int = i) -> dict[str, np.ndarray]:
             seed = [config.seed, runs[i].start]
             own = None if weights is None else weights[runs[i]]
-            return {"loss": settings.score(bench.model, task, read.ids[runs[i]], seed, own)}
+            return {"loss": settings.score(session.model, task, read.ids[runs[i]], seed, own)}
 
-        found = bench.store.arrays("tables", _part(key, i), make)
+        found = session.store.arrays("tables", _part(key, i), make)
         assert found is not None
         samples.append(found["loss"])
         if todo:
             read_so_far = len(read.ids[: runs[i].stop]) * read.ids.shape[1]
-            Kept(bench, "").show(len(task.layers), len(task.layers), read_so_far)
+            Kept(session, "").show(len(task.layers), len(task.layers), read_so_far)
     kept = Table.typical(np.array(samples))
     if not kept.all():
         totals = np.sum(samples, (1, 2))
-        bench.view.note(
+        session.view.note(
             f"{(~kept).sum()} of {len(kept)} parts of a text are left out of its table: their "
             f"gradients say {totals.max() / np.median(totals):.0f} times the others' loss, which "
             "no rounding has."
         )
     table = Table.from_samples(task, np.array(samples)[kept])
-    return table if reading else _measured_rows(bench, config, task, table, key)
+    return table if reading else _measured_rows(session, config, task, table, key)
 
 
-def _foretold(bench: Bench, config: Optimize, chosen: Choices, reading: Reading | None) -> Table:
+def _foretold(
+    session: Session, config: Optimize, space: SearchSpace, reading: Reading | None
+) -> Table:
     """The diagonal table of rounding to nearest, times what GPTQ gains in each group. Layers of a
     group that read the same inputs gain the same; else the mean is taken."""
-    quantizer = bind(config.quantizer, bench)
+    quantizer = bind(config.quantizer, session)
     nearest = replace(
         config,
         quantizer=Rtn(clip=config.quantizer.clip),
@@ -148,16 +151,18 @@ def _foretold(bench: Bench, config: Optimize, chosen: Choices, reading: Reading 
             measured=config.sensitivity.measured,
         ),
     )
-    table = measure_table(bench, nearest, chosen, reading)
-    gains = quantizer.gains([name for group in chosen.groups for name in group])
-    return table.scaled(np.array([np.mean([gains[n] for n in g]) for g in chosen.groups]))
+    table = measure_table(session, nearest, space, reading)
+    gains = quantizer.gains([name for group in space.groups for name in group])
+    return table.scaled(np.array([np.mean([gains[n] for n in g]) for g in space.groups]))
 
 
 def _part(key: str, index: Any) -> str:
     return digest([key, index])
 
 
-def _measured_rows(bench: Bench, config: Optimize, task: Task, table: Table, key: str) -> Table:
+def _measured_rows(
+    session: Session, config: Optimize, task: Task, table: Table, key: str
+) -> Table:
     settings = config.sensitivity.measured
     if not settings.groups:
         return table
@@ -174,15 +179,15 @@ def _measured_rows(bench: Bench, config: Optimize, task: Task, table: Table, key
     if not wanted:
         raise ConfigError(f"sensitivity.measured.groups={settings.groups} matches no layer.")
     rows = {}
-    for i in bench.view.track(wanted, "measuring single groups"):
+    for i in session.view.track(wanted, "measuring single groups"):
 
         def make(i: int = i) -> dict[str, np.ndarray]:
             from optimizer.sensitivity import measured
 
-            windows = read_for(bench, config)
-            return measured.measure(bench.model, task, windows, task.groups[i], settings.at)
+            windows = read_for(session, config)
+            return measured.measure(session.model, task, windows, task.groups[i], settings.at)
 
-        found = bench.store.arrays("tables", _part(key, ["measured", settings.at, i]), make)
+        found = session.store.arrays("tables", _part(key, ["measured", settings.at, i]), make)
         assert found is not None
         rows[i] = (found["loss"], found["stderr"])
     return table.with_rows(rows)

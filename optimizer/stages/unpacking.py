@@ -25,7 +25,8 @@ from optimizer.quantization.methods import bind
 from optimizer.quantization.residual import Refining
 from optimizer.stages.keys import ScoresKey
 from optimizer.stages.nested import Nest
-from optimizer.stages.session import Bench, Choices
+from optimizer.stages.session import Session
+from optimizer.stages.space import SearchSpace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,19 +42,21 @@ LEAST = 1e-4  # nats: losses below are alike to a probe
 SAME = 5e-3  # of a probability: planes that are added to outputs, and to weights
 
 
-def measure(bench: Bench, config: Optimize, chosen: Choices, nest: Nest, plan: Plan) -> Plan:
+def measure(
+    session: Session, config: Optimize, space: SearchSpace, nest: Nest, plan: Plan
+) -> Plan:
     """The plan whose refinement has its certificate and its thresholds."""
     assert plan.refinement is not None
-    section, quantizer = plan.refinement, bind(config.quantizer, bench)
-    refining = Refining(quantizer, section.planes, config.quantizer, bench)
+    section, quantizer = plan.refinement, bind(config.quantizer, session)
+    refining = Refining(quantizer, section.planes, config.quantizer, session)
     scores: dict[str, Any] = {
-        "base": bench.score(plan.choice, "heldout", quantizer),
-        "refined": bench.score(plan.choice, "heldout", refining),
+        "base": session.score(plan.choice, "heldout", quantizer),
+        "refined": session.score(plan.choice, "heldout", refining),
     }
     if config.nested.separate:
         for name, assignment in (("base", nest.alone), ("refined", nest.separate)):
-            choice = chosen.choice(assignment)
-            scores[f"separate {name}"] = bench.score(choice, "heldout", quantizer)
+            choice = space.choice(assignment)
+            scores[f"separate {name}"] = session.score(choice, "heldout", quantizer)
     documents = scores["base"].documents
     counts = bootstrap.resamples(documents, np.random.default_rng(config.seed))
     certificate: dict[str, Any] = {
@@ -69,13 +72,13 @@ def measure(bench: Bench, config: Optimize, chosen: Choices, nest: Nest, plan: P
             value = scores[name].mean_kl / max(scores[f"separate {name}"].mean_kl, 1e-30)
             found = bootstrap.interval(value, own / np.maximum(other, 1e-30))
             certificate[f"{name} over separate"] = asdict(found)
-    view = Unpacked(bench, plan, quantizer, refining)
+    view = Unpacked(session, plan, quantizer, refining)
     certificate["acceptance"] = asdict(bootstrap.mean(view.acceptance(), counts))
     hard: dict[str, Any] = {}
     if view.catches_up():
         hard = view.calibrate(config.nested.signal, config.nested.share)
     else:
-        bench.view.note(
+        session.view.note(
             "unpack=hard is not offered: this architecture takes no attention mask of ours, so that "
             "what it would do to a text can't be measured. draft, always and never are."
         )
@@ -97,16 +100,16 @@ class Reading:
 
 
 class Unpacked:
-    """A nested plan's model on the bench, whose planes can be opened token by token."""
+    """A nested plan's model in its session, whose planes can be opened token by token."""
 
-    def __init__(self, bench: Bench, plan: Plan, quantizer: Any, refining: Refining) -> None:
-        self.bench, self.plan = bench, plan
+    def __init__(self, session: Session, plan: Plan, quantizer: Any, refining: Refining) -> None:
+        self.session, self.plan = session, plan
         self._quantizer, self._refining = quantizer, refining
 
     def _kept(self, what: Any, make: Any) -> dict[str, np.ndarray]:
         real = sorted((n, p.name) for n, p in self.plan.choice.items() if p.kind != "none")
         key = digest(["unpacked", VERSION, ScoresKey.VERSION, self._refining.key, real, what])
-        found = self.bench.store.arrays("scores", key, make)
+        found = self.session.store.arrays("scores", key, make)
         assert found is not None
         return found
 
@@ -117,10 +120,10 @@ class Unpacked:
         def make() -> dict[str, np.ndarray]:
             from optimizer.metrics.divergence import Teacher
 
-            model, choice = self.bench.model, self.plan.choice
+            model, choice = self.session.model, self.plan.choice
             stacked = self._refining.rounder(choice)
             with model.rounded(stacked, choice):
-                teacher = Teacher(model.net, self.bench.windows("heldout"), own_head=True)
+                teacher = Teacher(model.net, self.session.windows("heldout"), own_head=True)
             with self._opened() as read:
                 own = read(teacher.windows.ids[:1], True)[0, :-1]
                 if (
@@ -133,13 +136,13 @@ class Unpacked:
                     )
                 return {"ear": teacher.score(model.net).ear}
 
-        return self._kept(["acceptance", self.bench.part_key("heldout")], make)["ear"]
+        return self._kept(["acceptance", self.session.part_key("heldout")], make)["ear"]
 
     def catches_up(self) -> bool:
         """Whether `planes.caught_up` says of this model what its own passes say, at both ends."""
         import torch
 
-        ids = self.bench.windows("search").ids[:1]
+        ids = self.session.windows("search").ids[:1]
         with self._opened() as read:
             for open_ in (False, True):
                 try:
@@ -153,7 +156,7 @@ class Unpacked:
 
     def calibrate(self, kind: str, share: float) -> dict[str, Any]:
         """Thresholds from search text, and one of them on held-out text; see `plan.schema.Hard`."""
-        search, signal = self.bench.windows("search"), self.signal(kind)
+        search, signal = self.session.windows("search"), self.signal(kind)
         base = self.signals(search, "search", signal)
         cuts = {s: float(np.quantile(base, 1 - s)) for s in sorted({*SHARES, share})}
         ends = {0.0: float(base.max()) + 1.0, 1.0: float(base.min()) - 1.0}
@@ -162,7 +165,7 @@ class Unpacked:
             found = self.read(search, "search", base > threshold, [kind, threshold])
             points.append({"share": found.share, "threshold": threshold, "kl": _mean(found)})
             del wanted
-        held = self.bench.windows("heldout")
+        held = self.session.windows("heldout")
         mask = self.signals(held, "heldout", signal) > cuts[share]
         found = self.read(held, "heldout", mask, [kind, cuts[share]])
         counts = bootstrap.resamples(found.documents, np.random.default_rng(0))
@@ -177,14 +180,14 @@ class Unpacked:
             from optimizer.models import planes
 
             values = []
-            with self._opened() as read, planes.watched(self.bench.model.net) as seen:
-                for ids in self.bench.view.track(windows.ids, "what the base is unsure of"):
+            with self._opened() as read, planes.watched(self.session.model.net) as seen:
+                for ids in self.session.view.track(windows.ids, "what the base is unsure of"):
                     logits = read(ids[None], False)[0, :-1]
                     values.append(signal(logits, seen[0][0, :-1]).float().cpu().numpy())
             return {"signal": np.array(values)}
 
         what = [signal.kind, *signal.weights, signal.bias]
-        return self._kept(["signals", self.bench.part_key(part), what], make)["signal"]
+        return self._kept(["signals", self.session.part_key(part), what], make)["signal"]
 
     def signal(self, kind: str) -> Signal:
         """A probe is fitted on calibration text: ridge regression of the log of the base's loss."""
@@ -192,8 +195,8 @@ class Unpacked:
 
         if kind != "probe":
             return planes.Signal(kind)
-        length = self.bench.windows("calibration").ids.shape[1]
-        windows = self.bench.windows("calibration").head(max(1, FITTED // length))
+        length = self.session.windows("calibration").ids.shape[1]
+        windows = self.session.windows("calibration").head(max(1, FITTED // length))
 
         def make() -> dict[str, np.ndarray]:
             from scipy import linalg
@@ -205,7 +208,7 @@ class Unpacked:
             found = linalg.solve(gram, x.T @ (y - y.mean()), assume_a="pos") / scale
             return {"weights": np.append(found, y.mean() - centre @ found)}
 
-        kept = self._kept(["probe", self.bench.key_of(windows)], make)["weights"]
+        kept = self._kept(["probe", self.session.key_of(windows)], make)["weights"]
         *weights, bias = (float(f"{x:.7g}") for x in kept)
         return planes.Signal(kind, tuple(weights), bias)
 
@@ -216,11 +219,11 @@ class Unpacked:
         from optimizer.metrics.divergence import Teacher, compare
         from optimizer.models import planes
 
-        bench = self.bench
-        teacher = Teacher(bench.model.net, windows, own_head=True)
+        session = self.session
+        teacher = Teacher(session.model.net, windows, own_head=True)
         inputs, losses = [], []
-        with self._opened() as read, planes.watched(bench.model.net) as seen:
-            for i, ids in enumerate(bench.view.track(windows.ids, "where the base fails")):
+        with self._opened() as read, planes.watched(session.model.net) as seen:
+            for i, ids in enumerate(session.view.track(windows.ids, "where the base fails")):
                 logits = read(ids[None], False)[0, :-1]
                 inputs.append(planes.features(logits, seen[0][0, :-1]).cpu().numpy())
                 log_q, log_p = torch.log_softmax(logits, -1), teacher.log_probabilities(i)
@@ -236,12 +239,12 @@ class Unpacked:
 
             from optimizer.metrics.divergence import Teacher, compare
 
-            teacher = self.bench.teacher(part)
+            teacher = self.session.teacher(part)
             assert isinstance(teacher, Teacher)
             found = []
             with self._opened() as read:
                 rows = list(zip(windows.ids, mask, strict=True))
-                for i, (ids, own) in enumerate(self.bench.view.track(rows, "unpacking")):
+                for i, (ids, own) in enumerate(self.session.view.track(rows, "unpacking")):
                     open_ = torch.from_numpy(np.append(own, False))[None]
                     log_q = torch.log_softmax(read(ids[None], open_)[0, :-1], -1)
                     target = torch.from_numpy(ids[1:]).to(log_q.device)
@@ -249,7 +252,7 @@ class Unpacked:
                     found.append(compare(log_p, log_q, target)["kl"].float().cpu().numpy())
             return {"kl": np.array(found)}
 
-        kl = self._kept(["read", self.bench.part_key(part), what], make)["kl"]
+        kl = self._kept(["read", self.session.part_key(part), what], make)["kl"]
         return Reading(kl, mask, windows.documents)
 
     @contextmanager
@@ -259,21 +262,21 @@ class Unpacked:
 
         from optimizer.models import planes
 
-        bench, choice = self.bench, self.plan.choice
+        session, choice = self.session, self.plan.choice
         assert self.plan.refinement is not None
         names = list(self.plan.refinement.layers)
         for part in ("search", "heldout"):  # the reference's, while it has its own weights
-            bench.teacher(part)
+            session.teacher(part)
         stacked = self._refining.rounder(choice)
         rounder = self._quantizer.rounder(choice)
         dense = {
-            name: planes.Dense(stacked.rest(bench.model.weight(name), name)) for name in names
+            name: planes.Dense(stacked.rest(session.model.weight(name), name)) for name in names
         }
-        modules = planes.modules_of(bench.model.net, [bench.model.layers[n] for n in names])
+        modules = planes.modules_of(session.model.net, [session.model.layers[n] for n in names])
         gate = planes.Gate()
 
         def read(ids: np.ndarray, open_: bool | Tensor) -> Tensor:
-            net = bench.model.net
+            net = session.model.net
             device, dtype = (getattr(next(net.parameters()), k) for k in ("device", "dtype"))
             batch = torch.from_numpy(ids).to(device)
             with torch.inference_mode():
@@ -286,7 +289,7 @@ class Unpacked:
                     gate.open = False
             return logits.float()
 
-        with bench.model.rounded(rounder, choice), planes.attached(modules, dense, gate):
+        with session.model.rounded(rounder, choice), planes.attached(modules, dense, gate):
             yield read
 
 

@@ -27,8 +27,10 @@ from optimizer.quantization.methods import Rtn, bind
 from optimizer.search import Search
 from optimizer.sensitivity import Measured
 from optimizer.sensitivity.estimators import Directional, Fisher
-from optimizer.stages import refine, session
-from optimizer.stages.session import View
+from optimizer.stages import refine
+from optimizer.stages.session import Session
+from optimizer.stages.space import search_space
+from optimizer.stages.view import View
 from tests.conftest import QUICK
 
 SHORT = Part(sequences=8, length=32)
@@ -335,10 +337,10 @@ def test_scores_are_kept_by_content(source: Source, tmp_path: Path) -> None:
     """Two names of one plan are one measurement."""
     config = settings(source, tmp_path / "s")
     view = View()
-    table = session.Bench(config.model, None, config.data, config.store, "cpu", view)
-    chosen = session.choices(config, table.inventory)
+    table = Session.open(config.model, config.data, config.store, view)
+    space = search_space(config, table.inventory)
     quantizer = bind(config.quantizer, table)
-    choice = chosen.choice(np.zeros(len(chosen.groups), dtype=int))
+    choice = space.choice(np.zeros(len(space.groups), dtype=int))
     first = table.score(choice, "search", quantizer)
     kept = tmp_path / "s" / "scores"
     count = len(list(kept.glob("*.safetensors")))

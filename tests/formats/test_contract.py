@@ -23,7 +23,7 @@ from optimizer.formats.torch.packed import pack
 from optimizer.models.source import locate
 from optimizer.plan import Plan, Precision, assemble
 from optimizer.quantization.uniform import Codes
-from optimizer.stages.session import Choices, choices
+from optimizer.stages.space import SearchSpace, search_space
 from optimizer.store import Store
 from tests.cli.test_compose import CHOICES, composed
 from tests.formats.conftest import Wide
@@ -49,14 +49,14 @@ class Case:
         return Subject(self.wide.inventory, self.wide.folder, base)
 
     @cached_property
-    def found(self) -> Choices:
+    def found(self) -> SearchSpace:
         """With the runtime's own palette, or for those that run floats alone with such a one."""
         own = [f"runtime={self.engine}"] if ("runtime", self.engine) in CHOICES else []
         for more in ([], ["palette=hopper"]):
             config = replace(composed("optimize", *own, *more), runtime=profile(self.engine))
             try:
                 inventory, folder = self.wide.inventory, self.wide.folder
-                return choices(config, inventory, folder, self.subject.base)
+                return search_space(config, inventory, folder, self.subject.base)
             except ConfigError:
                 continue
         raise AssertionError(f"{self.engine} takes nothing of any palette")

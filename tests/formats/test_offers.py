@@ -17,7 +17,7 @@ from optimizer.formats import registry
 from optimizer.formats.format import Subject
 from optimizer.models.source import locate
 from optimizer.plan import Budget, Plan, assemble
-from optimizer.stages.session import Choices, choices
+from optimizer.stages.space import SearchSpace, search_space
 from optimizer.store import Store
 from tests.cli.test_compose import composed
 from tests.conftest import ARCHITECTURES, QUICK, WIDE, Command, Small, build, opened
@@ -26,12 +26,14 @@ from tests.formats.conftest import Wide
 CHECKPOINTS = ("vllm", "transformers", "autoround", "gptq")
 
 
-def offered(runtime: str, model: Wide | Small, *overrides: str) -> Choices:
+def offered(runtime: str, model: Wide | Small, *overrides: str) -> SearchSpace:
     given = [f"runtime={runtime}", "scope=all", *overrides]
-    return choices(composed("optimize", *given), model.inventory, model.folder)
+    return search_space(composed("optimize", *given), model.inventory, model.folder)
 
 
-def drawn(found: Choices, rng: np.random.Generator, model: Wide | Small, fingerprint: str) -> Plan:
+def drawn(
+    found: SearchSpace, rng: np.random.Generator, model: Wide | Small, fingerprint: str
+) -> Plan:
     """Any plan of those that a search may make."""
     assert found.allowed is not None
     picks = np.array([rng.choice(np.flatnonzero(row)) for row in found.allowed])
@@ -110,7 +112,7 @@ def test_a_size_is_that_of_the_engines_file(wide: Wide, runtime: str) -> None:
     kept = Store(Path(wide.store))
     source = locate(str(wide.folder), kept)
     base = registry.base_of(config.runtime, source, wide.inventory, kept, None)
-    found = choices(config, wide.inventory, wide.folder, base)
+    found = search_space(config, wide.inventory, wide.folder, base)
     subject = Subject(wide.inventory, wide.folder, base)
     over = registry.overhead(config.runtime, subject, optimize._uniform(found))
     assert (over == 0) == (runtime == "torch")
@@ -190,7 +192,7 @@ def test_nothing_to_quantize_is_no_fault(mezzotint: Command, llama: Small, tmp_p
 
 def test_an_engines_limits_are_not_the_policys(wide: Wide) -> None:
     config = composed("optimize", "runtime=vllm", "scope=[blocks,embeddings]")
-    found = choices(config, wide.inventory, wide.folder)
+    found = search_space(config, wide.inventory, wide.folder)
     assert found.allowed is not None and not found.allowed.all()
     problem = search.pose(
         wide.inventory, found.scope, found.groups, found.columns, found.fitted,
@@ -221,7 +223,7 @@ def test_layers_that_stay_untouched_beside_those_unpacked_at_once(
         "palette.group_size=32",
         "palette.bits=[4,8]",
     ]
-    found = choices(composed("optimize", *given), model.inventory, model.folder)
+    found = search_space(composed("optimize", *given), model.inventory, model.folder)
     assert found.allowed is not None and found.allowed.all() and len(found.groups) == 1
     odd = [name for name in found.groups[0] if found.fitted[name, found.columns[0]].kind == "none"]
     assert len(odd) == bare and all("dt_proj" in name for name in odd)

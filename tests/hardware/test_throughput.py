@@ -14,7 +14,7 @@ from optimizer.hardware import throughput
 from optimizer.hardware.throughput import Traffic
 from optimizer.plan import UNTOUCHED, WIDTH, Inventory, Plan, Precision, stored_bytes
 from optimizer.reports.run import Scale
-from optimizer.stages.session import Choices
+from optimizer.stages.space import SearchSpace
 from tests.conftest import mixed
 
 
@@ -48,10 +48,10 @@ def test_points_know_it_too(small):
     names = ("int4_g16", "none")
     precisions = {"int4_g16": Precision("int", 4, 16), "none": UNTOUCHED}
     fitted = {(x.name, n): precisions[n] for x in scope for n in names}
-    chosen = Choices(scope, tuple((x.name,) for x in scope), names, fitted)
-    scale = Scale.of(small.inventory, chosen, "sha", {"name": "rtn"}, Traffic(2, 500, 0.5))
+    space = SearchSpace(scope, tuple((x.name,) for x in scope), names, fitted)
+    scale = Scale.of(small.inventory, space, "sha", {"name": "rtn"}, Traffic(2, 500, 0.5))
     assignment = np.arange(len(scope)) % 2
-    choice = {k: p for k, p in chosen.choice(assignment).items() if p.kind != "none"}
+    choice = {k: p for k, p in space.choice(assignment).items() if p.kind != "none"}
     point = scale.point("p", assignment, 0.1)
     weights = by_hand(small.inventory, choice, 0.5)
     assert point.moved == pytest.approx(weights / 2 + 500, abs=1)

@@ -23,7 +23,8 @@ from optimizer.quantization.methods import bind
 from optimizer.search import Search
 from optimizer.sensitivity import Task, fisher
 from optimizer.sensitivity import estimator as estimator_of
-from optimizer.stages import session
+from optimizer.stages.session import Session
+from optimizer.stages.space import search_space
 from tests.commands.test_optimize import settings
 
 
@@ -56,10 +57,10 @@ def test_without_a_weight_it_is_the_mean() -> None:
 
 def test_fisher_counts_tokens_by_their_weights(source: Source, tmp_path: Path) -> None:
     config = settings(source, tmp_path / "s", budget=Budget(bits=4))
-    made = session.Bench(config.model, None, config.data, config.store, "cpu", session.View())
-    chosen = session.choices(config, made.inventory)
+    made = Session.open(config.model, config.data, config.store)
+    space = search_space(config, made.inventory)
     quantizer = bind(config.quantizer, made)
-    task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
+    task = Task(space.groups, space.columns, space.fitted, quantizer)
     ids = made.calibration()[:4]
     first, second = np.ones(ids.shape), np.ones(ids.shape)
     first[:, ids.shape[1] // 2 :] = 0

@@ -13,9 +13,9 @@ from starlette.testclient import TestClient
 from optimizer.models.source import Source
 from optimizer.person import judge_page
 from optimizer.person.entrants import Entrant
+from optimizer.person.judging import Comparison, Judging, compare
 from optimizer.person.prompts import Prompt
 from optimizer.person.reveal import Result
-from optimizer.person.session import Comparison, Session, compare
 from optimizer.person.votes import VoteFile
 from optimizer.person.writing import Material, Written
 
@@ -64,8 +64,8 @@ def comparison(
     return compare(both, material(prompts(count), names, same=same), limit, catch, judge)
 
 
-def session(folder: Path, **settings: object) -> Session:
-    made = Session(
+def judging(folder: Path, **settings: object) -> Judging:
+    made = Judging(
         comparison(**settings),  # type: ignore[arg-type]
         VoteFile(folder / "votes.jsonl"),
         str(settings.get("judge", "me")),
@@ -78,7 +78,7 @@ def session(folder: Path, **settings: object) -> Session:
 class Page:
     """The page as a browser without scripts would use it. ended: results that were told."""
 
-    session: Session
+    judging: Judging
     client: TestClient
     ended: list[Result]
 
@@ -94,8 +94,8 @@ class Page:
 
 
 @contextmanager
-def opened(session: Session) -> Iterator[Page]:
+def opened(judging: Judging) -> Iterator[Page]:
     ended: list[Result] = []
-    app = judge_page.application(session, TOKEN, PORT, ended.append)
+    app = judge_page.application(judging, TOKEN, PORT, ended.append)
     with TestClient(app, base_url=BASE) as client:
-        yield Page(session, client, ended)
+        yield Page(judging, client, ended)

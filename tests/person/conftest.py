@@ -18,7 +18,7 @@ if not all(find_spec(name) for name in person.NEEDED):
 @pytest.fixture
 def page(tmp_path: Path) -> Iterator[Any]:
     """The page of a fresh session, see `comparisons.Page`."""
-    from tests.person.comparisons import opened, session
+    from tests.person.comparisons import judging, opened
 
-    with opened(session(tmp_path)) as found:
+    with opened(judging(tmp_path)) as found:
         yield found

@@ -18,13 +18,13 @@ import uvicorn
 from optimizer.data import pairs as probes
 from optimizer.models.source import Source
 from optimizer.person import entrants, judge_page, overlay_page, web
+from optimizer.person.judging import Judging
 from optimizer.person.overlay import ChoiceFile, Writer
-from optimizer.person.session import Session
 from optimizer.person.settings import Overlay
 from optimizer.person.votes import VoteFile
-from optimizer.stages.session import View
+from optimizer.stages.view import View
 from optimizer.store import Store
-from tests.person.comparisons import TOKEN, session
+from tests.person.comparisons import TOKEN, judging
 from tests.reports.test_blur_browser import NAMES, shutil
 
 pytestmark = pytest.mark.campaign
@@ -55,7 +55,7 @@ def browser() -> Iterator[Any]:
 
 
 @contextmanager
-def served(made: Session, port: int = 8790) -> Iterator[str]:
+def served(made: Judging, port: int = 8790) -> Iterator[str]:
     """The address at which a session is served."""
     sock = web.bind(port, lambda _: None)
     port = sock.getsockname()[1]
@@ -78,12 +78,12 @@ def running(app: Any, sock: Any) -> Iterator[str]:
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Session:
-    return session(tmp_path)
+def made(tmp_path: Path) -> Judging:
+    return judging(tmp_path)
 
 
 @pytest.fixture
-def address(made: Session) -> Iterator[str]:
+def address(made: Judging) -> Iterator[str]:
     with served(made) as found:
         yield found
 
@@ -99,7 +99,7 @@ def settle(page: Any) -> None:
     page.wait_for_timeout(350)
 
 
-def test_votes_by_keys(browser: Any, address: str, made: Session) -> None:
+def test_votes_by_keys(browser: Any, address: str, made: Judging) -> None:
     page = tab(browser, address)
     for i, (key, choice) in enumerate(
         [("1", "first"), ("2", "second"), ("0", "alike"), ("x", "lost"), ("X", "lost")], 2
@@ -119,7 +119,7 @@ def test_votes_by_keys(browser: Any, address: str, made: Session) -> None:
     assert len(made.votes) == 6
 
 
-def test_votes_by_clicks_with_tags_and_undo(browser: Any, address: str, made: Session) -> None:
+def test_votes_by_clicks_with_tags_and_undo(browser: Any, address: str, made: Judging) -> None:
     page = tab(browser, address)
     page.get_by_label("negation").check()
     page.get_by_role("button", name="Both lost the meaning").click()
@@ -131,7 +131,7 @@ def test_votes_by_clicks_with_tags_and_undo(browser: Any, address: str, made: Se
     assert not made.votes
 
 
-def test_votes_without_javascript(browser: Any, address: str, made: Session) -> None:
+def test_votes_without_javascript(browser: Any, address: str, made: Judging) -> None:
     page = tab(browser, address, java_script_enabled=False)
     page.get_by_role("button", name="Second").click()
     page.get_by_role("link", name="What the reference says there").click()
@@ -142,7 +142,7 @@ def test_votes_without_javascript(browser: Any, address: str, made: Session) -> 
     assert len(made.votes) == 1
 
 
-def test_keys_can_be_switched_off_and_stay_off(browser: Any, address: str, made: Session) -> None:
+def test_keys_can_be_switched_off_and_stay_off(browser: Any, address: str, made: Judging) -> None:
     page = tab(browser, address)
     page.get_by_label("Keys 1, 2, 0 and x answer").uncheck()
     page.reload()
@@ -152,7 +152,7 @@ def test_keys_can_be_switched_off_and_stay_off(browser: Any, address: str, made:
     assert not made.votes
 
 
-def test_reload_back_button_and_two_tabs(browser: Any, address: str, made: Session) -> None:
+def test_reload_back_button_and_two_tabs(browser: Any, address: str, made: Judging) -> None:
     context = browser.new_context()
     one, other = context.new_page(), context.new_page()
     one.goto(address)
@@ -174,7 +174,7 @@ def test_reload_back_button_and_two_tabs(browser: Any, address: str, made: Sessi
 def test_every_page_is_accessible_and_nothing_sticks_out(
     browser: Any, tmp_path: Path, look: str
 ) -> None:
-    made = session(tmp_path)
+    made = judging(tmp_path)
     for question in made.comparison.questions:
         object.__setattr__(question, "texts", (f" {ARABIC[0]} <b>", f" {ARABIC[1]} {'x' * 90}"))
     with served(made) as address:
@@ -202,7 +202,7 @@ def check(page: Any, name: str) -> None:
 
 
 def test_right_to_left_texts_run_so(browser: Any, tmp_path: Path) -> None:
-    made = session(tmp_path)
+    made = judging(tmp_path)
     for question in made.comparison.questions:
         object.__setattr__(question, "texts", ARABIC)
     with served(made) as address:
@@ -263,8 +263,8 @@ KILLED = """
 import sys
 from pathlib import Path
 from optimizer.person import judge_page, web
-from tests.person.comparisons import TOKEN, session
-made = session(Path(sys.argv[1]))
+from tests.person.comparisons import TOKEN, judging
+made = judging(Path(sys.argv[1]))
 sock = web.bind(8791, lambda _: None)
 print(sock.getsockname()[1], flush=True)
 web.serve(judge_page.application(made, TOKEN, sock.getsockname()[1], lambda _: None), sock)

@@ -12,7 +12,7 @@ import pytest
 from optimizer.person import web
 from optimizer.person.votes import CHOICES, VoteFile
 from tests.conftest import largest_file
-from tests.person.comparisons import BASE, TOKEN, Page, opened, session
+from tests.person.comparisons import BASE, TOKEN, Page, judging, opened
 
 NAMES = ("sparrow", "heron")
 
@@ -36,7 +36,7 @@ def test_a_vote_leads_to_the_next_question(page: Page) -> None:
     after = page.post("vote", question=current(first), choice="first", tag=["tone", "name"])
     assert "Question 2 of 40" in after
     assert "Your last answer: first" in after
-    (vote,) = page.session.votes.values()
+    (vote,) = page.judging.votes.values()
     assert (vote.choice, vote.tags) == ("first", ("name", "tone"))
 
 
@@ -45,11 +45,11 @@ def test_every_button_is_an_answer(page: Page, choice: str) -> None:
     text = page.get()
     assert f'value="{choice}"' in text
     page.post("vote", question=current(text), choice=choice)
-    assert [v.choice for v in page.session.votes.values()] == [choice]
+    assert [v.choice for v in page.judging.votes.values()] == [choice]
 
 
 def test_no_name_and_no_number_gives_a_model_away(tmp_path: Path) -> None:
-    made = session(tmp_path)
+    made = judging(tmp_path)
     for question in made.comparison.questions:  # the texts of these models hold their names
         object.__setattr__(question, "texts", ("one text", "another text"))
     with opened(made) as page:
@@ -67,7 +67,7 @@ def test_undo_brings_the_question_back(page: Page) -> None:
     after = page.post("vote", question=current(first), choice="second")
     back = page.post("undo", vote=last(after))
     assert current(back) == current(first)
-    assert not page.session.votes
+    assert not page.judging.votes
     assert "Nothing was taken back" in page.post("undo", 409, vote=last(after))
 
 
@@ -78,7 +78,7 @@ def test_two_tabs_and_the_back_button_give_one_answer(page: Page) -> None:
     text = page.post("vote", 409, question=current(other), choice="second")
     assert "Nothing was changed" in text
     assert current(text) != current(one)
-    assert [v.choice for v in page.session.votes.values()] == ["first"]
+    assert [v.choice for v in page.judging.votes.values()] == ["first"]
 
 
 def test_a_reload_asks_the_same(page: Page) -> None:
@@ -98,7 +98,7 @@ def test_the_references_text_is_shown_after_the_vote_only(page: Page) -> None:
 def test_names_come_at_the_end_and_end_it(page: Page) -> None:
     text = page.get()
     while 'name="question"' in text:
-        question = page.session.question(current(text))
+        question = page.judging.question(current(text))
         assert question is not None
         side = question.about.models.index("heron")
         text = page.post("vote", question=question.id, choice=("first", "second")[side])
@@ -114,9 +114,9 @@ def test_names_come_at_the_end_and_end_it(page: Page) -> None:
 
 
 def test_a_restart_goes_on(tmp_path: Path) -> None:
-    with opened(session(tmp_path)) as page:
+    with opened(judging(tmp_path)) as page:
         text = page.post("vote", question=current(page.get()), choice="first")
-    with opened(session(tmp_path)) as page:
+    with opened(judging(tmp_path)) as page:
         assert current(page.get()) == current(text)
         assert "Question 2" in page.get()
 
@@ -137,9 +137,9 @@ def test_only_this_host_this_address_and_these_forms(page: Page) -> None:
         assert client.post(f"/{TOKEN}/vote", data=fields, headers=headers).status_code == 403
     assert client.post(f"/{TOKEN}/vote", data=fields).status_code == 403
     headers = {"Referer": f"{BASE}/{TOKEN}/"}
-    assert not page.session.votes
+    assert not page.judging.votes
     assert client.post(f"/{TOKEN}/vote", data=fields, headers=headers).status_code == 200
-    assert len(page.session.votes) == 1
+    assert len(page.judging.votes) == 1
     assert client.get(f"/{TOKEN}/vote").status_code == 405
 
 
@@ -162,11 +162,11 @@ def test_what_is_no_form_is_no_answer(page: Page, body: bytes) -> None:
     found = page.client.post(f"/{TOKEN}/vote", content=body, headers=headers)
     assert found.status_code == 400
     assert "Nothing was kept" in found.text
-    assert not page.session.votes
+    assert not page.judging.votes
 
 
 def test_texts_are_escaped(tmp_path: Path) -> None:
-    made = session(tmp_path)
+    made = judging(tmp_path)
     evil = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{ 7777*7 }}"
     for question in made.comparison.questions:
         object.__setattr__(question, "texts", (evil, f"{evil}."))
@@ -181,7 +181,7 @@ def test_texts_are_escaped(tmp_path: Path) -> None:
         name = current(text)
         page.post("vote", question=name, choice=evil, status=400)
         page.post("vote", question=name, choice="first", tag=[evil])
-        assert page.session.votes[name].tags == ()
+        assert page.judging.votes[name].tags == ()
         assert "<script>alert" not in page.get(f"seen/{name}")
 
 
@@ -192,7 +192,7 @@ def test_a_full_disk_is_told_and_the_question_stays(page: Page) -> None:
     assert "not kept" in text
     assert current(text) == name
     page.post("vote", question=name, choice="first")
-    assert len(page.session.votes) == 1
+    assert len(page.judging.votes) == 1
 
 
 def test_a_vote_is_answered_within_a_tenth_of_a_second(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_vote_is_answered_within_a_tenth_of_a_second(tmp_path: Path) -> None:
     from tests.person.test_votes import vote
 
     VoteFile(tmp_path / "votes.jsonl").append(*(vote(str(i), judge="x") for i in range(10_000)))
-    with opened(session(tmp_path)) as page:
+    with opened(judging(tmp_path)) as page:
         spent = []
         text = page.get()
         for _ in range(12):

@@ -18,7 +18,7 @@ from optimizer.person import overlay_page
 from optimizer.person.entrants import find, reference
 from optimizer.person.overlay import ChoiceFile, Writer, pairs_of, share_of
 from optimizer.person.settings import Overlay
-from optimizer.stages.session import View
+from optimizer.stages.view import View
 from optimizer.store import Store
 from tests.conftest import Command
 from tests.person.comparisons import BASE, PORT, TOKEN

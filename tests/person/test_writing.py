@@ -14,7 +14,7 @@ from optimizer.models import stories
 from optimizer.models.source import Source
 from optimizer.person import commands, entrants, prompts, writing
 from optimizer.person.settings import Judge
-from optimizer.stages.session import View
+from optimizer.stages.view import View
 from tests.conftest import Command
 
 
@@ -47,7 +47,7 @@ def test_a_plan_against_its_reference(
 ) -> None:
     config = asked([str(run_folder), "reference"], store, begun, tmp_path)
     ready = commands.prepare(config, View())
-    found = ready.session.comparison
+    found = ready.judging.comparison
     plan, reference = found.entrants
     assert reference.name == "reference"
     assert plan.bytes < reference.bytes
@@ -68,7 +68,7 @@ def test_a_plan_against_its_reference(
     monkeypatch.setattr(entrants, "opened", no_model)
     monkeypatch.setattr(writing, "opened", no_model)
     again = commands.prepare(config, View())
-    assert again.session.comparison == found
+    assert again.judging.comparison == found
 
 
 def test_a_plan_says_what_its_packed_folder_says(
@@ -86,7 +86,7 @@ def test_the_reference_against_itself_has_two_texts(
     store: Path, source: Source, begun: Path, tmp_path: Path
 ) -> None:
     ready = commands.prepare(asked(["stories", "stories"], store, begun, tmp_path), View())
-    questions = ready.session.comparison.questions
+    questions = ready.judging.comparison.questions
     assert questions
     assert all(q.texts[0].strip() != q.texts[1].strip() for q in questions)
     assert {name for q in questions for name in q.about.models} == {"stories", "stories, number 2"}

@@ -19,7 +19,7 @@ from optimizer.plan import UNTOUCHED, Budget, Palette
 from optimizer.quantization import awq, folding
 from optimizer.quantization.uniform import Nearest
 from optimizer.search import Search
-from optimizer.stages.session import Bench, View
+from optimizer.stages.session import Session
 from tests.cli.test_compose import composed
 from tests.quantization.test_calibrated import P3, Made, everything, kl, logits, small
 
@@ -168,14 +168,14 @@ def test_a_plan_is_packed_as_it_was_certified(store: Path, source: object, tmp_p
     plan = optimize.optimize(settings, tmp_path / "run").plan
     assert plan.quantizer.keys() == {"name", "tokens"}
     folder = deploy.apply(plan, tmp_path / "packed", settings.store)
-    bench = Bench("stories", None, settings.data, settings.store, "cpu", View())
-    ids = torch.from_numpy(bench.windows("heldout").ids)
-    made = bind(settings.quantizer, bench)
-    with bench.model.rounded(made.rounder(plan.choice), plan.choice), torch.no_grad():
-        expected = bench.model.net(ids).logits
+    session = Session.open("stories", settings.data, settings.store)
+    ids = torch.from_numpy(session.windows("heldout").ids)
+    made = bind(settings.quantizer, session)
+    with session.model.rounded(made.rounder(plan.choice), plan.choice), torch.no_grad():
+        expected = session.model.net(ids).logits
     with torch.no_grad():
         found = packed.load(folder)(ids).logits
     assert torch.allclose(expected, found, atol=2e-4)
     own = {n: v for n, v in packed.load(folder).named_parameters() if "norm" in n}
-    moved = [n for n, v in own.items() if not torch.equal(v, bench.model.net.get_parameter(n))]
+    moved = [n for n, v in own.items() if not torch.equal(v, session.model.net.get_parameter(n))]
     assert moved, "no norm was folded"

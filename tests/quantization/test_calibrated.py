@@ -34,7 +34,8 @@ from optimizer.quantization.uniform import Nearest
 from optimizer.search import Search
 from optimizer.sensitivity import Task
 from optimizer.sensitivity.estimators import Fisher, Tokenwise
-from optimizer.stages.session import Bench, View, choices
+from optimizer.stages.session import Session
+from optimizer.stages.space import search_space
 from optimizer.stages.table import measure_table
 from optimizer.store import Store
 
@@ -423,14 +424,14 @@ def test_apply_packs_the_codes_that_were_certified(
 ) -> None:
     assert plan.quantizer["name"] == "gptq"
     folder = deploy.apply(plan, tmp_path / "packed", settings.store)
-    bench = Bench("stories", None, settings.data, settings.store, "cpu", View())
-    net, ids = packed.load(folder), torch.from_numpy(bench.windows("heldout").ids)
-    quantizer = bind(settings.quantizer, bench)
-    with bench.model.rounded(quantizer.rounder(plan.choice), plan.choice), torch.no_grad():
-        expected, found = bench.model.net(ids).logits, net(ids).logits
+    session = Session.open("stories", settings.data, settings.store)
+    net, ids = packed.load(folder), torch.from_numpy(session.windows("heldout").ids)
+    quantizer = bind(settings.quantizer, session)
+    with session.model.rounded(quantizer.rounder(plan.choice), plan.choice), torch.no_grad():
+        expected, found = session.model.net(ids).logits, net(ids).logits
     assert torch.allclose(expected, found, atol=1e-4)
-    with bench.model.rounded(Nearest(), plan.choice), torch.no_grad():
-        assert not torch.allclose(bench.model.net(ids).logits, found, atol=1e-2)
+    with session.model.rounded(Nearest(), plan.choice), torch.no_grad():
+        assert not torch.allclose(session.model.net(ids).logits, found, atol=1e-2)
 
 
 def test_blocks_of_ggml_are_those_that_were_certified(settings: Optimize, tmp_path: Path) -> None:
@@ -441,10 +442,10 @@ def test_blocks_of_ggml_are_those_that_were_certified(settings: Optimize, tmp_pa
     made_for = optimize.optimize(own, tmp_path / "run").plan
     assert set(made_for.layers.values()) == {"q4_0", "q5_0"}
     stored = load_file(deploy.apply(made_for, tmp_path / "out", own.store) / PACKED_FILE)
-    bench = Bench("stories", None, own.data, own.store, "cpu", View())
-    rounder = bind(own.quantizer, bench).rounder(made_for.choice)
+    session = Session.open("stories", own.data, own.store)
+    rounder = bind(own.quantizer, session).rounder(made_for.choice)
     for name, precision in made_for.choice.items():
-        weight = bench.model.weight(name)
+        weight = session.model.weight(name)
         found = ggml.Blocks(precision, stored[f"{name}.blocks"], weight.shape[1]).decode()
         assert torch.equal(found, rounder.round(weight, precision, name)), name
     assert not torch.equal(found, Nearest().round(weight, precision))
@@ -486,15 +487,15 @@ def test_apply_refuses_another_text(plan: Plan, settings: Optimize, tmp_path: Pa
 def test_the_table_is_made_with_the_quantizers_own_errors(settings: Optimize) -> None:
     from optimizer.sensitivity.fisher import rounding_errors
 
-    bench = Bench("stories", None, settings.data, settings.store, "cpu", View())
-    chosen = choices(settings, bench.inventory)
-    quantizer = bind(settings.quantizer, bench)
-    name = chosen.scope[3].name
-    quantizer.prepare({name: [chosen.fitted[name, c] for c in chosen.columns]})
-    task = Task(((name,),), chosen.columns, chosen.fitted, quantizer)
-    for column, error in rounding_errors(bench.model, task, bench.model.layers[name]):
-        own = bench.model.weight(name)
-        nearest = Nearest().round(own, chosen.fitted[name, column])
+    session = Session.open("stories", settings.data, settings.store)
+    space = search_space(settings, session.inventory)
+    quantizer = bind(settings.quantizer, session)
+    name = space.scope[3].name
+    quantizer.prepare({name: [space.fitted[name, c] for c in space.columns]})
+    task = Task(((name,),), space.columns, space.fitted, quantizer)
+    for column, error in rounding_errors(session.model, task, session.model.layers[name]):
+        own = session.model.weight(name)
+        nearest = Nearest().round(own, space.fitted[name, column])
         assert not torch.equal(error, nearest - own)
 
 
@@ -502,17 +503,17 @@ def test_the_table_reads_other_text_than_the_rounding_was_fitted_to(settings: Op
     """On its own few windows the fitted rounding seems to lose much less."""
     few = replace(settings.data, calibration=Part(sequences=4, length=48))
     config = replace(settings, data=few, sensitivity=Tokenwise(chunks=2))
-    bench = Bench("stories", None, few, settings.store, "cpu", View())
-    chosen = choices(config, bench.inventory)
-    table = measure_table(bench, config, chosen)
-    quantizer = bind(config.quantizer, bench)
-    task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
-    own = config.sensitivity.score(bench.model, task, bench.calibration(), [0, 0])
+    session = Session.open("stories", few, settings.store)
+    space = search_space(config, session.inventory)
+    table = measure_table(session, config, space)
+    quantizer = bind(config.quantizer, session)
+    task = Task(space.groups, space.columns, space.fitted, quantizer)
+    own = config.sensitivity.score(session.model, task, session.calibration(), [0, 0])
     assert table.loss.sum() > 1.15 * own.sum()
     nearest = replace(config, quantizer=Rtn())
-    task = Task(chosen.groups, chosen.columns, chosen.fitted, Nearest())
-    own = config.sensitivity.score(bench.model, task, bench.calibration(), [0, 0])
-    assert measure_table(bench, nearest, chosen).loss.sum() == pytest.approx(own.sum(), rel=0.3)
+    task = Task(space.groups, space.columns, space.fitted, Nearest())
+    own = config.sensitivity.score(session.model, task, session.calibration(), [0, 0])
+    assert measure_table(session, nearest, space).loss.sum() == pytest.approx(own.sum(), rel=0.3)
 
 
 @pytest.mark.parametrize(

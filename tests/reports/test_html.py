@@ -28,7 +28,7 @@ INTERVAL = {"value": 0.02, "low": 0.01, "high": 0.03}
 
 def make_run(model: str = "tiny", role: str = "q_proj") -> tuple[Plan, Run]:
     """A run over four layers in two blocks and an embedding, with made-up losses."""
-    from optimizer.stages.session import Choices
+    from optimizer.stages.space import SearchSpace
 
     layers = [
         Layer(f"model.layers.{b}.{r}.weight", 64, 64, "linear", r, b, f"{b}.{r}", (64, 64))
@@ -45,10 +45,10 @@ def make_run(model: str = "tiny", role: str = "q_proj") -> tuple[Plan, Run]:
     columns = tuple(p.name for p in palette)
     groups = tuple((layer.name,) for layer in layers)
     loss = np.outer([4, 1, 2, 3], [1.0, 0.06, 0.0001])
-    chosen = Choices(tuple(layers), groups, columns, fitted)
+    space = SearchSpace(tuple(layers), groups, columns, fitted)
     problem = pose(inventory, layers, groups, columns, fitted, loss, Budget(bits=5.7))
     assignment = exact.solve(problem)
-    scale = Scale.of(inventory, chosen, "sha256:x", {"name": "rtn"})
+    scale = Scale.of(inventory, space, "sha256:x", {"name": "rtn"})
     row = dict.fromkeys(("kl", "kl_p99", "flips", "ear", "perplexity"), INTERVAL)
     row["perplexity_reference"] = INTERVAL
     proof = {
@@ -62,7 +62,7 @@ def make_run(model: str = "tiny", role: str = "q_proj") -> tuple[Plan, Run]:
     plan = assemble(
         inventory,
         layers,
-        chosen.choice(assignment),
+        space.choice(assignment),
         model={"name": model, "fingerprint": "sha256:x"},
         runtime="torch",
         quantizer={"name": "rtn"},

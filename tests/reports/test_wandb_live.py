@@ -22,7 +22,7 @@ from optimizer.config import Wandb
 from optimizer.errors import ConfigError
 from optimizer.reports import wandb
 from optimizer.reports.wandb import events
-from optimizer.stages.session import View
+from optimizer.stages.view import View
 from tests.reports.test_wandb import alive, find, front_panel, records
 from tests.stages.test_refine import searched
 
@@ -114,7 +114,7 @@ import sys, time
 from pathlib import Path
 from optimizer.config import Wandb
 from optimizer.reports import wandb
-from optimizer.stages.session import View
+from optimizer.stages.view import View
 folder, mode = Path(sys.argv[1]), sys.argv[2]
 with wandb.follow(Wandb(mode=mode), folder, None, View()) as live:
     live.view.begin("abc123", "a/tiny", {"seed": 3})

@@ -13,7 +13,7 @@ from optimizer.config import Optimize, Proof
 from optimizer.models import stories
 from optimizer.models.source import Source
 from optimizer.plan import Plan
-from optimizer.stages.session import View
+from optimizer.stages.view import View
 from tests.commands.test_optimize import Seen, settings
 from tests.conftest import QUICK, Command
 

@@ -13,7 +13,7 @@ import torch
 from optimizer.commands import inspect
 from optimizer.errors import ConfigError
 from optimizer.plan import Budget, Plan
-from optimizer.stages.session import View
+from optimizer.stages.view import View
 from tests.commands.test_probe import story_pairs
 from tests.conftest import QUICK
 

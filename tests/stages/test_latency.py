@@ -13,49 +13,50 @@ from optimizer.errors import ConfigError
 from optimizer.models.source import Source
 from optimizer.plan import UNTOUCHED, Palette, Precision
 from optimizer.stages import latency
-from optimizer.stages.session import Bench, Choices, View, choices
+from optimizer.stages.session import Session
+from optimizer.stages.space import SearchSpace, search_space
 from tests.commands.test_optimize import settings
 from tests.conftest import Small
 
 PALETTE = Palette(bits=[3, 4, 16], group_size=64)
 
 
-def opened(source: Source, store: Path, **changes: object) -> tuple[Bench, Choices]:
+def opened(source: Source, store: Path, **changes: object) -> tuple[Session, SearchSpace]:
     config = settings(source, store, palette=PALETTE, **changes)
-    bench = Bench(config.model, None, config.data, config.store, "cpu", View())
-    return bench, choices(config, bench.inventory)
+    session = Session.open(config.model, config.data, config.store)
+    return session, search_space(config, session.inventory)
 
 
 def test_a_step_is_the_sum_of_its_parts_and_measured_once(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench, chosen = opened(source, tmp_path / "s")
+    session, space = opened(source, tmp_path / "s")
     calls: list[int] = []
 
-    def fake(_bench: Bench, _chosen: Choices, todo: list[latency.Kind], batch: int) -> dict:
+    def fake(_session: Session, _space: SearchSpace, todo: list[latency.Kind], batch: int) -> dict:
         calls.append(batch)
         return {"layers": np.arange(1.0, 1 + len(todo)), "outside": np.array(7.0)}
 
     monkeypatch.setattr(latency, "_measure", fake)
     for _ in range(2):
-        found = latency.times(bench, chosen, 2)
+        found = latency.times(session, space, 2)
     assert calls == [2]
-    kinds = latency._kinds(chosen)
+    kinds = latency._kinds(space)
     order = list(dict.fromkeys(kinds.values()))
-    name = chosen.groups[3][0]
-    expected = [1 + order.index(kinds[name, c]) for c in chosen.columns]
+    name = space.groups[3][0]
+    expected = [1 + order.index(kinds[name, c]) for c in space.columns]
     assert (found.each[3] * 2).tolist() == expected
     assert found.outside == 3.5
-    latency.times(bench, chosen, 1)
+    latency.times(session, space, 1)
     assert calls == [2, 1]  # another batch is another measurement
 
 
 def test_times_are_those_of_packed_layers(source: Source, tmp_path: Path) -> None:
     """Three bits cross bytes and are unpacked through 64-bit words: slower than untouched."""
-    bench, chosen = opened(source, tmp_path / "s", scope="all")
-    found = latency.times(bench, chosen, 1)
+    session, space = opened(source, tmp_path / "s", scope="all")
+    found = latency.times(session, space, 1)
     assert found.outside > 0 and (found.each > 0).all()  # the embedding is the head, too
-    three, whole = chosen.columns.index("int3_g64"), chosen.columns.index("none")
+    three, whole = space.columns.index("int3_g64"), space.columns.index("none")
     assert found.each[:, three].sum() > 1.2 * found.each[:, whole].sum()
 
 
@@ -64,8 +65,8 @@ def test_an_embedding_that_is_no_head_costs_nothing_and_a_tied_one_does(small: S
         return
     layers = tuple(x for x in small.inventory.layers if x.cols % 32 == 0)
     fitted = {(x.name, "none"): UNTOUCHED for x in layers}
-    chosen = Choices(layers, tuple((x.name,) for x in layers), ("none",), fitted)
-    named = {name for name, _ in latency._kinds(chosen)}
+    space = SearchSpace(layers, tuple((x.name,) for x in layers), ("none",), fitted)
+    named = {name for name, _ in latency._kinds(space)}
     [embedding] = [x for x in layers if x.kind == "embedding" and x.rows == 96]
     assert (embedding.name in named) == embedding.tied
     rest = latency.Rest(small.folder, layers, 2, "cpu")
@@ -74,14 +75,14 @@ def test_an_embedding_that_is_no_head_costs_nothing_and_a_tied_one_does(small: S
 
 def test_who_cannot_be_timed_is_told(small: Small) -> None:
     scope = small.inventory.layers
-    chosen = Choices(scope, tuple((x.name,) for x in scope), ("none",), {})
+    space = SearchSpace(scope, tuple((x.name,) for x in scope), ("none",), {})
     if any(x.kind == "experts" for x in scope):
         with pytest.raises(ConfigError, match=r"search\.third=read"):
-            latency.check(chosen, "torch")
+            latency.check(space, "torch")
     else:
-        latency.check(chosen, "torch")
+        latency.check(space, "torch")
         with pytest.raises(ConfigError, match="not vllm"):
-            latency.check(chosen, "vllm")
+            latency.check(space, "vllm")
 
 
 def test_copies_of_a_layer_compute_what_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:

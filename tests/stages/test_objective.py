@@ -27,8 +27,10 @@ from optimizer.plan import Budget
 from optimizer.quantization.methods import bind
 from optimizer.search import Search
 from optimizer.sensitivity import Task, fisher, slope
-from optimizer.stages import certify, objective, session
-from optimizer.stages.objective import Beside
+from optimizer.stages import certify, objective
+from optimizer.stages.beside import Beside
+from optimizer.stages.session import Session
+from optimizer.stages.space import SearchSpace, search_space
 from optimizer.stages.table import measure_table
 from tests.commands.test_optimize import settings
 from tests.commands.test_probe import story_pairs
@@ -65,26 +67,26 @@ def asked(source: Source, store: Path, texts: Path, **weights: Any) -> Optimize:
     return config
 
 
-def opened(config: Optimize) -> tuple[session.Bench, session.Choices]:
-    made = session.Bench(config.model, None, config.data, config.store, "cpu", session.View())
-    return made, session.choices(config, made.inventory)
+def opened(config: Optimize) -> tuple[Session, SearchSpace]:
+    made = Session.open(config.model, config.data, config.store)
+    return made, search_space(config, made.inventory)
 
 
-def low(chosen: session.Choices, bits: int = 3) -> dict[str, Any]:
-    column = chosen.columns.index(f"int{bits}_g64")
-    return chosen.choice(np.full(len(chosen.groups), column))
+def low(space: SearchSpace, bits: int = 3) -> dict[str, Any]:
+    column = space.columns.index(f"int{bits}_g64")
+    return space.choice(np.full(len(space.groups), column))
 
 
 def test_margins_with_a_gradient_are_the_measured_ones(
     source: Source, texts: Path, tmp_path: Path
 ) -> None:
-    made, chosen = opened(asked(source, tmp_path / "s", texts))
+    made, space = opened(asked(source, tmp_path / "s", texts))
     pairs = probes.read(texts / "pairs.jsonl")
     jobs: list[Any] = margins.encode(pairs, load_tokenizer(source.folder), 256)
     net = made.model.net
     found = margins.live(net, Predictor(net), jobs)
     assert found.detach().numpy() == pytest.approx(margins.measure(net, jobs), abs=1e-4)
-    parameter = net.get_parameter(made.model.layers[chosen.groups[3][0]].parameter)
+    parameter = net.get_parameter(made.model.layers[space.groups[3][0]].parameter)
     parameter.requires_grad_(True)
     try:
         margins.live(net, Predictor(net), jobs[:2]).sum().backward()
@@ -107,19 +109,19 @@ def test_the_probes_table_is_the_mean_square_of_a_margins_change(
 ) -> None:
     """Against the changes that random errors of the same size really cause."""
     config = asked(source, tmp_path / "s", texts, probes=1.0)
-    made, chosen = opened(config)
-    jobs, _, each = objective._jobs(made, config, objective.TABLE_PAIRS)
-    group, column = 5, chosen.columns.index("int8_g64")
-    (name,) = chosen.groups[group]
+    made, space = opened(config)
+    jobs, _, each = objective.jobs_of(made, config, objective.TABLE_PAIRS)
+    group, column = 5, space.columns.index("int8_g64")
+    (name,) = space.groups[group]
     quantizer = bind(config.quantizer, made)
-    one = replace(chosen, groups=(chosen.groups[group],), columns=("int8_g64",))
+    one = replace(space, groups=(space.groups[group],), columns=("int8_g64",))
     task = Task(one.groups, one.columns, one.fitted, quantizer)
     draws = [
         objective._signed(made.model.net, jobs, np.random.default_rng(i), each) for i in range(40)
     ]
     squares = np.mean([fisher.squared(made.model, task, passes) for passes in draws])
     weight = made.model.weight(name).clone()
-    error = quantizer.round(weight, chosen.fitted[name, chosen.columns[column]], name) - weight
+    error = quantizer.round(weight, space.fitted[name, space.columns[column]], name) - weight
     before, changes = margins.measure(made.model.net, jobs), []
     live = made.model.net.get_parameter(made.model.layers[name].parameter)
     for i in range(200):
@@ -132,17 +134,17 @@ def test_the_probes_table_is_the_mean_square_of_a_margins_change(
     with torch.no_grad():
         live.copy_(weight)
     assert squares == pytest.approx(np.mean(changes), rel=0.25)
-    found = objective.losses(made, config, chosen, table := measure_table(made, config, chosen))
+    found = objective.losses(made, config, space, table := measure_table(made, config, space))
     half = replace(config, meaning=replace(config.meaning, probes=0.5))
     assert found - table.loss == pytest.approx(
-        2 * (objective.losses(made, half, chosen, table) - table.loss)
+        2 * (objective.losses(made, half, space, table) - table.loss)
     )
     # its tangent: at the uniform plan, s^2 / (2 c sqrt(2 pi)) with s = c
-    four = chosen.columns.index("int4_g64")
+    four = space.columns.index("int4_g64")
     passes = objective._signed(
         made.model.net, jobs, np.random.default_rng([config.seed, 91]), each
     )
-    task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
+    task = Task(space.groups, space.columns, space.fitted, quantizer)
     there = fisher.squared(made.model, task, passes)[:, four].sum() / len(jobs)
     assert (found - table.loss)[:, four].sum() == pytest.approx(
         np.sqrt(there / (8 * np.pi)), rel=1e-3
@@ -151,22 +153,22 @@ def test_the_probes_table_is_the_mean_square_of_a_margins_change(
 
 def test_parts_of_the_table_add_up(source: Source, texts: Path, tmp_path: Path) -> None:
     config = asked(source, tmp_path / "s", texts)
-    made, chosen = opened(config)
-    plain = measure_table(made, config, chosen)
+    made, space = opened(config)
+    plain = measure_table(made, config, space)
 
     def table(**weights: float) -> np.ndarray:
         own = replace(config, meaning=replace(config.meaning, **weights))
-        return objective.losses(made, own, chosen, plain) - plain.loss
+        return objective.losses(made, own, space, plain) - plain.loss
 
     assert (table() == 0).all()
     parts = [table(cvar=0.2), table(domain=0.5), table(probes=2.0)]
     assert all(part.sum() > 0 for part in parts)
     assert table(cvar=0.2, domain=0.5, probes=2.0) == pytest.approx(sum(parts))
     # the domain's part is an ordinary table of the text on which the uniform plan loses most
-    cuts = objective._cuts(made, config.meaning.domains)
-    worst = objective._worst_domain(made, config, chosen, cuts)
+    cuts = objective.cuts_of(made, config.meaning.domains)
+    worst = objective._worst_domain(made, config, space, cuts)
     heavy = {replace(d, weight=1 if d.name == worst.name else 1e6): cut for d, cut in cuts.items()}
-    assert objective._worst_domain(made, config, chosen, heavy).name != worst.name
+    assert objective._worst_domain(made, config, space, heavy).name != worst.name
 
 
 def test_what_is_beside_the_windows_adds_up_to_the_objective(
@@ -174,8 +176,8 @@ def test_what_is_beside_the_windows_adds_up_to_the_objective(
 ) -> None:
     config = asked(source, tmp_path / "s", texts, domain=0.7, probes=40.0)
     config.meaning.domains[1] += " * 3"
-    made, chosen = opened(config)
-    beside = Beside(made, config, chosen, USED)
+    made, space = opened(config)
+    beside = Beside(made, config, space, USED)
     beside.margins += 5  # as if the reference were surer: every margin is lost in part
     jobs, reference = beside.jobs, beside.margins
     teachers = {d.name: t for d, t in beside.teachers.items()}
@@ -183,7 +185,7 @@ def test_what_is_beside_the_windows_adds_up_to_the_objective(
     odd = teachers["odd"]
     count = len(odd.windows.ids)
     first = -(-count // 2)
-    with made.model.rounded(bind(config.quantizer, made), low(chosen, 2)):
+    with made.model.rounded(bind(config.quantizer, made), low(space, 2)):
         now = margins.measure(made.model.net, jobs)
         kl = np.array([odd.window(made.model.net, i) for i in range(count)])
         trials = [beside.loss(i) for i in range(USED)]
@@ -207,21 +209,21 @@ def test_what_is_beside_the_windows_adds_up_to_the_objective(
 
 def test_the_slope_knows_what_is_beside(source: Source, texts: Path, tmp_path: Path) -> None:
     config = asked(source, tmp_path / "s", texts, domain=2.0, probes=2.0)
-    made, chosen = opened(config)
+    made, space = opened(config)
     quantizer = bind(config.quantizer, made)
-    task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
-    beside = Beside(made, config, chosen, USED)
+    task = Task(space.groups, space.columns, space.fitted, quantizer)
+    beside = Beside(made, config, space, USED)
     teacher = Teacher(made.model.net, made.windows("search"))
-    low_column, high = (chosen.columns.index(f"int{b}_g64") for b in (3, 8))
+    low_column, high = (space.columns.index(f"int{b}_g64") for b in (3, 8))
     windows, group = np.arange(USED), 5
-    (name,) = chosen.groups[group]
+    (name,) = space.groups[group]
     weight = made.model.weight(name).clone()
-    with made.model.rounded(quantizer, low(chosen)):
+    with made.model.rounded(quantizer, low(space)):
         plain = slope.slopes(made.model, task, teacher, [windows])[0]
         found = slope.slopes(made.model, task, teacher, [windows], beside.live)[0] - plain
         live = made.model.net.get_parameter(made.model.layers[name].parameter)
         before, step, values = live.detach().clone(), 1e-2, []
-        goal = quantizer.round(weight, chosen.fitted[name, chosen.columns[high]], name)
+        goal = quantizer.round(weight, space.fitted[name, space.columns[high]], name)
         for sign in (1, -1):
             with torch.no_grad():
                 live.copy_(before + sign * step * (goal - before))
@@ -259,7 +261,7 @@ def test_no_document_is_tuned_on_and_certified(
     config.proof.domains = ["prose", config.meaning.domains[0]]
     judged = prove.asked(config).texts
     assert [(d.name, d.half) for d in judged] == [("prose", None), ("told", 1), ("odd", 1)]
-    tuned = objective._cuts(made, config.meaning.domains)
+    tuned = objective.cuts_of(made, config.meaning.domains)
     for domain, own in tuned.items():
         other = certify._cut(made, next(d for d in judged if d.name == domain.name))[0]
         assert other is not None
@@ -289,9 +291,9 @@ def test_settings_that_mean_nothing_are_refused(weights: dict[str, Any], said: s
 
 def test_texts_that_say_nothing_are_refused(source: Source, texts: Path, tmp_path: Path) -> None:
     config = asked(source, tmp_path / "s", texts, domain=1.0)
-    made, chosen = opened(config)
+    made, space = opened(config)
     with pytest.raises(TextError, match="None of the domains russian"):
-        objective._cuts(made, ["russian"])
+        objective.cuts_of(made, ["russian"])
     weak = tmp_path / "weak.jsonl"
     pair = {"prefix": "Mia had a", "good": " red cup", "bad": " cup red"}
     weak.write_text(
@@ -299,9 +301,9 @@ def test_texts_that_say_nothing_are_refused(source: Source, texts: Path, tmp_pat
     )
     config.meaning = replace(config.meaning, pairs=str(weak))
     with pytest.raises(TextError, match="of 1 pairs, 0 are"):
-        objective._jobs(made, config, objective.TABLE_PAIRS)
+        objective.jobs_of(made, config, objective.TABLE_PAIRS)
     config.meaning = Meaning()
-    assert Beside(made, config, chosen, USED).live is None
+    assert Beside(made, config, space, USED).live is None
 
 
 def test_summed_domains_all_count_in_the_table_and_in_the_search(
@@ -309,23 +311,23 @@ def test_summed_domains_all_count_in_the_table_and_in_the_search(
 ) -> None:
     config = asked(source, tmp_path / "s", texts, domain=0.7, combine="sum")
     config.meaning.domains[1] += " * 3"
-    made, chosen = opened(config)
-    plain = measure_table(made, config, chosen)
-    found = objective.parts(made, config, chosen, plain)
+    made, space = opened(config)
+    plain = measure_table(made, config, space)
+    found = objective.parts(made, config, space, plain)
     assert list(found) == ["mean KL", "KL in told", "KL in odd"]
-    assert objective.losses(made, config, chosen, plain) == pytest.approx(sum(found.values()))
+    assert objective.losses(made, config, space, plain) == pytest.approx(sum(found.values()))
     alone = replace(config.meaning, combine="worst", domains=config.meaning.domains[1:])
-    other = objective.parts(made, replace(config, meaning=alone), chosen, plain)
+    other = objective.parts(made, replace(config, meaning=alone), space, plain)
     assert found["KL in odd"] == pytest.approx(other["KL in odd"])
-    beside = Beside(made, config, chosen, USED)
+    beside = Beside(made, config, space, USED)
     assert [domain.name for domain in beside.counted] == ["told", "odd"]
-    with made.model.rounded(bind(config.quantizer, made), low(chosen, 2)):
+    with made.model.rounded(bind(config.quantizer, made), low(space, 2)):
         kl = [
             teacher.window(made.model.net, 0) * domain.weight
             for domain, teacher in beside.teachers.items()
         ]
         assert beside.loss(0) == pytest.approx(0.7 * sum(kl), rel=1e-4)
-    worst = Beside(made, replace(config, meaning=alone), chosen, USED)
+    worst = Beside(made, replace(config, meaning=alone), space, USED)
     assert beside.key != worst.key and beside.tokens > worst.tokens
 
 
@@ -341,7 +343,7 @@ def test_only_phenomena_that_count_are_asked_and_choices_join(texts: Path, tmp_p
     lines = [json.dumps(row | {"good": f" cup {i}"}) for i in range(4)]
     (tmp_path / "choices.jsonl").write_text("\n".join(lines))
     meaning = Meaning(
-        probes=1.0, pairs=str(texts / "pairs.jsonl"), choices=str(tmp_path / "choices.jsonl")
+        probes=1.0, pairs=str(texts / "pairs.jsonl"), search_space=str(tmp_path / "choices.jsonl")
     )
     every = objective._tuned_pairs(meaning)
     some = objective._tuned_pairs(replace(meaning, phenomena=["choice"]))
@@ -349,4 +351,4 @@ def test_only_phenomena_that_count_are_asked_and_choices_join(texts: Path, tmp_p
     assert len(some) == 2 and len(every) > len(some)
     with pytest.raises(ConfigError, match=r"phenomena names mood, of which there are no pairs"):
         objective._tuned_pairs(replace(meaning, phenomena=["mood"]))
-    assert objective.tuned(meaning)["choices"] == probes.key(meaning.choices)
+    assert objective.tuned(meaning)["choices"] == probes.key(meaning.search_space)

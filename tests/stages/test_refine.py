@@ -18,7 +18,10 @@ from optimizer.plan import Budget
 from optimizer.quantization.methods import Gptq, bind
 from optimizer.search import SPACES, Search
 from optimizer.sensitivity import slope
-from optimizer.stages import objective, refine, session, studies
+from optimizer.stages import refine, studies
+from optimizer.stages.beside import Beside, confirming
+from optimizer.stages.session import Session
+from optimizer.stages.space import search_space
 from tests.commands.test_optimize import SHORT, Seen, settings
 
 TOKENS = 4000
@@ -89,7 +92,7 @@ def test_windows_of_trials_grow_with_the_tokens() -> None:
 
 @pytest.mark.parametrize(("windows", "used"), [(64, 30), (64, 48), (192, 60)])
 def test_what_confirms_a_choice_was_read_by_nothing_before(windows: int, used: int) -> None:
-    rest = objective.confirming(used, windows)
+    rest = confirming(used, windows)
     assert rest.stop == windows and used <= rest.start
     assert len(rest) == min(used, windows - used)
 
@@ -109,7 +112,7 @@ def test_slopes_read_what_no_trial_reads_and_nothing_that_confirms(
     config.data.search = Part(sequences=40, length=32)
     used = studies.tried_on(config.search, 40, 32)
     optimize.optimize(config, tmp_path / "r")
-    assert used < max(read) < objective.confirming(used, 40).start
+    assert used < max(read) < confirming(used, 40).start
 
 
 def test_the_slope_is_the_losss_derivative(source: Source, tmp_path: Path) -> None:
@@ -120,24 +123,24 @@ def test_the_slope_is_the_losss_derivative(source: Source, tmp_path: Path) -> No
     from optimizer.sensitivity import Task
 
     config = settings(source, tmp_path / "s", budget=Budget(bits=3.6))
-    table = session.Bench(config.model, None, config.data, config.store, "cpu", session.View())
-    chosen = session.choices(config, table.inventory)
+    table = Session.open(config.model, config.data, config.store)
+    space = search_space(config, table.inventory)
     quantizer = bind(config.quantizer, table)
-    task = Task(chosen.groups, chosen.columns, chosen.fitted, quantizer)
+    task = Task(space.groups, space.columns, space.fitted, quantizer)
     teacher = Teacher(table.model.net, table.windows("search"))
-    low, high = chosen.columns.index("int3_g64"), chosen.columns.index("int8_g64")
-    choice = chosen.choice(np.full(len(chosen.groups), low))
+    low, high = space.columns.index("int3_g64"), space.columns.index("int8_g64")
+    choice = space.choice(np.full(len(space.groups), low))
     windows = np.arange(SHORT.sequences)
     with table.model.rounded(quantizer, choice):
         parts = [windows[::2], windows[1::2]]
         found = slope.slopes(table.model, task, teacher, parts).mean(0)
     group = 5
-    (name,) = chosen.groups[group]
+    (name,) = space.groups[group]
     weight = table.model.weight(name).clone()
     with table.model.rounded(quantizer, choice):
         live = table.model.net.get_parameter(table.model.layers[name].parameter)
         before, step = live.detach().clone(), 1e-2
-        goal = quantizer.round(weight, chosen.fitted[name, chosen.columns[high]], name)
+        goal = quantizer.round(weight, space.fitted[name, space.columns[high]], name)
         values = []
         for sign in (1, -1):
             with torch.no_grad():
@@ -151,14 +154,14 @@ def test_the_slope_is_the_losss_derivative(source: Source, tmp_path: Path) -> No
 
 def test_a_study_is_named_by_what_its_workers_share(source: Source, tmp_path: Path) -> None:
     config = searched(source, tmp_path / "s")
-    table = session.Bench(config.model, None, config.data, config.store, "cpu", session.View())
-    chosen = session.choices(config, table.inventory)
-    blank = np.zeros((len(chosen.groups), len(chosen.columns)))
-    beside = refine.Beside(table, config, chosen, 8)
+    table = Session.open(config.model, config.data, config.store)
+    space = search_space(config, table.inventory)
+    blank = np.zeros((len(space.groups), len(space.columns)))
+    beside = Beside(table, config, space, 8)
 
     def name(bits: float) -> str:
         config.budget = Budget(bits=bits)
-        posed = optimize._pose(config, table.inventory, chosen, blank)
+        posed = optimize._pose(config, table.inventory, space, blank)
         return studies.name(table, config, posed, beside)
 
     assert name(4) == name(4) != name(5)
@@ -195,7 +198,7 @@ def test_time_and_price_are_objectives_of_a_front(
     monkeypatch.setattr(
         latency,
         "_measure",
-        lambda _bench, _chosen, todo, _batch: {
+        lambda _session, _space, todo, _batch: {
             "layers": np.array([1.0 if "int5" in kind[3] else 0.001 for kind in todo]),
             "outside": np.array(0.5),
         },

@@ -19,11 +19,11 @@ def test_a_table_reads_windows_spread_over_all(source: Source, tmp_path: Path) -
     config = settings(source, tmp_path)
     config.data.calibration = Part(sequences=9, length=32)
     some = replace(config, sensitivity=Fisher(chunks=2, windows=3))
-    bench, space = opened(some)
-    found = measure_table(bench, some, space)
-    whole = bench.windows("calibration")
-    bench.tokens["calibration"] = Windows(whole.ids[[0, 4, 8]], whole.documents[[0, 4, 8]])
-    alone = measure_table(bench, replace(config, sensitivity=Fisher(chunks=2)), space)
+    session, space = opened(some)
+    found = measure_table(session, some, space)
+    whole = session.windows("calibration")
+    session.tokens["calibration"] = Windows(whole.ids[[0, 4, 8]], whole.documents[[0, 4, 8]])
+    alone = measure_table(session, replace(config, sensitivity=Fisher(chunks=2)), space)
     np.testing.assert_array_equal(found.loss, alone.loss)
 
 

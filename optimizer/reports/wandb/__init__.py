@@ -20,7 +20,7 @@ import psutil
 from optimizer.config import Wandb
 from optimizer.plan import Plan
 from optimizer.reports.wandb.events import Told
-from optimizer.stages.session import View
+from optimizer.stages.view import View
 from optimizer.store import write_atomically
 
 # At the end of a run the process beside it may take so long. Online that is only used where the run

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from optimizer.stages.session import View
+from optimizer.stages.view import View
 
 EVERY = 1.0  # seconds between two rows of progress
 LOOK_SECONDS = 0.5

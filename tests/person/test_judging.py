@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from optimizer.errors import TextError
+from optimizer.person.judging import Judging, Kept, compare
 from optimizer.person.reveal import reveal
-from optimizer.person.session import Kept, Session, compare
 from optimizer.person.votes import Same, VoteFile
-from tests.person.comparisons import comparison, entrant, material, prompts, session
+from tests.person.comparisons import comparison, entrant, judging, material, prompts
 
 
-def answer(made: Session, better: str, rng: np.random.Generator, sure: float = 1.0) -> None:
+def answer(made: Judging, better: str, rng: np.random.Generator, sure: float = 1.0) -> None:
     """Vote for the model `better` with probability `sure` until nothing more is asked."""
     while (question := made.current) is not None:
         right = question.about.models.index(better) if better in question.about.models else 0
@@ -51,9 +51,9 @@ def test_texts_and_features_stay_together() -> None:
 
 
 def test_pairs_that_read_the_same_are_noted_once_and_count_as_alike(tmp_path: Path) -> None:
-    made = session(tmp_path, count=60, same=20)
+    made = judging(tmp_path, count=60, same=20)
     assert len(made.comparison.alike) == 20
-    again = Session(made.comparison, VoteFile(made.file.path), "me")
+    again = Judging(made.comparison, VoteFile(made.file.path), "me")
     again.begin()
     assert sum(isinstance(line, Same) for line in again.file.lines) == 20
     answer(made, "heron", np.random.default_rng(0))
@@ -73,7 +73,7 @@ def test_models_that_say_the_same_are_told_apart_from_a_broken_run() -> None:
 
 
 def test_it_stops_when_the_preference_is_clear(tmp_path: Path) -> None:
-    made = session(tmp_path)
+    made = judging(tmp_path)
     answer(made, "sparrow", np.random.default_rng(0))
     assert len(made.votes) == 8
     assert made.stopped == "The preference is clear at 95 %."
@@ -83,7 +83,7 @@ def test_it_stops_when_the_preference_is_clear(tmp_path: Path) -> None:
 
 
 def test_it_stops_when_nothing_can_become_clear_any_more(tmp_path: Path) -> None:
-    made = session(tmp_path, limit=20)
+    made = judging(tmp_path, limit=20)
     while (question := made.current) is not None:
         made.vote(question.id, "alike", [])
     assert len(made.votes) == 13  # seven more could not do it
@@ -92,7 +92,7 @@ def test_it_stops_when_nothing_can_become_clear_any_more(tmp_path: Path) -> None
 
 
 def test_traps_are_no_votes_about_models(tmp_path: Path) -> None:
-    made = session(tmp_path, catch=0.25, limit=40)
+    made = judging(tmp_path, catch=0.25, limit=40)
     assert sum(q.about.catch for q in made.comparison.questions) == 10
     while (question := made.current) is not None:
         made.vote(question.id, "first" if question.about.catch else "alike", [])
@@ -102,7 +102,7 @@ def test_traps_are_no_votes_about_models(tmp_path: Path) -> None:
 
 
 def test_answers_are_kept_once_and_undone_in_order(tmp_path: Path) -> None:
-    made = session(tmp_path)
+    made = judging(tmp_path)
     one = made.current
     assert one is not None
     assert made.vote(one.id, "first", ["tone", "negation"]) is Kept.NEW
@@ -123,13 +123,13 @@ def test_answers_are_kept_once_and_undone_in_order(tmp_path: Path) -> None:
 
 
 def test_a_new_start_goes_on_where_the_last_one_was(tmp_path: Path) -> None:
-    made = session(tmp_path)
+    made = judging(tmp_path)
     for _ in range(3):
         made.vote(made.current.id, "second", [])  # type: ignore[union-attr]
-    again = session(tmp_path)
+    again = judging(tmp_path)
     assert again.current == made.current
     assert len(again.votes) == 3
-    other = session(tmp_path, judge="anna")
+    other = judging(tmp_path, judge="anna")
     assert not other.votes
 
 
@@ -138,7 +138,7 @@ def test_several_models_are_compared_two_by_two(tmp_path: Path) -> None:
     some = [entrant(name, 100 * (i + 1)) for i, name in enumerate(names)]
     found = compare(some, material(prompts(40), names), 60, 0.0, "me")
     assert set(Counter(tuple(sorted(q.about.models)) for q in found.questions).values()) == {20}
-    made = Session(found, VoteFile(tmp_path / "votes.jsonl"), "me")
+    made = Judging(found, VoteFile(tmp_path / "votes.jsonl"), "me")
     made.begin()
     assert made.alpha == pytest.approx(0.05 / 3)
     while (question := made.current) is not None:
@@ -163,7 +163,7 @@ def test_the_reference_is_rarely_preferred_to_itself(tmp_path: Path, people: int
         both, made = itself(seed)
         found = compare(both, made, 40, 0.1, f"judge {seed}")  # type: ignore[arg-type]
         assert not any(q.about.catch for q in found.questions)
-        one = Session(found, VoteFile(tmp_path / f"{seed}.jsonl"), f"judge {seed}")
+        one = Judging(found, VoteFile(tmp_path / f"{seed}.jsonl"), f"judge {seed}")
         first, tie = rng.choice([0.5, 0.8]), rng.choice([0.0, 0.3])
         while (question := one.current) is not None:
             choice = (

@@ -233,7 +233,7 @@ class Tally:
 
 
 @dataclass
-class Session:
+class Judging:
     """The answers of one person to one comparison. Safe for threads and for several processes. stop:
     before the last question, as soon as nothing more can be found out."""
 

@@ -1,0 +1,85 @@
+"""Which precision may be chosen for which layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optimizer import sensitivity
+from optimizer.config import Optimize
+from optimizer.errors import ConfigError
+from optimizer.formats import registry
+from optimizer.formats.rules import Demands
+from optimizer.formats.runtime import Runtime
+from optimizer.plan import Inventory, Layer, Policy, Precision, policy
+from optimizer.plan.pins import translated
+
+if TYPE_CHECKING:
+    from optimizer.formats.gguf.base import Base
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The table's rows and columns: what may be chosen for what. held: by the engine, allowed: by the
+    policy, too; bool [G, P], None: everything. notes: what the engine doesn't hold. overhead: bytes of
+    its file beyond our own, counted where the budget is a file's."""
+
+    scope: tuple[Layer, ...]
+    groups: tuple[tuple[str, ...], ...]
+    columns: tuple[str, ...]
+    fitted: dict[tuple[str, str], Precision]
+    allowed: np.ndarray | None = None
+    held: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+    overhead: int = 0
+    demands: Demands = field(default_factory=lambda: Demands(Runtime()))
+    base: Base | None = None
+    pins: Sequence[Sequence[str]] = ()
+
+    def choice(self, assignment: np.ndarray) -> dict[str, Precision]:
+        """Column index per group -> precision per layer."""
+        return {
+            name: self.fitted[name, self.columns[column]]
+            for group, column in zip(self.groups, assignment, strict=True)
+            for name in group
+        }
+
+
+def search_space(
+    config: Optimize, inventory: Inventory, folder: Path | None = None, base: Base | None = None
+) -> SearchSpace:
+    """folder: the model's, whose class an engine may ask for; None: what it asks of any. base: what
+    the engine's file is made from, see `formats.registry.base_of`."""
+    scope = inventory.scoped(config.scopes)
+    palette = config.palette.precisions()
+    fitted = sensitivity.palette_columns(scope, palette, config.palette.fit)
+    if config.runtime.experts not in ("tensor", "block", "model"):
+        raise ConfigError(
+            f"runtime.experts is tensor, block or model, not {config.runtime.experts!r}."
+        )
+    demands = registry.demands(config.runtime, inventory, folder, base)
+    outside: tuple[str, ...] = ()
+    if config.scopes == ["all"]:  # of what the engine can round
+        scope, outside = registry.rounded(demands, scope, [p.name for p in palette], fitted)
+    groups = demands.groups(scope)
+    columns = tuple(p.name for p in palette)
+    fitted = sensitivity.agreeing(groups, columns, fitted, demands.beside)
+    rules = registry.offered(demands, inventory, scope, columns, fitted)
+    pins = translated(
+        config.policy.listed,
+        [layer.name for layer in scope],
+        None if base is None else {name: p.layers for name, p in base.placed.pieces.items()},
+    )
+    own = replace(config.policy, pins=[pin for some in pins for pin in some])
+    left, held = (
+        policy.allowed(p, scope, groups, columns, fitted, rules) for p in (own, Policy())
+    )
+    notes = demands.notes + outside + registry.told(config.runtime, rules)
+    notes += sensitivity.unfitting(scope, palette, config.palette.fit) + inventory.notes
+    return SearchSpace(
+        scope, groups, columns, fitted, left, held, notes, demands=demands, base=base, pins=pins
+    )
