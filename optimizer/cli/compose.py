@@ -74,18 +74,17 @@ def objective(words: list[str]) -> list[str]:
     return found
 
 
-def register() -> None:
-    """Give Hydra the schemas, so that types and unknown keys are checked while it composes, and the
-    methods of other packages as choices of their group."""
+def register(command: str) -> None:
+    """Give Hydra the command's schema, so that types and unknown keys are checked while it composes,
+    and the methods of other packages as choices of their group."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
     store = ConfigStore.instance()
-    for name, schema in COMMANDS.items():
-        node = OmegaConf.structured(schema)
-        if schema is Optimize:  # their types depend on their names, see `build`
-            node.quantizer, node.sensitivity = {}, {}
-        store.store(name=f"{name}_schema", node=node)
+    schema = OmegaConf.structured(COMMANDS[command])
+    if COMMANDS[command] is Optimize:  # their types depend on their names, see `build`
+        schema.quantizer, schema.sensitivity = {}, {}
+    store.store(name=f"{command}_schema", node=schema)
     for name, form in formats().items():
         if not (conf_folder() / "runtime" / f"{name}.yaml").is_file():
             store.store(group="runtime", name=name, node=form().runtime())
@@ -176,7 +175,7 @@ def run(command: str, asked: list[str], job: Callable[[Any], None]) -> list[Mezz
         os.environ.setdefault(
             "THP_MEM_ALLOC_ENABLE", "1"
         )  # PyTorch's own; a third fewer seconds of system time
-    register()
+    register(command)
     failures: list[MezzotintError] = []
     busy, here = False, os.getpid()
 

@@ -44,7 +44,7 @@ NEEDED = {
 
 
 def composed(command: str, *overrides: str, needed: bool = True) -> Any:
-    composing.register()
+    composing.register(command)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         given = NEEDED[command] if needed else []
         return composing.build(command, compose(command, [*given, *overrides]))

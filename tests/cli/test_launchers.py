@@ -23,7 +23,7 @@ LAUNCHERS = ["processes", "slurm", "ray_cluster"]
 
 
 def composed(name: str) -> dict[str, Any]:
-    composing.register()
+    composing.register("optimize")
     with initialize_config_dir(str(config.conf_folder()), version_base="1.3"):
         found = compose(
             "optimize",

@@ -226,7 +226,7 @@ def test_overrides_are_read_back_by_hydra():
 
     from optimizer import config
 
-    composing.register()
+    composing.register("optimize")
     wanted = config.Optimize(model="a b's/[x]", budget=Budget(bits=4.5), seed=3)
     wanted.palette.bits = [2, "ternary", 16]
     wanted.data.path = "my file, (1).txt"

@@ -343,7 +343,7 @@ def test_only_phenomena_that_count_are_asked_and_choices_join(texts: Path, tmp_p
     lines = [json.dumps(row | {"good": f" cup {i}"}) for i in range(4)]
     (tmp_path / "choices.jsonl").write_text("\n".join(lines))
     meaning = Meaning(
-        probes=1.0, pairs=str(texts / "pairs.jsonl"), search_space=str(tmp_path / "choices.jsonl")
+        probes=1.0, pairs=str(texts / "pairs.jsonl"), choices=str(tmp_path / "choices.jsonl")
     )
     every = objective._tuned_pairs(meaning)
     some = objective._tuned_pairs(replace(meaning, phenomena=["choice"]))
@@ -351,4 +351,4 @@ def test_only_phenomena_that_count_are_asked_and_choices_join(texts: Path, tmp_p
     assert len(some) == 2 and len(every) > len(some)
     with pytest.raises(ConfigError, match=r"phenomena names mood, of which there are no pairs"):
         objective._tuned_pairs(replace(meaning, phenomena=["mood"]))
-    assert objective.tuned(meaning)["choices"] == probes.key(meaning.search_space)
+    assert objective.tuned(meaning)["choices"] == probes.key(meaning.choices)
