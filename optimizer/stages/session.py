@@ -76,9 +76,6 @@ class Lazy(Generic[T]):
             values[self._name] = self._make(session)
         return values[self._name]
 
-    def __set__(self, session: Session, value: T) -> None:
-        raise AttributeError(f"{self._name} is made by the session itself.")
-
 
 @dataclass(frozen=True, eq=False)
 class Session:
