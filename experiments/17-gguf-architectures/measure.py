@@ -23,6 +23,7 @@ from optimizer.models.model import Model, take_inventory
 HERE = Path(__file__).parent
 RESULTS, POSITIONS, WORDS = HERE / "results.csv", [7, 30, 45, 59], 420
 TEXT = "the quick brown fox jumps over the lazy dog; 12345 apples, def foo(x):\n    return x + 1\n"
+SENTENCEPIECE = ("gemma", "gemma2", "gemma3_text", "phi3", "nemotron", "ernie4_5", "ernie4_5_moe")
 FIELDS = ["architecture", "tensors", "layers", "left out", "worst kl", "refused"]
 
 
@@ -42,6 +43,22 @@ def tokenizer() -> T.PreTrainedTokenizerFast:
     )
 
 
+def sentencepieces(folder: Path) -> None:
+    """tokenizer.model, which the converter asks some architectures for."""
+    import sentencepiece
+
+    with (folder / "tokenizer.model").open("wb") as stream:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([TEXT] * 20),
+            model_writer=stream,
+            model_type="bpe",
+            vocab_size=WORDS - 20,
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+
+
 def build(kind: str, settings: dict, folder: Path) -> None:
     torch.manual_seed(0)
     net = T.AutoModelForCausalLM.from_config(T.AutoConfig.for_model(kind, **settings))
@@ -53,6 +70,8 @@ def build(kind: str, settings: dict, folder: Path) -> None:
                 value.add_(torch.randn_like(value) * 0.05)
     net.to(torch.bfloat16).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+    if kind in SENTENCEPIECE:
+        sentencepieces(folder)
 
 
 def measure(kind: str, settings: dict, scratch: Path) -> dict:
@@ -88,6 +107,8 @@ def main(scratch: str, *kinds: str) -> None:
             row = measure(kind, settings[kind], Path(scratch))
         except MezzotintError as error:
             row = {"refused": str(error)[:160]}
+        except Exception as error:  # noqa: BLE001  the experiment's model can't be built or run
+            row = {"refused": f"not built: {type(error).__name__}: {error}"[:160]}
         rows[kind] = {"architecture": kind} | row
         print(rows[kind], flush=True)
         with RESULTS.open("w", newline="") as stream:

@@ -21,7 +21,7 @@ from torch import Tensor
 from optimizer.models.blockwise import Stream
 from optimizer.plan import FLOATS, Inventory, Precision, digest
 from optimizer.quantization.gain import gain
-from optimizer.quantization.gptq import STACKED, Solver
+from optimizer.quantization.gptq import Solver
 from optimizer.quantization.methods import Gptq, Quantizer
 from optimizer.quantization.uniform import Codes, Encoded, Given, Nearest
 from optimizer.sensitivity.outputs import token_weights
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 GAINS = 2  # raised when the foretold gains change
 CHAINED = 4  # bits a weight below which layers see what those before them, rounded, send
 SEED = 0  # of the labels that weigh tokens
+TOGETHER = 2**22  # weights of a head that are solved at a time
 Parts = dict[str, Tensor]  # a layer's packed tensors by suffix
 
 
@@ -222,16 +223,17 @@ class Calibrated:
         """Some rows at a time: a vocabulary is long. The rows that a tied embedding looks up get the
         same codes, though they are read there without any inputs: damping keeps them near."""
         weight = self._material.model.weight(name)
-        rows = max(1, STACKED // weight.shape[1])
+        rows = max(1, TOGETHER // weight.shape[1])
         for precision in precisions:
             floating = precision.kind in FLOATS  # one scale of the whole; the solver cuts it
-            codes = [
-                self._plain(part, precision)
-                if hessian is None
-                else self._method.solve([(part, precision)], hessian)[0]
-                for part in (weight.split(len(weight) if floating else rows))
-            ]
-            packed = [part.pack() for part in codes]
+            packed = []
+            for part in weight.split(len(weight) if floating else rows):
+                codes = (
+                    self._plain(part, precision)
+                    if hessian is None
+                    else self._method.solve([(part, precision)], hessian)[0]
+                )
+                packed.append(codes.pack())
             whole = {key: torch.cat([part[key] for part in packed]) for key in packed[0]}
             self._keep(name, precision, whole)
 

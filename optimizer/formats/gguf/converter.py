@@ -97,7 +97,7 @@ def _with_older_names(file: Path) -> None:
     rope = config.get("rope_parameters") or {}
     older = {
         "n_ctx": config.get("n_positions"),
-        "rotary_pct": rope.get("partial_rotary_factor"),
+        "rotary_pct": rope.get("partial_rotary_factor", 1.0) if rope else None,
         "rotary_emb_base": rope.get("rope_theta"),
         "rope_theta": rope.get("rope_theta"),
         "partial_rotary_factor": rope.get("partial_rotary_factor"),

@@ -8,9 +8,11 @@ run_converter.py HOME FOLDER OUT OUTTYPE NAME [PRE]
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import traceback
+from pathlib import Path
 
 REFUSED = 3
 
@@ -38,6 +40,14 @@ def main(home: str, folder: str, out: str, outtype: str, name: str, pre: str = "
             return pre
 
     base.TextModel.get_vocab_base_pre = splitting
+    loaded = base.ModelBase.load_hparams
+
+    def settings(directory: Path, *rest: bool, **named: bool) -> dict[str, object]:
+        """What a class of transformers 5 drops from config.json, a converter may ask for."""
+        written = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+        return {**written, **loaded(directory, *rest, **named)}
+
+    base.ModelBase.load_hparams = staticmethod(settings)
     sys.argv = ["convert", folder, "--outfile", out, "--outtype", outtype, "--model-name", name]
     try:
         converter.main()
