@@ -50,7 +50,8 @@ def _read_once() -> Iterator[None]:
 
 @_read_once()
 def convert(gguf: Path, folder: Path) -> None:
-    """GGUF -> transformers folder in fp16; llama.cpp's blocks hold fp16 scales. Raises ModelError."""
+    """GGUF -> transformers folder in fp16; llama.cpp's blocks hold fp16 scales. Raises ModelError.
+    Memory: the model in fp16, and the file."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -58,7 +59,7 @@ def convert(gguf: Path, folder: Path) -> None:
     try:
         with redirect_stderr(StringIO()):  # a bar of tqdm's own, which nothing switches off
             loaded = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, dtype=torch.float32, **where
+                gguf.parent, dtype=torch.float16, **where
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
     except UNREADABLE as error:
@@ -69,8 +70,11 @@ def convert(gguf: Path, folder: Path) -> None:
     gguf_metadata.mend(loaded.config, gguf_metadata.read(gguf))
     _split_digits(tokenizer, gguf)
     del loaded.config.quantization_config  # it is dequantized; a fresh model forgets that it was
-    net = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float16)
-    net.load_state_dict(loaded.state_dict())
+    with torch.device("meta"):
+        net = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float16)
+    halves = {name: value.half() for name, value in loaded.state_dict().items()}
+    net.load_state_dict(halves, assign=True)
+    net.tie_weights()
     net.generation_config = loaded.generation_config
     net.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
