@@ -254,9 +254,10 @@ def measure(
     """Read the text with the reference and each of the weights. Memory: the reference's hidden
     states, and the logits of one chunk of tokens twice."""
     from optimizer.metrics.divergence import Teacher
+    from optimizer.models.head import OwnHead
 
     windows = Windows(made.windows, np.zeros(len(made.windows), dtype=np.int64))
-    teacher = Teacher(net, windows, own_head=True)
+    teacher = Teacher(net, windows, OwnHead(net))
     readings: list[Reading] = []
     reference: Reading | None = None
     for one in track(weights, "reading the text"):

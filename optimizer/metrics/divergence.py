@@ -28,6 +28,7 @@ from optimizer.metrics import embeddings
 from optimizer.metrics.objective import Objective
 from optimizer.models.head import (
     BATCH_TOKENS,
+    OwnHead,
     Predictor,
     final_transform,
     head_input,
@@ -37,7 +38,6 @@ from optimizer.models.head import (
     unchanged,
 )
 from optimizer.models.model import Model
-from optimizer.models.offload import present
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ COLUMNS = ("kl", "ear", "flip", "nll", "nll_reference", "hit", "hit_reference")
 class Teacher:
     """The reference's predictions on fixed windows, against which other weights are scored."""
 
-    def __init__(self, net: nn.Module, windows: Windows, own_head: bool = False) -> None:
-        """own_head: copy the head's weights, needed where the head itself will be quantized.
+    def __init__(self, net: nn.Module, windows: Windows, own_head: OwnHead | None = None) -> None:
+        """own_head: the reference's, needed where the live head's weights will change.
         `objective` (public, the mean KL unless set) is what single windows are measured by."""
         self.windows = windows
         self._together = max(1, BATCH_TOKENS // windows.ids.shape[1])
@@ -88,10 +88,7 @@ class Teacher:
         self._some = tokens_together(head)
         self.objective = Objective()
         self._summaries: dict[int, tuple[Tensor, Tensor]] = {}
-        self._weights: dict[str, Tensor] | None = None
-        if own_head:
-            present(net, head)
-            self._weights = {n: p.detach().clone() for n, p in head.named_parameters()}
+        self._own = own_head
         self._head = head
 
     def score(self, net: nn.Module) -> Scores:
@@ -150,7 +147,7 @@ class Teacher:
     def divergence(self, net: Any, window: int) -> Tensor:
         """KL [length - 1] of one window, with a gradient with respect to `net`'s weights.
 
-        Where the head keeps its weights W (own_head=False), the reference's logits are not made
+        Where the head keeps its weights W (no own_head), the reference's logits are not made
         again. With z = W h the logits of `net`, sum_v p_v z_v = (W' p) h, so
             KL = sum_v p_v log p_v - (W' p) h + logsumexp(z),
         and only W' p and the entropy are kept for each token.
@@ -158,7 +155,7 @@ class Teacher:
         ids = torch.from_numpy(self.windows.ids[window])[None].to(self._hidden[0].device)
         hidden = head_input(net, ids)[0, :-1]
         parts = [slice(i, i + self._some) for i in range(0, len(hidden), self._some)]
-        if self._weights is None and self._shape is unchanged:
+        if self._own is None and self._shape is unchanged:
             expected, constant = self._summary(window)
             return torch.cat(
                 [
@@ -206,9 +203,8 @@ class Teacher:
 
     def _reference_head(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):  # `noise` is about the other side
-            if self._weights is None:
-                return self._head(hidden).float()
-            return torch.func.functional_call(self._head, self._weights, (hidden,)).float()
+            found: Tensor = (self._own or self._head)(hidden)
+            return found.float()
 
 
 AnyScores = Scores | embeddings.Scores
@@ -219,7 +215,7 @@ def teacher(model: Model, windows: Windows, own_head: bool = False) -> AnyTeache
     """For the kind of model that it is: a language model's tokens or an encoder's geometry."""
     if model.pooling is not None:
         return embeddings.Teacher(model.net, windows, model.pooling)
-    return Teacher(model.net, windows, own_head)
+    return Teacher(model.net, windows, model.own_head if own_head else None)
 
 
 def stored(arrays: Mapping[str, np.ndarray]) -> AnyScores:

@@ -13,11 +13,13 @@ from greenlet import getcurrent
 from torch import Tensor, nn
 
 from optimizer.errors import ModelError
-from optimizer.models.offload import offloaded
+from optimizer.models.offload import offloaded, present
 
 # glibc gives pieces of 32 MiB or more back at once; smaller ones tore the heap to gigabytes.
 LOGITS = 9 * 2**22  # bytes of logits that exist at one time, some times over
 MOST = 512  # tokens of which they are at most
+LARGE = 2**24  # bytes in fp32 from which a head's copy is kept as it is stored
+PIECE = 2**22  # numbers of such a copy that are multiplied at a time
 BATCH_TOKENS = 2048  # tokens that run through the blocks together
 
 
@@ -32,6 +34,44 @@ class Predictor:
     def __call__(self, hidden: Tensor) -> Tensor:
         """Input of the head [tokens, width] -> [tokens, vocabulary]. Give `together` at most."""
         return torch.log_softmax(self._shape(self._head(hidden).float()), -1)
+
+
+class OwnHead:
+    """The output head with the weights that it has now, while the live one may get others. A large one
+    that is a plain product is kept in the 16 bits that hold its numbers, if any do, and multiplied
+    some rows at a time."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self._head: Any = output_head(net)
+        present(net, self._head)
+        self._weights = {n: p.detach() for n, p in self._head.named_parameters()}
+        self._small: Tensor | None = None
+        if type(self._head) is nn.Linear and self._weights["weight"].nbytes >= LARGE:
+            self._small = _in_16_bits(self._weights.pop("weight"))
+        self._weights = {name: value.clone() for name, value in self._weights.items()}
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[tokens, width] -> [tokens, vocabulary] fp32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            if self._small is None:
+                found: Tensor = torch.func.functional_call(self._head, self._weights, (hidden,))
+                return found.float()
+            rows, columns = self._small.shape
+            logits = hidden.new_empty(*hidden.shape[:-1], rows, dtype=torch.float32)
+            some, bias = max(1, PIECE // columns), self._weights.get("bias")
+            for i in range(0, rows, some):
+                part = self._small[i : i + some].float()
+                torch.matmul(hidden.float(), part.T, out=logits[..., i : i + some])
+            return logits if bias is None else logits.add_(bias)
+
+
+def _in_16_bits(weight: Tensor) -> Tensor:
+    """The same numbers in 16 bits if they have those, else a copy."""
+    for dtype in (torch.bfloat16, torch.float16):
+        pieces = weight.split(max(1, PIECE // weight.shape[1]))
+        if all(torch.equal(x.to(dtype).to(x.dtype), x) for x in pieces):
+            return weight.to(dtype)
+    return weight.clone()
 
 
 def tokens_together(head: Any) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from optimizer.data.short_texts import TEXTS
 from optimizer.errors import ModelError, PlanError
 from optimizer.models import embedding
 from optimizer.models.checkpoint import Checkpoint, open_checkpoint
-from optimizer.models.head import final_transform
+from optimizer.models.head import OwnHead, final_transform
 from optimizer.models.inventory import POOLER, architecture, drop_pooler, skeleton, take_inventory
 from optimizer.models.layout import gather, scatter
 from optimizer.models.offload import offloaded, places
@@ -128,6 +129,14 @@ class Model:
             return cls(net, inventory, checkpoint, pooling(folder))
         final_transform(net, np.zeros((1, 2), np.int64))  # refuses early what can't be measured
         return cls(net, inventory, checkpoint)
+
+    @cached_property
+    def own_head(self) -> OwnHead:
+        """The reference's output head, for when the live one is rounded. Asked for first while the
+        model holds its own weights."""
+        if self.is_rounded:
+            raise RuntimeError("The head is copied while the model holds its own weights.")
+        return OwnHead(self.net)
 
     def logits(self, window: Tensor) -> Tensor:
         """ids [1, l] of a window -> logits [predictions, choices] with a gradient: of the next token

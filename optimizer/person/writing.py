@@ -274,6 +274,7 @@ class _Job:
     def _teach(self) -> Teacher:
         """The reference's predictions along its own texts, made once and only if they are needed."""
         from optimizer.metrics.divergence import Teacher
+        from optimizer.models.head import OwnHead
 
         if self._teacher is None:
             with opened(self.reference, self.store, self.asked.device, self.view) as model:
@@ -285,7 +286,7 @@ class _Job:
                 ):  # padded on the right, which nothing looks back from
                     ids[i, : len(row)] = row
                 windows = Windows(ids, np.arange(len(rows)))
-                self._teacher = Teacher(model.net, windows, own_head=True)
+                self._teacher = Teacher(model.net, windows, OwnHead(model.net))
         return self._teacher
 
     def _divergence(self, model: Open, teacher: Teacher) -> dict[str, Any]:

@@ -48,7 +48,8 @@ class Beside:
         if self.meaning.domain:
             for domain, cut in cuts_of(session, self.meaning.domains).items():
                 some = Windows(*(x[_spread(len(x))] for x in (cut.ids, cut.documents)))
-                self.teachers[domain] = Teacher(self.net, some, own_head(session, space))
+                own = session.model.own_head if own_head(session, space) else None
+                self.teachers[domain] = Teacher(self.net, some, own)
         self.domain: Domain | None = None
         self.aim(0)
         self.jobs: list[Any] = []

@@ -270,7 +270,7 @@ def _measured(
     if not missing:
         return {}
     teachers: dict[str, Teacher] = {
-        name: Teacher(session.model.net, cut, own_head=True)
+        name: Teacher(session.model.net, cut, session.model.own_head)
         for name, cut in session.view.track(list(missing.items()), "the reference reads domains")
     }
     with weights.hold() as net, rounded(net, weights.cache):

@@ -187,7 +187,9 @@ def _worst_domain(
     def make() -> dict[str, np.ndarray]:
         from optimizer.metrics.divergence import Teacher
 
-        teachers = [Teacher(session.model.net, cut, own_head=True) for cut in cuts.values()]
+        teachers = [
+            Teacher(session.model.net, cut, session.model.own_head) for cut in cuts.values()
+        ]
         with session.model.rounded(quantizer.rounder(choice), choice):
             return {"kl": np.array([t.score(session.model.net).mean_kl for t in teachers])}
 

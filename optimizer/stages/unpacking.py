@@ -119,11 +119,12 @@ class Unpacked:
 
         def make() -> dict[str, np.ndarray]:
             from optimizer.metrics.divergence import Teacher
+            from optimizer.models.head import OwnHead
 
             model, choice = self.session.model, self.plan.choice
             stacked = self._refining.rounder(choice)
             with model.rounded(stacked, choice):
-                teacher = Teacher(model.net, self.session.windows("heldout"), own_head=True)
+                teacher = Teacher(model.net, self.session.windows("heldout"), OwnHead(model.net))
             with self._opened() as read:
                 own = read(teacher.windows.ids[:1], True)[0, :-1]
                 if (
@@ -220,7 +221,7 @@ class Unpacked:
         from optimizer.models import planes
 
         session = self.session
-        teacher = Teacher(session.model.net, windows, own_head=True)
+        teacher = Teacher(session.model.net, windows, session.model.own_head)
         inputs, losses = [], []
         with self._opened() as read, planes.watched(session.model.net) as seen:
             for i, ids in enumerate(session.view.track(windows.ids, "where the base fails")):

@@ -14,6 +14,7 @@ from optimizer.data.text import Windows
 from optimizer.errors import ModelError
 from optimizer.metrics import divergence
 from optimizer.metrics.divergence import Scores, Teacher, TopTeacher
+from optimizer.models.head import OwnHead, _in_16_bits, output_head
 from optimizer.models.model import Model
 from optimizer.plan import Precision
 from optimizer.quantization.uniform import Nearest
@@ -56,8 +57,10 @@ def assert_agree(scores: Scores, expected: dict[str, np.ndarray]) -> None:
     assert scores.mean_kl == pytest.approx(expected["kl"].mean(), rel=1e-3)
 
 
-def scored(model: Model, text: Windows, choice: dict[str, Precision], **more: bool) -> None:
-    teacher = Teacher(model.net, text, **more)
+def scored(
+    model: Model, text: Windows, choice: dict[str, Precision], own_head: bool = False
+) -> None:
+    teacher = Teacher(model.net, text, OwnHead(model.net) if own_head else None)
     reference = logits(model.net, text.ids)
     with model.rounded(Nearest(), choice):
         scores = teacher.score(model.net)
@@ -76,7 +79,7 @@ def test_measures_of_every_architecture(small: Small) -> None:
 def test_single_windows_agree_with_full_logits(small: Small, own_head: bool) -> None:
     """Also without ever making the reference's logits again (own_head=False)."""
     model, text = small.model, windows(96)
-    teacher = Teacher(model.net, text, own_head)
+    teacher = Teacher(model.net, text, OwnHead(model.net) if own_head else None)
     reference = logits(model.net, text.ids)
     choice = dict.fromkeys((x.name for x in small.inventory.scoped(["blocks"])), LOW)
     with model.rounded(Nearest(), choice):
@@ -89,6 +92,40 @@ def test_single_windows_agree_with_full_logits(small: Small, own_head: bool) -> 
 def test_the_reference_keeps_its_own_head_when_the_head_is_rounded(small: Small) -> None:
     choice = dict.fromkeys((x.name for x in small.inventory.scoped(["head"])), LOW)
     scored(small.model, windows(96), choice, own_head=True)
+
+
+def test_a_large_head_is_kept_in_16_bits_and_multiplied_in_pieces(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text = small.model, windows(96)
+    hidden = torch.randn(5, output_head(model.net).weight.shape[1])
+    wanted, whole = output_head(model.net)(hidden), OwnHead(model.net)
+    monkeypatch.setattr("optimizer.models.head.LARGE", 0)
+    monkeypatch.setattr("optimizer.models.head.PIECE", 7 * hidden.shape[1])
+    pieces = OwnHead(model.net)
+    if type(output_head(model.net)) is torch.nn.Linear:
+        stored = next(x.dtype for x in small.inventory.layers if x.predicts)
+        assert pieces._small is not None
+        assert pieces._small.element_size() == (4 if stored == "F32" else 2)
+    choice = dict.fromkeys((x.name for x in small.inventory.scoped(["head"])), LOW)
+    vars(model).pop("own_head", None)
+    with model.rounded(Nearest(), choice):
+        torch.testing.assert_close(pieces(hidden), wanted)
+        assert torch.equal(whole(hidden), wanted)
+        assert not torch.allclose(output_head(model.net)(hidden), wanted, atol=1e-3)
+        with pytest.raises(RuntimeError, match="holds its own weights"):
+            _ = model.own_head
+    scored(model, text, choice, own_head=True)
+
+
+def test_numbers_that_16_bits_lack_are_kept_whole() -> None:
+    odd = torch.nn.Linear(4, 3)
+    found = _in_16_bits(odd.weight.detach())
+    assert torch.equal(found, odd.weight) and found.dtype == torch.float32
+    assert found.data_ptr() != odd.weight.data_ptr()
+    halves = odd.weight.detach().half().float()
+    assert _in_16_bits(halves).dtype == torch.float16
+    assert _in_16_bits(halves.bfloat16().float()).dtype == torch.bfloat16
 
 
 FINAL = {
@@ -149,7 +186,7 @@ def test_how_the_work_is_cut_does_not_count(
 
 def test_scoring_leaves_no_hooks_and_no_changes(stories: Model) -> None:
     before = {k: v.clone() for k, v in stories.net.state_dict().items()}
-    Teacher(stories.net, windows(80), own_head=True).score(stories.net)
+    Teacher(stories.net, windows(80), OwnHead(stories.net)).score(stories.net)
     assert not any(module._forward_pre_hooks for module in stories.net.modules())
     assert all(torch.equal(v, before[k]) for k, v in stories.net.state_dict().items())
     assert not any(p.requires_grad for p in stories.net.parameters())

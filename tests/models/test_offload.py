@@ -13,6 +13,7 @@ import torch
 from optimizer.data.text import Windows
 from optimizer.metrics.divergence import Teacher
 from optimizer.models.blockwise import Stream
+from optimizer.models.head import OwnHead
 from optimizer.models.model import Model
 from optimizer.models.offload import OnDisk, block_list, offloaded
 from optimizer.quantization.uniform import Nearest
@@ -48,7 +49,7 @@ def blocks(model: Model) -> OnDisk:
 def scores(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     """Of the reference and of a mixture, in three batches."""
     monkeypatch.setattr("optimizer.metrics.divergence.BATCH_TOKENS", 48)
-    teacher = Teacher(model.net, WINDOWS, own_head=True)
+    teacher = Teacher(model.net, WINDOWS, OwnHead(model.net))
     found = [teacher.score(model.net)]
     with model.rounded(Nearest(), mixed(model.inventory.layers)):
         found.append(teacher.score(model.net))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from optimizer.data.text import Windows
 from optimizer.errors import ConfigError, ModelError
 from optimizer.metrics.divergence import Teacher
+from optimizer.models.head import OwnHead
 from optimizer.models.model import Model
 from optimizer.plan import Precision
 from optimizer.sensitivity import Estimator, Task, estimator, estimators
@@ -131,7 +132,7 @@ def test_a_layer_that_nothing_depends_on_costs_nothing(
 @pytest.mark.parametrize("unseen", [Skipped], indirect=True)
 def test_a_layer_that_nothing_depends_on_has_no_slope(unseen: Model) -> None:
     work, windows = task(quantizer=Nudge(0.05)), Windows(IDS, np.arange(6))
-    teacher = Teacher(unseen.net, windows, own_head=True)
+    teacher = Teacher(unseen.net, windows, OwnHead(unseen.net))
     with unseen.rounded(work.quantizer, dict.fromkeys(NAMES, LARGE)):
         for groups in (((NAMES[0],), (NAMES[1],)), ((NAMES[1],),)):
             found = slopes(unseen, task(groups), teacher, [np.arange(6)])
@@ -223,7 +224,7 @@ def test_a_measured_rows_error_is_that_of_its_windows_mean(tiny: Model, at: str)
     windows = Windows(IDS, np.arange(6))
     found = measure(tiny, work, windows, (NAMES[0],), at)
     assert found["loss"].shape == found["stderr"].shape == (3,)
-    teacher = Teacher(tiny.net, windows, own_head=True)
+    teacher = Teacher(tiny.net, windows, OwnHead(tiny.net))
     other = {} if at == "reference" else {NAMES[1]: work.fitted[NAMES[1], at]}
     floor = np.zeros(6)
     if other:

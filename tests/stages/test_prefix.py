@@ -10,6 +10,7 @@ from torch import nn
 
 from optimizer.metrics.divergence import Teacher
 from optimizer.models.blockwise import blocks_of
+from optimizer.models.head import OwnHead
 from optimizer.models.model import Model
 from optimizer.quantization.uniform import Nearest
 from optimizer.stages.prefix import Prefix, Shortcut
@@ -32,7 +33,7 @@ def counted(model: Model) -> Iterator[list[int]]:
 
 def test_a_window_that_starts_at_a_door_gives_the_whole_passs_loss(small: Small) -> None:
     model, text = small.model, windows(small.model.net.config.vocab_size)
-    teacher = Teacher(model.net, text, own_head=True)
+    teacher = Teacher(model.net, text, OwnHead(model.net))
     shortcut = Shortcut(model, teacher)
     before = mixed(small.inventory.layers)
     last = [x.name for x in small.inventory.layers if x.block == 1]
