@@ -54,6 +54,9 @@ def sentencepieces(folder: Path) -> None:
             model_type="bpe",
             vocab_size=WORDS - 20,
             byte_fallback=True,
+            bos_id=0,
+            eos_id=1,
+            unk_id=2,
             hard_vocab_limit=False,
             minloglevel=2,
         )
@@ -106,9 +109,10 @@ def main(scratch: str, *kinds: str) -> None:
         try:
             row = measure(kind, settings[kind], Path(scratch))
         except MezzotintError as error:
-            row = {"refused": str(error)[:160]}
+            row = {"refused": str(error).replace(f"{scratch}/", "")[:160]}
         except Exception as error:  # noqa: BLE001  the experiment's model can't be built or run
-            row = {"refused": f"not built: {type(error).__name__}: {error}"[:160]}
+            said = f"not built: {type(error).__name__}: {error}"
+            row = {"refused": said.replace(f"{scratch}/", "")[:160]}
         rows[kind] = {"architecture": kind} | row
         print(rows[kind], flush=True)
         with RESULTS.open("w", newline="") as stream:

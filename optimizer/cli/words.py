@@ -1,7 +1,8 @@
 """Words of the command line -> overrides in Hydra's grammar.
 
 A path may hold what that grammar gives a meaning to: = , ( ) { } $ ' and backslashes. A path that
-exists, or stands where a path must, is quoted here; others are told how to.
+exists, or stands where a path must, is quoted here, and so are pins, which hold a =; others are told
+how to.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from optimizer.reports.run import quoted
 
 OVERRIDE = re.compile(r"(?:\+\+?|~)?([\w./@-]+?)(?:@[\w.:]*)?=")
 MEANT = re.compile(r"[=,(){}\[\]$'\"\\\s#:]")  # has a meaning in Hydra's grammar, or may have
+
+PINS, QUOTES = "policy.pins", re.compile(r"['\"\\{}$]")
 
 VALUED = {
     "--cfg",
@@ -77,8 +80,18 @@ def _with_path(word: str, words: Sequence[str]) -> str:
     if match is None or {"-m", "--multirun"} & set(words):
         return word
     value = word[match.end() :]
+    if match[1] == PINS and not QUOTES.search(value):
+        return f"{match[0]}{_pins(value)}"
     odd = MEANT.search(value) is not None or value.startswith("-")
     return f"{match[0]}{quoted(value)}" if odd and _exists(value) else word
+
+
+def _pins(value: str) -> str:
+    """One pin, or a list of them in brackets, with each quoted."""
+    if not (value.startswith("[") and value.endswith("]")):
+        return quoted(value)
+    entries = [entry.strip() for entry in value[1:-1].split(",")]
+    return f"[{','.join(quoted(entry) for entry in entries if entry)}]"
 
 
 def _exists(path: str) -> bool:

@@ -2,6 +2,7 @@
 
     python -m tests.architectures.matrix [KIND ...]              measures; without names, all of them
     python -m tests.architectures.matrix transformers [KIND ...] the same for transformers' own loader
+    python -m tests.architectures.matrix gguf                    takes over what llama.cpp computes
     python -m tests.architectures.matrix render                  writes the page from the data
 
 A row is exact if the loaded model gives the logits of the reference rounded in place, bit for bit, the
@@ -15,6 +16,7 @@ format; transformers' own loader reads the folder and computes the packed model'
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 import tempfile
@@ -31,6 +33,7 @@ from optimizer import Budget, MezzotintError, Plan
 from optimizer.commands import export
 from optimizer.config import Proof
 from optimizer.data.text import Data, Part
+from optimizer.formats.gguf.base import ALIKE
 from optimizer.formats.runtime import Runtime
 from optimizer.models.checkpoint import open_checkpoint
 from optimizer.models.model import Model, take_inventory
@@ -54,6 +57,7 @@ TRANSFORMERS = Runtime(
     name="transformers", experts="model", executes=["none", "int[2-8]_*_sym"]
 )  # as conf/runtime/transformers.yaml
 COLUMN = ("transformers", "transformers_why")
+GGUF, MEASURED = "gguf", DOCS.parent / "experiments" / "17-gguf-architectures" / "results.csv"
 LEAST = 1e-3  # what rounding moves logits by, at least
 
 
@@ -190,7 +194,7 @@ def save(rows: list[Row]) -> None:
     old = load()["rows"] if DATA.exists() else []
     every = {row["kind"]: row for row in old}
     for row in rows:
-        kept = {k: v for k, v in every.get(row.kind, {}).items() if k in COLUMN}
+        kept = {k: v for k, v in every.get(row.kind, {}).items() if k in (*COLUMN, GGUF)}
         every[row.kind] = asdict(row) | kept
     _write([every[kind] for kind in sorted(every)])
 
@@ -201,6 +205,21 @@ def save_column(kind: str, outcome: str, why: str) -> None:
     for row in rows:
         if row["kind"] == kind:
             row |= dict(zip(COLUMN, (outcome, why), strict=True))
+    _write(rows)
+
+
+def save_gguf() -> None:
+    """What llama.cpp computes from GGUF files of the same types (experiments/17-gguf-architectures):
+    the divergence from transformers' own predictions, or `refused`; in the place of older words."""
+    with MEASURED.open(encoding="utf-8", newline="") as stream:
+        measured = {row["architecture"]: row for row in csv.DictReader(stream)}
+    rows = load()["rows"]
+    for row in rows:
+        row.pop(GGUF, None)
+        found = measured.get(row["kind"])
+        if found is not None:
+            near = found["worst kl"] and float(found["worst kl"]) <= ALIKE
+            row[GGUF] = f"KL {float(found['worst kl']):.5f}" if near else "refused"
     _write(rows)
 
 
@@ -238,8 +257,15 @@ def render(data: dict[str, Any]) -> str:
         f"{_count(causal, 'read', COLUMN[0])} are read; where one is refused, the words are among the "
         "remarks.",
         "",
-        "| model type | class | torch | share that can be rounded | transformers | remarks |",
-        "|---|---|---|---|---|---|",
+        "*llama.cpp*: a GGUF file by llama.cpp's own converter, every layer's rows found in it by "
+        "value, and how far llama.cpp's predictions from it are from transformers', in nats. Of the "
+        f"{sum(GGUF in row for row in causal)} types tried, "
+        f"{sum(row.get(GGUF, '').startswith('KL') for row in causal)} are right; the others are "
+        "refused, for reasons in experiments/17-gguf-architectures.",
+        "",
+        "| model type | class | torch | share that can be rounded | transformers | llama.cpp | "
+        "remarks |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [_rendered(row) for row in rows]
     return "\n".join(lines) + "\n"
@@ -256,7 +282,7 @@ def _rendered(row: dict[str, Any]) -> str:
     if other not in ("", "read") and row["outcome"] == "exact":
         remarks = f"{remarks} transformers: {why}".strip()
     shown = other if row["outcome"] == "exact" else ""
-    cells = (row["kind"], row["class_"], row["outcome"], share, shown, remarks)
+    cells = (row["kind"], row["class_"], row["outcome"], share, shown, row.get(GGUF, ""), remarks)
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -266,6 +292,8 @@ def main(words: list[str]) -> None:
             outcome, why = read_by_transformers(kind)
             print(kind, outcome, why, flush=True)
             save_column(kind, outcome, why)
+    elif words == ["gguf"]:
+        save_gguf()
     elif words != ["render"]:
         for kind in words or [*zoo.kinds(), *zoo.encoders()]:
             row = measure(kind)

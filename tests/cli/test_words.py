@@ -54,6 +54,24 @@ def test_what_is_no_path_stays() -> None:
     assert listed(["a", "b", "to=x"], "plan", KEYS) == ["plan=['a','b']", "to=x"]
 
 
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        (
+            "policy.pins=[blk.1.attn_v.weight=q8_0, *.1.* >= 5]",
+            ["blk.1.attn_v.weight=q8_0", "*.1.* >= 5"],
+        ),
+        ("policy.pins=blk.1.attn_v.weight=q8_0", "blk.1.attn_v.weight=q8_0"),
+        ("policy.pins=@tensor_types.txt", "@tensor_types.txt"),
+        ("policy.pins=['a = int4',\"b = int8\"]", ["a = int4", "b = int8"]),
+        ("policy.pins=[]", []),
+    ],
+)
+def test_pins_need_no_quotes_of_their_own(word: str, meant: str | list[str]) -> None:
+    (found,) = placed([word], [], [*KEYS, "policy"])
+    assert OverridesParser.create().parse_override(found).value() == meant
+
+
 def test_flags_come_first_with_their_values() -> None:
     given = ["model=x", "--config-dir", "mine", "+a=b", "--cfg", "job", "palette=tight", "-m"]
     found = flags_first(given)
