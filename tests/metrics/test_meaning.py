@@ -36,7 +36,9 @@ def test_a_wrong_file_is_explained(tmp_path: Path, text: str, message: str) -> N
 
 
 def test_a_missing_file_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="can't be read as an objective"):
+    with pytest.raises(
+        ConfigError, match=r"as an objective \(No such file or directory\)\. Make it"
+    ):
         Meaning.load(tmp_path / "none.yaml")
 
 

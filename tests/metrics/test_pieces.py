@@ -278,7 +278,8 @@ def test_prompts_are_no_longer_than_they_may_and_come_in_the_texts_order() -> No
     found = generation.prompts(Windows(ids, np.array([9, 9, 2, 5])), None, 10)
     assert found.shape == (3, 64) and found[:, 0].tolist() == [0, 400, 600]
     assert generation.prompts(Windows(ids, np.arange(4)), 50, 100).shape == (4, 1)
-    assert generation.prompts(Windows(ids[:, :1], np.arange(4)), 50, 10).shape == (4, 1)
+    for width in (1, 2, 3):
+        assert generation.prompts(Windows(ids[:, :width], np.arange(4)), 50, 10).shape == (4, 1)
     assert generation.prompts(Windows(ids, np.arange(4)), 70, 10).shape == (4, 60)
 
 

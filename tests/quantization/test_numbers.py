@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optimizer.errors import ConfigError
 from optimizer.plan import FLOATS, GGML, Palette, Precision
-from optimizer.quantization import awq, floats, ggml, ggml_native, gptq, lattice
+from optimizer.quantization import awq, floats, ggml, ggml_native, gptq, lattice, uniform
 from optimizer.quantization.keeping import Keeping
 from optimizer.quantization.methods import (
     Awq,
@@ -155,6 +155,20 @@ def test_a_symmetric_group_by_hand() -> None:
     assert codes.scales.tolist() == [[2.0]] and codes.zeros is None
     assert codes.codes.tolist() == [[7, 0, 5, 4]]
     assert codes.decode().tolist() == [[6.0, -8.0, 2.0, 0.0]]
+
+
+def test_rows_longer_than_a_piece_are_decoded_and_packed_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    w = draw(5, 32)
+    for precision in (INT3, INT4, Precision("ternary", 2, 32, True)):
+        codes = Nearest().codes(w, precision)
+        whole, parts = codes.decode(), codes.pack()
+        monkeypatch.setattr(uniform, "PIECE", 1)
+        assert torch.equal(codes.decode(), whole)
+        assert all(torch.equal(part, parts[name]) for name, part in codes.pack().items())
+        assert torch.equal(type(codes).unpack(parts, precision, 32).decode(), whole)
+        monkeypatch.undo()
 
 
 def test_what_has_no_uniform_levels_is_refused_by_name() -> None:
@@ -350,6 +364,7 @@ def test_the_nearest_vector_counts_columns_by_their_importance(kind: str) -> Non
 def test_the_power_of_two_that_is_not_below() -> None:
     x = torch.tensor([1.0, 1.5, 2.0, 0.75, 0.0, 2.0**-140, 2.0**127, 2.0**100 * 1.5])
     assert floats._power(x).tolist() == [1, 2, 2, 1, 1, 2.0**-126, 2.0**127, 2.0**101]
+    assert floats._power(torch.tensor([1.5 * 2.0**127])).tolist() == [2.0**127]  # none is larger
 
 
 def test_one_scale_of_fp8_serves_a_row_or_a_square() -> None:
