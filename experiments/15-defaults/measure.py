@@ -39,17 +39,20 @@ from optimizer.stages.view import View
 
 COUNT, LENGTH = 4, 128  # windows of each judge
 SEARCH = Part(sequences=64, length=128)
-# name -> (quantizer, estimator, search space, windows of calibration)
-WAYS: dict[str, tuple[Quantizer, str, str, int]] = {
-    "rtn fisher 8": (Rtn(), "fisher", "exact", 8),
-    "quick": (Rtn(), "fisher", "exact", 24),
-    "rtn fisher": (Rtn(), "fisher", "exact", 64),
-    "rtn tokenwise": (Rtn(), "tokenwise", "exact", 64),
-    "rtn moves": (Rtn(), "fisher", "moves", 64),
-    "gptq gain 24": (Gptq(), "gain", "exact", 24),
-    "standard": (Gptq(), "gain", "exact", 64),
-    "gptq tokenwise": (Gptq(), "tokenwise", "exact", 64),
-    "thorough": (Gptq(), "gain", "moves", 64),
+# name -> (quantizer, estimator, search space, windows of calibration, how many of them a table reads)
+WAYS: dict[str, tuple[Quantizer, str, str, int, int | None]] = {
+    "quick": (Rtn(), "fisher", "exact", 8, None),
+    "rtn fisher 24": (Rtn(), "fisher", "exact", 24, None),
+    "rtn fisher 64": (Rtn(), "fisher", "exact", 64, None),
+    "rtn tokenwise": (Rtn(), "tokenwise", "exact", 64, None),
+    "rtn moves": (Rtn(), "fisher", "moves", 64, None),
+    "gptq gain 8": (Gptq(), "gain", "exact", 64, 8),
+    "standard": (Gptq(), "gain", "exact", 64, 16),
+    "gptq gain 32": (Gptq(), "gain", "exact", 64, 32),
+    "gptq gain 64": (Gptq(), "gain", "exact", 64, None),
+    "gptq 128, gain 16": (Gptq(), "gain", "exact", 128, 16),
+    "gptq tokenwise": (Gptq(), "tokenwise", "exact", 64, None),
+    "thorough": (Gptq(), "gain", "moves", 64, 16),
 }
 
 
@@ -163,7 +166,7 @@ def one(
 ) -> dict[str, Any]:
     """A row: a plan, what each judge says of it, and its processor time."""
     source, _, way = name.partition(": ")
-    quantizer, estimator, space, windows = WAYS[way]
+    quantizer, estimator, space, windows, some = WAYS[way]
     part = Part(sequences=windows, length=128)
     search = SEARCH if space != "exact" else texts.FEW
     data = texts.data(source, base, part, search, seed, out)
@@ -172,7 +175,7 @@ def one(
     clock = Clock()
     config = Optimize(
         model=base.source.name, budget=Budget(size=size), quantizer=quantizer, data=data, seed=seed,
-        sensitivity=estimator_of(estimator)(chunks=8), search=Search(space=space),
+        sensitivity=estimator_of(estimator)(chunks=8, windows=some), search=Search(space=space),
         store=store, proof=Proof(certify=False),
     )  # fmt: skip
     made = optimize.optimize(config, out / "run", clock).plan

@@ -9,12 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-NAMES = {
-    "quick": "quick",
-    "standard": "standard",
-    "rtn fisher 8": "8 windows",
-    "rtn fisher": "64 windows",
-}
+BELOW = ("rtn fisher 24", "standard")  # whose neighbours' names are near
 
 
 def main(file: str, out: str) -> None:
@@ -25,17 +20,10 @@ def main(file: str, out: str) -> None:
     for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
         for row in (row for row in rows if row["size"] == size):
             minutes, kl = float(row["seconds"]) / 60, float(row["mean"])
-            axes.plot(
-                minutes,
-                kl,
-                "o",
-                color="tab:orange"
-                if "gptq" in row["way"] or row["way"] == "standard"
-                else "tab:blue",
-            )
-            below = row["way"] == "quick"  # its neighbours' names are near
-            name, place = NAMES.get(row["way"], row["way"]), (-14, -16 if below else 7)
-            axes.annotate(name, (minutes, kl), place, textcoords="offset points")
+            gptq = "gptq" in row["way"] or row["way"] == "standard"
+            axes.plot(minutes, kl, "o", color="tab:orange" if gptq else "tab:blue")
+            place = (-14, -16 if row["way"] in BELOW else 7)
+            axes.annotate(row["way"], (minutes, kl), place, textcoords="offset points")
         axes.set(title=f"SmolLM2 in {size}", xlabel="processor minutes", yscale="log")
         axes.margins(x=0.3, y=0.25)
     figure.supylabel("KL, 8 kinds of text of others")

@@ -160,7 +160,23 @@ class Optimize:
     @property
     def residence(self) -> Residence:
         """Where the model's weights shall be while it runs."""
-        return Residence(self.offload, self.memory)
+        return Residence(self.offload, self.memory, self.device == "cpu" and self._plain)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the job reads the model's blocks a few times in all: a table block by block, its
+        optimum, a certificate."""
+        return (
+            self.quantizer.name in (AUTO, "rtn", "gptq")
+            and self.sensitivity.estimator in (AUTO, "fisher", "gain")
+            and not self.sensitivity.measured.groups
+            and self.effort != "thorough"
+            and self.search.space in (AUTO, "exact")
+            and self.data.source != "self"
+            and not (self.meaning.cvar or self.meaning.domain or self.meaning.probes)
+            and self.budget.caches == [16]
+            and self.nested.size is None
+        )
 
     @property
     def scopes(self) -> list[str]:

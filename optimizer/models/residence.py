@@ -22,10 +22,13 @@ Place = Literal["none", "cpu", "disk"]
 class Residence:
     """offload: `none` keeps all weights in fp32; `cpu` keeps the checkpoint's own numbers, which are
     half as large in 16 bits, `disk` none, and both make fp32 of one block at a time; `auto` takes the
-    first that fits. memory: what may be taken, such as 6GB; None: what is free."""
+    first that fits. memory: what may be taken, such as 6GB; None: what is free. few: the work passes
+    through the blocks a few times in all and on a CPU, where `disk` costs no time
+    (experiments/14-scale): `auto` takes it for all but small models."""
 
     offload: str = "auto"
     memory: str | None = None
+    few: bool = False
 
     def check(self) -> None:
         """Raises ConfigError for what is no such choice."""
@@ -53,7 +56,10 @@ class Residence:
         if self.offload != "auto":
             return self.offload  # type: ignore[return-value]  # as `check` saw
         stored = sum(prod(x.shape) * WIDTH[x.dtype] for x in inventory.held)
-        if COMFORT * (sum(blocks.values()) + sum(ends)) <= room:
+        whole = sum(blocks.values()) + sum(ends)
+        if self.few and whole >= LARGE:
+            return "disk"
+        if COMFORT * whole <= room:
             return "none"
         return "cpu" if SPARE * (stored + least) <= room else "disk"
 

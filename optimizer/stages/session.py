@@ -155,11 +155,17 @@ class Session:
     def model(self) -> Model:
         from optimizer.models.model import Model
 
-        where = self.residence.settled(self.inventory)
+        home = replace(self.residence, few=self.residence.few and not self.encoder)
+        where = home.settled(self.inventory)
         self.view.stage("loading the reference")
-        if where == "disk":
+        if where == "disk" and not home.few:
             self.view.note("The model's blocks stay on disk, and are read for each pass.")
-        return Model.load(self.source.folder, self.inventory, self.device, offload=where)
+        try:
+            return Model.load(self.source.folder, self.inventory, self.device, offload=where)
+        except ModelError:
+            if replace(home, few=False).settled(self.inventory) == where:
+                raise
+        return Model.load(self.source.folder, self.inventory, self.device, offload="none")
 
     @Lazy
     def tokens_key(self) -> str:

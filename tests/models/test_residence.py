@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from optimizer.errors import ConfigError
+from optimizer.config import Optimize
+from optimizer.config.optimize import Nested
+from optimizer.data.text import Data, Part
+from optimizer.errors import ConfigError, ModelError
+from optimizer.metrics.objective import Meaning
 from optimizer.models.model import Model
 from optimizer.models.offload import offloaded
 from optimizer.models.residence import Residence
+from optimizer.plan import Budget
+from optimizer.quantization.methods import Awq, Rtn
+from optimizer.search import Search
+from optimizer.sensitivity import Fisher, Measured, Tokenwise
+from optimizer.stages.session import Session
 from tests.conftest import Small
 
 
@@ -31,6 +43,60 @@ def test_auto_keeps_what_fits_and_leaves_the_rest(llama: Small) -> None:
     assert Residence("auto", str(10 * whole)).settled(llama.inventory) == "none"
     assert Residence("auto").settled(llama.inventory) == "none"
     assert Residence("auto", str(int(2.4 * whole))).settled(llama.inventory) in ("cpu", "disk")
+
+
+def test_a_job_of_few_passes_leaves_all_but_a_small_model_on_disk(
+    llama: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = Residence(few=True)
+    assert few.settled(llama.inventory) == "none"
+    monkeypatch.setattr("optimizer.models.residence.LARGE", 0)
+    assert few.settled(llama.inventory) == "disk" != Residence().settled(llama.inventory)
+    assert Residence("none", few=True).settled(llama.inventory) == "none"
+
+
+@pytest.mark.parametrize(
+    ("changes", "few"),
+    [
+        ({}, True),
+        ({"quantizer": Rtn()}, True),
+        ({"effort": "quick"}, True),
+        ({"effort": "thorough"}, False),
+        ({"search": Search(space="moves")}, False),
+        ({"quantizer": Awq()}, False),
+        ({"sensitivity": Tokenwise()}, False),
+        ({"sensitivity": Fisher(measured=Measured(groups=["*"]))}, False),
+        ({"data": Data(source="self")}, False),
+        ({"meaning": Meaning(cvar=1.0)}, False),
+        ({"budget": Budget(kv=[16, 8])}, False),
+        ({"nested": Nested(size="1GB")}, False),
+        ({"device": "meta"}, False),
+    ],
+)
+def test_what_reads_a_model_often_wants_it_in_memory(changes: dict[str, Any], few: bool) -> None:
+    assert (
+        Optimize(**{"model": "x", "data": Data(source="bundled")} | changes).residence.few == few
+    )
+
+
+def test_a_model_that_can_not_run_from_disk_is_loaded_whole(
+    llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise ModelError("a buffer that the file lacks")
+
+    monkeypatch.setattr("optimizer.models.residence.LARGE", 0)
+    monkeypatch.setattr("optimizer.models.model.opened_on_disk", refuse)
+
+    def opened(offload: str) -> Model:
+        home = Residence(offload, few=True)
+        few = Part(sequences=2, length=32)
+        data = Data(calibration=few, search=few, heldout=few)
+        return Session.open(str(llama.folder), data, str(tmp_path), residence=home).model
+
+    assert offloaded(opened("auto").net) is None
+    with pytest.raises(ModelError, match="a buffer"):
+        opened("disk")
 
 
 def test_other_words_and_sizes_are_refused() -> None:
