@@ -31,7 +31,8 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not slow and not campaign and not gpu'
 
 slow: $(READY)
-	tests/postgres.sh $(BIN)/pytest -m 'slow and not campaign and not gpu'
+	OMP_NUM_THREADS=1 tests/postgres.sh $(BIN)/pytest -n 2 --dist loadfile \
+	  -m 'slow and not campaign and not gpu'
 
 # Campaigns of kills, damaged files, architectures and simulated judges: too long for every change.
 campaign: $(READY)

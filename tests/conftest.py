@@ -4,9 +4,11 @@ the command line called inside the process.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +23,12 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONDONTWRITEBYTECODE": "",
 }
 
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
 from hypothesis import settings
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -34,9 +38,28 @@ from optimizer.models.source import Source, locate, quiet
 from optimizer.plan import Inventory, Layer, Plan, Precision, assemble
 from optimizer.store import Store
 
+# Bytecode is kept, also where the machine says otherwise: compiling it in each worker and each process
+# that a test starts, takes longer than the tests of whole rooms.
+sys.dont_write_bytecode = False
 torch.set_num_threads(1)
 settings.register_profile("tests", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("tests")
+
+# What is imported stays: the collector need not look through torch at each command.
+gc.collect()
+gc.freeze()
+
+# Hydra composes the settings twice, the first time only to read hydra.mode. Where no word sets that,
+# it isn't set. Processes that tests start have Hydra as it is.
+_mode = Hydra.get_mode
+
+
+def _mode_if_set(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+    asked = any("hydra" in word for word in overrides if not word.startswith("hydra.run.dir="))
+    return _mode(self, config_name, overrides) if asked else None
+
+
+Hydra.get_mode = _mode_if_set
 
 # Enough tokens for a table that means something on the stories model, in about two seconds.
 QUICK = [

@@ -98,7 +98,12 @@ def test_show(mezzotint: Command, run_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "budget", ["budget.bits=3.25", "budget.code_bits=3.5", "budget.size=220kB"]
+    "budget",
+    [
+        pytest.param("budget.bits=3.25", marks=pytest.mark.slow),
+        pytest.param("budget.code_bits=3.5", marks=pytest.mark.slow),
+        "budget.size=220kB",
+    ],
 )
 def test_no_kind_of_budget_is_ever_exceeded(
     mezzotint: Command, tmp_path: Path, budget: str

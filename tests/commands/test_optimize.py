@@ -104,6 +104,7 @@ def undisturbed(source: Source, tmp_path_factory: pytest.TempPathFactory) -> byt
     return (folder / "run" / "plan.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_goes_on_to_the_identical_plan(
     source: Source, undisturbed: bytes, tmp_path: Path
 ) -> None:
@@ -214,10 +215,13 @@ def test_a_damaged_entry_of_the_store_is_made_again(source: Source, tmp_path: Pa
     "change",
     [
         {"seed": 1},
-        {"data": Data(calibration=SHORT, search=SHORT, heldout=SHORT, seed=1)},
+        pytest.param(
+            {"data": Data(calibration=SHORT, search=SHORT, heldout=SHORT, seed=1)},
+            marks=pytest.mark.slow,
+        ),
         {"sensitivity": Directional(chunks=4)},
-        {"palette": Palette(group_size=32)},
-        {"scope": ["all"]},
+        pytest.param({"palette": Palette(group_size=32)}, marks=pytest.mark.slow),
+        pytest.param({"scope": ["all"]}, marks=pytest.mark.slow),
     ],
 )
 def test_what_changes_the_table_is_not_taken_from_the_store(

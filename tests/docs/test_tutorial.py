@@ -34,6 +34,7 @@ def test_the_page_has_the_commands_of_the_script(script: dict[str, Any]) -> None
     assert prose == re.sub(r"\s+", " ", BLOCK.sub("", script["TEXT"]))
 
 
+@pytest.mark.slow
 def test_the_commands_print_what_the_page_shows(
     script: dict[str, Any], mezzotint: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,7 +63,9 @@ def precision_in(config: dict[str, Any], name: str) -> tuple[int, int]:
     return base
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize(
+    "to", [FORMATS[0], *(pytest.param(to, marks=pytest.mark.slow) for to in FORMATS[1:])]
+)
 def test_every_weight_is_the_plans(wide: Wide, tmp_path: Path, to: str) -> None:
     plan = wide.plan(dealt(wide.inventory.layers, MANY), "vllm")
     verdict = export.export(plan, to, tmp_path / "out", str(wide.store))

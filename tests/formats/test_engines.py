@@ -355,6 +355,7 @@ def test_llama_cpp_computes_our_experts(wide: Wide, tmp_path: Path, kind: str) -
     assert r"^blk\.0\.ffn_gate_exps\.weight$=q4_0" in types and "ffn_gate_inp" not in types
 
 
+@pytest.mark.slow
 def test_experts_that_llama_cpp_would_weigh_otherwise(wide: Wide, tmp_path: Path) -> None:
     model = mixture("qwen3_moe", tmp_path / "odd", wide, norm_topk_prob=False)
     plan = model.plan({}, "llamacpp")

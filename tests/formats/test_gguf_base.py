@@ -84,6 +84,7 @@ def test_a_window_that_llama_cpp_hasnt(wide: Wide, tmp_path: Path) -> None:
         assert "16 tokens back" in found.errors[0]
 
 
+@pytest.mark.slow
 def test_another_activation_is_noticed(wide: Wide, tmp_path: Path) -> None:
     model = random_model("llama", SMALL | {"hidden_act": "relu"}, 0.2, tmp_path / "m", wide)
     found = export.check(model.plan({}, "llamacpp"), "gguf", str(wide.store))

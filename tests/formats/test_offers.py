@@ -68,7 +68,11 @@ def test_floats_that_may_be_chosen_are_accepted(wide: Wide, runtime: str) -> Non
         assert not export.check(plan, runtime, str(wide.store)).errors
 
 
-@pytest.mark.parametrize("runtime", [*CHECKPOINTS, "mlx"])
+# of a matrix, one engine with every architecture
+@pytest.mark.parametrize(
+    "runtime",
+    ["vllm", *(pytest.param(r, marks=pytest.mark.slow) for r in (*CHECKPOINTS[1:], "mlx"))],
+)
 def test_every_architecture_is_refused_or_accepted(
     small: Small, runtime: str, tmp_path: Path
 ) -> None:
@@ -140,6 +144,7 @@ def test_a_layer_that_nothing_is_left_for(wide: Wide) -> None:
         offered("vllm", wide, *given)
 
 
+@pytest.mark.slow
 def test_an_architecture_the_converter_does_not_know(mezzotint: Command, tmp_path: Path) -> None:
     """Said before anything is measured."""
     folder = build(tmp_path / "neox", "gpt_neox", *ARCHITECTURES["gpt_neox"])
@@ -162,6 +167,7 @@ def remarked(mezzotint: Command, folder: Path, *arguments: str) -> str:
     return " ".join(ended.out.split())
 
 
+@pytest.mark.slow
 def test_much_of_the_file_out_of_scope_is_said(mezzotint: Command, tmp_path: Path) -> None:
     """With the bytes of the runtime's own file, which the same budget then keeps."""
     kind, dtype = ARCHITECTURES["llama"]

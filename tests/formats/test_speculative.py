@@ -48,6 +48,7 @@ def test_draft_and_target_are_base_and_refined_model(mezzotint: Command, wide: W
     assert far["target"][1] < 0.5 * far["draft"][1], "the target isn't the refined model"
 
 
+@pytest.mark.slow
 def test_what_can_not_be_a_pair_is_said(mezzotint: Command, wide: Wide) -> None:
     nested(mezzotint, wide, "palette.bits=[2,3,16]", "quantizer=rtn", "budget.size=900kB")
     for words, said in (

@@ -74,6 +74,7 @@ def test_fisher_counts_tokens_by_their_weights(source: Source, tmp_path: Path) -
     assert min(halves) > 0
 
 
+@pytest.mark.slow
 def test_table_and_search_follow_the_objective(source: Source, tmp_path: Path) -> None:
     search = Search(tokens=3000)
     config = settings(source, tmp_path / "s", budget=Budget(bits=3.6), search=search)

@@ -79,6 +79,7 @@ def test_what_is_certified_has_the_cache_in_it(mezzotint):
             assert torch.equal(net(input_ids=ids).logits, plain)
 
 
+@pytest.mark.slow
 def test_the_search_measures_both(mezzotint):
     """The same weights' problem, searched with and without a rounded cache."""
     start = []
@@ -110,6 +111,7 @@ def test_a_cache_that_the_runtime_lacks(mezzotint):
     assert done.code == 2 and "budget.kv=5" in done.err
 
 
+@pytest.mark.slow
 def test_tokens_that_are_kept_whole_are_searched_and_certified(mezzotint):
     """Few bytes: the first and last tokens of a cache of 4 bits at 16 are tried beside others."""
     _, plan = made(mezzotint, "880KB", "4", "out", "budget.keep=[null,4+32]")

@@ -75,6 +75,7 @@ def test_mistakes_are_explained(mezzotint: Command, words: list[str], said: str)
     assert found.code == 2 and said in found.err
 
 
+@pytest.mark.slow
 def test_gptq_refines_every_layer_the_head_too(
     mezzotint: Command, tmp_path: Path, stories: Model
 ) -> None:

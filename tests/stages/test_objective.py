@@ -104,6 +104,7 @@ def test_margins_with_a_gradient_are_the_measured_ones(
     )
 
 
+@pytest.mark.slow
 def test_the_probes_table_is_the_mean_square_of_a_margins_change(
     source: Source, texts: Path, tmp_path: Path
 ) -> None:

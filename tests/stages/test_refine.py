@@ -34,7 +34,9 @@ def searched(source: Source, store: Path, **changes: Any) -> Optimize:
     return config
 
 
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize(
+    "space", [pytest.param(s, marks=[] if s == "moves" else pytest.mark.slow) for s in SPACES]
+)
 def test_a_searched_plan_fits_and_the_second_run_measures_nothing(
     source: Source, tmp_path: Path, space: str
 ) -> None:
@@ -48,6 +50,7 @@ def test_a_searched_plan_fits_and_the_second_run_measures_nothing(
     assert again.plan == first.plan and note in again.notes
 
 
+@pytest.mark.slow
 def test_the_search_works_with_gptq(source: Source, tmp_path: Path) -> None:
     config = searched(source, tmp_path / "s", quantizer=Gptq())
     assert optimize.optimize(config, tmp_path / "r").plan.effective_bits <= 3.6
@@ -186,6 +189,7 @@ def test_a_front_is_searched_around_the_budget(source: Source, tmp_path: Path) -
     assert again.plan == found.plan
 
 
+@pytest.mark.slow
 def test_time_and_price_are_objectives_of_a_front(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
