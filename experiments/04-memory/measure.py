@@ -12,7 +12,9 @@ happened; `peak` is the most that was ever resident. Run it in a fresh process p
 import ctypes
 import gc
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def resident(field: str) -> int:
@@ -23,13 +25,13 @@ def resident(field: str) -> int:
     raise OSError(f"no {field} in /proc/self/status")
 
 
-def reader(device: str):
+def reader(device: str) -> Callable[[], tuple[int, int]]:
     """() -> (bytes now, most so far)."""
     if device == "cpu":
         return lambda: (resident("VmRSS"), resident("VmHWM"))
     import torch
 
-    def on_gpu():
+    def on_gpu() -> tuple[int, int]:
         free, total = torch.cuda.mem_get_info()
         outside = total - free - torch.cuda.memory_reserved()  # the context, and other programs
         return outside + torch.cuda.memory_allocated(), outside + torch.cuda.max_memory_reserved()
@@ -89,9 +91,9 @@ def main() -> None:
     loaded = read()[0]
     if device == "cpu":
         forget_the_most()
-    cache = transformers.DynamicCache(config=net.config)
+    cache: Any = transformers.DynamicCache(config=net.config)
     if kv < 16:
-        cache = Cache(net.config, kv)
+        cache = Cache(net.config, memory.kind("torch", kv))
     ids = torch.zeros((batch, context), dtype=torch.long, device=device)
     with torch.inference_mode():
         for i in range(0, context, memory.ENGINES["torch"].prefill):

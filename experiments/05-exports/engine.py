@@ -75,7 +75,7 @@ def llamacpp(
     return log_q, loaded, float(max(rates))
 
 
-def _post(server: object, body: dict) -> dict:
+def _post(server: Any, body: dict[str, Any]) -> Any:
     request = urllib.request.Request(
         f"{server.listening_address}/completion",
         json.dumps(body).encode(),

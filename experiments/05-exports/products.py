@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -13,9 +14,10 @@ from optimizer.plan import Precision
 from optimizer.quantization.uniform import Codes, Nearest
 
 ROUNDS = 9
+Way = Callable[[torch.Tensor], torch.Tensor]
 
 
-def unpacked(parts: dict[str, torch.Tensor], precision: Precision, cols: int) -> Callable:
+def unpacked(parts: dict[str, torch.Tensor], precision: Precision, cols: int) -> Way:
     def run(x: torch.Tensor) -> torch.Tensor:
         weight = Codes.unpack(parts, precision, cols).decode().bfloat16()
         return torch.nn.functional.linear(x, weight)
@@ -30,7 +32,7 @@ def main() -> None:
     for rows, cols in ((576, 576), (1536, 576), (576, 1536)):
         weight = torch.randn(rows, cols) * 0.05
         dense = weight.bfloat16()
-        ways: list[Callable] = [lambda x, dense=dense: torch.nn.functional.linear(x, dense)]
+        ways: list[Way] = [partial(torch.nn.functional.linear, weight=dense)]
         found = [Nearest().codes(weight, Precision("int", bits, 64)) for bits in (4, 8)]
         ways += [Product(codes) for codes in found]
         ways += [unpacked(codes.pack(), codes.precision, cols) for codes in found]

@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import engine
 import numpy as np
@@ -76,14 +77,15 @@ def main(model: str, to: str, given: str, out: str, windows: int = 6, length: in
         return torch.log_softmax(logits.float(), -1).numpy()
 
     p = log_p()
-    rounder = deploy.codes_of(plan, session.source, session.inventory, Store(store), View())
+    rounder: Any = deploy.codes_of(plan, session.source, session.inventory, Store(store), View())
     with reference.rounded(rounder, plan.choice):
         ours = log_p()
     with tempfile.TemporaryDirectory() as scratch:
         folder, names = Path(scratch) / "out", [ENGINES.get(to, to)]
         if to == "torch":
             deploy.apply(plan, folder, str(store))
-            predicted, file = plan.bytes["total"], folder / PACKED_FILE
+            predicted: int | None = plan.bytes["total"]
+            file = folder / PACKED_FILE
             names += ["torch-exact", "reference"]
         else:
             predicted = export.export(plan, to, folder, str(store)).bytes
@@ -127,4 +129,5 @@ def keep(out: Path, row: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:5], *map(int, sys.argv[5:]))
+    model, to, given, out = sys.argv[1:5]
+    main(model, to, given, out, *map(int, sys.argv[5:]))

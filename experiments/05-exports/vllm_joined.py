@@ -81,27 +81,29 @@ def read(tree: ast.Module, found: Read) -> None:
                 found.bases.append(own)
             elif own.startswith("vllm.model_executor.models."):
                 found.bases.append(own.removeprefix("vllm.model_executor.models."))
+        if isinstance(node, ast.keyword) and node.arg == "orig_to_new_stacked":
+            for part, into in entries(node.value):
+                found.join(texts(into)[0], part)
         targets: list[ast.expr] = []
         value: ast.expr | None = None
         if isinstance(node, ast.Assign):
             targets, value = node.targets, node.value
         elif isinstance(node, ast.AnnAssign):
             targets, value = [node.target], node.value
-        for target in targets if value is not None else []:
+        if value is None:
+            continue
+        for target in targets:
             written = names(target)
             if "packed_modules_mapping" in written:
                 if isinstance(target, ast.Subscript) and (whole := text(target.slice)):
                     for part in texts(value):
                         found.join(whole, part)
-                for whole, parts in entries(value):
+                for joined, parts in entries(value):
                     for part in texts(parts):
-                        found.join(whole, part)
+                        found.join(joined, part)
             elif any("mapping" in name for name in written):
                 for whole, part in triples(value):
                     found.join(whole, part)
-        if isinstance(node, ast.keyword) and node.arg == "orig_to_new_stacked":
-            for part, whole in entries(node.value):
-                found.join(texts(whole)[0], part)
 
 
 class Sources:

@@ -53,7 +53,11 @@ class Lines(View):
 
 def opened(model: str, text: str | None) -> Session:
     few = Part(sequences=1, length=LENGTH)
-    parts = {"calibration": few, "search": few, "heldout": Part(sequences=POOL, length=LENGTH)}
+    parts: dict[str, Any] = {
+        "calibration": few,
+        "search": few,
+        "heldout": Part(sequences=POOL, length=LENGTH),
+    }
     data = Data(source="text" if text else "self", path=text, **parts)
     return Session.open(model, data, os.environ["MEZZOTINT_STORE"], Lines())
 
@@ -173,4 +177,5 @@ def topk(model: str, text: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    {"score": score, "runs": runs, "topk": topk}[sys.argv[1]](*sys.argv[2:])
+    commands: dict[str, Any] = {"score": score, "runs": runs, "topk": topk}
+    commands[sys.argv[1]](*sys.argv[2:])

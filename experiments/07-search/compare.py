@@ -13,29 +13,31 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from optimizer.certificate import comparison
 from optimizer.commands import optimize
-from optimizer.config import Optimize, Quantizer
+from optimizer.config import Optimize
 from optimizer.data.text import Data
 from optimizer.metrics import bootstrap
 from optimizer.metrics.divergence import Teacher
 from optimizer.plan import Budget, Palette
-from optimizer.quantization.methods import bind
+from optimizer.quantization.methods import Gptq, Rtn, bind
 from optimizer.search import Problem, Search, exact, starts
-from optimizer.sensitivity import Sensitivity
+from optimizer.sensitivity import Fisher
 from optimizer.stages import refine, studies
 from optimizer.stages.prefix import Prefix, Shortcut
 from optimizer.stages.session import Session
-from optimizer.stages.space import search_space
+from optimizer.stages.space import SearchSpace, search_space
 from optimizer.stages.table import measure_table
 
 SEEDS = (0, 1, 2)
+Found = tuple[np.ndarray, int, Sequence[tuple[float, float]]]  # plan, tokens spent, curve
 FIRST = 4  # windows before a random plan may be dropped
 
 
@@ -44,7 +46,13 @@ class Meter:
     ours are tried on."""
 
     def __init__(
-        self, session: Session, space, rounding, teacher: Teacher, windows: int, limit: int
+        self,
+        session: Session,
+        space: SearchSpace,
+        rounding: Any,
+        teacher: Teacher,
+        windows: int,
+        limit: int,
     ) -> None:
         self.session, self.space, self.rounding, self.teacher = session, space, rounding, teacher
         self.windows = windows
@@ -53,7 +61,7 @@ class Meter:
         self.curve: list[tuple[int, float]] = []
         self.shortcut = Shortcut(session.model, teacher)
 
-    def losses(self, plan: np.ndarray, windows: Iterator[int]) -> np.ndarray:
+    def losses(self, plan: np.ndarray, windows: Iterable[int]) -> np.ndarray:
         self.rounding.set(self.space.choice(plan))
         own = Prefix(self.space.choice(plan))
         found = []
@@ -150,10 +158,9 @@ class Race:
         data = Data() if text == "self" else Data(source="text", path=text)
         self.tokens = tokens
         self.terms = terms
-        own = {"scope": ["all"], "quantizer": Quantizer(name="gptq")}
+        own: dict[str, Any] = {"scope": ["all"], "quantizer": Gptq()}
         if terms == "blocks":  # as in the tables of 2026-11-24
-            own = {"scope": ["blocks"], "quantizer": Quantizer(name="rtn"),
-                   "sensitivity": Sensitivity(estimator="fisher")}  # fmt: skip
+            own = {"scope": ["blocks"], "quantizer": Rtn(), "sensitivity": Fisher()}
         self.base = Optimize(
             model=model, budget=self.budget(4), palette=Palette(bits=[2, 3, 4, 5, 6, 8]),
             data=data, store=store, **own,
@@ -167,7 +174,7 @@ class Race:
     def budget(self, number: float) -> Budget:
         return Budget(code_bits=number) if self.terms == "blocks" else Budget(size=f"{number:g}MB")
 
-    def run(self, bits: float, method: str, sampler: str, seed: int) -> dict[str, object]:
+    def run(self, bits: float, method: str, sampler: str, seed: int) -> dict[str, Any]:
         """The found plan on held-out documents, and how the search went."""
         config = replace(self.base, budget=self.budget(bits), seed=seed)
         problem = optimize._pose(config, self.session.inventory, self.space, self.table.loss)
@@ -186,7 +193,9 @@ class Race:
         return {"bits": bits, "seed": seed, "method": f"{method} {sampler}".strip(),
                 "tokens": spent, "seconds": seconds, "heldout": row, "curve": curve}  # fmt: skip
 
-    def _ours(self, config, problem: Problem, start: np.ndarray, space: str, sampler: str):
+    def _ours(
+        self, config: Optimize, problem: Problem, start: np.ndarray, space: str, sampler: str
+    ) -> Found:
         search = Search(space=space, sampler=sampler, tokens=self.tokens)
         with tempfile.TemporaryDirectory() as folder:
             found = refine.refine(self.session, replace(config, search=search), self.space, problem,
@@ -194,7 +203,7 @@ class Race:
         curve = [(row["tokens"], row["best"]) for row in found.history]
         return found.assignment, found.spent, curve
 
-    def _other(self, config, problem: Problem, start: np.ndarray, method: str):
+    def _other(self, config: Optimize, problem: Problem, start: np.ndarray, method: str) -> Found:
         with self.session.model.rounded(self.quantizer) as rounding:
             settings = Search(space="moves", tokens=self.tokens)
             used = studies.tried_on(settings, *self.teacher.windows.ids.shape)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,4 +110,5 @@ def _keep(kind: str, name: str, file: Path, scratch: Path, plan: Plan | None) ->
 
 
 if __name__ == "__main__":
-    {"reference": reference, "theirs": theirs, "ours": ours}[sys.argv[1]](*sys.argv[2:])
+    commands: dict[str, Any] = {"reference": reference, "theirs": theirs, "ours": ours}
+    commands[sys.argv[1]](*sys.argv[2:])

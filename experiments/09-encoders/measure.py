@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ SHORT = 64
 Choice = Mapping[str, Precision]
 
 
-def config_of(name: str = "", text: str = "", **more: object) -> Optimize:
+def config_of(name: str = "", text: str = "", **more: Any) -> Optimize:
     if name.startswith("matched"):
         more["data"] = lines_of(text)
     return Optimize(model="minilm", budget=Budget(bits=16), proof=Proof(certify=False), **more)
@@ -57,7 +58,7 @@ def lines_of(text: str) -> Data:
     return Data(source="text", path=text, calibration=part, search=part, heldout=part)
 
 
-def bench_of(config: Optimize, data: Data | None = None) -> Session:
+def session_of(config: Optimize, data: Data | None = None) -> Session:
     return Session.open(config.model, data or config.data, config.store)
 
 
@@ -80,7 +81,7 @@ def neighbours(bits: float) -> tuple[int, int]:
 def make(name: str, text: str) -> None:
     kind, bits = name.split("-")
     config = config_of(name, text, search=Search(space=SPACES[kind]))
-    space = search_space(config, bench_of(config).inventory)
+    space = search_space(config, session_of(config).inventory)
     low, high = (stored(space, uniform(space, b)) for b in neighbours(float(bits)))
     size = low + (high - low) * (float(bits) % 1)
     config.budget = Budget(bits=8 * size / sum(x.weights for x in space.scope))
@@ -167,7 +168,7 @@ def judged(session: Session, space: SearchSpace, name: str, choice: Choice) -> d
     mine = candidate(choice)
     counts = resamples(mine.scores.documents, np.random.default_rng(0))
     measured = describe(mine.scores, counts)
-    row = {"bytes": mine.bytes}
+    row: dict[str, float] = {"bytes": mine.bytes}
     for key in MEASURES:
         row |= {key: measured[key].value, f"{key}_low": measured[key].low,
                 f"{key}_high": measured[key].high}  # fmt: skip
@@ -190,16 +191,16 @@ def score(name: str, text: str, path: str) -> None:
     if any(row["plan"] == name for row in rows):
         return
     config = config_of()
-    session = bench_of(config)
+    session = session_of(config)
     space = search_space(config, session.inventory)
     choice = choice_of(name, space)
     shared: dict[str, object] = {"plan": name}
     if choice:
         made = config_of(name, text)
-        value, error = promise(bench_of(made), made, space, choice)
+        value, error = promise(session_of(made), made, space, choice)
         shared |= {"predicted": value, "stderr": error}
     shared |= sts(session, name, choice, path)
-    given = bench_of(config, lines_of(text))
+    given = session_of(config, lines_of(text))
     given.model = session.model
     for label, one in (("own", session), ("given", given)):
         rows.append({k: _spelled(v) for k, v in (
@@ -217,4 +218,5 @@ def _spelled(value: object) -> str:
 
 
 if __name__ == "__main__":
-    {"plan": make, "score": score}[sys.argv[1]](*sys.argv[2:])
+    commands: dict[str, Any] = {"plan": make, "score": score}
+    commands[sys.argv[1]](*sys.argv[2:])

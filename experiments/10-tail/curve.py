@@ -84,7 +84,7 @@ def row(found: Any, base: Any, reference: np.ndarray, documents: np.ndarray) -> 
     counts = bootstrap.resamples(documents, np.random.default_rng(0))[:300]
     once = np.ones((1, len(documents)), dtype=int)
     kl, old = found["held-out"], base["held-out"]
-    out = {}
+    out: dict[str, str] = {}
     for name, of in (("mean", lambda x, c: c @ x.mean(1) / c.sum(1)), ("cvar99", tails)):
         ratio = of(kl, counts) / of(old, counts)
         low, high = np.quantile(ratio, [0.025, 0.975])
@@ -116,8 +116,9 @@ def main(model: str, text: str, bits: list[float]) -> None:
         base = None
         for part, weights in WEIGHTS.items():
             for weight in weights:
+                weighted: dict[str, Any] = {part: weight}
                 config.budget = Budget(code_bits=size)
-                config.meaning = Meaning(**{part: weight}, domains=entries)
+                config.meaning = Meaning(**weighted, domains=entries)
                 loss = objective.losses(session, config, space, plain)
                 problem = _pose(config, session.inventory, space, loss)
                 choice = space.choice(exact.solve(problem))

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,14 +28,16 @@ from optimizer.plan import Budget, Palette
 from optimizer.quantization.methods import bind
 from optimizer.search import Problem, exact
 from optimizer.stages.session import Session
-from optimizer.stages.space import search_space
+from optimizer.stages.space import SearchSpace, search_space
 from optimizer.stages.table import measure_table
 
 TOGETHER = 8  # windows of a backward pass
 BUDGETS = (3.0, 3.5, 4.0, 5.0)
 
 
-def setup(text: str, windows: int = 64, length: int = 128):
+def setup(
+    text: str, windows: int = 64, length: int = 128
+) -> tuple[Optimize, Session, SearchSpace]:
     store = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")
     data = Data(source="text", path=text, calibration=Part(sequences=windows, length=length))
     config = Optimize(model="smollm2", budget=Budget(code_bits=4), data=data, store=store,
@@ -56,10 +59,10 @@ def sample(text: str, out: str, windows: int = 256, length: int = 64, draws: int
     for x in layers:
         module = net.get_submodule(x.parameter.rpartition(".")[0])
 
-        def keep(_module, args, _output, name=x.name):
+        def keep(_module: Any, args: Any, _output: Any, name: str = x.name) -> None:
             inputs[name] = args[0].detach()
 
-        def project(_module, _inputs, outputs, name=x.name):
+        def project(_module: Any, _inputs: Any, outputs: Any, name: str = x.name) -> None:
             gradient = torch.bmm(outputs[0].transpose(1, 2), inputs[name]).flatten(1)
             now[name] = (gradient @ errors[name]).float()
 

@@ -191,9 +191,9 @@ def report(work: Work) -> None:
     weights = [w for w in WEIGHTS[2:] if _whole(work, w)]
     for name in weights:
         for language in work.texts:
-            one, noise = (work.score(w, language) for w in (name, NOISE))
-            assert one is not None and noise is not None
-            for measure_name, found in of_text(one, noise).items():
+            one, least = (work.score(w, language) for w in (name, NOISE))
+            assert one is not None and least is not None
+            for measure_name, found in of_text(one, least).items():
                 rows.append([name, measure_name, "text", language, *found, one.kl.size, 1, ""])
         per: dict[str, dict[Any, tuple[float, float, float]]] = {}
         for cell, pairs in [

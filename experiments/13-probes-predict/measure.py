@@ -151,9 +151,9 @@ class Work:
             load_tokenizer(self.session.source.folder),
             context_length(self.session.source.folder),
         )
-        kept = [i for i, job in enumerate(encoded) if not isinstance(job, str)]
-        self.pairs = [self.pairs[i] for i in kept]
-        self.jobs = [encoded[i] for i in kept]
+        read = [(pair, job) for pair, job in zip(self.pairs, encoded, strict=True)
+                if not isinstance(job, str)]  # fmt: skip
+        self.pairs, self.jobs = [pair for pair, _ in read], [job for _, job in read]
         self.what = digest([self.session.source.fingerprint, [asdict(j) for j in self.jobs]])
 
     def plans(self) -> dict[str, dict[str, Precision]]:

@@ -105,9 +105,9 @@ def judges(folder: Path, session: Session) -> dict[str, AnyTeacher]:
         tokenizer = load_tokenizer(session.source.folder)
         start, rows = text_prefix(tokenizer), []
         for text in read_documents(path, "text"):
-            ids = start + encode(tokenizer, text.strip())
-            if len(ids) >= LENGTH:
-                rows.append(ids[:LENGTH])
+            own = start + encode(tokenizer, text.strip())
+            if len(own) >= LENGTH:
+                rows.append(own[:LENGTH])
         ids = np.array(rows[:COUNT], dtype=np.int64)
         found[path.stem] = teacher(session.model, Windows(ids, np.arange(len(ids))), True)
     return found

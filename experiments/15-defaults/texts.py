@@ -25,7 +25,12 @@ def data(
     name: str, session: Session, calibration: Part, search: Part, seed: int, folder: Path
 ) -> Data:
     """Settings for `optimize`, where needed with a file in `folder`."""
-    rest = {"calibration": calibration, "search": search, "heldout": FEW, "seed": seed}
+    rest: dict[str, Any] = {
+        "calibration": calibration,
+        "search": search,
+        "heldout": FEW,
+        "seed": seed,
+    }
     if name in ("bundled", "self"):
         return Data(source=name, **rest)
     windows = calibration.sequences + search.sequences + FEW.sequences + 6
@@ -54,9 +59,8 @@ def bundled(session: Session, count: int, seed: int) -> list[str]:
 def sampled(session: Session, count: int, seed: int) -> list[str]:
     from optimizer.data.text import generate
 
-    ids = generate(session, count, 136, [seed, 0, 0])[
-        "ids"
-    ]  # a little longer: read again it shrinks
+    # a little longer: read again it shrinks
+    ids = generate(session.model, count, 136, [seed, 0, 0])["ids"]
     return decoded(load_tokenizer(session.source.folder), ids[:, 1:])
 
 

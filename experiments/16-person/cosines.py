@@ -9,6 +9,7 @@ SEEDS judges a row answer as in simulate.py, with several costs of a typical dif
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import simulate
 
 from optimizer.data.domains import BUILT_IN
 from optimizer.person import learning, statistics
-from optimizer.person.session import compare
+from optimizer.person.judging import compare
 from optimizer.person.settings import DOMAINS
 from optimizer.person.votes import Vote
 
@@ -24,9 +25,9 @@ SURE = ((5.0, 0.5), (8.0, 1.0), (8.0, 2.0))
 ASKED, JUDGES = 67, ("russian", "negation and numbers")
 
 
-def votes(name: str, seed: int, sure: float, tie: float) -> list[Vote]:
+def votes(domains: Sequence[str], name: str, seed: int, sure: float, tie: float) -> list[Vote]:
     both = [simulate.made_up("even"), simulate.made_up("odd")]
-    drawn = simulate.drawn(seed, ["even", "odd"])
+    drawn = simulate.drawn(seed, ["even", "odd"], domains)
     asked = compare(both, drawn, ASKED, 0.1, f"{name} {seed}").questions
     unit, minds = simulate.scales(asked), simulate.MINDS[name]
     rng, found = np.random.default_rng(seed), []
@@ -44,12 +45,11 @@ def votes(name: str, seed: int, sure: float, tie: float) -> list[Vote]:
 def main(out: str, seeds: str = "20") -> None:
     rows = []
     for domains in (DOMAINS, list(BUILT_IN)):
-        simulate.DOMAINS = domains
         for sure, tie in SURE:
             for name in JUDGES:
                 found = []
                 for seed in range(int(seeds)):
-                    data = learning.data_of(votes(name, seed, sure, tie))
+                    data = learning.data_of(votes(domains, name, seed, sure, tie))
                     belief = statistics.believed(
                         data.x, data.y, np.ones(len(data.y)), learning.prior_of(data.columns)
                     )

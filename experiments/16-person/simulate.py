@@ -101,10 +101,10 @@ def vote_all(address: str, made: Judging, minds: dict[Column, float], seed: int)
     return spent
 
 
-def drawn(seed: int, names: Sequence[str]) -> Material:
+def drawn(seed: int, names: Sequence[str], domains: Sequence[str] = DOMAINS) -> Material:
     """Texts that differ, with losses as skewed as real ones: KL exponential, its tail 2 to 5 times."""
     rng = np.random.default_rng([seed, 16])
-    given = in_turn(gather(None, DOMAINS, ["negation", "numbers", "idiom"]), 72)
+    given = in_turn(gather(None, list(domains), ["negation", "numbers", "idiom"]), 72)
 
     def side(name: str) -> Written:
         texts = {p.id: f" {name} goes on, {i}" for i, p in enumerate(given)}

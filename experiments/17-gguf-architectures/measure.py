@@ -10,6 +10,7 @@ import csv
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as T
@@ -62,7 +63,7 @@ def sentencepieces(folder: Path) -> None:
         )
 
 
-def build(kind: str, settings: dict, folder: Path) -> None:
+def build(kind: str, settings: dict[str, Any], folder: Path) -> None:
     torch.manual_seed(0)
     net = T.AutoModelForCausalLM.from_config(T.AutoConfig.for_model(kind, **settings))
     with torch.no_grad():
@@ -77,7 +78,7 @@ def build(kind: str, settings: dict, folder: Path) -> None:
         sentencepieces(folder)
 
 
-def measure(kind: str, settings: dict, scratch: Path) -> dict:
+def measure(kind: str, settings: dict[str, Any], scratch: Path) -> dict[str, Any]:
     folder = scratch / kind
     file = folder / "base.gguf"
     build(kind, settings, folder)

@@ -77,7 +77,8 @@ def norms(view: Unpacked, windows: Any) -> np.ndarray:
     names = [n for n in view.plan.refinement.layers if session.model.layers[n].block is not None]
     dense = {n: planes.Dense(stacked.rest(session.model.weight(n), n)) for n in names}
     modules = planes.modules_of(session.model.net, [session.model.layers[n] for n in names])
-    rounder, total = view._quantizer.rounder(choice), []
+    rounder = view._quantizer.rounder(choice)
+    total: list[Any] = []
 
     def hook(plane: planes.Dense) -> Any:
         def add(_module: Any, args: Any, output: Any) -> None:

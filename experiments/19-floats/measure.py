@@ -49,7 +49,7 @@ def main(model: str, quantizer: str, file: Path) -> None:
         if own in done or (searched and quantizer != "rtn"):
             continue
         near, exponents = floats.NEAR, floats.EXPONENTS
-        floats.NEAR, floats.EXPONENTS = searched or (near, exponents)
+        floats.NEAR, floats.EXPONENTS = searched or (near, exponents)  # type: ignore[assignment]
         choice = {x.name: precision.nearest(x.cols) for x in layers}
         rounder = Nearest() if quantizer == "rtn" else bind(Gptq(), session).rounder(choice)
         try:
