@@ -139,9 +139,23 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     return True
 
 
+FAILURES: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed:
+        FAILURES.append(report.nodeid)
+
+
+def _passes(item: pytest.Item, following: pytest.Item) -> bool:
+    """following: what is kept is what that one needs, too."""
+    FAILURES.clear()
+    item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+    return not FAILURES
+
+
 def _clean(session: pytest.Session) -> tuple[dict[str, list[Any]], dict[Any, float]]:
     """Function -> the tests that reach it, and the seconds of each test; of those that pass."""
-    from _pytest.runner import runtestprotocol
     from mutmut.mutation import trampoline
 
     reached: dict[str, list[Any]] = {}
@@ -154,8 +168,7 @@ def _clean(session: pytest.Session) -> tuple[dict[str, list[Any]], dict[Any, flo
     ):
         here.clear()
         start = time.process_time()
-        reports = runtestprotocol(item, nextitem=following, log=False)
-        if any(report.failed for report in reports):
+        if not _passes(item, following):
             print("fails by itself", item.nodeid)
             continue
         spent[item] = time.process_time() - start
@@ -168,10 +181,9 @@ def _outcome(
     session: pytest.Session, name: str, items: Sequence[Any], spent: Mapping[Any, float]
 ) -> str:
     """Of one mutant, in a fork."""
-    from _pytest.runner import runtestprotocol
-
     if not items:
         return UNTESTED
+    sys.stdout.flush()
     child = os.fork()
     if child == 0:
         code = 1
@@ -182,9 +194,7 @@ def _outcome(
             os.environ["MUTANT_UNDER_TEST"] = name
             session._setupstate.teardown_exact(items[0])
             for item, following in zip(items, [*items[1:], items[-1]], strict=True):
-                item._initrequest()
-                reports = runtestprotocol(item, nextitem=following, log=False)
-                if any(report.failed for report in reports):
+                if not _passes(item, following):
                     break
             else:
                 code = 0
