@@ -9,7 +9,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-BELOW = ("rtn fisher 24", "standard")  # whose neighbours' names are near
+PLACES = {  # of names whose neighbours are near
+    "rtn fisher 24": (-14, -16),
+    "standard": (-20, -16),
+    "gptq gain 8": (-45, 7),
+    "gptq 128, gain 16": (-14, 18),
+    "gptq gain 64": (-45, 7),
+}
 
 
 def main(file: str, out: str) -> None:
@@ -22,7 +28,7 @@ def main(file: str, out: str) -> None:
             minutes, kl = float(row["seconds"]) / 60, float(row["mean"])
             gptq = "gptq" in row["way"] or row["way"] == "standard"
             axes.plot(minutes, kl, "o", color="tab:orange" if gptq else "tab:blue")
-            place = (-14, -16 if row["way"] in BELOW else 7)
+            place = PLACES.get(row["way"], (-14, 7))
             axes.annotate(row["way"], (minutes, kl), place, textcoords="offset points")
         axes.set(title=f"SmolLM2 in {size}", xlabel="processor minutes", yscale="log")
         axes.margins(x=0.3, y=0.25)
