@@ -186,7 +186,9 @@ class _Passes:
             normaliser = (logits.gather(-1, labels)[:, 0] - each).detach()
             self.labels[window, part] = labels[:, 0].cpu().numpy()
             self.normalisers[window, part] = normaliser.cpu().numpy()
-            (each if roots is None else each * roots[part]).sum().backward()
+            whole = (each if roots is None else each * roots[part]).sum()
+            if whole.requires_grad:  # of layers at the model's front alone, it doesn't
+                whole.backward()
 
     def _at_the_end(self, index: int) -> Tensor:
         """The gradient at the last block's output [b, l, width] of a batch."""
@@ -315,8 +317,9 @@ class _Passes:
             for index, batch in enumerate(self.stream.batches):
                 for row in range(len(batch.ids)):
                     before = self.stream.front(batch.ids[row : row + 1])
-                    before.backward(arrived[index][row : row + 1])
-                    looked.append(_rows(value.grad))
+                    if before.requires_grad:
+                        before.backward(arrived[index][row : row + 1])
+                    looked.append(_rows(value.grad, value))
                     value.grad = None
         finally:
             table.sparse = sparse
@@ -324,8 +327,12 @@ class _Passes:
         return Ends(torch.cat(inputs), self.labels, self.normalisers, self.shape, looked)
 
 
-def _rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [n] and their rows [n, width] of an embedding's gradient."""
+def _rows(gradient: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [n] and their rows [n, width] of an embedding's gradient; like: the embedding."""
+    if gradient is None:
+        return torch.empty(0, dtype=torch.long, device=like.device), like.new_empty(
+            0, like.shape[1]
+        )
     if gradient.is_sparse:
         whole = gradient.coalesce()
         return whole.indices()[0], whole.values()

@@ -150,6 +150,22 @@ def test_rows_of_the_vocabulary_by_themselves_give_the_same(
     np.testing.assert_array_equal(away, found)
 
 
+def test_a_layer_at_the_front_alone_beside_rows_of_the_vocabulary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left for whole gradients doesn't reach the head: OPT's projection of embeddings."""
+    model, read = small("opt", tmp_path), text(weighted=False)
+    every = task_of(model)
+    groups = tuple(group for group in every.groups if "project_out" not in group[0])
+    task = replace(every, groups=groups)
+    wanted = by_block.samples(model, task, read, Desk())
+    monkeypatch.setattr(vocabulary, "LARGE", 4 * 96 * 32)  # of the embeddings, tied to the head
+    found = by_block.samples(model, task, read, Desk())
+    assert found is not None and wanted is not None
+    assert any("project_in" in group[0] for group in groups) and (wanted[..., 0] > 0).all()
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
 def test_what_only_the_whole_shows_is_not_cut_into_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
