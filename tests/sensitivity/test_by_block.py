@@ -286,7 +286,8 @@ def test_a_desk_is_shown_each_block_there_and_back_and_then_the_outside(tmp_path
     assert desk.shown == [(7, 23, tokens), (14, 23, tokens), (21, 23, tokens), (23, 23, tokens)]
     assert [int(x["block"][0]) for x in desk.states] == [2, 1, 0]
     names = set(model.layers)
-    assert [set(x) - names for x in desk.states] == [{"block", "border 0"}] * 3
+    beside = {"block", "border 0", "labels", "normalisers"}
+    assert [set(x) - names for x in desk.states] == [beside] * 3
     done = [{n for n in names if desk.states[i][n].any()} for i in range(3)]
     assert done == [
         {n for n in names if model.layers[n].block in range(2 - i, 3)} for i in range(3)
