@@ -32,6 +32,7 @@ from optimizer.search import Problem, Search, exact, starts
 from optimizer.sensitivity import Fisher
 from optimizer.stages import refine, studies
 from optimizer.stages.prefix import Prefix, Shortcut
+from optimizer.stages.prepared import Prepared
 from optimizer.stages.session import Session
 from optimizer.stages.space import SearchSpace, search_space
 from optimizer.stages.table import measure_table
@@ -198,8 +199,9 @@ class Race:
     ) -> Found:
         search = Search(space=space, sampler=sampler, tokens=self.tokens)
         with tempfile.TemporaryDirectory() as folder:
-            found = refine.refine(self.session, replace(config, search=search), self.space, problem,
-                                  start, Path(folder) / "journal")  # fmt: skip
+            searching = replace(config, search=search)
+            prepared = Prepared(self.session, searching, self.space, self.table)
+            found = refine.refine(prepared, problem, start, Path(folder) / "journal")
         curve = [(row["tokens"], row["best"]) for row in found.history]
         return found.assignment, found.spent, curve
 

@@ -35,8 +35,8 @@ from optimizer.reports.run import (
     save_pictures,
 )
 from optimizer.search import Problem, exact
-from optimizer.sensitivity import Table
 from optimizer.stages import certify, kv_budget, nested, objective
+from optimizer.stages.prepared import Prepared
 from optimizer.stages.session import Session, unchained
 from optimizer.stages.space import SearchSpace, search_space
 from optimizer.stages.table import measure_table
@@ -63,11 +63,7 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
         _pose(replace(config, budget=one.budget), session.inventory, space, blank)
     # an impossible budget ended here
     write_atomically(out / ".writable", b"").unlink()  # an unwritable folder ends here
-    view.begin(
-        run_key(asdict(config), session.source.fingerprint), session.source.name, asdict(config)
-    )
-    view.expect(_stages(config))
-    view.enter(TABLE)
+    _announce(view, config, session)
     table = measure_table(session, config, space)  # KL, for promises
     parts = objective.parts(session, config, space, table)
     aimed = np.sum(list(parts.values()), axis=0)
@@ -89,29 +85,30 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
         notes.append(
             kv_budget.told(session.cache.tried, session.cache.kind.bits, session.cache.kind.keep)
         )
-    plan = plan_of(session, config, space, table, assignment)
+    prepared = Prepared(session, config, space, table)
+    plan = plan_of(prepared, assignment)
     plan.save(out / "plan.json")  # within seconds on a measured model; what follows improves it
     view.note(f"wrote {out / 'plan.json'}: the table's optimum")
     _show_front(view, config, scale, replace(problem, loss=table.loss))
     view.enter(SEARCH)
-    refined = _refine(session, config, space, problem, assignment)
+    refined = _refine(prepared, problem, assignment)
     searched: dict[str, np.ndarray] = {}
     if refined is not None:
         notes.append(remarks.gain(refined, config.meaning.name))
         assignment = refined.assignment
         searched = {f"searched {i}": x for i, x in enumerate(refined.front)}
-        notes += _save_front(session, config, space, table, searched, out / "front")
+        notes += _save_front(prepared, searched, out / "front")
     problem = replace(problem, loss=table.loss)  # from here on for showing: KL
     notes += remarks.price_of_policy(config, space, problem, assignment)
-    plan = plan_of(session, config, space, table, assignment)
+    plan = plan_of(prepared, assignment)
     notes += remarks.file(config, session, space, plan)
     files = _files(plan, problem, refined, out)
     outcome = Outcome(plan, files, notes=notes)
     if config.proof.certify:
-        outcome = prove(session, config, space, table, problem, assignment, searched, outcome, out)
-    found = _nested(session, config, space, nest, outcome)
+        outcome = prove(prepared, problem, assignment, searched, outcome)
+    found = _nested(prepared, nest, outcome)
     outcome = replace(found, seconds=time.monotonic() - begun)
-    return _publish(session, config, space, problem, scale, outcome, out)
+    return _publish(prepared, problem, scale, outcome)
 
 
 def _announce(view: View, config: Optimize, session: Session) -> None:
@@ -142,16 +139,11 @@ def _third(config: Optimize, scale: Scale) -> search.Third | None:
     return None if third is None else scale.third(third, config.search.hourly_rate)
 
 
-def _nested(
-    session: Session,
-    config: Optimize,
-    space: SearchSpace,
-    nest: nested.Nest | None,
-    outcome: Outcome,
-) -> Outcome:
+def _nested(prepared: Prepared, nest: nested.Nest | None, outcome: Outcome) -> Outcome:
     """With planes for the plan's own layers, measured unless nothing is to be certified."""
     if nest is None:
         return outcome
+    session, config, space = prepared.session, prepared.config, prepared.space
     plan = nested.refined(session, config, space, nest, outcome.plan)
     if config.proof.certify:
         from optimizer.stages import unpacking
@@ -261,31 +253,18 @@ def _scale(session: Session, config: Optimize, space: SearchSpace) -> Scale:
     return replace(scale, times=search.Third("time", found.each, found.outside))
 
 
-def _save_front(
-    session: Session,
-    config: Optimize,
-    space: SearchSpace,
-    table: Table,
-    searched: Mapping[str, np.ndarray],
-    folder: Path,
-) -> list[str]:
+def _save_front(prepared: Prepared, searched: Mapping[str, np.ndarray], folder: Path) -> list[str]:
     """Each plan of a searched front as a file of its own, so that any of them can be applied."""
     for name, assignment in searched.items():
         path = folder / f"{name.replace(' ', '-')}.json"
-        plan_of(session, config, space, table, assignment).save(path)
+        plan_of(prepared, assignment).save(path)
     return [f"The plans of the front are in {folder}, without certificates."] if searched else []
 
 
-def _publish(
-    session: Session,
-    config: Optimize,
-    space: SearchSpace,
-    problem: Problem,
-    scale: Scale,
-    outcome: Outcome,
-    out: Path,
-) -> Outcome:
+def _publish(prepared: Prepared, problem: Problem, scale: Scale, outcome: Outcome) -> Outcome:
     """What a person looks at afterwards: run.json, and the page that is made from it."""
+    session, config, space = prepared.session, prepared.config, prepared.space
+    out = outcome.files["plan"].parent
     fingerprint, settings = session.source.fingerprint, asdict(config)
     measured = tuple(
         scale.point(
@@ -334,14 +313,9 @@ def _allocate(problem: Problem) -> np.ndarray:
     return problem.largest if problem.fits(problem.largest) else exact.solve(problem)
 
 
-def _refine(
-    session: Session,
-    config: Optimize,
-    space: SearchSpace,
-    problem: Problem,
-    start: np.ndarray,
-) -> Refined | None:
+def _refine(prepared: Prepared, problem: Problem, start: np.ndarray) -> Refined | None:
     """The searched plan, or None where there is nothing to search."""
+    session, config = prepared.session, prepared.config
     if config.search.space == "exact" or problem.fits(problem.largest):
         return None
     from optimizer.stages.refine import refine
@@ -349,6 +323,6 @@ def _refine(
     journal = session.store.root / "studies" / f"{session.part_key('search')[:40]}.journal"
     try:
         with session.cached():
-            return refine(session, config, space, problem, start, journal)
+            return refine(prepared, problem, start, journal)
     except OSError as error:  # Optuna's, writing the journal
         raise unwritable(Path(error.filename or journal), error) from None

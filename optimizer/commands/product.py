@@ -9,13 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from optimizer.config import Optimize
 from optimizer.plan import Plan, assemble
 from optimizer.reports.run import Run, overrides
-from optimizer.sensitivity import Table
 from optimizer.stages import baselines, kv_budget, objective
-from optimizer.stages.session import Session
-from optimizer.stages.space import SearchSpace
+from optimizer.stages.prepared import Prepared
 
 
 @dataclass(frozen=True)
@@ -31,10 +28,10 @@ class Outcome:
     run: Run | None = None
 
 
-def plan_of(
-    session: Session, config: Optimize, space: SearchSpace, table: Table, assignment: np.ndarray
-) -> Plan:
-    kl, error = table.predict(assignment)
+def plan_of(prepared: Prepared, assignment: np.ndarray) -> Plan:
+    """The plan that gives each group its column, with what the table foretells of it."""
+    session, config, space = prepared.session, prepared.config, prepared.space
+    kl, error = prepared.table.predict(assignment)
     return assemble(
         session.inventory,
         space.scope,

@@ -19,10 +19,9 @@ from optimizer.plan import Plan, Precision
 from optimizer.plan.certificate import to_json
 from optimizer.quantization.methods import bind
 from optimizer.search import Problem
-from optimizer.sensitivity import Table
 from optimizer.stages import baselines, certify, objective
+from optimizer.stages.prepared import Prepared
 from optimizer.stages.session import Session
-from optimizer.stages.space import SearchSpace
 from optimizer.store import write_atomically
 
 if TYPE_CHECKING:
@@ -32,27 +31,24 @@ HELD, NOISE = "held-out text", "noise and domains"  # stages, as a person sees t
 
 
 def prove(
-    session: Session,
-    config: Optimize,
-    space: SearchSpace,
-    table: Table,
+    prepared: Prepared,
     problem: Problem,
     assignment: np.ndarray,
     searched: Mapping[str, np.ndarray],
     outcome: Outcome,
-    out: Path,
 ) -> Outcome:
     """Measure the prediction on search documents and the plan on held-out ones. If no uniform
     plan that fits is worse, the best uniform one becomes the plan. searched: plans of other sizes,
     measured on search documents only."""
     from optimizer.certificate import comparison
 
+    session, config, space = prepared.session, prepared.config, prepared.space
+    out = outcome.files["plan"].parent
     quantizer = bind(config.quantizer, session)
     session.view.enter(HELD)
     others = baselines.rivals(config, problem)
-    rows = baselines.measure(
-        session, config, space, table, problem, {**others, **searched, "plan": assignment}
-    )
+    plans = {**others, **searched, "plan": assignment}
+    rows = baselines.measure(prepared, problem, plans)
     best_random = min(
         (r for r in rows if r.name.startswith("random")), key=baselines.measured_loss, default=None
     )
@@ -84,10 +80,10 @@ def prove(
                 f"plan is {winner} everywhere."
             )
             assignment = held[winner]
-            outcome = replace(outcome, plan=plan_of(session, config, space, table, assignment))
+            outcome = replace(outcome, plan=plan_of(prepared, assignment))
     mine = replace(found[winner], name="plan")
     mixed = [c for n, c in found.items() if n != "plan" and n not in problem.columns]
-    mixed += _stock(session, config, space, outcome.plan)
+    mixed += _stock(prepared, outcome.plan)
     kept = certify.certified(session, outcome.plan)
     session.store.arrays("scores", kept, mine.scores.arrays)
     found_to_be = comparison.certify(mine, uniforms, mixed, config.seed)
@@ -103,10 +99,9 @@ def prove(
     return replace(outcome, plan=plan, files=files, measured=rows, prediction=quality, notes=notes)
 
 
-def _stock(
-    session: Session, config: Optimize, space: SearchSpace, plan: Plan
-) -> list[comparison.Candidate]:
+def _stock(prepared: Prepared, plan: Plan) -> list[comparison.Candidate]:
     """The engine's own mixture of at most the plan's bytes, where it has some."""
+    session, config, space = prepared.session, prepared.config, prepared.space
     if space.base is None or session.encoder:
         return []
     subject = Subject(session.inventory, session.source.folder, space.base)

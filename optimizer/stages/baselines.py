@@ -12,9 +12,7 @@ from optimizer.config import Optimize
 from optimizer.plan import Inventory, Precision, identity, stored_bytes
 from optimizer.quantization.methods import bind
 from optimizer.search import Problem, exact
-from optimizer.sensitivity import Table
-from optimizer.stages.session import Session
-from optimizer.stages.space import SearchSpace
+from optimizer.stages.prepared import Prepared
 from optimizer.store import write_atomically
 
 
@@ -80,19 +78,13 @@ def tensor_bytes(inventory: Inventory, choice: Mapping[str, Precision]) -> int:
     return stored["quantized"] + stored["untouched"]
 
 
-def measure(
-    session: Session,
-    config: Optimize,
-    space: SearchSpace,
-    table: Table,
-    problem: Problem,
-    plans: Mapping[str, np.ndarray],
-) -> list[Row]:
+def measure(prepared: Prepared, problem: Problem, plans: Mapping[str, np.ndarray]) -> list[Row]:
     """Each plan beside what the table foretold: on search documents, or where there are no random
     plans, on the held-out ones, which are scored anyway."""
     from optimizer.certificate import comparison
     from optimizer.metrics import bootstrap
 
+    session, config, space = prepared.session, prepared.config, prepared.space
     quantizer = bind(config.quantizer, session)
     described = config.quantizer.described(session.calibration_key)
     weights = problem.weights.sum()
@@ -108,7 +100,7 @@ def measure(
         layers = {x.name: "none" for x in session.inventory.layers}
         layers |= {k: precision.name for k, precision in choice.items()}
         key = identity(session.source.fingerprint, described, layers)
-        predicted, measured = table.predict(plans[name])[0], scores.mean_kl
+        predicted, measured = prepared.table.predict(plans[name])[0], scores.mean_kl
         bits = 8 * size / float(weights)
         rows.append(Row(name, key, bits, predicted, measured, measures, plans[name]))
     return rows

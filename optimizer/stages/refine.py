@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimizer.config import Optimize
 from optimizer.errors import ConfigError
 from optimizer.metrics.objective import Objective
 from optimizer.plan import Precision, digest
@@ -28,6 +27,7 @@ from optimizer.stages import studies
 from optimizer.stages.baselines import tensor_bytes
 from optimizer.stages.beside import Beside
 from optimizer.stages.objective import own_head
+from optimizer.stages.prepared import Prepared
 from optimizer.stages.session import Session
 from optimizer.stages.space import SearchSpace
 from optimizer.stages.trials import history, shown, volume
@@ -59,18 +59,12 @@ class Refined:
     pictures: dict[str, bytes] = field(default_factory=dict)
 
 
-def refine(
-    session: Session,
-    config: Optimize,
-    space: SearchSpace,
-    problem: Problem,
-    start: np.ndarray,
-    journal: Path,
-) -> Refined:
+def refine(prepared: Prepared, problem: Problem, start: np.ndarray, journal: Path) -> Refined:
     """Search until `search.tokens` evaluated tokens are spent. Resumes from its storage."""
     from optimizer.search.credentials import masked
     from optimizer.search.study import Study
 
+    session, config, space = prepared.session, prepared.config, prepared.space
     settings = config.search
     windows = session.windows("search")
     used = studies.tried_on(settings, *windows.ids.shape)
@@ -94,7 +88,7 @@ def refine(
         quantizer = bind(config.quantizer, session)
         quantizer.prepare(_offered(space))  # all codes, while the model holds its own weights
         with session.model.rounded(quantizer) as rounding:
-            scout = Scout(session, config, space, problem, study, used, rounding, beside)
+            scout = Scout(prepared, problem, study, rounding, beside)
             scout.aim(start)
             scout.seed(start)
             scout.tell()
@@ -138,20 +132,18 @@ class Scout:
 
     def __init__(
         self,
-        session: Session,
-        config: Optimize,
-        space: SearchSpace,
+        prepared: Prepared,
         problem: Problem,
         study: Study,
-        used: int,
         rounding: Rounding,
         beside: Beside,
     ) -> None:
         from optimizer.metrics.divergence import teacher
         from optimizer.stages.prefix import Shortcut
 
+        session, config, space = prepared.session, prepared.config, prepared.space
         self.session, self.config, self.space = session, config, space
-        self.problem, self.study, self.used = problem, study, used
+        self.problem, self.study, self.used = problem, study, beside.used
         self.quantizer, self.rounding = bind(config.quantizer, session), rounding
         self.task = Task(space.groups, space.columns, space.fitted, self.quantizer)
         self.teacher = teacher(session.model, session.windows("search"), own_head(session, space))
