@@ -83,8 +83,11 @@ def test_the_hash_of_a_big_file_remembers_more_than_size_and_time(
     assert fingerprint(copy, store) == before
 
 
-def test_a_disk_that_is_full_of_half_a_model_is_told(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_of_half_a_model_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """safetensors has its own error for that."""
+    monkeypatch.setattr("optimizer.models.stories.STEPS", 10)  # of training: its size is the same
     with largest_file(20_000), pytest.raises(StorageError, match="Free space"):
         locate("stories", Store(tmp_path))
     assert not list(tmp_path.rglob("model.safetensors"))

@@ -55,6 +55,7 @@ def followed(source, tmp_path_factory):
     return outcome, notes, folder / "r", list(records(offline(folder / "r")))
 
 
+@pytest.mark.slow
 def test_a_followed_run_is_one_record_with_all_that_a_finished_run_has(followed):
     outcome, notes, folder, found = followed
     assert notes == [f"Recorded for W&B, offline: wandb sync {offline(folder).parent}"]
@@ -65,6 +66,7 @@ def test_a_followed_run_is_one_record_with_all_that_a_finished_run_has(followed)
     assert "plan" in [row[0] for row in json.loads(table.read_text())["data"]]
 
 
+@pytest.mark.slow
 def test_every_trial_is_a_row_with_what_the_search_knew_then(followed):
     outcome, _, folder, found = followed
     with (folder / "search.csv").open() as lines:
@@ -82,6 +84,7 @@ def test_every_trial_is_a_row_with_what_the_search_knew_then(followed):
     assert chosen in [row["bytes"] for row in trials]
 
 
+@pytest.mark.slow
 def test_the_table_grows_by_layers(followed):
     outcome, _, _, found = followed
     table = rows(found, "table")
@@ -94,6 +97,7 @@ def test_the_table_grows_by_layers(followed):
     assert "sensitivity" in stages and "search" in stages
 
 
+@pytest.mark.slow
 def test_trials_are_points_of_the_front(followed):
     _, _, folder, found = followed
     tables = sorted((offline(folder).parent / "files/media/table").glob("front_table_*"))
