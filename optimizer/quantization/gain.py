@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from optimizer.quantization.gptq import factors
+from optimizer.quantization.gptq import root_of
 
 
 def gain(hessian: Tensor, damping: float, order: Tensor) -> float:
     """GPTQ's loss over that of rounding to nearest, for a Hessian [cols, cols] of inputs."""
-    _, upper = factors(hessian, damping, order)
+    root = root_of(hessian, damping, order)  # U = R^-1, so 1 / U_jj = R_jj
     loud = hessian.diagonal() / (float(hessian.diagonal().mean()) or 1.0) + damping
-    return float(upper.diagonal().pow(-2).sum() / loud.sum())
+    return float(root.diagonal().square().sum() / loud.sum())

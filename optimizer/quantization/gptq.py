@@ -315,27 +315,34 @@ def _sweep(
 
 def factors(hessian: Tensor, damping: float, order: Tensor) -> tuple[Tensor, Tensor]:
     """R, U [cols, cols], upper triangular, of the damped Hessian in that order, over its mean
-    diagonal: H = R R', H^-1 = U' U, U = R^-1.
+    diagonal: H = R R', H^-1 = U' U, U = R^-1: half the work of inverting first, and no squared
+    condition number."""
+    root = root_of(hessian, damping, order)
+    identity = torch.eye(len(root), device=root.device)
+    return root, torch.linalg.solve_triangular(root, identity, upper=True)
 
-    From one Cholesky factor of the reversed matrix: half the work of inverting first, and no
-    squared condition number. An input that was never seen has a zero row in H; damping makes it
-    an ordinary one that nobody depends on.
-    """
+
+def root_of(hessian: Tensor, damping: float, order: Tensor) -> Tensor:
+    """R alone, from one Cholesky factor of the reversed matrix. An input that was never seen has a
+    zero row in H; damping makes it an ordinary one that nobody depends on. Memory: two matrices of
+    its size."""
     scale = float(hessian.diagonal().mean())
     if not math.isfinite(scale):
         raise ModelError(
             "Inputs of the layers must be finite for quantizer=gptq, and some became NaN or "
             "infinite on the calibration text. Take quantizer=rtn, or other text."
         )
-    h = hessian[order][:, order] / (scale or 1.0)
+    back = order.flip(0)
+    h = hessian[back[:, None], back].div_(scale or 1.0)
+    diagonal = h.diagonal().clone()
     while True:
-        damped = h + damping * torch.eye(len(h), device=h.device)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        h.diagonal().copy_(diagonal + damping)
+        lower, failed = torch.linalg.cholesky_ex(h)
         if not int(failed):
             break
         damping *= 10
-    root, identity = lower.flip(0, 1), torch.eye(len(h), device=h.device)
-    return root, torch.linalg.solve_triangular(root, identity, upper=True)
+    del h
+    return lower.flip(0, 1)
 
 
 @contextmanager
