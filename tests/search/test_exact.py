@@ -195,6 +195,25 @@ def test_a_size_is_of_the_whole_file() -> None:
     assert not posed(Budget(size=str(total - 1))).fits(found.uniform(1))
 
 
+def test_a_size_is_the_files_less_what_no_choice_changes() -> None:
+    """By hand: what is outside at 16 bits, the largest header of the three uniform plans, four bytes a
+    layer for longer offsets, and what an engine's file has beyond."""
+    own, scope = inventory(), inventory().scoped(["blocks"])
+    headers = [
+        stored_bytes(own, dict.fromkeys((x.name for x in scope), p))["container"] for p in PALETTE
+    ]
+    assert len(set(headers)) > 1
+    outside = 50 * 32 * 2
+    found = posed(Budget(size="9000"))
+    assert found.limit == 9000 - max(headers) - 4 * 3 - outside
+    names, groups = [p.name for p in PALETTE], tuple((x.name,) for x in scope)
+    fitted = {(x.name, p.name): p for x in scope for p in PALETTE}
+    more = pose(
+        own, scope, groups, names, fitted, np.zeros((3, 3)), Budget(size="9000"), None, 123
+    )
+    assert more.limit == found.limit - 123
+
+
 @pytest.mark.parametrize(
     "budget", [Budget(bits=2.2), Budget(code_bits=1.9), Budget(size="3500"), Budget(size="10")]
 )

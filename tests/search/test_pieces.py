@@ -183,6 +183,20 @@ def test_a_front_has_an_objective_more_and_is_not_pruned(
     assert type(study.inner.pruner).__name__ == pruner and study.inner.study_name == "name"
 
 
+def test_a_study_quiets_its_own_libraries_and_no_other(tmp_path: Path) -> None:
+    names = ("", "sqlalchemy", "optuna")
+    before = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.INFO)
+        opened(tmp_path)
+        levels = [logging.getLogger(name).level for name in names]
+        assert levels == [logging.INFO, logging.ERROR, logging.WARNING]
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
 def test_optunas_warnings_are_told_once_for_each_kind(tmp_path: Path) -> None:
     study, logger = opened(tmp_path), logging.getLogger("optuna")
     told = vars(study)["told"]
@@ -343,6 +357,9 @@ def test_lines_that_are_as_they_were_written() -> None:
         assert again != storage._check(log | {"worker_id": "v"})
     wrong = operation(5, trial_id=0, param_name="x", param_value_internal=9, distribution=choice)
     assert "IndexError" in str(storage._fault(wrong))
+    queued = operation(4, study_id=0, datetime_start=None)
+    for params, text in (({"x": 9}, choice), ({"y": 1}, choice), ({"x": 1}, "{}")):
+        assert storage._fault(queued | {"params": params, "distributions": {"x": text}})
 
 
 def test_a_journal_that_cannot_be_made_is_named(tmp_path: Path) -> None:
@@ -450,6 +467,16 @@ def test_what_is_left_is_spent_where_it_gains_most_and_saved_where_it_costs_leas
     start = np.array([2, 2, 2])
     exact._shrunk(posed, start)
     assert start.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_random_plan_may_fill_its_budget_to_the_last_byte(seed: int) -> None:
+    """The largest plan has 11; and of the smallest, 3, nothing is taken away."""
+    rng = np.random.default_rng(seed)
+    assert exact.random_plan(replace(hand(), limit=11.0), rng).tolist() == [2, 2, 2]
+    assert exact.random_plan(replace(hand(), limit=3.0), rng).tolist() == [0, 0, 0]
+    found = exact.random_plan(replace(hand(), limit=4.0), rng)
+    assert hand().sizes(found) == 4 and found.tolist() in ([1, 0, 0], [0, 0, 1])
 
 
 @pytest.mark.parametrize("seed", range(4))
