@@ -4,10 +4,10 @@ it is tokens, of an encoder texts.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -22,12 +22,6 @@ if TYPE_CHECKING:
 NEIGHBOURS = "neighbours among all held-out texts; cosines: mean absolute change"
 
 
-def human(size: float) -> str:
-    """Decimal units, as disks and downloads are sold: 121.4 kB, 114.0 MB."""
-    power = min(int(math.log(max(size, 1), 1000)), 3)
-    return f"{size / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB')[power]}"
-
-
 def certificate(proof: Certificate) -> Table:
     unit, columns = proof.unit, shown(proof.unit)
     size = in_unit(f"{proof.documents} documents, {proof.tokens} tokens", unit)
@@ -38,12 +32,12 @@ def certificate(proof: Certificate) -> Table:
     between = proof.versus.line
     for row in proof.rows:
         own = row.name == "plan"
-        cells = [Text(row.name), human(row.bytes), *(_cell(row, column) for column in columns)]
+        cells = [Text(row.name), decimal(row.bytes), *(_cell(row, column) for column in columns)]
         table.add_row(*cells, style="bold" if own else None, end_section=own)
         if own and between is not None:
             table.add_row(
                 Text(between.name),
-                human(row.bytes),
+                decimal(row.bytes),
                 f"{between.kl:.4f}",
                 Text(f"plan is {between.ratio.value:.2f}x", "dim"),
                 *[""] * (len(columns) - 2),

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from optimizer.cli.certificate import human
 from optimizer.commands.generate import Answer
 from optimizer.plan import Plan
 from optimizer.untrusted import printable
@@ -24,8 +24,8 @@ def lines(plan: Plan) -> Iterator[str]:
         return
     total = plan.bytes["total"] + section.bytes["total"]
     yield (
-        f"Refinement: planes for {len(section.layers)} layers, {human(section.bytes['total'])} more, "
-        f"{human(total)} together. Predicted KL with them {section.predicted['kl']:.4f}."
+        f"Refinement: planes for {len(section.layers)} layers, {decimal(section.bytes['total'])} "
+        f"more, {decimal(total)} together. Predicted KL with them {section.predicted['kl']:.4f}."
     )
     proof = section.certificate
     if not proof:
@@ -69,7 +69,7 @@ def answer(out: Console, prompt: str, found: Answer) -> None:
         passes = f"{base:.2f} + {refined:.2f}" if base and refined else f"{base + refined:.2f}"
         style = "bold" if row is found.asked else None
         speed = f"{row.per_second:.3g}"
-        cells = (share.get(row.name, ""), passes, human(int(row.read)), speed)
+        cells = (share.get(row.name, ""), passes, decimal(int(row.read)), speed)
         table.add_row(Text(row.name), *cells, style=style)
     out.print(table)
     if found.asked.acceptance is not None:

@@ -6,12 +6,12 @@ from __future__ import annotations
 import shlex
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
 from optimizer.certificate.wording import brief, in_unit
 from optimizer.cli import nested, screen
-from optimizer.cli.certificate import human
 from optimizer.commands.product import Outcome
 from optimizer.plan import Plan
 from optimizer.plan.certificate import Certificate, Interval
@@ -65,8 +65,8 @@ def size(plan: Plan) -> str:
     """The first line: what it was and what it is."""
     now, was = plan.bytes["total"], whole(plan)
     return (
-        f"{plan.model['name']}: {human(now)}, {was / now:.2g} times smaller than its {human(was)} at "
-        f"16 bits; {plan.effective_bits:.2f} bits per weight in scope"
+        f"{plan.model['name']}: {decimal(now)}, {was / now:.2g} times smaller than its {decimal(was)} "
+        f"at 16 bits; {plan.effective_bits:.2f} bits per weight in scope"
     )
 
 
@@ -90,9 +90,9 @@ def table(proof: Certificate, reference: int) -> Table:
         name = row.name if stock else f"{row.name} everywhere"
         name = "this plan" if row.name == "plan" else name
         style = "bold" if row.name == "plan" else None
-        found.add_row(Text(name), human(row.bytes), *cells, style=style)
+        found.add_row(Text(name), decimal(row.bytes), *cells, style=style)
     last = ("0" if column.reference is not None else _reference(proof) for column in columns)
-    found.add_row("reference", human(reference), *last, style="dim")
+    found.add_row("reference", decimal(reference), *last, style="dim")
     return found
 
 

@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from optimizer.cli import certificate, nested
-from optimizer.cli.certificate import human
 from optimizer.cli.screen import note, within
 from optimizer.commands.advise import Advice
 from optimizer.commands.capacity import Answer
@@ -42,7 +41,7 @@ def evaluation(out: Console, found: Evaluated) -> None:
     certificate.meaning(out, found.meaning)
     whole = 2 * sum(r * c for r, c in plan.shapes.values())
     out.print(
-        f"{human(found.bytes)} packed; the reference's layers take {human(whole)} at 16 bits.",
+        f"{decimal(found.bytes)} packed; the reference's layers take {decimal(whole)} at 16 bits.",
         soft_wrap=True,
     )
     speed(out, found)
@@ -192,8 +191,8 @@ def advice(out: Console, found: Advice) -> None:
     size = found.size
     out.print(
         f"{found.model}: {(size.weights + size.others) / 1e6:.4g} million weights, "
-        f"{human(size.bytes(16))} at 16 bits, {human(size.bytes(8.375))} at 8, "
-        f"{human(size.bytes(4.375))} at 4. Bits a weight that fit, scales counted:",
+        f"{decimal(int(size.bytes(16)))} at 16 bits, {decimal(int(size.bytes(8.375)))} at 8, "
+        f"{decimal(int(size.bytes(4.375)))} at 4. Bits a weight that fit, scales counted:",
         soft_wrap=True,
         markup=False,
     )

@@ -1,0 +1,61 @@
+"""Experiments run: each command on the stories model, in a copy of its folder, so that no result is
+overwritten. The others need larger models, or packages of other projects: see their READMEs."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from optimizer.models.source import Source
+from optimizer.models.stories import corpus
+
+ROOT = Path(__file__).parents[2]
+# folder -> the command's words, of which those in capitals are put in; and a word of what it prints
+COMMANDS = {
+    "03-rounding": ("measure.py stories TEXT uniform rtn 4", "rtn"),
+    "04-memory": ("measure.py PACKED 64 1 float32 cpu", "64,1,float32,cpu"),
+    "07-search": ("compare.py stories TEXT 600 OUT blocks 4", "exact"),
+    "12-first-damage": ("measure.py stories TEXT 1", " s\n"),
+    "15-defaults": (
+        "measure.py stories 150kB JUDGES OUT/rows.csv 0 'self: quick'",
+        "'way': 'quick'",
+    ),
+    "16-person": ("simulate.py OUT 1 6 drawn", "'votes':"),
+    "17-gguf-architectures": ("measure.py OUT llama", "'architecture': 'llama'"),
+    "19-floats": ("measure.py stories rtn OUT/rows.csv", "nvfp4"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", COMMANDS)
+def test_a_command_runs(
+    folder: str, store: Path, source: Source, packed_folder: Path, tmp_path: Path
+) -> None:
+    copy, text, out = tmp_path / "experiments", tmp_path / "text.txt", tmp_path / "out"
+    shutil.copytree(ROOT / "experiments", copy, ignore=shutil.ignore_patterns("*.png", "work"))
+    text.write_text("\n---\n".join(corpus(1500, 5)))
+    (tmp_path / "judges").mkdir()
+    long = "\n---\n".join(" ".join(corpus(12, 100 + i)) for i in range(12))
+    (tmp_path / "judges" / "told.txt").write_text(long)
+    out.mkdir()
+    words, shown = COMMANDS[folder]
+    given = {"PACKED": packed_folder, "TEXT": text, "OUT": out, "JUDGES": tmp_path / "judges"}
+    for name, value in given.items():
+        words = words.replace(name, str(value))
+    done = subprocess.run(
+        [sys.executable, *shlex.split(words)],
+        cwd=copy / folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MEZZOTINT_STORE": str(store)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert shown in done.stdout, done.stdout[-2000:]
