@@ -200,6 +200,7 @@ def task(model: Model, *columns: Precision) -> Task:
     return Task(tuple((n,) for n in names), tuple(c.name for c in columns), fitted, Nearest())
 
 
+@pytest.mark.slow
 def test_fisher_foretells_the_loss_of_one_layer(model: Model) -> None:
     """At 6 bits the loss is quadratic; the directional estimate is unbiased for it."""
     text, six = windows(60, seed=1), Precision("int", 6, 32)

@@ -96,6 +96,7 @@ def test_votes_by_chance_are_noise_and_change_nothing() -> None:
     assert any("can't be told from noise" in line for line in meaning_file.summary(found))
 
 
+@pytest.mark.slow
 def test_who_minds_all_alike_keeps_the_default() -> None:
     """What is common to all domains is the mean KL itself, so nothing is added for it."""
     minds = dict.fromkeys(DOMAINS, 5.0)
@@ -105,6 +106,7 @@ def test_who_minds_all_alike_keeps_the_default() -> None:
     assert found.meaning.domain < 0.7 * one.meaning.domain
 
 
+@pytest.mark.slow
 def test_more_votes_settle_more() -> None:
     minds = {"russian": 6.0}
     few, many = (learning.learn(simulated(minds, n, 5), Settings()) for n in (24, 300))
