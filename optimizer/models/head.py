@@ -96,18 +96,31 @@ def output_head(net: Any) -> nn.Module:
 def hidden_states(
     net: nn.Module, ids: np.ndarray, together: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of (ids [b, l], input of the head [b, l, width]), `together` windows each."""
+    """Batches of (ids [b, l], input of the head [b, l, width]), `together` windows each. Raises
+    ModelError for a head that reads something else."""
     device = next(net.parameters()).device
     disk = offloaded(net)
     if disk is not None:  # each block is read once for all windows
         every = [batch.to(device) for batch in batches(ids, together)]
         with torch.inference_mode():
-            found = disk.in_turns([partial(head_input, net, batch) for batch in every])
-        yield from zip(every, found, strict=True)
+            entered = disk.in_turns([partial(head_input, net, batch) for batch in every])
+        yield from ((b, _of_each_token(net, b, x)) for b, x in zip(every, entered, strict=True))
         return
     for batch in batches(ids, together):
         with torch.inference_mode():
-            yield batch.to(device), head_input(net, batch.to(device))
+            found = head_input(net, batch.to(device))
+            yield batch.to(device), _of_each_token(net, batch, found)
+
+
+def _of_each_token(net: nn.Module, ids: Tensor, hidden: Tensor) -> Tensor:
+    if hidden.shape[:-1] != ids.shape:
+        raise ModelError(
+            f"{type(net).__name__} gives its head {tuple(hidden.shape[:-1])} vectors for "
+            f"{tuple(ids.shape)} tokens: it predicts several tokens ahead at a time, so that its "
+            "predictions can't be compared token by token. This architecture isn't supported; take "
+            "one that predicts the next token."
+        )
+    return hidden
 
 
 def head_input(net: nn.Module, ids: Tensor) -> Tensor:

@@ -88,3 +88,15 @@ def test_real_models(small: Small) -> None:
     assert (small.name == "gemma2") != (
         final_transform(small.model.net, np.zeros((1, 2), np.int64)) is unchanged
     )
+
+
+def test_a_head_that_predicts_several_tokens_ahead_is_refused() -> None:
+    """ProphetNet: two streams of hidden states, whose comparison ended in a traceback."""
+    from optimizer.data.text import Windows
+    from optimizer.metrics.divergence import Teacher
+    from tests.architectures import zoo
+
+    ids = np.arange(3, 23).reshape(2, 10)
+    net = zoo.build("prophetnet")
+    with pytest.raises(ModelError, match=r"\(2, 2, 10\) vectors for \(2, 10\) tokens"):
+        Teacher(net, Windows(ids, np.arange(2)))
