@@ -102,7 +102,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "linear_head_dim": 16,
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "longcat_flash": {**LATENT, "num_layers": 1, "zero_expert_num": 2},
+    "longcat_flash": {**LATENT, "num_layers": 2, "num_hidden_layers": 4, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8},
     "minicpm3": LATENT,
     "ministral": {"head_dim": 16},
