@@ -318,8 +318,8 @@ def factors(hessian: Tensor, damping: float, order: Tensor) -> tuple[Tensor, Ten
     diagonal: H = R R', H^-1 = U' U, U = R^-1: half the work of inverting first, and no squared
     condition number."""
     root = root_of(hessian, damping, order)
-    identity = torch.eye(len(root), device=root.device)
-    return root, torch.linalg.solve_triangular(root, identity, upper=True)
+    identity = torch.eye(len(root), device=root.device).T  # in LAPACK's order: solved in its place
+    return root, torch.linalg.solve_triangular(root, identity, upper=True, out=identity)
 
 
 def root_of(hessian: Tensor, damping: float, order: Tensor) -> Tensor:
