@@ -329,19 +329,6 @@ def test_the_head_is_rounded_with_what_it_receives(made: Maker, name: str) -> No
     assert losses[0] < 0.9 * losses[1]
 
 
-def test_some_rows_of_a_head_at_a_time_get_the_same_codes(
-    made: Maker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    material = made("llama")
-    head = next(layer for layer in material.model.inventory.layers if layer.predicts)
-    own, whole = material.model.weight(head.name), gptq(material).rounder({head.name: P3})
-    wanted = whole.round(own, P3, head.name)
-    again = Made(material.model, Store(material.store.root.parent / "rows"))
-    monkeypatch.setattr("optimizer.quantization.calibrated.TOGETHER", 7 * head.cols)  # of 96 rows
-    found = gptq(again).rounder({head.name: P3}).round(own, P3, head.name)
-    assert torch.equal(found, wanted)
-
-
 def test_frozen_weights_save_a_pass_and_change_nothing(made: Maker) -> None:
     model, ids = made("llama").model, made("llama").calibration()
     streams = [Stream(model, ids, frozen=frozen) for frozen in (True, False)]
@@ -636,7 +623,7 @@ def test_a_long_head_is_rounded_some_rows_at_a_time(
     weight = material.model.weight(head)
     whole = gptq(material).rounder({head: precision}).encode(weight, precision, head)
     material.store = Store(material.store.root.parent / "other")
-    monkeypatch.setattr("optimizer.quantization.calibrated.STACKED", 64 * 40)  # of 96
+    monkeypatch.setattr("optimizer.quantization.calibrated.TOGETHER", 64 * 40)  # of 96
     pieces = gptq(material).rounder({head: precision}).encode(weight, precision, head)
     for part, value in whole.pack().items():
         assert pieces.pack()[part].shape == value.shape
