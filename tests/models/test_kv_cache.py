@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import gguf
 import numpy as np
 import pytest
@@ -151,11 +153,8 @@ def test_a_whole_text_is_read_as_if_written_word_by_word(small, first, last):
 def test_bytes_of_what_is_kept_are_the_memory_models(stories):
     kind = CacheKind(4, False, 4, 8)
     kept = kv_cache.Cache(stories.net.config, kind)
-    net16 = stories.net.to(torch.bfloat16)
-    try:
-        read(net16, torch.arange(40).repeat(2, 1) % 90, kept)
-    finally:
-        stories.net.to(torch.float32)
+    net16 = copy.deepcopy(stories.net).to(torch.bfloat16)  # the others' stays as it is
+    read(net16, torch.arange(40).repeat(2, 1) % 90, kept)
     found = sum(layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
     found += sum(x.nbytes for pairs in kept.exact.values() for pair in pairs for x in pair)
     shape = geometry(stories.net.config.to_dict())
