@@ -158,7 +158,7 @@ class Session:
         home = replace(self.residence, few=self.residence.few and not self.encoder)
         where = home.settled(self.inventory)
         self.view.stage("loading the reference")
-        if where == "disk" and not home.few:
+        if where == "disk" and not (home.few and home.offload == "auto"):
             self.view.note("The model's blocks stay on disk, and are read for each pass.")
         try:
             return Model.load(self.source.folder, self.inventory, self.device, offload=where)
