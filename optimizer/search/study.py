@@ -331,6 +331,10 @@ class Study:
         experimental."""
         handler = _Heard(self._hear)
         logger = logging.getLogger("optuna")
+        level = logger.level
+        logger.setLevel(min(level or logging.WARNING, logging.WARNING))
+        for name in [n for n in logging.root.manager.loggerDict if f"{n}.".startswith("optuna.")]:
+            logging.getLogger(name).disabled = False  # whoever configures logging silences them
         logger.addHandler(handler)
         try:
             with warnings.catch_warnings(record=True) as caught:
@@ -341,6 +345,7 @@ class Study:
                     self._hear(str(warning.message))
         finally:
             logger.removeHandler(handler)
+            logger.setLevel(level)
 
     def _hear(self, text: str) -> None:
         line = " ".join(text.split())
