@@ -132,8 +132,15 @@ class Recipe:
         parts = {k: Part(**v) for k, v in settings.items() if isinstance(v, dict)}
         data = Data(**(settings | parts))
         revision = self._plan.model.get("revision")
-        name, store = self._source.name, str(self.store.root)
-        session = Session.open(name, data, store, self._view, revision=revision)
+        session = Session.open(
+            self._source.name,
+            data,
+            str(self.store.root),
+            self._view,
+            revision=revision,
+            # which may have to write its text again; a text of one's own is looked at before
+            model=self.model if data.source in ("self", "bundled") else None,
+        )
         if session.calibration_key != self.calibration_key:
             raise PlanError(
                 f"A plan's codes come from its own calibration tokens. The text at {data.path} "

@@ -159,8 +159,11 @@ def _stages(config: Optimize) -> dict[str, float]:
     parts = config.data.parts
     tokens = {name: part.sequences * part.length for name, part in parts.items()}
     calibrated = config.quantizer.calibrated
-    passes = {"gain": 5, "tokenwise": 8}.get(config.sensitivity.estimator, 4)
-    found = {TABLE: float(passes * tokens["calibration"])}
+    passes = {"tokenwise": 8}.get(config.sensitivity.estimator, 4)
+    every = parts["calibration"].sequences
+    share = min(config.sensitivity.windows or every, every) / every
+    gains = 2 if config.sensitivity.estimator == "gain" else 0  # of all windows' Hessians
+    found = {TABLE: float((passes * share + gains) * tokens["calibration"])}
     if config.search.space != "exact":
         found[SEARCH] = float(config.search.tokens)
     if config.proof.certify:

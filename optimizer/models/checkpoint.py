@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAPPED = 2**26
+MAPPED = 2**26  # bytes of a file that are mapped at a time, if more than a tensor's are to
 
 
 @dataclass(frozen=True)

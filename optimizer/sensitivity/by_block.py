@@ -37,6 +37,7 @@ from optimizer.sensitivity.borders import Borders
 from optimizer.sensitivity.fisher import (
     STACK,
     add_square,
+    backward,
     by_row,
     gradients,
     likelihood,
@@ -186,9 +187,7 @@ class _Passes:
             normaliser = (logits.gather(-1, labels)[:, 0] - each).detach()
             self.labels[window, part] = labels[:, 0].cpu().numpy()
             self.normalisers[window, part] = normaliser.cpu().numpy()
-            whole = (each if roots is None else each * roots[part]).sum()
-            if whole.requires_grad:  # of layers at the model's front alone, it doesn't
-                whole.backward()
+            backward((each if roots is None else each * roots[part]).sum())
 
     def _at_the_end(self, index: int) -> Tensor:
         """The gradient at the last block's output [b, l, width] of a batch."""

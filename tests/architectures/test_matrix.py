@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from tests.architectures import matrix
+import numpy as np
+import pytest
+import torch
+
+from optimizer.models.model import Model, take_inventory
+from optimizer.models.source import quiet
+from optimizer.plan import Precision
+from optimizer.quantization.uniform import Nearest
+from optimizer.sensitivity import Desk, Task, Text, by_block, chunks, vocabulary
+from tests.architectures import matrix, zoo
 
 FEW = ["gpt2", "granitemoe", "zamba2", "gemma3_text", "bert encoder", "deepseek_v32", "prophetnet"]
 ROWS = {row["kind"]: row for row in matrix.load()["rows"]}
@@ -36,6 +45,33 @@ def test_transformers_reads_the_export_of_a_few(kind: str) -> None:
 @pytest.mark.parametrize("kind", [k for k, row in ROWS.items() if row.get("transformers")])
 def test_transformers_reads_what_the_data_says(kind: str) -> None:
     assert matrix.read_by_transformers(kind)[0] == ROWS[kind]["transformers"]
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(
+    "kind",
+    [k for k, r in ROWS.items() if r["outcome"] == "exact" and not k.endswith(zoo.ENCODER)],
+)
+def test_a_table_by_rows_of_the_vocabulary_is_the_whole_gradients(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with quiet():
+        zoo.build(kind).to(torch.bfloat16).save_pretrained(tmp_path)
+    inventory = take_inventory(tmp_path)
+    model = Model.load(tmp_path, inventory)
+    columns = {"int3": Precision("int", 3), "int6": Precision("int", 6)}
+    names = list(model.layers)
+    fitted = {(name, key): p for name in names for key, p in columns.items()}
+    task = Task(tuple((name,) for name in names), tuple(columns), fitted, Nearest())
+    read = Text(np.random.default_rng(1).integers(5, 30, size=(4, 16)), chunks(4, 2), 5)
+    whole = by_block.samples(model, task, read, Desk())
+    monkeypatch.setattr(vocabulary, "LARGE", 0)
+    monkeypatch.setattr(vocabulary, "SQUARES", 2**13)
+    rows = by_block.samples(model, task, read, Desk())
+    if whole is None or rows is None:
+        assert whole is rows  # no chain of blocks: the whole model is asked either way
+        return
+    np.testing.assert_allclose(rows, whole, rtol=1e-3, atol=1e-9 * whole.max())
 
 
 def test_transformers_reads_most_and_nothing_is_wrong() -> None:

@@ -73,6 +73,19 @@ def test_llama_cpp_turns_positions_the_same(
     assert {k: found.get(k) for k in wanted} == pytest.approx(wanted, rel=1e-3, abs=0.5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pct", [0.25, 1.0])
+def test_what_transformers_drops_from_a_config_reaches_the_converter(
+    wide: Wide, tmp_path: Path, pct: float
+) -> None:
+    """GPT-NeoX's `rotary_pct`, which its class takes and doesn't write."""
+    body = {k: v for k, v in SMALL.items() if k not in ("head_dim", "num_key_value_heads")}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": pct}
+    model = random_model("gpt_neox", body | {"rope_parameters": rope}, 0.2, tmp_path / "m", wide)
+    found = export.check(model.plan({}, "llamacpp"), "gguf", str(wide.store))
+    assert not found.errors
+
+
 def test_a_window_that_llama_cpp_hasnt(wide: Wide, tmp_path: Path) -> None:
     for kind, more in (
         ("mistral", {}),

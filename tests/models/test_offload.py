@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 
 from optimizer.data.text import Windows
@@ -194,6 +195,21 @@ def test_a_pass_that_fails_leaves_the_model_usable(
         blocks(pair.disk).in_turns([*jobs, lambda: 1 // 0])
     after = scores(pair.disk, monkeypatch)
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("mapped", [1, 10**4, 2**26])
+def test_a_file_is_mapped_in_pieces_and_every_tensor_read(
+    stories: Model, mapped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, own = list[str](), safetensors.safe_open
+    monkeypatch.setattr(safetensors, "safe_open", lambda f, **k: opened.append(f) or own(f, **k))
+    monkeypatch.setattr("optimizer.models.checkpoint.MAPPED", mapped)
+    names = [x.name for x in stories.inventory.held]
+    found = [(name, value.clone()) for name, value in stories.checkpoint.several(names)]
+    assert [name for name, _ in found] == names
+    assert all(torch.equal(value, stories.checkpoint.read(name)) for name, value in found)
+    read = len(opened) - len(names)  # what the line before opened
+    assert read == len(names) if mapped == 1 else 1 <= read < len(names)
 
 
 def test_the_stories_model_in_two_files(stories: Model, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -432,6 +433,34 @@ def test_apply_packs_the_codes_that_were_certified(
     assert torch.allclose(expected, found, atol=1e-4)
     with session.model.rounded(Nearest(), plan.choice), torch.no_grad():
         assert not torch.allclose(session.model.net(ids).logits, found, atol=1e-2)
+
+
+@pytest.mark.parametrize("source", ["self", "bundled"])
+def test_text_is_written_again_by_the_model_that_is_packed(
+    source: str, settings: Optimize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a store that has neither codes nor tokens, with one model in memory. Stories can't read the
+    texts that come with the program, and writes its own."""
+    few = Part(sequences=8, length=24)
+    written = replace(settings, data=Data(source=source, calibration=few, search=few, heldout=few))
+    plan = optimize.optimize(replace(written, proof=Proof(certify=False)), tmp_path / "run").plan
+    loaded, own = list[Path](), Model.load.__func__  # type: ignore[attr-defined]
+
+    def load(cls: type[Model], folder: Path, *rest: Any, **more: Any) -> Model:
+        if more.get("full", True):
+            loaded.append(folder)
+        found: Model = own(cls, folder, *rest, **more)
+        return found
+
+    for name in ("models", "hashes"):
+        if (kept := Path(settings.store) / name).exists():
+            shutil.copytree(kept, tmp_path / "store" / name)
+    monkeypatch.setattr(Model, "load", classmethod(load))
+    again = deploy.apply(plan, tmp_path / "again", str(tmp_path / "store")) / PACKED_FILE
+    assert len(loaded) == 1
+    assert (deploy.apply(plan, tmp_path / "kept", settings.store) / PACKED_FILE).read_bytes() == (
+        again.read_bytes()
+    )
 
 
 def test_blocks_of_ggml_are_those_that_were_certified(settings: Optimize, tmp_path: Path) -> None:

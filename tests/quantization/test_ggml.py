@@ -45,17 +45,22 @@ def test_sizes_are_those_of_the_gguf_package(kind: str) -> None:
     assert sizes == (block.weights, block.size)
 
 
-@pytest.mark.parametrize("kind", list(ggml.LAYOUTS))
-def test_every_bit_is_found_again(kind: str) -> None:
-    """Random bytes, scales kept finite: unpacked and packed they are the same."""
+def finite_blocks(kind: str) -> ggml.Blocks:
+    """Forty blocks of random bytes, with scales that are finite numbers."""
     block, draw = GGML[kind], torch.Generator().manual_seed(5)
     raw = torch.randint(0, 256, (40, block.size), generator=draw, dtype=torch.uint8)
     half = {"q2_k": [80, 82], "q3_k": [108], "q4_k": [0, 2], "q5_k": [0, 2], "q6_k": [208]}
     for at in half.get(kind, [0, 2] if kind in ("q4_1", "q5_1") else [0]):
         raw[:, at + 1] = 0x2C
-    blocks = ggml.Blocks(Precision.ggml(kind), raw, block.weights)
+    return ggml.Blocks(Precision.ggml(kind), raw, block.weights)
+
+
+@pytest.mark.parametrize("kind", list(ggml.LAYOUTS))
+def test_every_bit_is_found_again(kind: str) -> None:
+    """Unpacked and packed they are the same."""
+    blocks = finite_blocks(kind)
     grid, codes = blocks.open()
-    assert torch.equal(grid.pack(codes).data, raw)
+    assert torch.equal(grid.pack(codes).data, blocks.data)
     assert torch.equal(blocks.decode(), official(blocks))
 
 

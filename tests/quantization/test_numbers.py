@@ -27,6 +27,7 @@ from optimizer.quantization.methods import (
 )
 from optimizer.quantization.uniform import Given, Independent, Nearest, clipped, levels_of
 from optimizer.store import Store
+from tests.quantization.test_ggml import finite_blocks
 
 torch.set_num_threads(1)
 INT3, INT4 = Precision("int", 3, 16), Precision("int", 4, 32, True)
@@ -208,12 +209,7 @@ def test_codes_that_were_made_beforehand_are_taken_and_all_others_rounded() -> N
 @pytest.mark.parametrize("kind", [k for k in GGML if k in ggml.LAYOUTS])
 def test_a_matrix_on_a_grid_is_found_again(kind: str) -> None:
     """Decoded from random bytes, it can be had with no error, and the search comes near."""
-    block, rng = GGML[kind], torch.Generator().manual_seed(5)
-    raw = torch.randint(0, 256, (40, block.size), generator=rng, dtype=torch.uint8)
-    half = {"q2_k": [80, 82], "q3_k": [108], "q4_k": [0, 2], "q5_k": [0, 2], "q6_k": [208]}
-    for at in half.get(kind, [0, 2] if kind in ("q4_1", "q5_1") else [0]):
-        raw[:, at + 1] = 0x2C
-    w = ggml.Blocks(Precision.ggml(kind), raw, block.weights).decode()
+    w = finite_blocks(kind).decode()
     if kind in ("q4_1", "q5_1"):  # they add a minimum of any sign, we take one below zero
         w = w - w.amax(1, keepdim=True).clamp(min=0) * 0.5
     error = (ggml.round_to(w, Precision.ggml(kind)) - w).square().sum() / w.square().sum()

@@ -90,9 +90,12 @@ class Killed(Desk):
         return self.states[-1] if self.states else None
 
 
+@pytest.mark.parametrize("large", [vocabulary.LARGE, 0])
 def test_a_killed_table_goes_on_after_the_last_block(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    large: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also the rows of the vocabulary, which need the labels that were drawn before the kill."""
+    monkeypatch.setattr(vocabulary, "LARGE", large)
     model, read = small("llama", tmp_path), text(weighted=False)
     task, desk = task_of(model), Killed(2)
     wanted = by_block.samples(model, task, read, Desk())
