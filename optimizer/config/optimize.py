@@ -165,14 +165,17 @@ class Optimize:
     @property
     def _plain(self) -> bool:
         """Whether the job reads the model's blocks a few times in all: a table block by block, its
-        optimum, a certificate."""
+        optimum, a certificate for which no text is written."""
+        proved = [] if not self.proof.certify else texts.parse(self.proof.domains)
+        written = self.data.source == "self" or self.proof.generate > 0
         return (
             self.quantizer.name in (AUTO, "rtn", "gptq")
             and self.sensitivity.estimator in (AUTO, "fisher", "gain")
             and not self.sensitivity.measured.groups
             and self.effort != "thorough"
             and self.search.space in (AUTO, "exact")
-            and self.data.source != "self"
+            and not written
+            and not any(d.name == texts.LONG and d.path is None for d in proved)
             and not (self.meaning.cvar or self.meaning.domain or self.meaning.probes)
             and self.budget.caches == [16]
             and self.nested.size is None

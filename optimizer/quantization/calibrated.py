@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from optimizer.models.model import Model, Rounder, Rounding
     from optimizer.store import Store
 
-GAINS = 2  # raised when the foretold gains change
+GAINS = 3  # raised when the foretold gains change
 CHAINED = 4  # bits a weight below which layers see what those before them, rounded, send
 SEED = 0  # of the labels that weigh tokens
 TOGETHER = 2**22  # weights of a head that are solved at a time

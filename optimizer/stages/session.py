@@ -155,7 +155,8 @@ class Session:
     def model(self) -> Model:
         from optimizer.models.model import Model
 
-        home = replace(self.residence, few=self.residence.few and not self.encoder)
+        few = self.residence.few and not self.encoder and not self._writes
+        home = replace(self.residence, few=few)
         where = home.settled(self.inventory)
         self.view.stage("loading the reference")
         if where == "disk" and not (home.few and home.offload == "auto"):
@@ -166,6 +167,12 @@ class Session:
             if replace(home, few=False).settled(self.inventory) == where:
                 raise
         return Model.load(self.source.folder, self.inventory, self.device, offload="none")
+
+    @property
+    def _writes(self) -> bool:
+        """Whether the model has to write its own text, token by token."""
+        source = self.data.source
+        return source == "self" or (source == "bundled" and self.bundled is None)
 
     @Lazy
     def tokens_key(self) -> str:

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 
 from optimizer.config import Optimize
-from optimizer.config.optimize import Nested
+from optimizer.config.optimize import Nested, Proof
 from optimizer.data.text import Data, Part
 from optimizer.errors import ConfigError, ModelError
 from optimizer.metrics.objective import Meaning
 from optimizer.models.model import Model
 from optimizer.models.offload import offloaded
 from optimizer.models.residence import Residence
+from optimizer.models.source import Source
+from optimizer.models.stories import corpus
 from optimizer.plan import Budget
 from optimizer.quantization.methods import Awq, Rtn
 from optimizer.search import Search
@@ -67,6 +69,9 @@ def test_a_job_of_few_passes_leaves_all_but_a_small_model_on_disk(
         ({"sensitivity": Tokenwise()}, False),
         ({"sensitivity": Fisher(measured=Measured(groups=["*"]))}, False),
         ({"data": Data(source="self")}, False),
+        ({"proof": Proof(generate=8)}, False),
+        ({"proof": Proof(domains=["long"])}, False),
+        ({"proof": Proof(domains=["long"], certify=False)}, True),
         ({"meaning": Meaning(cvar=1.0)}, False),
         ({"budget": Budget(kv=[16, 8])}, False),
         ({"nested": Nested(size="1GB")}, False),
@@ -77,6 +82,23 @@ def test_what_reads_a_model_often_wants_it_in_memory(changes: dict[str, Any], fe
     assert (
         Optimize(**{"model": "x", "data": Data(source="bundled")} | changes).residence.few == few
     )
+
+
+def test_a_model_that_writes_its_own_text_is_loaded_whole(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every token would read every block. Stories can't read the texts that come with the program."""
+    monkeypatch.setattr("optimizer.models.residence.LARGE", 0)
+    few, corpus_of = Part(sequences=2, length=32), tmp_path / "own.txt"
+    corpus_of.write_text("\n---\n".join(corpus(40, seed=2)), encoding="utf-8")
+
+    def opened(data: Data) -> Model:
+        home, store = Residence(few=True), str(tmp_path / "store")
+        return Session.open(str(source.folder), data, store, residence=home).model
+
+    parts = {"calibration": few, "search": few, "heldout": few}
+    assert offloaded(opened(Data(**parts)).net) is None
+    assert offloaded(opened(Data(source="text", path=str(corpus_of), **parts)).net) is not None
 
 
 def test_a_model_that_can_not_run_from_disk_is_loaded_whole(
