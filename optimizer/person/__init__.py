@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 from optimizer.errors import ConfigError
 
-NEEDED = ("jinja2", "krippendorff", "starlette", "uvicorn")
+NEEDED = ("krippendorff", "starlette", "uvicorn")
 
 
 def require() -> None:

@@ -25,6 +25,7 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
 from optimizer.errors import ConfigError
+from optimizer.reports.html import pages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,16 +55,8 @@ HEADERS = {
 
 
 def environment() -> Environment:
-    """The templates. Everything that is put into them is escaped, and a missing name is an error."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    return Environment(
-        loader=FileSystemLoader(HERE / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    """The templates of the pages."""
+    return pages.environment(HERE / "templates")
 
 
 def app(routes: Sequence[BaseRoute], token: str, port: int) -> ASGIApp:

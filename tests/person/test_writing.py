@@ -183,6 +183,6 @@ def test_mistakes_are_explained(mezzotint: Command, words: list[str], message: s
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from optimizer import person
 
-    monkeypatch.setattr(person, "NEEDED", ("jinja2", "no_such_package"))
+    monkeypatch.setattr(person, "NEEDED", ("starlette", "no_such_package"))
     with pytest.raises(ConfigError, match=r"no_such_package.*mezzotint\[person\]"):
         person.require()

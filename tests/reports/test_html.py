@@ -18,7 +18,7 @@ from optimizer.errors import PlanError
 from optimizer.plan import Budget, Inventory, Layer, Plan, Precision, assemble
 from optimizer.reports import html as page
 from optimizer.reports.heat_map import COLOURS, DARK
-from optimizer.reports.html import chart
+from optimizer.reports.html import chart, pages
 from optimizer.reports.run import Run, Scale, chosen_point, letters, overrides, run_key
 from optimizer.search import exact, pose
 
@@ -171,7 +171,7 @@ def contrast(a: str, b: str) -> float:
 
 
 def test_text_has_contrast_in_light_and_dark():
-    style = page._asset("style.css")
+    style = pages.asset("style.css")
     for block in re.findall(r":root\{(.*?)\}", style, re.DOTALL):
         colours = dict(re.findall(r"--([a-z]+):(#[0-9a-f]{3,6})", block))
         for name in ("ink", "soft"):
@@ -182,7 +182,7 @@ def test_text_has_contrast_in_light_and_dark():
 
 
 def test_cells_have_contrast_and_the_terminals_colours():
-    style = page._asset("style.css")
+    style = pages.asset("style.css")
     for i, colour in enumerate(COLOURS):
         text = re.search(rf"\.h{i}\{{background:{colour};color:(#\w+)\}}", style)
         assert text and (text[1] == "#fff") == (i < DARK)
@@ -193,8 +193,8 @@ def test_marks_lie_inside_the_chart_also_for_a_loss_of_zero():
     _, run = make_run()
     zero = replace(run.measured[2], measured=0.0)
     run = replace(run, measured=(*run.measured[:2], zero))
-    for x, y in re.findall(r'data-x="([-\d.]+)" data-y="([-\d.]+)"', chart.front(run)):
-        assert chart.LEFT <= float(x) <= chart.WIDTH and 0 <= float(y) <= chart.HEIGHT
+    for mark in chart.front(run).marks:
+        assert chart.LEFT <= mark.x <= chart.WIDTH and 0 <= mark.y <= chart.HEIGHT
 
 
 def test_the_script_knows_the_plans_in_the_order_of_the_marks(tmp_path):

@@ -82,7 +82,14 @@ def opened(posed: Problem, folder: Path, **settings: object) -> Study:
     return Study.open(search, posed, "study", folder / "study.journal", 0)
 
 
-PAIRS = [(s, k) for s in SPACES for k in SAMPLERS if not (s == "layers" and k in ("cmaes", "gp"))]
+FIRST = [("multipliers", "tpe"), ("layers", "tpe"), ("directions", "random")]
+# Each space and each sampler once by default; every pair with the slow tests.
+PAIRS = [
+    pytest.param(s, k, marks=[] if s == "moves" or (s, k) in FIRST else pytest.mark.slow)
+    for s in SPACES
+    for k in SAMPLERS
+    if not (s == "layers" and k in ("cmaes", "gp"))
+]
 
 
 @pytest.mark.parametrize(("name", "sampler"), PAIRS)
@@ -93,8 +100,9 @@ def test_every_trial_fits_and_the_best_is_never_worse_than_the_start(
     start = exact.solve(posed)
     study = opened(posed, tmp_path, space=name, sampler=sampler)
     study.begin([Start(plan=start)])
+    propose = space(name, posed, start)
     for _ in range(12):
-        study.run(space(name, posed, start), hidden_loss(posed), TOKENS)
+        study.run(propose, hidden_loss(posed), TOKENS)
     tried = study.tried()
     assert len(tried) == 12
     assert all(posed.fits(t.assignment) for t in tried)
@@ -444,6 +452,7 @@ def test_every_sampler_samples_the_whole_space_jointly(
 ) -> None:
     posed = problem(1, 24, 5, tightness=0.4)
     study = begun(posed, tmp_path, name, sampler)
+    propose = space(name, posed, exact.solve(posed))
     assert len(study.tried()) >= 3
     joint: list[set[str]] = []
     inner = studies._sampler
@@ -463,7 +472,7 @@ def test_every_sampler_samples_the_whole_space_jointly(
     studies._sampler = watched
     try:
         for _ in range(samplers.POPULATION + 1 if sampler == "nsgaii" else 8):
-            study.run(space(name, posed, exact.solve(posed)), hidden_loss(posed), TOKENS)
+            study.run(propose, hidden_loss(posed), TOKENS)
     finally:
         studies._sampler = inner
     whole = set(study.inner.trials[-1].params)

@@ -8,22 +8,18 @@ be called anything.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from base64 import b64encode
 from collections.abc import Mapping
-from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from optimizer.plan import Plan
-from optimizer.reports.html import chart, parts
+from optimizer.reports import heat_map
+from optimizer.reports.html import chart, pages, parts
 from optimizer.reports.run import Run
 from optimizer.store import write_atomically
 
 FILE = "report.html"
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{}'"
 PICTURES = {
     "history": "The loss of every trial, and the best until then",
     "importances": "How much each parameter of the search mattered",
@@ -44,56 +40,37 @@ def write(folder: Path) -> Path:
 
 def render(plan: Plan, run: Run, pictures: Mapping[str, bytes] | None = None) -> str:
     """The whole page. pictures: PNG files of the search, by name."""
-    sections = [
-        ("Size against loss", parts.front(plan, run)),
-        *([("Speed against loss", parts.third(run))] if run.third is not None else []),
-        ("Where the bits go", parts.heat(plan, run)),
-        ("Predicted against measured", parts.prediction(run)),
-        *([("What the search saw", _pictures(pictures))] if pictures else []),
-        ("Where the bytes go", parts.bytes_table(plan)),
-        ("Certificate", parts.certificate(plan)),
-        ("How to make this again", parts.reproduce(plan, run)),
-    ]
-    body = "".join(
-        f'<section aria-labelledby="s{i}"><h2 id="s{i}">{title}</h2>{html}</section>'
-        for i, (title, html) in enumerate(sections)
-    )
-    return document(f"{run.model}: plan {plan.id}", parts.head(plan, run) + body, _data(run))
-
-
-def _pictures(pictures: Mapping[str, bytes]) -> str:
-    return "".join(
-        f'<figure><img alt="{PICTURES[name]}" style="max-width:100%" '
-        f'src="data:image/png;base64,{b64encode(data).decode()}">'
-        f"<figcaption>{PICTURES[name]} (drawn by Optuna).</figcaption></figure>"
-        for name, data in pictures.items()
-    )
-
-
-def document(title: str, body: str, data: Any) -> str:
-    """A page with this body; `data` is what the script may look up."""
-    script = _asset("page.js")
-    digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    encoded = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY.format(digest)}">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title><style>{_asset('style.css')}</style></head>"
-        f'<body><main>{body}</main><div id="tip" role="status" hidden></div>'
-        f'<script type="application/json" id="data">{encoded}</script>'
-        f"<script>{script}</script></body></html>\n"
+    found = {PICTURES[k]: b64encode(data).decode() for k, data in (pictures or {}).items()}
+    groups = {name: i for i, names in enumerate(run.groups) for name in names}
+    was_measured = any(point.measured is not None for point in run.measured)
+    return pages.render(
+        "report.html",
+        "style.css",
+        "page.js",
+        plan=plan,
+        run=run,
+        proof=plan.proof,
+        facts=parts.facts(plan, run),
+        roles={role for _, role in chart.shown(run)},
+        front=chart.front(run),
+        measured=parts.measured(run),
+        third=None if run.third is None else chart.third(run),
+        heat=parts.heat(plan, groups),
+        steps=[(bits, heat_map.shade(bits)) for bits in heat_map.STEPS],
+        prediction=chart.prediction(run) if was_measured else None,
+        pictures=found,
+        shares=parts.shares(plan),
+        command=parts.command(run),
+        origin=parts.origin(plan, run),
+        data=_data(run),
     )
 
 
 def heat_document(plan: Plan) -> str:
     """The heat map alone, for places that show a small page."""
-    return document(f"plan {plan.id}", parts.heat_table(plan, {}), {})
-
-
-def _asset(name: str) -> str:
-    return resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
+    return pages.render(
+        "heat_page.html", "style.css", "page.js", plan=plan, heat=parts.heat(plan, {}), data={}
+    )
 
 
 def _data(run: Run) -> dict[str, Any]:

@@ -4,18 +4,18 @@ certificate, without running a model again. A small page for the run's folder an
 
 from __future__ import annotations
 
-from html import escape
+import math
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from optimizer.metrics.blur import LABELS, level, visible
+from optimizer.metrics.blur import LABELS
+from optimizer.reports.html import pages
 
 FILE = "blur.html"
 TOKENS = 200  # of a window that are shown
-HERE = Path(__file__).parent
 
 
 def chosen(kl: np.ndarray) -> dict[str, int]:
@@ -41,31 +41,24 @@ def spelled(tokenizer: Any, ids: np.ndarray) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class Window:
+    """words: what each token adds to the text, and its KL; nothing predicts the first, so None."""
+
+    name: str
+    mean: float
+    words: tuple[tuple[str, float | None], ...]
+
+
 def render(ids: np.ndarray, kl: np.ndarray, tokenizer: Any, title: str) -> str:
-    """ids [windows, length], kl [windows, length - 1] in nats -> HTML. A window's first token is
-    predicted by nothing, so it has no shade."""
-    css = (HERE / "blur_map.css").read_text(encoding="utf-8")
-    legend = "".join(f'<span class="k{i}">{label}</span>' for i, label in enumerate(LABELS))
-    parts = []
+    """ids [windows, length], kl [windows, length - 1] in nats -> HTML."""
+    windows = []
     for name, window in chosen(kl).items():
         words = spelled(tokenizer, ids[window, :TOKENS])
-        losses = [float("nan"), *kl[window, : TOKENS - 1].tolist()]
-        shaded = "".join(map(_word, words, losses))
-        mean = float(kl[window].mean())
-        parts.append(
-            f'<h2>{escape(name)}</h2><p class="quiet">mean KL {mean:.4f}</p><p>{shaded}</p>'
-        )
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{css}</style></head><body>"
-        f"<h1>{escape(title)}</h1><div class=legend><b>KL from</b>{legend}</div>"
-        f"{''.join(parts)}</body></html>\n"
+        losses = [math.nan, *kl[window, : TOKENS - 1].tolist()]
+        known = (None if math.isnan(loss) else loss for loss in losses)
+        pairs = tuple(zip(words, known, strict=False))
+        windows.append(Window(name, float(kl[window].mean()), pairs))
+    return pages.render(
+        "blur_example.html", "blur_map.css", title=title, labels=LABELS, windows=windows
     )
-
-
-def _word(word: str, kl: float) -> str:
-    text = escape(visible(word))
-    return text if np.isnan(kl) else f'<span class="k{level(kl)}" title="{kl:.3f}">{text}</span>'

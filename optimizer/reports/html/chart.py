@@ -1,20 +1,32 @@
-"""Charts as SVG: the front (bytes, loss), a third objective against loss, predicted against measured
-loss. Loss axes are logarithmic; a loss of zero is drawn on the lower edge.
+"""What charts show, and where: the front (bytes, loss), a third objective against loss, predicted
+against measured loss. Loss axes are logarithmic; a loss of zero is drawn on the lower edge.
 
-Text sizes come from the style sheet, so that a phone can enlarge them.
+The template drawing.html makes SVG of it. Text sizes come from the style sheet, so that a phone can
+enlarge them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 
 from optimizer.reports.run import Point, Run
 
 WIDTH, HEIGHT = 720, 430
 LEFT, RIGHT, TOP, BOTTOM = 84, 24, 36, 58
+
+Place = tuple[float, float]  # x, y in pixels
+# Marks by role: corners around (0, 0), or a circle's radius. Uniform plans are squares.
+OUTLINES: dict[str, tuple[Place, ...]] = {
+    "baseline": ((0, -7), (6, 5), (-6, 5)),
+    "searched": ((0, -6), (6, 0), (0, 6), (-6, 0)),
+    "chosen": tuple(
+        (radius * math.cos(angle), radius * math.sin(angle))
+        for radius, angle in ((11 - 6.4 * (i % 2), math.pi * (i / 5 - 0.5)) for i in range(10))
+    ),
+}
+RADIUS = {"front": 3, "random": 4}
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,32 @@ class Axis:
 
     def _scaled(self, value: float) -> float:
         return math.log10(value) if self.log else value
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A plan in a chart. index: of shown(), for the script; -1 where that knows none. x, y: pixels."""
+
+    index: int
+    role: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Chart:
+    """note: for who can't see it. across, up: what the axes say; unit: how a tick across is written.
+    lines: (class, points in pixels)."""
+
+    name: str
+    note: str
+    x: Axis
+    y: Axis
+    across: str
+    up: str
+    unit: Callable[[float], str]
+    lines: tuple[tuple[str, list[Place]], ...]
+    marks: tuple[Mark, ...]
 
 
 def linear(values: Sequence[float], start: float, stop: float) -> Axis:
@@ -113,120 +151,83 @@ def milliseconds(value: float) -> str:
     return f"{value:.3g} ms"
 
 
-def third(run: Run) -> str:
-    """The third objective of a searched front against loss; empty where the run has none."""
-    if run.third is None:
-        return ""
-    across, scale, text = {
-        "read": ("bytes read per new token", 1.0, size),
-        "time": ("milliseconds per new token", 1000.0, milliseconds),
-        "price": ("price of a million tokens", 1.0, loss),
-    }[run.third]
-    points = [(i, p, r) for i, (p, r) in enumerate(shown(run))]
-    xs = [scale * run.cost(p) for _, p, _ in points]
-    x = linear(xs, LEFT, WIDTH - RIGHT)
-    y = logarithmic([value(p) for _, p, _ in points], HEIGHT - BOTTOM, TOP)
-    body = [axes(x, y, across, f"KL, nats per {run.unit}", text)]
-    for (index, point, role), at in zip(points, xs, strict=True):
-        body.append(shape(index, role, x.at(at), y.at(value(point))))
-    return svg("third", f"Chart of {across} against loss for {len(points)} plans.", body)
-
-
 def value(point: Point) -> float:
     return point.predicted if point.measured is None else point.measured
 
 
-def front(run: Run) -> str:
-    """Size against loss: the front's prediction as a line, measured plans as marks."""
-    points = shown(run)
-    x = linear([p.bytes for p, _ in points], LEFT, WIDTH - RIGHT)
-    y = logarithmic([value(p) for p, _ in points], HEIGHT - BOTTOM, TOP)
-    uniform = sorted((p for p, role in points if role == "uniform"), key=lambda p: p.bytes)
-    body = [
-        axes(x, y, "bytes of the model's tensors", f"KL, nats per {run.unit}", size),
-        path(x, y, [(p.bytes, p.predicted) for p in run.front], "line-front"),
-        path(x, y, [(p.bytes, value(p)) for p in uniform], "line-uniform"),
-    ]
-    for index, (point, role) in enumerate(points):
-        body.append(shape(index, role, x.at(point.bytes), y.at(value(point))))
-    note = (
-        f"Chart of size against loss for {len(points)} plans. The chosen plan takes "
-        f"{size(run.chosen.bytes)} at a KL of {loss(value(run.chosen))}. The table below the "
-        "chart holds the measured plans."
+def points(places: Iterable[Place], x: float = 0, y: float = 0) -> str:
+    """Places, moved by (x, y), as SVG's attribute of that name."""
+    return " ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in places)
+
+
+def axes(across: Sequence[float], up: Sequence[float]) -> tuple[Axis, Axis]:
+    """A linear axis for the first values, a logarithmic one for the losses."""
+    return linear(across, LEFT, WIDTH - RIGHT), logarithmic(up, HEIGHT - BOTTOM, TOP)
+
+
+def line(x: Axis, y: Axis, values: Iterable[tuple[float, float]]) -> list[Place]:
+    return [(x.at(a), y.at(b)) for a, b in values]
+
+
+def third(run: Run) -> Chart:
+    """The third objective of a searched front against loss."""
+    across, scale, unit = {
+        "read": ("bytes read per new token", 1.0, size),
+        "time": ("milliseconds per new token", 1000.0, milliseconds),
+        "price": ("price of a million tokens", 1.0, loss),
+    }[str(run.third)]
+    plans = shown(run)
+    costs = [scale * run.cost(p) for p, _ in plans]
+    x, y = axes(costs, [value(p) for p, _ in plans])
+    marks = (
+        Mark(i, role, x.at(cost), y.at(value(p)))
+        for i, ((p, role), cost) in enumerate(zip(plans, costs, strict=True))
     )
-    return svg("front", note, body)
+    note = f"Chart of {across} against loss for {len(plans)} plans."
+    return Chart("third", note, x, y, across, f"KL, nats per {run.unit}", unit, (), tuple(marks))
 
 
-def prediction(run: Run) -> str:
+def front(run: Run) -> Chart:
+    """Size against loss: the front's prediction as a line, measured plans as marks."""
+    plans = shown(run)
+    x, y = axes([p.bytes for p, _ in plans], [value(p) for p, _ in plans])
+    uniform = sorted((p for p, role in plans if role == "uniform"), key=lambda p: p.bytes)
+    return Chart(
+        "front",
+        f"Chart of size against loss for {len(plans)} plans. The chosen plan takes "
+        f"{size(run.chosen.bytes)} at a KL of {loss(value(run.chosen))}. The table below the "
+        "chart holds the measured plans.",
+        x,
+        y,
+        "bytes of the model's tensors",
+        f"KL, nats per {run.unit}",
+        size,
+        (
+            ("line-front", line(x, y, ((p.bytes, p.predicted) for p in run.front))),
+            ("line-uniform", line(x, y, ((p.bytes, value(p)) for p in uniform))),
+        ),
+        tuple(Mark(i, r, x.at(p.bytes), y.at(value(p))) for i, (p, r) in enumerate(plans)),
+    )
+
+
+def prediction(run: Run) -> Chart:
     """Predicted loss across, measured loss up; a perfect prediction lies on the diagonal."""
-    points = [(i, p, r) for i, (p, r) in enumerate(shown(run)) if p.measured is not None]
-    values = [v for _, p, _ in points for v in (p.predicted, p.measured or 0.0)]
+    plans = [
+        (i, role, p.predicted, p.measured)
+        for i, (p, role) in enumerate(shown(run))
+        if p.measured is not None
+    ]
+    values = [value for _, _, *pair in plans for value in pair]
     x = logarithmic(values, LEFT, WIDTH - RIGHT)
     y = logarithmic(values, HEIGHT - BOTTOM, TOP)
-    ends = [(x.low, x.low), (x.high, x.high)]
-    body = [
-        axes(x, y, f"predicted KL, nats per {run.unit}", "measured KL", loss),
-        path(x, y, ends, "line-uniform"),
-    ]
-    for index, point, role in points:
-        body.append(shape(index, role, x.at(point.predicted), y.at(point.measured or 0.0)))
-    note = f"Chart of predicted against measured loss for {len(points)} plans."
-    return svg("prediction", note, body)
-
-
-def svg(name: str, note: str, body: list[str]) -> str:
-    return (
-        f'<svg class="chart" id="{name}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(note)}">{"".join(body)}</svg>'
+    return Chart(
+        "prediction",
+        f"Chart of predicted against measured loss for {len(plans)} plans.",
+        x,
+        y,
+        f"predicted KL, nats per {run.unit}",
+        "measured KL",
+        loss,
+        (("line-uniform", line(x, y, [(x.low, x.low), (x.high, x.high)])),),
+        tuple(Mark(i, role, x.at(a), y.at(b)) for i, role, a, b in plans),
     )
-
-
-def axes(x: Axis, y: Axis, across: str, up: str, text: Callable[[float], str]) -> str:
-    parts = []
-    for tick in x.ticks:
-        at = x.at(tick)
-        parts.append(f'<line class="rule" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{y.start}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{y.start + 22}" class="mid">{text(tick)}</text>')
-    for tick in y.ticks:
-        at = y.at(tick)
-        parts.append(
-            f'<line class="rule" x1="{LEFT}" x2="{x.stop}" y1="{at:.1f}" y2="{at:.1f}"/>'
-            f'<text x="{LEFT - 8}" y="{at + 5:.1f}" class="end">{loss(tick)}</text>'
-        )
-    middle = (x.start + x.stop) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 8}" class="mid name">{across}</text>')
-    parts.append(f'<text x="{LEFT}" y="22" class="name">{up} (lower is better)</text>')
-    return "".join(parts)
-
-
-def path(x: Axis, y: Axis, values: Sequence[tuple[float, float]], kind: str) -> str:
-    steps = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in values)
-    return f'<polyline class="{kind}" points="{steps}"/>'
-
-
-def shape(index: int, role: str, x: float, y: float) -> str:
-    """One shape per role, so that colour is never the only difference."""
-    own = f'class="mark {role}" data-i="{index}" data-x="{x:.1f}" data-y="{y:.1f}"'
-    if role == "uniform":
-        return f'<rect {own} x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10"/>'
-    if role == "baseline":
-        up, down = f"{x:.1f},{y - 7:.1f}", f"{x + 6:.1f},{y + 5:.1f} {x - 6:.1f},{y + 5:.1f}"
-        return f'<polygon {own} points="{up} {down}"/>'
-    if role == "searched":
-        steps = ((0, -6), (6, 0), (0, 6), (-6, 0))
-        diamond = " ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in steps)
-        return f'<polygon {own} points="{diamond}"/>'
-    if role == "chosen":
-        corners = []
-        for i in range(10):
-            radius, angle = (11 if i % 2 == 0 else 4.6), math.pi * (i / 5 - 0.5)
-            corners.append(
-                f"{x + radius * math.cos(angle):.1f},{y + radius * math.sin(angle):.1f}"
-            )
-        return f'<polygon {own} points="{" ".join(corners)}"/>'
-    return f'<circle {own} cx="{x:.1f}" cy="{y:.1f}" r="{3 if role == "front" else 4}"/>'
-
-
-def mark(role: str) -> str:
-    """A mark for a legend, around (0, 0)."""
-    return shape(-1, role, 0, 0)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from urllib.parse import quote
 
 from optimizer.errors import ConfigError, PlanError
 from optimizer.plan import Plan
-from optimizer.reports.html import chart, document
+from optimizer.reports.html import chart, pages
+from optimizer.reports.html.chart import Chart, Mark
 from optimizer.reports.html.parts import speed_columns
 from optimizer.reports.run import FILE, Run, overrides
 from optimizer.store import write_atomically
@@ -84,54 +83,52 @@ def _asked(path: Path) -> list[str]:
 def write(folder: Path) -> Path:
     """Write compare.html into the sweep's folder."""
     sweep = gather(folder)
-    lost = "".join(
-        f"<p class=note><b>Not finished:</b> job {escape(name)} ({escape(asked)}).</p>"
-        for name, asked in sweep.unfinished
+    speeds = speeds_of(sweep.jobs)
+    page = pages.render(
+        "compare.html",
+        "style.css",
+        "page.js",
+        models=", ".join(dict.fromkeys(job.run.model for job in sweep.jobs)),
+        unfinished=sweep.unfinished,
+        jobs=sweep.jobs,
+        looks=LINES,
+        fronts=_fronts(sweep.jobs),
+        columns=(
+            "job",
+            "size",
+            "bits",
+            *speeds,
+            "predicted KL",
+            "held-out KL",
+            "seconds",
+            "report",
+        ),
+        rows=zip(sweep.jobs, zip(*speeds.values(), strict=True), strict=True),
+        data={},
     )
-    models = ", ".join(dict.fromkeys(job.run.model for job in sweep.jobs))
-    body = (
-        f"<header><p class=over>Mezzotint sweep</p><h1>{escape(models)}</h1>{lost}</header>"
-        f"<section><h2>Size against loss</h2>{_legend(sweep.jobs)}{_chart(sweep.jobs)}"
-        "<p class=hint>Lines are predicted fronts, stars the chosen plans (measured where that was "
-        "done). Runs with other calibration text or another model have other losses.</p></section>"
-        f"<section><h2>Jobs</h2>{_table(sweep.jobs)}</section>"
-    )
-    return write_atomically(folder / PAGE, document(f"sweep: {models}", body, {}).encode())
+    return write_atomically(folder / PAGE, page.encode())
 
 
-def _legend(jobs: Sequence[Job]) -> str:
-    keys = "".join(
-        f'<li><svg viewBox="0 0 24 24" aria-hidden="true"><line class="look{i % LINES}" x1="1" '
-        f'x2="23" y1="12" y2="12"/></svg>{escape(job.label)}</li>'
-        for i, job in enumerate(jobs)
-    )
-    return f"<ul class=legend>{keys}</ul>"
-
-
-def _chart(jobs: Sequence[Job]) -> str:
+def _fronts(jobs: Sequence[Job]) -> Chart:
     points = [point for job in jobs for point in (*job.run.front, job.run.chosen)]
-    x = chart.linear([p.bytes for p in points], chart.LEFT, chart.WIDTH - chart.RIGHT)
-    losses = [chart.value(point) for point in points]
-    y = chart.logarithmic(losses, chart.HEIGHT - chart.BOTTOM, chart.TOP)
+    x, y = chart.axes([p.bytes for p in points], [chart.value(p) for p in points])
     unit = " or ".join(sorted({job.run.unit for job in jobs}, reverse=True))
-    body = [chart.axes(x, y, "bytes of the model's tensors", f"KL, nats per {unit}", chart.size)]
-    for i, job in enumerate(jobs):
-        line = [(p.bytes, p.predicted) for p in job.run.front]
-        body.append(chart.path(x, y, line, f"look{i % LINES}"))
-    for job in jobs:
-        at = x.at(job.run.chosen.bytes), y.at(chart.value(job.run.chosen))
-        body.append(chart.shape(-1, "chosen", *at))
-    return chart.svg("front", f"The fronts of {len(jobs)} runs; numbers in the table.", body)
-
-
-def _table(jobs: Sequence[Job]) -> str:
-    speeds = speeds_of(jobs)
-    names = ("job", "size", "bits", *speeds, "predicted KL", "held-out KL", "seconds", "report")
-    head = "".join(f"<th scope=col>{name}</th>" for name in names)
-    rows = (_row(job, [column[i] for column in speeds.values()]) for i, job in enumerate(jobs))
-    return (
-        f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>"
-        f"{''.join(rows)}</tbody></table></div>"
+    return Chart(
+        "front",
+        f"The fronts of {len(jobs)} runs; numbers in the table.",
+        x,
+        y,
+        "bytes of the model's tensors",
+        f"KL, nats per {unit}",
+        chart.size,
+        tuple(
+            (f"look{i % LINES}", chart.line(x, y, ((p.bytes, p.predicted) for p in job.run.front)))
+            for i, job in enumerate(jobs)
+        ),
+        tuple(
+            Mark(-1, "chosen", x.at(plan.bytes), y.at(chart.value(plan)))
+            for plan in (job.run.chosen for job in jobs)
+        ),
     )
 
 
@@ -140,21 +137,3 @@ def speeds_of(jobs: Sequence[Job]) -> dict[str, list[str]]:
     each = [speed_columns(job.run, [job.run.chosen]) for job in jobs]
     titles = dict.fromkeys(title for columns in each for title in columns)
     return {title: [columns.get(title, [""])[0] for columns in each] for title in titles}
-
-
-def _row(job: Job, speeds: Sequence[str]) -> str:
-    heldout = "not measured"
-    if job.heldout:
-        kl, low, high = (f"{v:.4f}" for v in job.heldout)
-        heldout = f"{kl} <small>[{low}, {high}]</small>"
-    cells = [
-        chart.size(job.plan.bytes["total"]),
-        f"{job.plan.effective_bits:.3f}",
-        *speeds,
-        chart.loss(job.run.chosen.predicted),
-        heldout,
-        f"{job.run.seconds:.0f}",
-        f'<a href="./{escape(quote(job.folder))}/report.html">open</a>',
-    ]
-    numbers = "".join(f"<td>{cell}</td>" for cell in cells)
-    return f"<tr><th scope=row>{escape(job.label)}</th>{numbers}</tr>"
