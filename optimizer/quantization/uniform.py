@@ -98,7 +98,8 @@ class Nearest(Independent):
             return ggml.round_to(weight, precision, self.grids(weight, precision.kind, layer))
         rows, cols = weight.shape
         some = max(1, CACHED // cols) if weight.device.type == "cpu" else rows
-        return torch.cat([self._values(part, precision) for part in weight.split(some)])
+        parts = [self._values(part, precision) for part in weight.split(some)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _values(self, weight: Tensor, precision: Precision) -> Tensor:
         w = grouped(weight, precision)

@@ -42,7 +42,7 @@ from optimizer.sensitivity.fisher import (
     gradients,
     likelihood,
     sampled,
-    squared_error,
+    squared_errors,
     watching,
 )
 from optimizer.sensitivity.table import Desk, Task, Text
@@ -240,6 +240,9 @@ class _Passes:
         """x [b l, cols], d [b l, rows] -> the gradient of each window, as the parameter lies."""
         met.add(name)
         layer, shape = self.model.layers[name], batch.ids.shape
+        if squares.at_once:
+            squares.score_at_once(layer, windows, x.view(*shape, -1), d.view(*shape, -1))
+            return
         a, b = (x, d) if layer.kind == "conv1d" else (d, x)
         for window, left, right in zip(
             windows, a.view(*shape, -1), b.view(*shape, -1), strict=True
@@ -341,13 +344,19 @@ def _rows(gradient: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
 
 class _Squares:
     """Sums of squared gradients of some layers' parameters: of several chunks at a time, as far as
-    memory goes, since each precision is rounded once for all of them."""
+    memory goes, since each precision is rounded once for all of them.
+
+    at_once: a batch's gradients are better scored as they come, some rows at a time. Nothing of the
+    layers' size is kept then, and each precision is rounded once a batch, not once for the chunks
+    that fit."""
 
     def __init__(self, passes: _Passes, layers: Sequence[Layer]) -> None:
         self._passes, self._layers = passes, layers
         self.names = {x.parameter for x in layers}
         size = 4 * sum(x.weights for x in layers)
         self._some = max(1, SQUARES // max(size, 1))
+        turns = -(-len(passes.text.runs) // self._some)
+        self.at_once = len(passes.stream.batches) < turns
         self._first = 0
         self._sums: dict[int, dict[str, Tensor]] = {}  # by chunk
 
@@ -358,6 +367,21 @@ class _Squares:
             self.score()
             self._first = chunk
         add_square(self._sums.setdefault(chunk, {}), name, gradient)
+
+    def score_at_once(self, layer: Layer, windows: range, x: Tensor, d: Tensor) -> None:
+        """Adds a batch's part of the layer's losses. x [windows, length, cols]: its inputs; d
+        [windows, length, rows]: the gradients at its outputs."""
+        chunks = [self._passes.text.chunk(window) for window in windows]
+        found = self._passes.losses[layer.name]
+        for columns, rows, errors in _stacks(self._passes.model, self._passes.task, layer):
+            for c in sorted(set(chunks)):
+                fisher: Tensor | None = None
+                for own, a, b in zip(chunks, d, x, strict=True):
+                    if own == c:
+                        square = (a[:, rows].T @ b).square_()
+                        fisher = square if fisher is None else fisher.add_(square)
+                assert fisher is not None
+                found[c, columns] += (errors @ fisher.view(-1)).double().cpu().numpy()
 
     def score(self) -> None:
         """sum_ij F_ij dW_ij^2 of each layer, precision and chunk that is here."""
@@ -383,8 +407,8 @@ def _stacks(model: Model, task: Task, layer: Layer) -> Iterator[tuple[list[int],
     some = max(1, STACK // (4 * layer.cols * max(len(split), 1)))
     for start in range(0, layer.rows if split else 0, some):
         rows = slice(start, start + some)
-        parts = [squared_error(task, weight[rows], precisions[i], "") for i in split]
-        yield split, rows, torch.stack(parts)
+        yield split, rows, squared_errors(task, weight[rows], [precisions[i] for i in split])
     for i, precision in enumerate(precisions):
         if precision.kind != "none" and i not in split:
-            yield [i], slice(None), squared_error(task, weight, precision, layer.name)[None]
+            error = task.quantizer.round(weight, precision, layer.name).sub_(weight)
+            yield [i], slice(None), error.square_().reshape(1, -1)

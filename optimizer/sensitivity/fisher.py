@@ -32,6 +32,7 @@ from optimizer.plan import Layer, Precision
 from optimizer.sensitivity import Task
 
 TOGETHER = 4  # windows whose inputs and output gradients are kept at a time
+CACHED = 2**17  # weights that are rounded at a time
 STACK = 2**23  # bytes of errors that exist at a time, where rows are rounded by themselves
 
 
@@ -287,9 +288,18 @@ def by_row(task: Task, layer: Layer) -> list[int]:
     return [i for i, kind in enumerate(kinds) if alone and kind in ("int", "ternary")]
 
 
-def squared_error(task: Task, weight: Tensor, precision: Precision, name: str) -> Tensor:
-    """(W' - W)^2 of some rows, flat."""
-    return task.quantizer.round(weight, precision, name).sub_(weight).square_().reshape(-1)
+def squared_errors(task: Task, weight: Tensor, precisions: Sequence[Precision]) -> Tensor:
+    """(W' - W)^2 [precisions, weights] of some rows that are rounded by themselves; as many at a
+    time as stay in a processor's cache."""
+    found = torch.empty(len(precisions), weight.numel(), device=weight.device)
+    some = max(1, CACHED // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
+    for part, out in zip(
+        weight.split(some), found.split(some * weight.shape[1], dim=1), strict=True
+    ):
+        for precision, own in zip(precisions, out, strict=True):
+            error = task.quantizer.round(part, precision, "").sub_(part).reshape(-1)
+            torch.mul(error, error, out=own)
+    return found
 
 
 def _array(values: list[Tensor]) -> np.ndarray:

@@ -23,7 +23,7 @@ from optimizer.models.head import entrywise, output_head
 from optimizer.models.layout import holders
 from optimizer.models.model import Model
 from optimizer.plan import Layer
-from optimizer.sensitivity.fisher import STACK, by_row, squared_error
+from optimizer.sensitivity.fisher import STACK, by_row, squared_errors
 from optimizer.sensitivity.table import Task, Text
 
 LARGE = 2**24  # bytes in fp32 from which rows go by themselves
@@ -85,7 +85,7 @@ def losses(model: Model, task: Task, layer: Layer, text: Text, ends: Ends) -> np
             _add_looked(sums, text, looked, start)
         for i in range(0, len(weight), few):
             part = weight[i : i + few]
-            errors = torch.stack([squared_error(task, part, p, "") for p in precisions])
+            errors = squared_errors(task, part, precisions)
             fisher = sums[:, i : i + few].flatten(1)
             found[:, columns] += (fisher @ errors.T).double().cpu().numpy()
     return found

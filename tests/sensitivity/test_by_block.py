@@ -226,6 +226,43 @@ def test_squares_of_some_chunks_at_a_time_give_the_same(
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_gradients_that_are_scored_as_they_come_give_the_same(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a batch holds more chunks than squares fit: each precision is rounded once a batch, and
+    nothing of a layer's size is kept. A type that knows no rows goes through whole layers."""
+    model, read = small(kind, tmp_path), text(weighted=False)
+    work = task_of(model)
+    name = next(x.name for x in model.layers.values() if x.block is not None)
+    whole = Precision.ggml("q4_0")
+    work = replace(work, fitted=work.fitted | {(name, work.columns[-1]): whole})
+    wanted = by_block.samples(model, work, read, Desk())
+    asked = list[tuple[tuple[int, ...], str]]()
+
+    class Told(Nearest):
+        def round(self, weight: torch.Tensor, precision: Precision, layer: str = "") -> Any:
+            asked.append((tuple(weight.shape), precision.name))
+            return super().round(weight, precision, layer)
+
+    def never(*_: Any) -> None:
+        raise AssertionError("a gradient of a layer's size was kept")
+
+    monkeypatch.setattr(by_block, "SQUARES", 1)
+    monkeypatch.setattr(by_block, "STACK", 1)
+    monkeypatch.setattr(by_block._Squares, "add", never)
+    blocks = [x for x in model.layers.values() if x.block is not None]
+    inside = replace(
+        work, groups=tuple((x.name,) for x in blocks), quantizer=Told(),
+        fitted={k: v for k, v in work.fitted.items() if model.layers[k[0]].block is not None},
+    )  # fmt: skip
+    rows = [work.groups.index(group) for group in inside.groups]
+    found = by_block.samples(model, inside, read, Desk())
+    assert found is not None and wanted is not None
+    np.testing.assert_allclose(found, wanted[:, rows], rtol=1e-5)
+    assert asked.count((tuple(model.weight(name).shape), whole.name)) == 1  # of all chunks
+
+
 def test_a_model_whose_blocks_read_more_than_their_input_is_left_to_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
