@@ -8,14 +8,15 @@ reached; a vision tower, or a layer that only images enter, is not.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from optimizer.models.watching import plain_experts
 
 TOKENS = 6
 EXPERT = re.compile(r"(experts?)\.\d+\.")
@@ -53,7 +54,11 @@ def reached(net: Any, encoder: bool) -> frozenset[str] | None:
         inputs["use_cache"] = False
     watch = _Watch()
     try:
-        with torch.no_grad(), watch, _plain_experts(net):
+        with (
+            torch.no_grad(),
+            watch,
+            plain_experts(net),
+        ):  # many at a time refuse tensors of one number
             torch.func.functional_call(net, values, kwargs=inputs)
     except Exception:  # noqa: BLE001  an architecture's own code, on weights that no model has
         return None
@@ -65,17 +70,6 @@ def reached(net: Any, encoder: bool) -> frozenset[str] | None:
     }
     alike = {EXPERT.sub(r"\1.*.", name) for name in found}
     return frozenset(name for name in names if EXPERT.sub(r"\1.*.", name) in alike)
-
-
-@contextmanager
-def _plain_experts(net: Any) -> Iterator[None]:
-    """Experts one after the other: products of many at a time refuse tensors of one number."""
-    before = net.get_experts_implementation()
-    net.set_experts_implementation("eager")
-    try:
-        yield
-    finally:
-        net.set_experts_implementation(before)
 
 
 def _tokens(config: Any) -> Tensor:

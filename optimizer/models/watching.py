@@ -6,10 +6,25 @@ or see only some of the tokens, or none: whoever watches it gets a tensor that n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+LOOKS = {
+    "__get__",
+    "__set__",
+    "size",
+    "stride",
+    "storage_offset",
+    "untyped_storage",
+    "dim",
+    "numel",
+}
 
 
 def rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -40,3 +55,64 @@ def begin_gradients(net: Any) -> Any:
         return output.requires_grad_(True).clone()
 
     return net.get_input_embeddings().register_forward_hook(forward)
+
+
+@contextmanager
+def plain_experts(net: Any) -> Iterator[None]:
+    """Experts one after the other, each with a product of its own."""
+    before = net.get_experts_implementation()
+    net.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        net.set_experts_implementation(before)
+
+
+class Products(TorchFunctionMode):
+    """Hands out what every matrix product with a parameter, or with one expert's part of it, met:
+    use(parameter, first, x, d) with the weight's first number in the parameter, its inputs x [tokens,
+    cols] and the gradient d [tokens, rows] at its outputs, in fp32, during the backward pass.
+
+    odd: how the model uses a parameter in a way that this can't follow, None while it doesn't.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], use: Callable[[str, int, Tensor, Tensor], None]
+    ) -> None:
+        super().__init__()
+        self.odd: str | None = None
+        self._use = use
+        self._known = {id(value): (name, value, 0) for name, value in parameters.items()}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        found = [x for x in tree_leaves((args, kwargs)) if id(x) in self._known]
+        if not found or getattr(func, "__name__", "") in LOOKS:
+            return result
+        weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
+        if func == Tensor.__getitem__ and self._is_part(result, found[0]):
+            return result
+        if func is linear and len(found) == 1 and weight is found[0] and weight.ndim == 2:
+            name, _, first = self._known[id(weight)]
+            x = rows_of(args, {k: v for k, v in kwargs.items() if k == "input"})
+            assert x is not None
+            on_gradient(result, lambda d: self._use(name, first, x, d.flatten(0, -2).float()))
+        else:
+            self.odd = getattr(func, "__name__", str(func))
+        return result
+
+    def _is_part(self, part: Any, whole: Tensor) -> bool:
+        """Notes one expert's weight, which lies in the memory of all experts'."""
+        within = (
+            isinstance(part, Tensor)
+            and part.is_contiguous()
+            and part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        )
+        if within:
+            name, _, first = self._known[id(whole)]
+            first += part.storage_offset() - whole.storage_offset()
+            self._known[id(part)] = (name, part, first)  # holding it, so that its id stays its own
+        return within

@@ -10,14 +10,15 @@ precision rounded once for all windows.
     outside    embeddings and head, with the gradient that arrived at the first block
 
 A layer that sees every token needs no gradient of autograd's own: it is d' x of its inputs x [tokens,
-cols] and of the gradients d [tokens, rows] at its outputs. Other layers (experts) run one window at a
-time. What is known is left on a desk after each block. Cost: two forward passes and a backward pass,
-and the head twice.
+cols] and of the gradients d [tokens, rows] at its outputs. Blocks with other layers (experts) run one
+window at a time; where every expert has a product of its own, so does its gradient, and no gradient
+of all experts exists. What is known is left on a desk after each block. Cost: two forward passes and
+a backward pass, and the head twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from itertools import pairwise
@@ -30,25 +31,25 @@ from optimizer.errors import ModelError
 from optimizer.models.blockwise import Batch, Stream
 from optimizer.models.head import final_transform, output_head, tokens_together
 from optimizer.models.model import Model, read
-from optimizer.models.watching import begin_gradients
+from optimizer.models.watching import Products, begin_gradients, plain_experts
 from optimizer.plan import Layer
 from optimizer.sensitivity import vocabulary
 from optimizer.sensitivity.borders import Borders
+from optimizer.sensitivity.errors import stacks
 from optimizer.sensitivity.fisher import (
-    STACK,
     add_square,
     backward,
-    by_row,
     gradients,
     likelihood,
     sampled,
-    squared_errors,
     watching,
 )
+from optimizer.sensitivity.products import Met, Product, add_losses, start
 from optimizer.sensitivity.table import Desk, Task, Text
 from optimizer.sensitivity.vocabulary import Ends
 
 TOGETHER = 1024  # tokens that run through a block at a time
+COLLECTED = 2**28  # bytes of experts' inputs and gradients from which they are scored
 SQUARES = 2**27  # bytes of squares that exist at a time, if more than one chunk's are to
 AGREE = 1e-3  # how far two ways to one gradient may lie apart, as a share of it
 
@@ -209,6 +210,8 @@ class _Passes:
     def _backward(self, block: int, arrived: list[Tensor]) -> None:
         """arrived: each batch's gradient at the block's output; at its input afterwards."""
         own = self.layers[block]
+        if block in self.odd and self._by_products(block, arrived):
+            return
         squares = _Squares(self, own)
         for index, batch in enumerate(self.stream.batches):
             hidden = self.borders.take(block, index, batch.hidden).requires_grad_(True)
@@ -227,6 +230,37 @@ class _Passes:
             arrived[index] = hidden.grad
         squares.score()
 
+    def _by_products(self, block: int, arrived: list[Tensor]) -> bool:
+        """As `_backward`, for layers that are matrices by which the block multiplies some of its
+        tokens. False, and nothing done, where they aren't."""
+        own = self.layers[block]
+        starts = {layer.name: place for layer in own if (place := start(layer)) is not None}
+        if len(starts) < len(own):
+            return False
+        names = {name for name, _ in starts.values()}
+        batches, met = self.stream.batches, Met()
+        watch = Products({name: self.model.net.get_parameter(name) for name in names}, met.add)
+        with plain_experts(self.model.net):
+            for index, batch in enumerate(batches):
+                met.chunk = self.text.chunk(self.windows[index][0])
+                hidden = self.borders.take(block, index, batch.hidden).requires_grad_(True)
+                with watch:
+                    output = self.stream.through(block, batch, hidden.clone())
+                if watch.odd and index == 0:
+                    return False
+                output.backward(arrived[index])
+                assert hidden.grad is not None
+                arrived[index] = hidden.grad
+                if met.bytes > COLLECTED or index + 1 == len(batches):
+                    for layer in own:
+                        products = met.of(layer, *starts[layer.name])
+                        add_losses(self.model, self.task, layer, products, self.losses[layer.name])
+                    met.clear()
+        every = {x.parameter for x in own if x.expert is not None or self.stream.sees_all(x.name)}
+        if watch.odd or not every <= met.names:
+            raise _Unlike(f"Of {sorted(every - met.names)[:1]} no product was seen ({watch.odd}).")
+        return True
+
     def _multiply(
         self,
         squares: _Squares,
@@ -241,7 +275,9 @@ class _Passes:
         met.add(name)
         layer, shape = self.model.layers[name], batch.ids.shape
         if squares.at_once:
-            squares.score_at_once(layer, windows, x.view(*shape, -1), d.view(*shape, -1))
+            each = zip(windows, x.view(*shape, -1), d.view(*shape, -1), strict=True)
+            products = [Product(self.text.chunk(window), *pair) for window, *pair in each]
+            add_losses(self.model, self.task, layer, products, self.losses[name])
             return
         a, b = (x, d) if layer.kind == "conv1d" else (d, x)
         for window, left, right in zip(
@@ -368,21 +404,6 @@ class _Squares:
             self._first = chunk
         add_square(self._sums.setdefault(chunk, {}), name, gradient)
 
-    def score_at_once(self, layer: Layer, windows: range, x: Tensor, d: Tensor) -> None:
-        """Adds a batch's part of the layer's losses. x [windows, length, cols]: its inputs; d
-        [windows, length, rows]: the gradients at its outputs."""
-        chunks = [self._passes.text.chunk(window) for window in windows]
-        found = self._passes.losses[layer.name]
-        for columns, rows, errors in _stacks(self._passes.model, self._passes.task, layer):
-            for c in sorted(set(chunks)):
-                fisher: Tensor | None = None
-                for own, a, b in zip(chunks, d, x, strict=True):
-                    if own == c:
-                        square = (a[:, rows].T @ b).square_()
-                        fisher = square if fisher is None else fisher.add_(square)
-                assert fisher is not None
-                found[c, columns] += (errors @ fisher.view(-1)).double().cpu().numpy()
-
     def score(self) -> None:
         """sum_ij F_ij dW_ij^2 of each layer, precision and chunk that is here."""
         passes = self._passes
@@ -390,25 +411,9 @@ class _Squares:
             chunks = [c for c, sums in self._sums.items() if layer.parameter in sums]
             if not chunks:  # no token's loss depends on it
                 continue
-            for columns, rows, errors in _stacks(passes.model, passes.task, layer):
+            for columns, rows, errors in stacks(passes.model, passes.task, layer):
                 found = passes.losses[layer.name]
                 for c in chunks:
                     fisher = read(self._sums[c].__getitem__, layer)[rows].reshape(-1)
                     found[c, columns] += (errors @ fisher).double().cpu().numpy()
         self._sums = {}
-
-
-def _stacks(model: Model, task: Task, layer: Layer) -> Iterator[tuple[list[int], slice, Tensor]]:
-    """Some columns' numbers, some rows, and the squared errors of those precisions there [columns,
-    weights]. Rows go by themselves where the rounding of one doesn't depend on the others."""
-    precisions = [task.fitted[layer.name, column] for column in task.columns]
-    split = by_row(task, layer)
-    weight = model.weight(layer.name)
-    some = max(1, STACK // (4 * layer.cols * max(len(split), 1)))
-    for start in range(0, layer.rows if split else 0, some):
-        rows = slice(start, start + some)
-        yield split, rows, squared_errors(task, weight[rows], [precisions[i] for i in split])
-    for i, precision in enumerate(precisions):
-        if precision.kind != "none" and i not in split:
-            error = task.quantizer.round(weight, precision, layer.name).sub_(weight)
-            yield [i], slice(None), error.square_().reshape(1, -1)

@@ -28,12 +28,10 @@ from torch import Tensor, nn
 from optimizer.errors import ModelError
 from optimizer.models.model import Model, read
 from optimizer.models.watching import begin_gradients, on_gradient, rows_of
-from optimizer.plan import Layer, Precision
+from optimizer.plan import Layer
 from optimizer.sensitivity import Task
 
 TOGETHER = 4  # windows whose inputs and output gradients are kept at a time
-CACHED = 2**17  # weights that are rounded at a time
-STACK = 2**23  # bytes of errors that exist at a time, where rows are rounded by themselves
 
 
 def diagonal(
@@ -279,27 +277,6 @@ def rounding_errors(model: Model, task: Task, layer: Layer) -> Iterator[tuple[st
             if (precision.kind != "none")
             else torch.zeros_like(weight),
         )
-
-
-def by_row(task: Task, layer: Layer) -> list[int]:
-    """Numbers of the columns that round each row of the layer by itself."""
-    alone = getattr(task.quantizer, "by_row", False)
-    kinds = [task.fitted[layer.name, column].kind for column in task.columns]
-    return [i for i, kind in enumerate(kinds) if alone and kind in ("int", "ternary")]
-
-
-def squared_errors(task: Task, weight: Tensor, precisions: Sequence[Precision]) -> Tensor:
-    """(W' - W)^2 [precisions, weights] of some rows that are rounded by themselves; as many at a
-    time as stay in a processor's cache."""
-    found = torch.empty(len(precisions), weight.numel(), device=weight.device)
-    some = max(1, CACHED // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
-    for part, out in zip(
-        weight.split(some), found.split(some * weight.shape[1], dim=1), strict=True
-    ):
-        for precision, own in zip(precisions, out, strict=True):
-            error = task.quantizer.round(part, precision, "").sub_(part).reshape(-1)
-            torch.mul(error, error, out=own)
-    return found
 
 
 def _array(values: list[Tensor]) -> np.ndarray:

@@ -23,7 +23,7 @@ from optimizer.models.head import entrywise, output_head
 from optimizer.models.layout import holders
 from optimizer.models.model import Model
 from optimizer.plan import Layer
-from optimizer.sensitivity.fisher import STACK, by_row, squared_errors
+from optimizer.sensitivity.errors import STACK, by_row, squared_errors
 from optimizer.sensitivity.table import Task, Text
 
 LARGE = 2**24  # bytes in fp32 from which rows go by themselves

@@ -19,7 +19,7 @@ from optimizer.models.head import _with_fixed, unchanged
 from optimizer.models.model import Model, take_inventory
 from optimizer.plan import Precision
 from optimizer.quantization.uniform import Nearest
-from optimizer.sensitivity import Desk, Task, Text, by_block, chunks, vocabulary
+from optimizer.sensitivity import Desk, Task, Text, by_block, chunks, errors, vocabulary
 from optimizer.sensitivity.fisher import diagonal
 
 torch.set_num_threads(1)
@@ -220,8 +220,61 @@ def test_squares_of_some_chunks_at_a_time_give_the_same(
     model, read = small("llama tied", tmp_path), text(weighted=False)
     wanted = by_block.samples(model, task_of(model), read, Desk())
     monkeypatch.setattr(by_block, "SQUARES", 1)
-    monkeypatch.setattr(by_block, "STACK", 1)
+    monkeypatch.setattr(errors, "STACK", 1)
     found = by_block.samples(model, task_of(model), read, Desk())
+    assert found is not None and wanted is not None
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("some", [2**28, 1])
+def test_experts_are_scored_by_their_products(
+    some: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the gradients of all experts together say, which then never exist; also where what was met
+    is scored after every window, and by the model on disk."""
+    model, read = small("mixtral", tmp_path), text(weighted=True)
+    own, done = by_block._Passes._by_products, list[bool]()
+    monkeypatch.setattr(by_block._Passes, "_by_products", lambda *_: False)
+    wanted = by_block.samples(model, task_of(model), read, Desk())
+    monkeypatch.setattr(by_block, "COLLECTED", some)
+    monkeypatch.setattr(
+        by_block._Passes, "_by_products", lambda *a: done.append(own(*a)) or done[-1]
+    )
+    found = by_block.samples(model, task_of(model), read, Desk())
+    monkeypatch.setattr("optimizer.models.offload.LARGE", 0)
+    disk = Model.load(tmp_path, model.inventory, offload="disk")
+    from_disk = by_block.samples(disk, task_of(disk), read, Desk())
+    assert done == 6 * [True]
+    assert found is not None and wanted is not None and from_disk is not None
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    np.testing.assert_array_equal(from_disk, found)
+
+
+def test_experts_that_have_no_product_of_their_own_go_by_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block that multiplies by all experts' weights at once is left to autograd."""
+    model, read = small("mixtral", tmp_path), text(weighted=False)
+    wanted = by_block.samples(model, task_of(model), read, Desk())
+    experts = type(model.net.model.layers[0].mlp.experts)
+    forward, done = experts.forward, list[bool]()
+
+    def twice(self: Any, *args: Any) -> torch.Tensor:
+        found: torch.Tensor = forward(self, *args)
+        return found + 0 * self.down_proj.sum()
+
+    own = by_block._Passes._by_products
+
+    def told(*args: Any) -> bool:
+        done.append(own(*args))
+        return done[-1]
+
+    monkeypatch.setattr(experts, "forward", twice)
+    monkeypatch.setattr(
+        by_block._Passes, "_by_products", lambda *a: done.append(own(*a)) or done[-1]
+    )
+    found = by_block.samples(model, task_of(model), read, Desk())
+    assert done == 3 * [False]
     assert found is not None and wanted is not None
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
@@ -238,7 +291,7 @@ def test_gradients_that_are_scored_as_they_come_give_the_same(
     whole = Precision.ggml("q4_0")
     work = replace(work, fitted=work.fitted | {(name, work.columns[-1]): whole})
     wanted = by_block.samples(model, work, read, Desk())
-    asked = list[tuple[tuple[int, ...], str]]()
+    asked: list[tuple[tuple[int, ...], str]] = []
 
     class Told(Nearest):
         def round(self, weight: torch.Tensor, precision: Precision, layer: str = "") -> Any:
@@ -249,7 +302,7 @@ def test_gradients_that_are_scored_as_they_come_give_the_same(
         raise AssertionError("a gradient of a layer's size was kept")
 
     monkeypatch.setattr(by_block, "SQUARES", 1)
-    monkeypatch.setattr(by_block, "STACK", 1)
+    monkeypatch.setattr(errors, "STACK", 1)
     monkeypatch.setattr(by_block._Squares, "add", never)
     blocks = [x for x in model.layers.values() if x.block is not None]
     inside = replace(
@@ -413,9 +466,9 @@ def test_rows_that_are_rounded_by_themselves_are_rounded_some_at_a_time(
                "d": Precision("int", 4, 16)}  # fmt: skip
     fitted = {(name, key): p for key, p in columns.items()}
     work = Task(((name,),), tuple(columns), fitted, Told())
-    monkeypatch.setattr(by_block, "STACK", 4 * 64 * 2 * 40)  # fp32, columns, precisions, rows
+    monkeypatch.setattr(errors, "STACK", 4 * 64 * 2 * 40)  # fp32, columns, precisions, rows
     weight = model.weight(name)
-    found = list(by_block._stacks(model, work, model.layers[name]))
+    found = list(errors.stacks(model, work, model.layers[name]))
     int3, int4, q4 = columns["a"].name, columns["d"].name, columns["c"].name
     rows = [((n, 64), p, "") for n in (40, 40, 16) for p in (int3, int4)]
     assert asked == [*rows, ((96, 64), q4, name)]
