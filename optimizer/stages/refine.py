@@ -94,7 +94,7 @@ def refine(prepared: Prepared, problem: Problem, start: np.ndarray, journal: Pat
             scout.tell()
             _search(session, settings, study, scout)
             scout.settle()
-            return scout.confirm(start)
+        return scout.confirm(start)
 
 
 def _search(session: Session, settings: Search, study: Study, scout: Scout) -> None:
@@ -387,16 +387,15 @@ class Scout:
             self.step()
 
     def confirm(self, start: np.ndarray) -> Refined:
-        """Measure the best few on windows that no trial used; the start is always among
-        them, so the choice is never worse than it there."""
+        """Measure the best few on windows that no trial used, rounded as they would be packed; the
+        start is always among them, so the choice is never worse than it there. The model must hold
+        its own weights."""
         finalists = {start.tobytes(): start}
         fitting = [t for t in self.study.finished if self.problem.fits(t.assignment)]
         for tried in sorted(fitting, key=lambda t: t.loss)[:3]:
             finalists[tried.assignment.tobytes()] = tried.assignment
-        found = {
-            key: float(np.mean([loss for _, loss in self.losses(self.beside.rest)(assignment)]))
-            for key, assignment in finalists.items()
-        }
+        plans = self.session.view.track(list(finalists.items()), "search: the best as packed")
+        found = {key: self._as_packed(assignment) for key, assignment in plans}
         from optimizer.search import pictures
 
         winner = min(found, key=lambda key: found[key])
@@ -408,3 +407,17 @@ class Scout:
             shown(self.study),
             pictures.draw(self.study.inner),
         )
+
+    def _as_packed(self, assignment: np.ndarray) -> float:
+        """Mean loss on the confirmation windows. Trials share codes of layers that are rounded by
+        themselves; here they are rounded jointly where the quantizer does that."""
+        from optimizer.stages.prefix import Prefix
+
+        choice = self.space.choice(assignment)
+        rounder, own = self.quantizer.rounder(choice), Prefix(choice)
+        with self.session.model.rounded(rounder, choice):
+            losses = [
+                self.shortcut.window(window, None, own) + self.beside.loss(window)
+                for window in self.beside.rest
+            ]
+        return float(np.mean(losses))

@@ -13,6 +13,7 @@ from optimizer.commands import optimize
 from optimizer.config import Optimize
 from optimizer.data.text import Part
 from optimizer.errors import ConfigError, StorageError
+from optimizer.metrics import divergence
 from optimizer.models.source import Source
 from optimizer.plan import Budget
 from optimizer.quantization.methods import Gptq, bind
@@ -54,6 +55,37 @@ def test_a_searched_plan_fits_and_the_second_run_measures_nothing(
 def test_the_search_works_with_gptq(source: Source, tmp_path: Path) -> None:
     config = searched(source, tmp_path / "s", quantizer=Gptq())
     assert optimize.optimize(config, tmp_path / "r").plan.effective_bits <= 3.6
+
+
+@pytest.mark.slow
+def test_the_best_are_confirmed_as_they_would_be_packed(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials share codes of layers by themselves; the choice is made with codes that were made one
+    block after the other."""
+    found: list[tuple[Any, refine.Refined]] = []
+    own = refine.refine
+
+    def told(prepared: Any, *args: Any) -> refine.Refined:
+        found.append((prepared, own(prepared, *args)))
+        return found[-1][1]
+
+    monkeypatch.setattr(refine, "refine", told)
+    config = searched(
+        source, tmp_path / "s", quantizer=Gptq(inputs="rounded"), search={"tokens": 1500}
+    )
+    optimize.optimize(config, tmp_path / "r")
+    prepared, refined = found[0]
+    session, choice = prepared.session, prepared.space.choice(refined.assignment)
+    rest = confirming(studies.tried_on(config.search, 12, 32), 12)
+    quantizer = bind(config.quantizer, session)
+    teacher = divergence.teacher(session.model, session.windows("search"))
+    measured = []
+    for rounder in (quantizer.rounder(choice), quantizer.rounder(choice, joint=False)):
+        with session.model.rounded(rounder, choice):
+            measured.append(np.mean([teacher.window(session.model.net, w) for w in rest]))
+    assert refined.confirmed["choice"] == pytest.approx(measured[0], rel=1e-5)
+    assert abs(measured[1] / measured[0] - 1) > 1e-3
 
 
 def test_a_database_that_cannot_be_reached_is_told_before_a_model_is_looked_for(
