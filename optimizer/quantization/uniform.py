@@ -104,7 +104,7 @@ class Nearest(Independent):
     def _values(self, weight: Tensor, precision: Precision) -> Tensor:
         w = grouped(weight, precision)
         levels = self._levels(w, precision)
-        return levels.values(levels.nearest(w)).view(weight.shape)
+        return levels.nearest(w).add_(levels.shift).mul_(levels.value).view(weight.shape)
 
     def encode(
         self,

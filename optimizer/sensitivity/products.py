@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from optimizer.models.model import Model
@@ -34,15 +35,13 @@ def add_losses(
 ) -> None:
     """Adds sum_ij G_ij^2 dW_ij^2 over the windows' gradients G to found [chunks, precisions]. Every
     precision is rounded once."""
+    chunks = sorted({x.chunk for x in met})
     for columns, rows, errors in stacks(model, task, layer) if met else ():
-        for chunk in sorted({x.chunk for x in met}):
-            fisher: Tensor | None = None
-            for own in met:
-                if own.chunk == chunk:
-                    square = (own.gradients[:, rows].T @ own.inputs).square_()
-                    fisher = square if fisher is None else fisher.add_(square)
-            assert fisher is not None
-            found[chunk, columns] += (errors @ fisher.view(-1)).double().cpu().numpy()
+        squares = torch.zeros(len(chunks), errors.shape[1], device=errors.device)
+        for own in met:
+            gradient = (own.gradients[:, rows].T @ own.inputs).view(-1)
+            squares[chunks.index(own.chunk)].addcmul_(gradient, gradient)
+        found[np.ix_(chunks, columns)] += (squares @ errors.T).double().cpu().numpy()
 
 
 def start(layer: Layer) -> tuple[str, int] | None:
