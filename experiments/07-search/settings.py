@@ -1,0 +1,119 @@
+"""Settings of the quantizer that are fixed by hand, as dimensions of one study: group sizes,
+symmetric or not, GPTQ's damping, order and weighting, and how much dearer the lowest bits are.
+
+Usage: settings.py MODEL SIZE TRIALS OUT.csv   e.g. settings.py smollm2 60MB 30 settings.csv
+Every trial is the exact optimum of its table at exactly the budget, rounded jointly, measured on all
+search windows; the first is what the program does by itself. The best few are measured on held-out
+text.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+
+from optimizer.commands import effort, optimize
+from optimizer.config import Optimize
+from optimizer.plan import Budget, Palette
+from optimizer.quantization.methods import Gptq, bind
+from optimizer.search import exact
+from optimizer.stages.session import Session
+from optimizer.stages.space import search_space
+from optimizer.stages.table import measure_table
+
+BITS = [2, 3, 4, 5, 6, 8]
+GROUPS = {"32": [32], "64": [64], "32 or 64": [32, 64]}
+DEFAULT = {"groups": "64", "symmetric": False, "damping": 0.05, "order": "columns",
+           "weighting": "alike", "low": 0.0}  # fmt: skip
+FINALISTS = 3
+
+
+class Job:
+    """One model and budget."""
+
+    def __init__(self, model: str, size: str) -> None:
+        store = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")
+        base = Optimize(model=model, budget=Budget(size=size), quantizer=Gptq(), store=store)
+        self.config = effort.reading(base)
+        self.session = Session.open(model, self.config.data, store)
+
+    def planned(self, params: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """The plan's choice and what rounds it."""
+        quantizer = Gptq(
+            damping=params["damping"], order=params["order"], weighting=params["weighting"]
+        )
+        palette = Palette(
+            bits=BITS, group_size=GROUPS[params["groups"]], symmetric=params["symmetric"]
+        )
+        config = replace(self.config, quantizer=quantizer, palette=palette)
+        config, _ = effort.settle(config, False, lambda: None)
+        space = search_space(config, self.session.inventory, self.session.source.folder)
+        table = measure_table(self.session, config, space)
+        loss = table.loss.copy()
+        for column, name in enumerate(space.columns):
+            if name.startswith("int2"):
+                loss[:, column] *= np.exp(params["low"])
+        problem = optimize._pose(config, self.session.inventory, space, loss)
+        return space.choice(exact.solve(problem)), bind(quantizer, self.session)
+
+    def loss(self, params: dict[str, Any], part: str) -> tuple[float, float]:
+        """Mean KL of the joint rounding and its standard error over windows."""
+        choice, quantizer = self.planned(params)
+        rounder = quantizer.rounder(choice)
+        teacher = self.session.teacher(part)
+        with self.session.model.rounded(rounder, choice):
+            each = np.array(
+                [
+                    teacher.window(self.session.model.net, i)
+                    for i in range(len(teacher.windows.ids))
+                ]
+            )
+        return float(each.mean()), float(each.std(ddof=1) / np.sqrt(len(each)))
+
+
+def asked(trial: optuna.Trial) -> dict[str, Any]:
+    return {
+        "groups": trial.suggest_categorical("groups", list(GROUPS)),
+        "symmetric": trial.suggest_categorical("symmetric", [False, True]),
+        "damping": trial.suggest_float("damping", 0.003, 0.5, log=True),
+        "order": trial.suggest_categorical("order", ["columns", "groups", "none"]),
+        "weighting": trial.suggest_categorical("weighting", ["alike", "gradient", "fisher"]),
+        "low": trial.suggest_float("low", -0.5, 2.0),
+    }
+
+
+def main(model: str, size: str, trials: int, out: Path) -> None:
+    job = Job(model, size)
+    sampler = optuna.samplers.TPESampler(seed=0, multivariate=True, n_startup_trials=8)
+    study = optuna.create_study(sampler=sampler)
+    study.enqueue_trial(DEFAULT)
+    with out.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["trial", *DEFAULT, "part", "kl", "stderr", "seconds"])
+
+        def row(number: int, params: dict[str, Any], part: str) -> float:
+            began = time.monotonic()
+            kl, stderr = job.loss(params, part)
+            took = time.monotonic() - began
+            values = [params[key] for key in DEFAULT]
+            writer.writerow([number, *values, part, f"{kl:.5f}", f"{stderr:.5f}", f"{took:.0f}"])
+            file.flush()
+            print(number, params, part, f"{kl:.4f}", f"{took:.0f} s", flush=True)
+            return kl
+
+        study.optimize(lambda trial: row(trial.number, asked(trial), "search"), n_trials=trials)
+        best = sorted(study.trials, key=lambda t: t.value or np.inf)[:FINALISTS]
+        for trial in {t.number: t for t in [study.trials[0], *best]}.values():
+            row(trial.number, trial.params, "heldout")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))
