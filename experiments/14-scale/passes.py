@@ -1,5 +1,5 @@
-"""What a table costs at least: the model's blocks forward, and backward with every weight's gradient, on
-the windows of a table. One block in memory at a time, each read from disk twice.
+"""What a table costs at least: the model's blocks forward, and backward with every weight's gradient,
+on the windows of a table. One block in memory at a time, each read from disk twice.
 
 python experiments/14-scale/passes.py FOLDER WINDOWS LENGTH
 """
