@@ -8,8 +8,9 @@ import gc
 import logging
 import os
 import resource
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +27,19 @@ os.environ |= {
     "PYTHONDONTWRITEBYTECODE": "",
 }
 
+import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hydra._internal.hydra import Hydra
 from hypothesis import settings
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimizer.cli.main import main
+from optimizer.models import stories as builtin
 from optimizer.models.model import Model, take_inventory
 from optimizer.models.source import Source, locate, quiet
-from optimizer.plan import Inventory, Layer, Plan, Precision, assemble
+from optimizer.plan import Choices, Inventory, Layer, Plan, Precision, assemble
 from optimizer.store import Store
 
 # Bytecode is kept, also where the machine says otherwise: compiling it in each worker and each process
@@ -74,6 +78,13 @@ QUICK = [
     "proof.random=4",
     "search=exact",
 ]
+
+
+def slow_beside(chosen: Sequence[Any], every: Iterable[Any]) -> list[Any]:
+    """Parameters of which the chosen ones run by default and the others with the slow tests."""
+    rows = ((value if isinstance(value, tuple) else (value,), value in chosen) for value in every)
+    return [pytest.param(*row, marks=[] if first else pytest.mark.slow) for row, first in rows]
+
 
 BODY = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 WIDE = BODY | {"hidden_size": 64, "max_position_embeddings": 128}
@@ -130,7 +141,11 @@ def opened(name: str, folder: Path) -> Small:
     return Small(name, folder, inventory, Model.load(folder, inventory))
 
 
-@pytest.fixture(scope="session", params=list(ARCHITECTURES))
+# Tied and grouped, transposed, projected, of experts with biases, capped: what a default test sees.
+USUAL = ("llama", "gpt2", "opt", "gpt_oss", "gemma2")
+
+
+@pytest.fixture(scope="session", params=slow_beside(USUAL, ARCHITECTURES))
 def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Small:
     """Every architecture in turn. Tests must leave the weights as they were."""
     kind = request.param
@@ -159,6 +174,18 @@ def mixed(layers: tuple[Layer, ...]) -> dict[str, Precision]:
     return {layer.name: MIXTURE[i % len(MIXTURE)] for i, layer in enumerate(layers)}
 
 
+def choices_of(
+    layers: Sequence[Layer],
+    palette: Sequence[Precision],
+    groups: Sequence[tuple[str, ...]] | None = None,
+    allowed: np.ndarray | None = None,
+) -> Choices:
+    """Every precision for each of the groups; without groups, each layer is one."""
+    names = tuple((layer.name,) for layer in layers) if groups is None else tuple(groups)
+    fitted = {(layer.name, p.name): p for layer in layers for p in palette}
+    return Choices(tuple(layers), names, tuple(p.name for p in palette), fitted, allowed)
+
+
 def planned(
     inventory: Inventory, choice: dict[str, Precision], fingerprint: str = "sha256:test"
 ) -> Plan:
@@ -174,6 +201,25 @@ def planned(
 
 
 # ---------------------------------------------------------------- the stories model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whoever makes the stories model in a store gets a copy of one that is trained once a run, also
+    beside another worker. Processes that tests start train their own."""
+    base, train = tmp_path_factory.getbasetemp(), builtin.train
+    once = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "stories"
+
+    def copied(folder: Path) -> None:
+        with FileLock(f"{once}.lock"):
+            if not once.exists():
+                train(base / "training")
+                (base / "training").rename(once)
+        shutil.copytree(once, folder, dirs_exist_ok=True)
+
+    builtin.train = copied
+    yield
+    builtin.train = train
 
 
 @pytest.fixture(scope="session")

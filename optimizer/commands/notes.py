@@ -73,10 +73,10 @@ def aim(problem: Problem, objective: str, parts: Mapping[str, np.ndarray]) -> li
     kept = [f"{name} {text}" for name, (text, less) in changes.items() if less]
     paid = [f"{name} {text}" for name, (text, less) in changes.items() if not less]
     return [
-        f"What {objective} changed against the mean KL alone, in the same bytes, by the table: bits "
-        f"moved between {int(moved.sum())} of {len(mine)} groups ({int(more.sum())} got more; "
-        f"{100 * share:.2g} % of the size moved). Meaning kept: {', '.join(kept) or 'none'}. Meaning "
-        f"paid: {', '.join(paid) or 'none'}."
+        f"What {objective} changed compared with the mean KL alone, in the same bytes, by the table: "
+        f"{int(moved.sum())} of {len(mine)} groups have other bits ({int(more.sum())} more of them; "
+        f"{100 * share:.2g} % of the size moved). Less lost: {', '.join(kept) or 'nowhere'}. More lost: "
+        f"{', '.join(paid) or 'nowhere'}."
     ]
 
 
@@ -133,13 +133,7 @@ def _prices(
     assert space.held is not None
     for i, pin in enumerate(config.policy.listed[:PRICED]):
         others = [p for j, some in enumerate(space.pins) if j != i for p in some]
-        left = policy.allowed(
-            replace(config.policy, pins=others),
-            space.scope,
-            space.groups,
-            space.columns,
-            space.fitted,
-        )
+        left = policy.allowed(replace(config.policy, pins=others), space)
         rival = exact.solve(replace(problem, allowed=space.held & left, limit=limit))
         free = problem.losses(rival)
         yield f"The pin {pin!r} costs {own - free:.4f} nats of {own:.4f}, by the table."

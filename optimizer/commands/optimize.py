@@ -178,7 +178,8 @@ def _stages(config: Optimize) -> dict[str, float]:
 
 
 def _checked(config: Optimize, view: View) -> tuple[Optimize, Session, SearchSpace]:
-    """What is meant, the model and its choices. Most that can be wrong ends here."""
+    """The settings with every `auto` replaced, the model and what may be chosen. Most mistakes of a
+    user are found here."""
     config.check()
     effort.check(config)
     config = effort.reading(config)
@@ -299,17 +300,7 @@ def _palette(space: SearchSpace) -> dict[str, Precision]:
 
 
 def _pose(config: Optimize, inventory: Inventory, space: SearchSpace, loss: np.ndarray) -> Problem:
-    return search.pose(
-        inventory,
-        space.scope,
-        space.groups,
-        space.columns,
-        space.fitted,
-        loss,
-        config.budget,
-        space.allowed,
-        space.overhead,
-    )
+    return search.pose(inventory, space, loss, config.budget, space.overhead)
 
 
 def _allocate(problem: Problem) -> np.ndarray:

@@ -19,7 +19,7 @@ from optimizer.formats.rules import Demands, Verdict
 from optimizer.formats.runtime import Runtime
 from optimizer.formats.safetensors.joined import joined
 from optimizer.models.source import Source
-from optimizer.plan import Inventory, Layer, Plan, Precision, Rule, assemble
+from optimizer.plan import Choices, Inventory, Layer, Plan, Precision, Rule, assemble
 from optimizer.store import Store
 
 
@@ -74,20 +74,18 @@ def rounded(
 def offered(
     demands: Demands,
     inventory: Inventory,
-    scope: Sequence[Layer],
-    columns: Sequence[str],
-    fitted: Mapping[tuple[str, str], Precision],
+    choices: Choices,
 ) -> list[Rule]:
     """What the engine leaves to layers that it can't hold in every precision: a rule for each
     reason. Raises ConfigError where it leaves a layer nothing, or nothing to quantize at all."""
-    runtime = demands.profile
+    runtime, scope, columns = demands.profile, choices.scope, choices.columns
     apart = _apart(demands, inventory, scope)
-    uneven = _uneven(demands, scope, columns, fitted)
+    uneven = _uneven(demands, choices)
     left = np.ones((len(scope), len(columns)), dtype=bool)
     reasons: dict[str, dict[int, None]] = {}  # rows in order
     for i, layer in enumerate(scope):
         for j, column in enumerate(columns):
-            precision = fitted[layer.name, column]
+            precision = choices.fitted[layer.name, column]
             reason = demands.refusal(layer, precision)
             if reason is None and precision.kind != "none":
                 reason = apart.get(layer.name)
@@ -97,7 +95,7 @@ def offered(
                 left[i, j] = False
                 reasons.setdefault(reason, {})[i] = None
     if reasons:
-        _some(runtime.name, scope, columns, fitted, left, reasons)
+        _some(runtime.name, choices, left, reasons)
     return [
         Rule(
             f"runtime={runtime.name} ({reason})",
@@ -123,17 +121,12 @@ def _apart(demands: Demands, inventory: Inventory, scope: Sequence[Layer]) -> di
     return found
 
 
-def _uneven(
-    demands: Demands,
-    scope: Sequence[Layer],
-    columns: Sequence[str],
-    fitted: Mapping[tuple[str, str], Precision],
-) -> dict[tuple[str, str], str]:
+def _uneven(demands: Demands, choices: Choices) -> dict[tuple[str, str], str]:
     """Joined layers that a column would give different precisions, since their columns differ."""
     found: dict[tuple[str, str], str] = {}
-    for group in demands.groups(scope):
-        for column in columns:
-            given = [(name, fitted[name, column]) for name in group]
+    for group in demands.groups(choices.scope):
+        for column in choices.columns:
+            given = [(name, choices.fitted[name, column]) for name in group]
             if len({p for x, p in given if p.kind != "none" or x not in demands.beside}) > 1:
                 why = f"it loads them with one precision, and {column} doesn't fit all of them"
                 found |= {(name, column): why for name in group}
@@ -142,15 +135,14 @@ def _uneven(
 
 def _some(
     engine: str,
-    scope: Sequence[Layer],
-    columns: Sequence[str],
-    fitted: Mapping[tuple[str, str], Precision],
+    choices: Choices,
     left: np.ndarray,
     reasons: Mapping[str, Mapping[int, None]],
 ) -> None:
     """Raises ConfigError where a layer has no column left, or all have only `none`."""
+    scope, fitted = choices.scope, choices.fitted
     bare = [i for i in range(len(scope)) if not left[i].any()]
-    real = np.array([[fitted[x.name, c].kind != "none" for c in columns] for x in scope])
+    real = np.array([[fitted[x.name, c].kind != "none" for c in choices.columns] for x in scope])
     if (left & real).any() and not bare:
         return
     rows = bare or range(len(scope))

@@ -1,5 +1,6 @@
 """What a plan is made of: precisions, inventory, policy, budget. Nothing here knows torch."""
 
+from optimizer.plan.choices import Choices
 from optimizer.plan.container import container_bytes
 from optimizer.plan.inventory import Inventory, Layer, Other, Place, glob
 from optimizer.plan.palette import Palette
@@ -34,6 +35,7 @@ __all__ = [
     "UNTOUCHED",
     "WIDTH",
     "Budget",
+    "Choices",
     "Inventory",
     "Layer",
     "Other",

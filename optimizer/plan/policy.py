@@ -9,11 +9,12 @@ at the inputs and outputs, quantized inside.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from optimizer.errors import ConfigError
+from optimizer.plan.choices import Choices
 from optimizer.plan.inventory import Layer, glob
 from optimizer.plan.precision import REFERENCE_BITS, Precision
 
@@ -58,23 +59,17 @@ class Rule:
     columns: np.ndarray
 
 
-def allowed(
-    policy: Policy,
-    scope: Sequence[Layer],
-    groups: Sequence[Sequence[str]],
-    columns: Sequence[str],
-    fitted: Mapping[tuple[str, str], Precision],
-    engine: Sequence[Rule] = (),
-) -> np.ndarray:
-    """bool [G, P]. engine: rules that hold anyway. Raises ConfigError for pins that match nothing or
-    leave nothing, naming those that contradict each other."""
-    precisions = [fitted[scope[0].name, column] for column in columns]
+def allowed(policy: Policy, choices: Choices, engine: Sequence[Rule] = ()) -> np.ndarray:
+    """bool [G, P] of all the choices. engine: rules that hold anyway. Raises ConfigError for pins that
+    match nothing or leave nothing, naming those that contradict each other."""
+    scope, columns = choices.scope, choices.columns
+    precisions = [choices.fitted[scope[0].name, column] for column in columns]
     pins = [_rule(pin, scope, columns, precisions) for pin in policy.listed]
     rules = [*engine, *_hybrid(policy, scope, precisions), *pins]
     import numpy as np  # here: a plan is read without it
 
-    found = np.ones((len(groups), len(columns)), dtype=bool)
-    for i, group in enumerate(groups):
+    found = np.ones((len(choices.groups), len(columns)), dtype=bool)
+    for i, group in enumerate(choices.groups):
         own = [rule for rule in rules if rule.layers.intersection(group)]
         for rule in own:
             found[i] &= rule.columns

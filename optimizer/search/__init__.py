@@ -6,13 +6,13 @@ index per group, int64 [G].
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from optimizer.errors import BudgetError, ConfigError
-from optimizer.plan import UNTOUCHED, Budget, Inventory, Layer, Precision, parse_size, stored_bytes
+from optimizer.plan import UNTOUCHED, Budget, Choices, Inventory, parse_size, stored_bytes
 from optimizer.search import credentials
 
 SPACES = ("moves", "multipliers", "directions", "layers")
@@ -202,18 +202,15 @@ class Problem:
 
 def pose(
     inventory: Inventory,
-    scope: Sequence[Layer],
-    groups: tuple[tuple[str, ...], ...],
-    columns: Sequence[str],
-    fitted: Mapping[tuple[str, str], Precision],
+    choices: Choices,
     loss: np.ndarray,
     budget: Budget,
-    allowed: np.ndarray | None = None,
     overhead: int = 0,
 ) -> Problem:
-    """Turn names into arrays. overhead: bytes of an engine's file beyond our own, for budget.size.
-    Raises BudgetError if even the smallest plan is over the budget."""
-    layers = {layer.name: layer for layer in scope}
+    """Turn names into arrays. loss: of the choices [G, P]. overhead: bytes of an engine's file beyond
+    our own, for budget.size. Raises BudgetError if even the smallest plan is over the budget."""
+    groups, columns, fitted = choices.groups, choices.columns, choices.fitted
+    layers = {layer.name: layer for layer in choices.scope}
 
     def total(group: Sequence[str], column: str, coded: bool) -> float:
         precisions = [(layers[name], fitted[name, column]) for name in group]
@@ -228,15 +225,15 @@ def pose(
     bits = np.array([min(float(fitted[n, c].code_bits) for n in names) for c in columns])
     problem = Problem(
         groups,
-        tuple(columns),
+        columns,
         loss,
         size,
-        _limit(budget, inventory, layers, columns, fitted, float(weights.sum())) - overhead,
+        _limit(budget, inventory, choices, float(weights.sum())) - overhead,
         bits,
         weights,
         tuple(layers[group[0]].block for group in groups),
         "code bits" if coded else "bytes",
-        allowed,
+        choices.allowed,
     )
     smallest = float(np.where(problem.free, size, np.inf).min(1).sum())
     if not problem.fits(np.where(problem.free, size, np.inf).argmin(1)):
@@ -244,37 +241,25 @@ def pose(
     return problem
 
 
-def _limit(
-    budget: Budget,
-    inventory: Inventory,
-    layers: Mapping[str, Layer],
-    columns: Sequence[str],
-    fitted: Mapping[tuple[str, str], Precision],
-    weights: float,
-) -> float:
+def _limit(budget: Budget, inventory: Inventory, choices: Choices, weights: float) -> float:
     if budget.code_bits is not None:
         return budget.code_bits * weights
     if budget.bits is not None:
         return budget.bits * weights / 8
-    return parse_size(str(budget.size)) - _constant_bytes(inventory, layers, columns, fitted)
+    return parse_size(str(budget.size)) - _constant_bytes(inventory, choices)
 
 
-def _constant_bytes(
-    inventory: Inventory,
-    layers: Mapping[str, Layer],
-    columns: Sequence[str],
-    fitted: Mapping[tuple[str, str], Precision],
-) -> int:
+def _constant_bytes(inventory: Inventory, choices: Choices) -> int:
     """Bytes of a file that don't depend on the assignment: what is out of scope, and the largest
     header that any assignment can have (headers differ by some bytes)."""
     headers, outside = [], 0
-    inside = sum(layer.bytes(UNTOUCHED) for layer in layers.values())
-    for column in columns:
-        choice = {name: fitted[name, column] for name in layers}
+    inside = sum(layer.bytes(UNTOUCHED) for layer in choices.scope)
+    for column in choices.columns:
+        choice = {x.name: choices.fitted[x.name, column] for x in choices.scope}
         stored = stored_bytes(inventory, choice)
         headers.append(stored["container"])
     outside = stored_bytes(inventory, {})["untouched"] - inside
-    slack = 4 * len(layers)  # offsets may need more digits than in any uniform plan
+    slack = 4 * len(choices.scope)  # offsets may need more digits than in any uniform plan
     return max(headers) + slack + outside
 
 

@@ -6,7 +6,7 @@ Every estimator fills the same table. Nothing here loads torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ class Task:
 
     groups: tuple[tuple[str, ...], ...]
     columns: tuple[str, ...]
-    fitted: dict[tuple[str, str], Precision]  # (layer, column) -> precision
+    fitted: Mapping[tuple[str, str], Precision]  # (layer, column) -> precision
     quantizer: Rounder
 
     @property

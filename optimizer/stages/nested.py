@@ -117,17 +117,8 @@ def _free(
 
 def _apart(session: Session, config: Optimize, space: SearchSpace, problem: Problem) -> Problem:
     """The problem of one plan that has the second budget for itself."""
-    return search.pose(
-        session.inventory,
-        space.scope,
-        space.groups,
-        space.columns,
-        space.fitted,
-        problem.loss,
-        replace(config.budget, size=config.nested.size),
-        space.allowed,
-        space.overhead,
-    )
+    budget = replace(config.budget, size=config.nested.size)
+    return search.pose(session.inventory, space, problem.loss, budget, space.overhead)
 
 
 def _extra(

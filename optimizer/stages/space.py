@@ -15,7 +15,7 @@ from optimizer.errors import ConfigError
 from optimizer.formats import registry
 from optimizer.formats.rules import Demands
 from optimizer.formats.runtime import Runtime
-from optimizer.plan import Inventory, Layer, Policy, Precision, policy
+from optimizer.plan import Choices, Inventory, Policy, policy
 from optimizer.plan.pins import translated
 
 if TYPE_CHECKING:
@@ -23,30 +23,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SearchSpace:
-    """The table's rows and columns: what may be chosen for what. held: by the engine, allowed: by the
-    policy, too; bool [G, P], None: everything. notes: what the engine doesn't hold. overhead: bytes of
-    its file beyond our own, counted where the budget is a file's."""
+class SearchSpace(Choices):
+    """The table's rows and columns. held: what the engine leaves, bool [G, P], of which `allowed` is
+    what the policy leaves, too; None: everything. notes: what the engine doesn't hold. overhead: bytes
+    of its file beyond our own, counted where the budget is a file's."""
 
-    scope: tuple[Layer, ...]
-    groups: tuple[tuple[str, ...], ...]
-    columns: tuple[str, ...]
-    fitted: dict[tuple[str, str], Precision]
-    allowed: np.ndarray | None = None
     held: np.ndarray | None = None
     notes: tuple[str, ...] = ()
     overhead: int = 0
     demands: Demands = field(default_factory=lambda: Demands(Runtime()))
     base: Base | None = None
     pins: Sequence[Sequence[str]] = ()
-
-    def choice(self, assignment: np.ndarray) -> dict[str, Precision]:
-        """Column index per group -> precision per layer."""
-        return {
-            name: self.fitted[name, self.columns[column]]
-            for group, column in zip(self.groups, assignment, strict=True)
-            for name in group
-        }
 
 
 def search_space(
@@ -68,16 +55,15 @@ def search_space(
     groups = demands.groups(scope)
     columns = tuple(p.name for p in palette)
     fitted = sensitivity.agreeing(groups, columns, fitted, demands.beside)
-    rules = registry.offered(demands, inventory, scope, columns, fitted)
+    every = Choices(scope, groups, columns, fitted)
+    rules = registry.offered(demands, inventory, every)
     pins = translated(
         config.policy.listed,
         [layer.name for layer in scope],
         None if base is None else {name: p.layers for name, p in base.placed.pieces.items()},
     )
     own = replace(config.policy, pins=[pin for some in pins for pin in some])
-    left, held = (
-        policy.allowed(p, scope, groups, columns, fitted, rules) for p in (own, Policy())
-    )
+    left, held = (policy.allowed(p, every, rules) for p in (own, Policy()))
     notes = demands.notes + outside + registry.told(config.runtime, rules)
     notes += sensitivity.unfitting(scope, palette, config.palette.fit) + inventory.notes
     return SearchSpace(

@@ -123,10 +123,7 @@ def test_a_size_is_that_of_the_engines_file(wide: Wide, runtime: str) -> None:
     rng, size = np.random.default_rng(0), 1_250_000
     for seed in range(6):
         loss = -np.sort(-(rng.exponential(1.0, found.allowed.shape) ** 3), axis=1)
-        problem = search.pose(
-            wide.inventory, found.scope, found.groups, found.columns, found.fitted, loss,
-            Budget(size=str(size)), found.allowed, over,
-        )  # fmt: skip
+        problem = search.pose(wide.inventory, found, loss, Budget(size=str(size)), over)
         plan = assemble(
             wide.inventory, found.scope, found.choice(search.exact.solve(problem)),
             model={"name": str(wide.folder), "fingerprint": wide.fingerprint}, runtime=runtime,
@@ -200,10 +197,8 @@ def test_an_engines_limits_are_not_the_policys(wide: Wide) -> None:
     config = composed("optimize", "runtime=vllm", "scope=[blocks,embeddings]")
     found = search_space(config, wide.inventory, wide.folder)
     assert found.allowed is not None and not found.allowed.all()
-    problem = search.pose(
-        wide.inventory, found.scope, found.groups, found.columns, found.fitted,
-        np.ones(found.allowed.shape), Budget(bits=12), found.allowed,
-    )  # fmt: skip
+    blank = np.ones(found.allowed.shape)
+    problem = search.pose(wide.inventory, found, blank, Budget(bits=12))
     assert notes.price_of_policy(config, found, problem, problem.largest) == []
 
 

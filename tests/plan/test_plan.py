@@ -30,6 +30,7 @@ from optimizer.plan import (
     stored_bytes,
 )
 from optimizer.search import pose
+from tests.conftest import choices_of
 from tests.plan.test_inventory import precisions
 
 DTYPES = {
@@ -229,13 +230,9 @@ def test_a_plan_that_fits_a_size_is_a_file_that_fits_it(
     picks = np.array(rng.choices(range(5), weights, k=count))
     choice = {x.name: palette[i] for x, i in zip(inventory.layers, picks, strict=True)}
     limit = stored_bytes(inventory, choice)["total"] - 1
-    fitted = {(x.name, p.name): p for x in inventory.layers for p in palette}
-    groups = tuple((x.name,) for x in inventory.layers)
+    every = choices_of(inventory.layers, palette)
     with suppress(BudgetError):
-        problem = pose(
-            inventory, inventory.layers, groups, [p.name for p in palette], fitted,
-            np.zeros((count, 5)), Budget(size=str(limit)),
-        )  # fmt: skip
+        problem = pose(inventory, every, np.zeros((count, 5)), Budget(size=str(limit)))
         assert not problem.fits(picks)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from optimizer.errors import BudgetError, ConfigError
-from optimizer.plan import Budget, Inventory, Layer, Policy, Precision, allowed
+from optimizer.plan import Budget, Choices, Inventory, Layer, Policy, Precision, allowed
 from optimizer.search import exact, pose
 
 ROLES = ("q_proj", "down_proj")
@@ -26,7 +27,7 @@ ANY = (2, 3, 4, 8, 16)
 
 def left(*pins, groups=GROUPS, columns=COLUMNS, **rest):
     """Bits left per group."""
-    found = allowed(Policy(pins=list(pins), **rest), LAYERS, groups, columns, FITTED)
+    found = allowed(Policy(pins=list(pins), **rest), Choices(LAYERS, groups, columns, FITTED))
     return [tuple(p.bits for p, ok in zip(PALETTE, row, strict=True) if ok) for row in found]
 
 
@@ -44,7 +45,7 @@ def test_hybrid_leaves_embeddings_untouched():
     scope = [embedding, *LAYERS]
     fitted = FITTED | {("embed.weight", p.name): p for p in PALETTE}
     groups = tuple((layer.name,) for layer in scope)
-    found = allowed(Policy(name="hybrid"), scope, groups, COLUMNS, fitted)
+    found = allowed(Policy(name="hybrid"), Choices(scope, groups, COLUMNS, fitted))
     assert found[0].tolist() == [False] * 4 + [True]
 
 
@@ -70,7 +71,7 @@ def test_a_pin_to_a_kind_and_one_by_bits_that_ternary_isnt():
     fitted = {(layer.name, p.name): p for layer in LAYERS for p in palette}
 
     def kept(pin):
-        found = allowed(Policy(pins=[pin]), LAYERS, GROUPS, columns, fitted)
+        found = allowed(Policy(pins=[pin]), Choices(LAYERS, GROUPS, columns, fitted))
         return found[0].tolist()
 
     assert kept("* = 2") == [False, True, False]
@@ -127,11 +128,9 @@ def test_hybrid_needs_the_reference_in_the_palette_and_something_inside():
 def problem(policy, bits=5.5, seed=0):
     rng = np.random.default_rng(seed)
     loss = np.sort(rng.random((8, 5)), axis=1)[:, ::-1] * [1, 0.4, 0.1, 0.01, 0]
-    free = allowed(policy, LAYERS, GROUPS, COLUMNS, FITTED)
-    return pose(
-        Inventory(tuple(LAYERS), (), "F16"), LAYERS, GROUPS, COLUMNS, FITTED, loss,
-        Budget(bits=bits), free,
-    )  # fmt: skip
+    every = Choices(LAYERS, GROUPS, COLUMNS, FITTED)
+    left = replace(every, allowed=allowed(policy, every))
+    return pose(Inventory(tuple(LAYERS), (), "F16"), left, loss, Budget(bits=bits))
 
 
 POLICIES = [

@@ -46,7 +46,7 @@ def make_run(model: str = "tiny", role: str = "q_proj") -> tuple[Plan, Run]:
     groups = tuple((layer.name,) for layer in layers)
     loss = np.outer([4, 1, 2, 3], [1.0, 0.06, 0.0001])
     space = SearchSpace(tuple(layers), groups, columns, fitted)
-    problem = pose(inventory, layers, groups, columns, fitted, loss, Budget(bits=5.7))
+    problem = pose(inventory, space, loss, Budget(bits=5.7))
     assignment = exact.solve(problem)
     scale = Scale.of(inventory, space, "sha256:x", {"name": "rtn"})
     row = dict.fromkeys(("kl", "kl_p99", "flips", "ear", "perplexity"), INTERVAL)

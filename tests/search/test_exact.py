@@ -12,6 +12,7 @@ from optimizer.errors import BudgetError
 from optimizer.plan import Budget, Inventory, Layer, Precision, stored_bytes
 from optimizer.search import Problem, exact, pose
 from optimizer.search.exact import _shrunk, first_last_high, front, random_plan, solve
+from tests.conftest import choices_of
 from tests.search.test_contract import SHAPES, brute, problem
 
 # ---------------------------------------------------------------- the optimum
@@ -164,9 +165,7 @@ def posed(budget: Budget) -> Problem:
     found = inventory()
     scope = found.scoped(["blocks"])
     groups = (tuple(x.name for x in scope[:2]), (scope[2].name,))
-    fitted = {(x.name, p.name): p for x in scope for p in PALETTE}
-    names = [p.name for p in PALETTE]
-    return pose(found, scope, groups, names, fitted, np.zeros((2, 3)), budget)
+    return pose(found, choices_of(scope, PALETTE, groups), np.zeros((2, 3)), budget)
 
 
 def test_sizes_of_a_group_are_its_layers_bytes() -> None:
@@ -206,11 +205,7 @@ def test_a_size_is_the_files_less_what_no_choice_changes() -> None:
     outside = 50 * 32 * 2
     found = posed(Budget(size="9000"))
     assert found.limit == 9000 - max(headers) - 4 * 3 - outside
-    names, groups = [p.name for p in PALETTE], tuple((x.name,) for x in scope)
-    fitted = {(x.name, p.name): p for x in scope for p in PALETTE}
-    more = pose(
-        own, scope, groups, names, fitted, np.zeros((3, 3)), Budget(size="9000"), None, 123
-    )
+    more = pose(own, choices_of(scope, PALETTE), np.zeros((3, 3)), Budget(size="9000"), 123)
     assert more.limit == found.limit - 123
 
 
@@ -244,10 +239,8 @@ def test_a_budget_of_exactly_the_smallest_plan_is_enough() -> None:
     """1.6 bits are no round number in binary; a sum of them must not be called too much."""
     layers = inventory().scoped(["blocks"])
     trit = Precision("ternary", 2, 32, True)
-    fitted = {(x.name, trit.name): trit for x in layers}
-    groups = tuple((x.name,) for x in layers)
-    blank = np.zeros((3, 1))
-    found = pose(inventory(), layers, groups, [trit.name], fitted, blank, Budget(code_bits=1.6))
+    every, blank = choices_of(layers, [trit]), np.zeros((3, 1))
+    found = pose(inventory(), every, blank, Budget(code_bits=1.6))
     assert found.fits(found.uniform(0))
 
 

@@ -36,6 +36,7 @@ from optimizer.search.pareto import nondominated
 from optimizer.search.spaces import Start
 from optimizer.search.study import Study
 from optimizer.search.surrogate import Slope, believe
+from tests.conftest import slow_beside
 from tests.search.test_contract import problem
 
 WINDOWS, TOKENS = 6, 10
@@ -82,14 +83,9 @@ def opened(posed: Problem, folder: Path, **settings: object) -> Study:
     return Study.open(search, posed, "study", folder / "study.journal", 0)
 
 
+EVERY = [(s, k) for s in SPACES for k in SAMPLERS if not (s == "layers" and k in ("cmaes", "gp"))]
 FIRST = [("multipliers", "tpe"), ("layers", "tpe"), ("directions", "random")]
-# Each space and each sampler once by default; every pair with the slow tests.
-PAIRS = [
-    pytest.param(s, k, marks=[] if s == "moves" or (s, k) in FIRST else pytest.mark.slow)
-    for s in SPACES
-    for k in SAMPLERS
-    if not (s == "layers" and k in ("cmaes", "gp"))
-]
+PAIRS = slow_beside([*FIRST, *(("moves", sampler) for sampler in SAMPLERS)], EVERY)
 
 
 @pytest.mark.parametrize(("name", "sampler"), PAIRS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from optimizer.plan import Precision
 from optimizer.quantization.uniform import Nearest
 from optimizer.sensitivity import Desk, Task, Text, by_block, chunks, errors, vocabulary
 from optimizer.sensitivity.fisher import diagonal
+from tests.conftest import slow_beside
 
 torch.set_num_threads(1)
 BODY = {"num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 96, "hidden_size": 64}
@@ -35,6 +37,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "gemma2": GLU | {"query_pre_attn_scalar": 16, "sliding_window": 8, "head_dim": 16},
     "mixtral": GLU | {"num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
+# Each kind with weights of its tokens, one also with all alike.
+WEIGHTED = slow_beside(
+    [("llama", False), *((kind, True) for kind in KINDS)], product(KINDS, [False, True])
+)
 COLUMNS = {"int3": Precision("int", 3, 16), "int6": Precision("int", 6, 16), "none": Precision()}
 
 
@@ -113,8 +119,7 @@ def test_a_killed_table_goes_on_after_the_last_block(
     assert np.array_equal(found, wanted) and done == [0]
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "weighted"), WEIGHTED)
 def test_the_table_is_that_of_the_whole_model(kind: str, weighted: bool, tmp_path: Path) -> None:
     model, read = small(kind, tmp_path), text(weighted)
     task = task_of(model)
@@ -126,8 +131,7 @@ def test_the_table_is_that_of_the_whole_model(kind: str, weighted: bool, tmp_pat
     assert not any(p.requires_grad or p.grad is not None for p in model.net.parameters())
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "weighted"), WEIGHTED)
 def test_rows_of_the_vocabulary_by_themselves_give_the_same(
     kind: str, weighted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

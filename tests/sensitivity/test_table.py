@@ -19,7 +19,7 @@ from optimizer.sensitivity import estimator as estimator_of
 from optimizer.sensitivity.estimators import Estimator, Fisher
 from optimizer.sensitivity.measured import WINDOWS, measure
 from optimizer.sensitivity.table import Text, agreeing, unfitting
-from tests.conftest import Small
+from tests.conftest import Small, slow_beside
 
 # ---------------------------------------------------------------- arithmetic
 
@@ -181,7 +181,7 @@ def foretold(model: Model, text: Windows, estimator: str) -> tuple[np.ndarray, n
     return predicted, np.array([true_loss(model, text, plan(work, c)) for c in columns])
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", slow_beside(["fisher"], ESTIMATORS))
 def test_predictions_rank_plans_of_a_trained_model(
     stories: Model, text: Windows, estimator: str
 ) -> None:
