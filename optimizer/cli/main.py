@@ -78,7 +78,7 @@ MANY = {"judge": "models", "learn": "files"}  # all words before the settings, a
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code. What a program ends with when nobody reads its output is said in `streams`."""
+    """The exit code. For what it is when nobody reads the output, see `streams`."""
     with streams.terminable(), streams.outlet() as out:
         code = _code(sys.argv[1:] if arguments is None else arguments)
     if out.failure is None:
@@ -86,8 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(out.failure, BrokenPipeError):
         return code or streams.CLOSED_PIPE
     streams.complain(
-        f"mezzotint: what was said here couldn't be written to stdout ({out.failure.strerror}); the "
-        "work itself went on. Give it a terminal, or a file on a disk that has room."
+        f"mezzotint: this output couldn't be written to stdout ({out.failure.strerror}); the work "
+        "itself was done. Send it to a terminal, or to a file on a disk that has room."
     )
     return code or 2
 
@@ -379,7 +379,7 @@ def _store(rest: list[str]) -> None:
         terminal.pruned(_console(), kept.root, done)
     else:
         raise ConfigError(
-            "Say `mezzotint store`, or `mezzotint store prune 30d` to remove what was not used for 30 "
+            "Use `mezzotint store`, or `mezzotint store prune 30d` to remove what was not used for 30 "
             "days. MEZZOTINT_STORE says where the store is."
         )
 

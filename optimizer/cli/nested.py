@@ -37,9 +37,9 @@ def lines(plan: Plan) -> Iterator[str]:
     )
     if "base over separate" in proof:
         yield (
-            "Beside two separate plans of these sizes: "
-            f"{_within(proof['base over separate'], 2)} times the KL by the base, "
-            f"{_within(proof['refined over separate'], 2)} times refined."
+            "Compared with two separate plans of these sizes, the base has "
+            f"{_within(proof['base over separate'], 2)} times the KL, the refined model "
+            f"{_within(proof['refined over separate'], 2)} times."
         )
     hard = section.hard
     if hard:

@@ -54,7 +54,7 @@ class Generate:
             raise ConfigError(f"tokens is how many are written, 1 or more, not {self.tokens}.")
         if not self.prompt.strip():
             raise TextError(
-                "There is nothing to go on from: the prompt is empty. Give some words."
+                "There is nothing to continue: the prompt is empty. Give some words."
             )
 
 

@@ -17,7 +17,7 @@ def test_certified_scores_are_used_where_two_windows_agree(
     """Without a word about text it is the plan's own; measured again, the numbers are the same."""
     first = mezzotint("evaluate", f"model={packed_folder}")
     assert first.code == 0, first.err
-    assert "It reads 2 windows as its plan did" in first.out
+    assert "Its scores on 2 windows are those of its plan" in first.out
     assert "the packed model reads ..." not in first.out
     again = mezzotint("evaluate", f"model={packed_folder}", "again=true")
     assert "the packed model reads ..." in again.out and "as its plan did" not in again.out
