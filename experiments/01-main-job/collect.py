@@ -3,7 +3,6 @@ whatever text each plan was calibrated on. Usage: collect.py RUNS TEXT OUT.csv""
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.rows import write
 from optimizer.certificate import comparison
 from optimizer.data.text import Data
 from optimizer.metrics import bootstrap
@@ -44,10 +44,7 @@ def main(runs: Path, text: str, out: Path) -> None:
             row |= {f"{key}_{k}": f"{v:.5f}" for k, v in found[key].items()}
         rows.append(row)
         print(row["plan"], row["code_bits"], row["kl_value"], flush=True)
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write(out, rows)
 
 
 if __name__ == "__main__":

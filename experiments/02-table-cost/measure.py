@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from experiments.rows import stamped
 from optimizer.config import Optimize
 from optimizer.data.text import Data
 from optimizer.plan import Budget, Palette
@@ -56,8 +57,9 @@ def main(what: str, text: str) -> None:
             model.net.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - begun
     size = sum(p.numel() * p.element_size() for p in model.net.parameters())
-    print(json.dumps({"what": what, "seconds": seconds, "peak": peak(), "model": size,
-                      "accumulator": 4 * scored, "tokens": int(ids.size)}))  # fmt: skip
+    row = {"what": what, "seconds": seconds, "peak": peak(), "model": size,
+           "accumulator": 4 * scored, "tokens": int(ids.size)}  # fmt: skip
+    print(json.dumps(stamped(row, config, data)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ METHOD: rtn, rtn-clip, awq, gptq-ORDER[-clip][-reference][-gradient | -fisher][-
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import sys
@@ -28,6 +27,7 @@ import numpy as np
 from safetensors import safe_open
 from torch import Tensor
 
+from experiments.rows import read, stamped, write
 from optimizer.certificate.comparison import describe
 from optimizer.commands import optimize
 from optimizer.config import Optimize
@@ -228,16 +228,15 @@ def score(
 def keep(row: list[str]) -> None:
     """Replace the row of the same measurement; a repeated run leaves its first seconds. Of a model's
     folder the name is kept."""
-    row = [Path(row[0]).name, *row[1:]]
-    rows = list(csv.reader(RESULTS.open())) if RESULTS.exists() else [FIELDS]
-    rows = [FIELDS, *(old + [""] * (len(FIELDS) - len(old)) for old in rows[1:])]
-    before = next((old for old in rows if old[:4] == row[:4]), None)
+    values = [Path(row[0]).name, *row[1:]]
+    new = dict(zip(FIELDS, values + [""] * (len(FIELDS) - len(values)), strict=True))
+    rows = read(RESULTS)
+    before = next((old for old in rows if all(old[k] == new[k] for k in FIELDS[:4])), None)
     if before is not None:
-        row[6] = before[6]
+        new["seconds"] = before["seconds"]
         rows.remove(before)
-    rows.append(row + [""] * (len(FIELDS) - len(row)))
-    with RESULTS.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([rows[0], *sorted(rows[1:])])
+    rows.append(stamped(new, *values[:4]))
+    write(RESULTS, sorted(rows, key=lambda old: [old[k] for k in FIELDS]))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ certificate promises), reference || engine (what a user gets), ours || engine (t
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 import tempfile
@@ -22,6 +21,7 @@ import engine
 import numpy as np
 import torch
 
+from experiments.rows import append
 from optimizer.commands import deploy, export
 from optimizer.data.text import Data, Part
 from optimizer.formats.gguf import writer as gguf
@@ -119,12 +119,7 @@ def main(model: str, to: str, given: str, out: str, windows: int = 6, length: in
 
 
 def keep(out: Path, row: dict[str, object]) -> None:
-    fresh = not out.exists()
-    with out.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, row, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
+    append(out, row)
     print(row)
 
 

@@ -5,7 +5,6 @@ turns.py MODEL FOLDER OUT.csv [tokens]      FOLDER: written by `mezzotint apply`
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import optimizer
+from experiments.rows import append
 from optimizer.hardware import throughput
 from optimizer.models.source import locate
 from optimizer.plan import Plan
@@ -44,12 +44,7 @@ def main(model: str, folder: str, out: str, tokens: int = 64) -> None:
         "ratio": f"{found.ratio:.3f}", "threads": THREADS,
     }  # fmt: skip
     print(row)
-    fresh = not Path(out).exists()
-    with Path(out).open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, row, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
+    append(Path(out), row)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ measure.py topk MODEL [TEXT]    error of the top-K teacher -> topk.csv
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.rows import read, stamped, write
 from optimizer.certificate import equivalence
 from optimizer.certificate.tolerance import Tolerance
 from optimizer.certificate.wording import FEW, MAIN
@@ -111,7 +111,7 @@ def drawn(pool: Scores, count: int, rng: np.random.Generator) -> Scores:
     return Scores(**{k: getattr(pool, k)[index] for k in COLUMNS}, documents=owners)
 
 
-def arm(name: str, pool: Scores, count: int, tolerated: Tolerance) -> list[Any]:
+def arm(name: str, pool: Scores, count: int, tolerated: Tolerance) -> dict[str, Any]:
     """RUNS certificates; how often KL was judged, and what the power estimate promised."""
     states, promises = [], []
     sums, sizes, _ = per_document(pool.kl, pool.documents)
@@ -133,23 +133,22 @@ def arm(name: str, pool: Scores, count: int, tolerated: Tolerance) -> list[Any]:
     row = [name, count, f"{tolerated.kl:.6f}", f"{true:.6f}", f"{lossy:.3f}", f"{lossless:.3f}",
            f"{promised:.3f}", f"{np.median(promises):.3f}", f"{rate:.3f}"]  # fmt: skip
     print(*row, flush=True)
-    return row
+    return stamped(dict(zip(FIELDS, row, strict=True)), name, count, tolerated)
 
 
 def runs(only: str = "") -> None:
     path = HERE / "results.csv"
-    rows = list(csv.reader(path.open()))[1:] if path.exists() and only else []
+    rows: list[dict[str, Any]] = [*read(path)] if only else []
     chosen = {name: pool for name, pool in loaded().items() if only in name}
     for name, pool in Lines().track(list(chosen.items()), "arms"):
-        rows = [row for row in rows if not row[0].endswith(name)]
+        rows = [row for row in rows if not row["arm"].endswith(name)]
         for count in SIZES:
             assert count >= FEW
             rows.append(arm(name, pool, count, Tolerance()))
             for what, factor in NEAR.items() if pool.mean_kl > 1e-6 else ():
                 near = Tolerance(kl=pool.mean_kl * factor, flips=0.999, accuracy=0.999)
                 rows.append(arm(f"{what}: {name}", pool, count, near))
-    with path.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([FIELDS, *rows])
+    write(path, rows)
 
 
 def topk(model: str, text: str | None = None) -> None:
@@ -159,9 +158,8 @@ def topk(model: str, text: str | None = None) -> None:
     tops = {k: TopTeacher(session.model.net, windows, k) for k in (32, 128, 512, 2048)}
     quantizer = bind(Rtn(), session)
     layers = [layer.name for layer in session.inventory.scoped(["blocks"])]
-    rows: list[list[Any]] = [
-        ["bits", "k", "bytes", "bytes_exact", "kl", "kl_exact", "worst_token"]
-    ]
+    names = ("bits", "k", "bytes", "bytes_exact", "kl", "kl_exact", "worst_token")
+    rows: list[dict[str, Any]] = []
     hidden = sum(part.numel() * part.element_size() for part in exact._hidden)
     for bits in (8, 4):
         choice = dict.fromkeys(layers, Precision("int", bits, GROUP[model]))
@@ -169,11 +167,11 @@ def topk(model: str, text: str | None = None) -> None:
             kl = exact.score(session.model.net).kl
             for k, top in tops.items():
                 found = top.kl(session.model.net)
-                rows.append([bits, k, top.bytes, hidden, f"{found.mean():.6f}", f"{kl.mean():.6f}",
-                             f"{np.abs(kl - found).max():.6f}"])  # fmt: skip
-                print(*rows[-1], flush=True)
-    with (HERE / "topk.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
+                row = (bits, k, top.bytes, hidden, f"{found.mean():.6f}", f"{kl.mean():.6f}",
+                       f"{np.abs(kl - found).max():.6f}")  # fmt: skip
+                rows.append(dict(zip(names, row, strict=True)))
+                print(*row, flush=True)
+    write(HERE / "topk.csv", rows)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+
+from experiments.rows import write
 
 COLOURS = {"moves tpe": "#0072b2", "multipliers tpe": "#009e73", "multipliers gp": "#56b4e9",
            "multipliers cmaes": "#f0e442", "directions tpe": "#cc79a7", "directions gp": "#882255",
@@ -18,17 +19,17 @@ COLOURS = {"moves tpe": "#0072b2", "multipliers tpe": "#009e73", "multipliers gp
 
 def main(runs: Path, here: Path) -> None:
     found = [json.loads(p.read_text()) for p in sorted(runs.glob("*.json"))]
-    with (here / "results.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        keys = ("kl", "kl_p99", "kl_cvar99", "flips")
-        writer.writerow(["code_bits", "method", "seed", "tokens", "seconds",
-                         *(f"{k}_{e}" for k in keys for e in ("value", "low", "high"))])  # fmt: skip
-        for run in found:
-            values = [
-                f"{run['heldout'][k][e]:.5f}" for k in keys for e in ("value", "low", "high")
-            ]
-            writer.writerow([run["bits"], run["method"], run["seed"], run["tokens"],
-                             f"{run['seconds']:.0f}", *values])  # fmt: skip
+    keys = [
+        (k, e) for k in ("kl", "kl_p99", "kl_cvar99", "flips") for e in ("value", "low", "high")
+    ]
+    rows = [
+        {"code_bits": run["bits"], "method": run["method"], "seed": run["seed"]}
+        | {"tokens": run["tokens"], "seconds": f"{run['seconds']:.0f}"}
+        | {f"{k}_{e}": f"{run['heldout'][k][e]:.5f}" for k, e in keys}
+        | {name: run.get(name, "") for name in ("commit", "config")}
+        for run in found
+    ]
+    write(here / "results.csv", rows)
     budgets = sorted({run["bits"] for run in found if run["curve"]})
     figure, axes = plt.subplots(1, len(budgets), figsize=(5.5 * len(budgets), 4), squeeze=False)
     for axis, bits in zip(axes[0], budgets, strict=True):

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.rows import stamped
 from optimizer.certificate import comparison
 from optimizer.commands import optimize
 from optimizer.config import Optimize
@@ -191,8 +192,9 @@ class Race:
         scores = self.session.score(self.space.choice(plan), "heldout", self.quantizer)
         counts = bootstrap.resamples(scores.documents, np.random.default_rng(0))
         row = {k: asdict(v) for k, v in comparison.describe(scores, counts).items()}
-        return {"bits": bits, "seed": seed, "method": f"{method} {sampler}".strip(),
-                "tokens": spent, "seconds": seconds, "heldout": row, "curve": curve}  # fmt: skip
+        found = {"bits": bits, "seed": seed, "method": f"{method} {sampler}".strip(),
+                 "tokens": spent, "seconds": seconds, "heldout": row, "curve": curve}  # fmt: skip
+        return stamped(found, config, self.tokens, method, sampler)
 
     def _ours(
         self, config: Optimize, problem: Problem, start: np.ndarray, space: str, sampler: str

@@ -9,7 +9,6 @@ The last two append a row to results.csv. CYLLAMA: a folder that holds the cylla
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from experiments.rows import read, stamped, write
 from optimizer.commands import export
 from optimizer.data.text import Data, Part
 from optimizer.models.model import Model
@@ -87,8 +87,7 @@ def _keep(kind: str, name: str, file: Path, scratch: Path, plan: Plan | None) ->
     windows = found["kl"].mean(1)
     draws = np.random.default_rng(0).integers(0, len(windows), (RESAMPLES, len(windows)))
     low, high = np.quantile(windows[draws].mean(1), [0.025, 0.975])
-    rows = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
-    rows = [r for r in rows if (r["mixture"], r["file"]) != (kind, name)]
+    rows = [r for r in read(RESULTS) if (r["mixture"], r["file"]) != (kind, name)]
     rival = next((r for r in rows if (r["mixture"], r["file"]) == (kind, "llama.cpp")), None)
     row = {
         "mixture": kind, "file": name, "bytes": file.stat().st_size,
@@ -101,12 +100,9 @@ def _keep(kind: str, name: str, file: Path, scratch: Path, plan: Plan | None) ->
     }  # fmt: skip
     print(row, flush=True)
     order = ["Q2_K", "Q3_K_M", "Q4_K_M", "Q6_K"]
-    rows.append(row)
+    rows.append(stamped(row, kind, name, plan.id if plan else None))
     rows.sort(key=lambda r: (order.index(r["mixture"]), r["file"] != "llama.cpp", r["file"]))
-    with RESULTS.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, row, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write(RESULTS, rows)
 
 
 if __name__ == "__main__":

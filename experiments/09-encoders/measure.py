@@ -11,7 +11,6 @@ TEXT, cut to SHORT tokens. STS is a check: nothing is tuned on it.
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
+from experiments.rows import read, stamped, write
 from optimizer.certificate.comparison import Candidate, describe, line, ratio
 from optimizer.commands.optimize import optimize
 from optimizer.config import Optimize, Proof
@@ -179,15 +179,8 @@ def judged(session: Session, space: SearchSpace, name: str, choice: Choice) -> d
     return row
 
 
-FIELDS = [
-    "plan", "text", "bytes", "predicted", "stderr",
-    *(f"{key}{end}" for key in (*MEASURES, "ratio") for end in ("", "_low", "_high")),
-    "sts", "sts_change", "sts_low", "sts_high",
-]  # fmt: skip
-
-
 def score(name: str, text: str, path: str) -> None:
-    rows = list(csv.DictReader(FILE.open())) if FILE.exists() else []
+    rows = read(FILE)
     if any(row["plan"] == name for row in rows):
         return
     config = config_of()
@@ -203,14 +196,10 @@ def score(name: str, text: str, path: str) -> None:
     given = session_of(config, lines_of(text))
     given.model = session.model
     for label, one in (("own", session), ("given", given)):
-        rows.append({k: _spelled(v) for k, v in (
-            shared | {"text": label} | judged(one, space, name, choice)
-        ).items()})  # fmt: skip
+        row = shared | {"text": label} | judged(one, space, name, choice)
+        rows.append(stamped({k: _spelled(v) for k, v in row.items()}, config, name))
         print(rows[-1], flush=True)
-    with FILE.open("w", newline="") as out:
-        writer = csv.DictWriter(out, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write(FILE, rows)
 
 
 def _spelled(value: object) -> str:

@@ -3,13 +3,13 @@ was made for the mean alone, paired over documents. Usage: collect.py RUNS HERE"
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from experiments.rows import write
 from optimizer.data.text import Data
 from optimizer.metrics import bootstrap
 from optimizer.plan import Plan
@@ -58,10 +58,7 @@ def main(runs: Path, here: Path) -> None:
                     f"{key}_low": f"{low:.3f}", f"{key}_high": f"{high:.3f}"}  # fmt: skip
         rows.append(row)
         print(row, flush=True)
-    with (here / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write(here / "results.csv", rows)
 
 
 if __name__ == "__main__":

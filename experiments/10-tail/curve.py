@@ -6,7 +6,6 @@ Usage: curve.py MODEL TEXT [BITS...] -> NAME-curve.csv and NAME-curve.png beside
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.rows import write
 from optimizer.commands.optimize import _pose
 from optimizer.config import Optimize
 from optimizer.data import domains
@@ -128,10 +128,7 @@ def main(model: str, text: str, bits: list[float]) -> None:
                 rows.append({"code_bits": size, "part": part, "weight": weight} | own)
                 print(*rows[-1].values(), flush=True)
     name = Path(session.source.name).name
-    with (HERE / f"{name}-curve.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write(HERE / f"{name}-curve.csv", rows)
 
 
 if __name__ == "__main__":

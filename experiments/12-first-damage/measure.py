@@ -6,7 +6,6 @@ measure.py MODEL TEXT report      NAME.csv from the store, no model
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 import time
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
+from experiments.rows import write
 from optimizer.certificate import pairs as damage
 from optimizer.data import domains
 from optimizer.data import pairs as probes
@@ -221,16 +221,15 @@ def report(work: Work) -> None:
                 )  # fmt: skip
                 holm = f"{corrected[cell]:.4g}" if cell in corrected else ""
                 rows.append([name, key, *cell, *found, tokens, 0, holm])
-    head = ["bits", "measure", "where", "language", "excess", "error", "p", "tokens", "z_equal",
-            "p_holm"]  # fmt: skip
-    with (HERE / f"{Path(work.session.source.name).name}.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(head)
-        for row in rows:
-            value, error, p, tokens = row[4:8]
-            z = value / max(error, 1e-12) * (EQUAL / tokens) ** 0.5
-            writer.writerow([*row[:4], f"{value:.6g}", f"{error:.3g}", f"{p:.3g}", tokens,
-                             f"{z:.2f}", row[9]])  # fmt: skip
+    head = ("bits", "measure", "where", "language", "excess", "error", "p", "tokens", "z_equal",
+            "p_holm")  # fmt: skip
+    shown = []
+    for row in rows:
+        value, error, p, tokens = row[4:8]
+        z = value / max(error, 1e-12) * (EQUAL / tokens) ** 0.5
+        said = (*row[:4], f"{value:.6g}", f"{error:.3g}", f"{p:.3g}", tokens, f"{z:.2f}", row[9])
+        shown.append(dict(zip(head, said, strict=True)))
+    write(HERE / f"{Path(work.session.source.name).name}.csv", shown)
 
 
 def _whole(work: Work, weights: str) -> bool:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
+from experiments.rows import write
 from optimizer.certificate import pairs as damage
 from optimizer.commands.optimize import _pose
 from optimizer.config import Optimize
@@ -277,7 +278,7 @@ def report(work: Work) -> None:
             row |= {f"{key}: {k}": v for k, v in harm(reference, margin, mask).items()}
         rows.append(row)
     model = Path(work.session.source.name).name
-    _write(f"{model}-plans.csv", [{k: _short(v) for k, v in row.items()} for row in rows])
+    write(HERE / f"{model}-plans.csv", [{k: _short(v) for k, v in row.items()} for row in rows])
     column = {key: np.array([row[key] for row in rows]) for key in rows[0] if key != "plan"}
     found = []
     for name in (*SETS, "all sets"):
@@ -293,19 +294,11 @@ def report(work: Work) -> None:
                     names = ("beyond_kl", "beyond_low", "beyond_high")
                     row |= dict(zip(names, map(_short, beyond), strict=True))
                 found.append(row)
-    _write(f"{model}.csv", found)
+    write(HERE / f"{model}.csv", found)
 
 
 def _short(value: Any) -> Any:
     return f"{value:.3f}" if isinstance(value, float) else value
-
-
-def _write(name: str, rows: list[dict[str, Any]]) -> None:
-    fields = list(dict.fromkeys(key for row in rows for key in row))
-    with (HERE / name).open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

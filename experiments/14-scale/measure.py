@@ -5,7 +5,6 @@ python experiments/14-scale/measure.py ROW    (README.md lists them; LLAMA: a fo
 
 from __future__ import annotations
 
-import csv
 import os
 import resource
 import shlex
@@ -14,6 +13,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from experiments.rows import append
 
 HERE = Path(__file__).parent
 LLAMA = os.environ.get("LLAMA", "llama-1b")
@@ -52,15 +53,9 @@ def main(row: str) -> None:
         seconds = time.monotonic() - start
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     file = HERE / "results.csv"
-    new = not file.exists()
-    with file.open("a", newline="") as out:
-        writer = csv.writer(out)
-        if new:
-            writer.writerow(["row", "exit", "peak_mb", "processor_s", "wall_s"])
-        processor = used.ru_utime + used.ru_stime
-        writer.writerow(
-            [row, done.returncode, used.ru_maxrss // 1000, f"{processor:.0f}", f"{seconds:.0f}"]
-        )
+    found = {"row": row, "exit": done.returncode, "peak_mb": used.ru_maxrss // 1000}
+    found |= {"processor_s": f"{used.ru_utime + used.ru_stime:.0f}", "wall_s": f"{seconds:.0f}"}
+    append(file, found, row)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ seed has a store of its own, and what a second size takes from it costs what it 
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 import texts
 
+from experiments.rows import append
 from optimizer.commands import optimize
 from optimizer.config import Optimize, Proof
 from optimizer.data.documents import read_documents
@@ -196,15 +196,6 @@ def one(
     means = {title: float(np.mean(values)) for title, values in each.items()}
     row["mean"] = f"{np.mean(list(means.values())):.5f}"
     return row | {"each": json.dumps(each), "stages": json.dumps(spent)}
-
-
-def append(target: Path, row: dict[str, Any]) -> None:
-    new = not target.exists()
-    with target.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

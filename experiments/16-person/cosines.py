@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import simulate
 
+from experiments.rows import write
 from optimizer.data.domains import BUILT_IN
 from optimizer.person import learning, statistics
 from optimizer.person.judging import compare
@@ -61,7 +62,7 @@ def main(out: str, seeds: str = "20") -> None:
                 said |= {"quarter": float(np.quantile(found, 0.25)), "worst": min(found)}
                 rows.append(about | said)
                 print(rows[-1], flush=True)
-    simulate.write(Path(out), rows)
+    write(Path(out), rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ FOLDER/itself.csv, how often a preference was called clear.
 
 from __future__ import annotations
 
-import csv
 import html
 import os
 import re
@@ -28,6 +27,7 @@ import httpx
 import numpy as np
 import uvicorn
 
+from experiments.rows import write
 from optimizer.models.source import Source
 from optimizer.person import commands, judge_page, learning, meaning_file, statistics, web
 from optimizer.person.entrants import Entrant
@@ -231,13 +231,6 @@ def itself(folder: Path, sessions: int) -> None:
         )
     write(folder / "itself.csv", rows)
     print(f"{sum(row['clear'] for row in rows)} of {sessions} sessions called a preference")
-
-
-def write(file: Path, rows: list[dict[str, Any]]) -> None:
-    with file.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def main(out: str, seeds: str = "3", votes: str = "67", source: str = "models") -> None:

@@ -6,7 +6,6 @@ measure.py SCRATCH [ARCHITECTURE ...]     appends to results.csv, which is repla
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import transformers as T
 from gguf import GGUFReader
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from experiments.rows import read, stamped, write
 from optimizer.errors import MezzotintError
 from optimizer.formats.gguf import base, converter, llamacpp, placement
 from optimizer.models.model import Model, take_inventory
@@ -25,7 +25,6 @@ HERE = Path(__file__).parent
 RESULTS, POSITIONS, WORDS = HERE / "results.csv", [7, 30, 45, 59], 420
 TEXT = "the quick brown fox jumps over the lazy dog; 12345 apples, def foo(x):\n    return x + 1\n"
 SENTENCEPIECE = ("gemma", "gemma2", "gemma3_text", "phi3", "nemotron", "ernie4_5", "ernie4_5_moe")
-FIELDS = ["architecture", "tensors", "layers", "left out", "worst kl", "refused"]
 
 
 def tokenizer() -> T.PreTrainedTokenizerFast:
@@ -105,7 +104,7 @@ def measure(kind: str, settings: dict[str, Any], scratch: Path) -> dict[str, Any
 def main(scratch: str, *kinds: str) -> None:
     T.logging.set_verbosity_error()
     settings = json.loads((HERE / "architectures.json").read_text())
-    rows = {r["architecture"]: r for r in csv.DictReader(RESULTS.open())}
+    rows = {r["architecture"]: r for r in read(RESULTS)}
     for kind in kinds or settings:
         try:
             row = measure(kind, settings[kind], Path(scratch))
@@ -114,12 +113,9 @@ def main(scratch: str, *kinds: str) -> None:
         except Exception as error:  # noqa: BLE001  the experiment's model can't be built or run
             said = f"not built: {type(error).__name__}: {error}"
             row = {"refused": said.replace(f"{scratch}/", "")[:160]}
-        rows[kind] = {"architecture": kind} | row
+        rows[kind] = stamped({"architecture": kind} | row, kind, settings[kind])
         print(rows[kind], flush=True)
-        with RESULTS.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, FIELDS, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows.values())
+        write(RESULTS, rows.values())
 
 
 if __name__ == "__main__":

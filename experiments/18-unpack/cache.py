@@ -8,13 +8,13 @@ over documents, on held-out text, beside the cache's bytes at the window's lengt
 
 from __future__ import annotations
 
-import csv
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from experiments.rows import write
 from optimizer.data.text import Data, Part
 from optimizer.hardware import memory
 from optimizer.hardware.geometry import geometry
@@ -46,10 +46,7 @@ def main(model: str, out: str, length: str = "384", windows: str = "12") -> None
         row |= {"bytes": size(int(length)), f"bytes at {LONG}": size(LONG)}
         rows.append(row | asdict(bootstrap.mean(kl, counts)))
         print(rows[-1], flush=True)
-    with Path(out).open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write(Path(out), rows)
 
 
 if __name__ == "__main__":

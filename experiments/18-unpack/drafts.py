@@ -9,7 +9,6 @@ windows, the first ones first.
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 import optimizer
+from experiments.rows import write
 from optimizer.data.text import Data, Part
 from optimizer.plan import Plan
 from optimizer.stages.session import Session
@@ -63,10 +63,7 @@ def main(argv: list[str]) -> None:
         "expected a pass": sum(foretold["value"] ** i for i in range(DRAFTED + 1)),
     }  # fmt: skip
     print(row)
-    with Path(argv[1]).open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        writer.writeheader()
-        writer.writerow(row)
+    write(Path(argv[1]), [row])
 
 
 if __name__ == "__main__":

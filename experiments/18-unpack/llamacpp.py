@@ -8,12 +8,13 @@ two, greedy, from three prompts; a server of its own for every row, since it kee
 
 from __future__ import annotations
 
-import csv
 import json
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+
+from experiments.rows import write
 
 PROMPTS = (
     "The old lighthouse keeper climbed the stairs every evening, because",
@@ -76,10 +77,7 @@ def main(pair: str, out: str, tokens: str = "96") -> None:
             )
             print(rows[-1], flush=True)
     print("the same text every time" if len(texts) == 1 else f"{len(texts)} different texts")
-    with Path(out).open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write(Path(out), rows)
 
 
 if __name__ == "__main__":

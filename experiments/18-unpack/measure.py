@@ -11,7 +11,6 @@ oracle (the base's true KL).
 
 from __future__ import annotations
 
-import csv
 import sys
 import tempfile
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from experiments.rows import write
 from optimizer.commands.optimize import optimize
 from optimizer.config import Nested, Optimize, Proof
 from optimizer.data.text import Data, Part
@@ -117,10 +117,7 @@ def main(argv: list[str]) -> None:
         known |= {"base_size": str(config.budget.size), "both": str(config.nested.size)}
         rows.append(known | {"what": what, "share": round(share, 4), "bytes": size, **found})
         print(rows[-1], flush=True)
-        with Path(argv[4]).open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write(Path(argv[4]), rows, config, what)
 
     base = session.score(plan.choice, "heldout", quantizer).kl
     refined = session.score(plan.choice, "heldout", refining).kl

@@ -10,11 +10,12 @@ that has only imported the libraries.
 
 from __future__ import annotations
 
-import csv
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+from experiments.rows import write
 
 PROMPT = "The old lighthouse keeper climbed the stairs every evening, because"
 MODES = ("never", "draft", "hard", "always")
@@ -84,11 +85,7 @@ def main(folder: str, out: str, tokens: str = "96", rounds: str = "2") -> None:
                 old = best.get((mode, form, threads))
                 if old is None or row["per_second"] > old["per_second"]:
                     best[mode, form, threads] = row
-    with Path(out).open("w", newline="") as file:
-        names = ["mode", "form", "threads", "held", "per_second", "base", "refined", "opened"]
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(best.values())
+    write(Path(out), best.values())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ are there are left out, so that a killed run goes on.
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from experiments.rows import append, read
 from optimizer.data.text import Data
 from optimizer.plan import Precision
 from optimizer.quantization import floats
@@ -43,7 +43,7 @@ def main(model: str, quantizer: str, file: Path) -> None:
     ids = torch.from_numpy(session.windows("heldout").ids[:WINDOWS, :LENGTH])
     layers = session.inventory.scoped(["blocks"])
     reference = log_p(session.model.net, ids)
-    done = {row["arm"] for row in csv.DictReader(file.open())} if file.exists() else set()
+    done = {row["arm"] for row in read(file)}
     for arm, (precision, searched) in ARMS.items():
         own = f"{quantizer} {arm}"
         if own in done or (searched and quantizer != "rtn"):
@@ -62,12 +62,8 @@ def main(model: str, quantizer: str, file: Path) -> None:
         size = 8 * sum(x.bytes(choice[x.name]) for x in layers) / sum(x.weights for x in layers)
         row = [model, own, f"{size:.4f}", f"{each.mean():.5g}",
                f"{each.std(ddof=1) / np.sqrt(len(each)):.2g}", f"{flips:.4f}"]  # fmt: skip
-        new = not file.exists()
-        with file.open("a", newline="") as out:
-            writer = csv.writer(out)
-            if new:
-                writer.writerow(["model", "arm", "bits", "kl", "stderr", "flips"])
-            writer.writerow(row)
+        names = ("model", "arm", "bits", "kl", "stderr", "flips")
+        append(file, dict(zip(names, row, strict=True)), model, own)
         print(*row, flush=True)
 
 

@@ -8,10 +8,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from experiments import rows
 from optimizer.models.source import Source
 from optimizer.models.stories import corpus
 
@@ -44,6 +46,7 @@ def test_a_command_runs(
     long = "\n---\n".join(" ".join(corpus(12, 100 + i)) for i in range(12))
     (tmp_path / "judges" / "told.txt").write_text(long)
     out.mkdir()
+    begun = time.time()
     words, shown = COMMANDS[folder]
     given = {"PACKED": packed_folder, "TEXT": text, "OUT": out, "JUDGES": tmp_path / "judges"}
     for name, value in given.items():
@@ -59,3 +62,6 @@ def test_a_command_runs(
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert shown in done.stdout, done.stdout[-2000:]
+    written = [file for place in (copy / folder, out) for file in place.glob("*.csv")]
+    for file in (file for file in written if file.stat().st_mtime > begun):
+        assert any(row["config"] for row in rows.read(file)), f"{file} has no key of its settings"
