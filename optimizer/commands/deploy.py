@@ -363,11 +363,13 @@ def _certified(session: Session, plan: Plan, net: Any) -> AnyScores | None:
     own = divergence.teacher(session.model, few).score(net)
     if np.allclose(own.kl, stored.kl[: len(own.kl)], rtol=SAME, atol=SAME):
         session.view.note(
-            f"Its scores on {SPOT} windows are those of its plan, so the certificate's are used for the "
-            "others; again=true measures all of them again."
+            f"Its scores on {SPOT} windows are those of its plan, so the certificate's are used for "
+            "the others; again=true measures all of them again."
         )
         return stored
-    session.view.note("Its scores there aren't those of its plan, so everything is measured again.")
+    session.view.note(
+        "Its scores there aren't those of its plan, so everything is measured again."
+    )
     return None
 
 

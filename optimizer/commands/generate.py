@@ -53,9 +53,7 @@ class Generate:
         if self.tokens < 1:
             raise ConfigError(f"tokens is how many are written, 1 or more, not {self.tokens}.")
         if not self.prompt.strip():
-            raise TextError(
-                "There is nothing to continue: the prompt is empty. Give some words."
-            )
+            raise TextError("There is nothing to continue: the prompt is empty. Give some words.")
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ def aim(problem: Problem, objective: str, parts: Mapping[str, np.ndarray]) -> li
     return [
         f"What {objective} changed compared with the mean KL alone, in the same bytes, by the table: "
         f"{int(moved.sum())} of {len(mine)} groups have other bits ({int(more.sum())} more of them; "
-        f"{100 * share:.2g} % of the size moved). Less lost: {', '.join(kept) or 'nowhere'}. More lost: "
-        f"{', '.join(paid) or 'nowhere'}."
+        f"{100 * share:.2g} % of the size moved). Less lost: {', '.join(kept) or 'nowhere'}. More "
+        f"lost: {', '.join(paid) or 'nowhere'}."
     ]
 
 
