@@ -97,7 +97,7 @@ def ended(words: list[str], redirect: str) -> tuple[int, str]:
 def test_output_that_can_not_be_written_is_a_paragraph(redirect: str) -> None:
     code, said = ended(["--help"], redirect)
     assert code == 2
-    assert said.startswith("mezzotint: what was said") and said.count("\n") == 1
+    assert said.startswith("mezzotint: this output") and said.count("\n") == 1
 
 
 def test_a_closed_pipe_has_its_own_code() -> None:
