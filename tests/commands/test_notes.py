@@ -22,9 +22,9 @@ def test_what_was_kept_and_paid_is_told() -> None:
     russian = np.array([[1.0, 0.5], [9.0, 0.5]])
     posed = problem(plain + russian, 3.0)
     (told,) = notes.aim(posed, "KL + 1 domains", {"mean KL": plain, "KL in russian": russian})
-    assert "2 of 2 groups (1 got more" in told
-    assert "kept: KL in russian 9.5 -> 1.5 (-84.2 %)" in told
-    assert "paid: mean KL 4 -> 5 (+25.0 %)" in told
+    assert "2 of 2 groups have other bits (1 more of them" in told
+    assert "Less lost: KL in russian 9.5 -> 1.5 (-84.2 %)" in told
+    assert "More lost: mean KL 4 -> 5 (+25.0 %)" in told
 
 
 def test_an_objective_that_changes_nothing_says_so() -> None:
