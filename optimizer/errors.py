@@ -6,7 +6,8 @@ MezzotintError             a user can act on it: says the rule, the value, the r
 ├── TextError              no text, too little text, text that can't be read
 ├── BudgetError            no plan fits
 ├── PlanError              a plan that is damaged, or that belongs to another model
-└── StorageError           the disk: full, read-only, damaged entries
+├── StorageError           the disk: full, read-only, damaged entries
+└── ProcessError           another process of the same job; without words where that one tells them
 """
 
 from __future__ import annotations
@@ -46,4 +47,8 @@ class PlanError(MezzotintError):
 
 
 class StorageError(MezzotintError):
+    pass
+
+
+class ProcessError(MezzotintError):
     pass

@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optimizer.cli import streams
 from optimizer.errors import ConfigError, MezzotintError
+
+if TYPE_CHECKING:
+    from optimizer.stages.processes import Processes
 
 USAGE = """\
 Mezzotint: make a language model fit a memory budget and keep what it means.
@@ -104,7 +107,8 @@ def _code(argv: list[str]) -> int:
     try:
         _dispatch(argv[0], argv[1:])
     except MezzotintError as error:
-        streams.complain(_paragraph(error))
+        if str(error):  # else another process of the job says it
+            streams.complain(_paragraph(error))
         return 2
     except KeyboardInterrupt:
         streams.complain(
@@ -153,6 +157,7 @@ def _dispatch(command: str, rest: list[str]) -> None:
         "learn": _learn,
     }
     from optimizer.cli import compose, words
+    from optimizer.stages import processes
 
     keys = compose.keys(command)
     if command in MANY:
@@ -161,11 +166,40 @@ def _dispatch(command: str, rest: list[str]) -> None:
         asked = words.placed(rest, POSITIONAL.get(command, []), keys)
     if command == "optimize":
         asked = compose.objective(asked)
-    failures = compose.run(command, asked, jobs[command])
+    here = processes.started()
+    if here.of > 1 and {"-m", "--multirun"} & set(asked):
+        raise ConfigError(
+            f"A sweep starts its jobs itself (hydra/launcher=...), and {here.of} processes were "
+            "started for one job. Leave out -m, or torchrun and accelerate launch."
+        )
+    if here.first:
+        failures = compose.run(command, asked, jobs[command])
+    else:
+        failures = _beside(command, asked, here)
     for failure in failures[:-1]:  # of a sweep, which goes on after one
         streams.complain(_paragraph(failure))
     if failures:
         raise failures[-1]
+
+
+def _beside(command: str, asked: list[str], here: Processes) -> list[MezzotintError]:
+    """A process beside the first one writes nothing but what is kept in the store."""
+    import tempfile
+
+    from optimizer.cli import compose
+    from optimizer.commands import optimize
+
+    if command != "optimize":  # the first does it alone
+        return []
+
+    def work(settings: Any) -> None:
+        with here.joined():
+            optimize.assist(settings, here)
+
+    own = [x for x in asked if not x.startswith(("hydra.run.dir=", "hydra.output_subdir="))]
+    with tempfile.TemporaryDirectory() as folder:
+        own += [f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
+        return compose.run(command, own, work)
 
 
 def _optimize(settings: Any) -> None:
@@ -176,14 +210,19 @@ def _optimize(settings: Any) -> None:
     from optimizer.cli import progress, summary
     from optimizer.commands import optimize
     from optimizer.reports import wandb
+    from optimizer.stages import processes
 
     out = _console()
     folder = Path(HydraConfig.get().runtime.output_dir)
     here = Path.cwd()
     folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
     view = progress.Terminal(out)
+    several = processes.started()
+    for word in processes.said(several):
+        view.note(word)
     with wandb.follow(settings.wandb, folder, _sweep(), view) as live:
-        outcome = optimize.optimize(settings, folder, live.view)
+        with several.joined():
+            outcome = optimize.optimize(settings, folder, live.view, several)
         summary.outcome(out, outcome)
         for line in live.finish(outcome.plan):
             view.note(line)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from optimizer.reports.run import (
 from optimizer.search import Problem, exact
 from optimizer.stages import certify, kv_budget, nested, objective
 from optimizer.stages.prepared import Prepared
+from optimizer.stages.processes import ALONE, Processes, facts
 from optimizer.stages.session import Session, unchained
 from optimizer.stages.space import SearchSpace, search_space
 from optimizer.stages.table import measure_table
@@ -50,19 +51,15 @@ TABLE, SEARCH, NEST = "table", "search", "base and refinement"  # stages, as a p
 FRONT_SHOWN = 100  # plans, while a search works
 
 
-def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
+def optimize(
+    config: Optimize, out: Path, view: View | None = None, processes: Processes | None = None
+) -> Outcome:
     """The main job: measure, allocate, plan, prove. Writes plan.json, front.csv, measured.csv,
-    run.json and report.html to `out`."""
+    run.json and report.html to `out`. processes: this is the first of them; the others `assist`."""
     begun = time.monotonic()
-    view = view or View()
-    config, session, space = _checked(config, view)
-    blank = np.zeros((len(space.groups), len(space.columns)))
-    rooms = kv_budget.rooms(config, session, space)
-    for one in rooms:
-        view.note(one.text) if one.text else None
-        _pose(replace(config, budget=one.budget), session.inventory, space, blank)
-    # an impossible budget ended here
-    write_atomically(out / ".writable", b"").unlink()  # an unwritable folder ends here
+    view, several = view or View(), processes or ALONE
+    ready = several.agree(lambda: _ready(config, out, view, several), _facts)
+    config, session, space, rooms = ready.config, ready.session, ready.space, ready.rooms
     _announce(view, config, session)
     table = measure_table(session, config, space)  # KL, for promises
     parts = objective.parts(session, config, space, table)
@@ -109,6 +106,47 @@ def optimize(config: Optimize, out: Path, view: View | None = None) -> Outcome:
     found = _nested(prepared, nest, outcome)
     outcome = replace(found, seconds=time.monotonic() - begun)
     return _publish(prepared, problem, scale, outcome)
+
+
+def assist(config: Optimize, processes: Processes) -> None:
+    """What a process beside the first one does: its share of the tables. Probes aren't spread."""
+    ready = processes.agree(lambda: _ready(config, None, View(), processes), _facts)
+    session, space, alone = ready.session, ready.space, ready.config
+    table = measure_table(session, alone, space)
+    config = replace(alone, meaning=replace(alone.meaning, probes=0))
+    objective.parts(session, config, space, table)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What is meant, with all that can be wrong found before the work. rooms: budgets, one a cache."""
+
+    asked: Optimize
+    config: Optimize
+    session: Session
+    space: SearchSpace
+    rooms: list[kv_budget.Room]
+
+
+def _ready(config: Optimize, out: Path | None, view: View, several: Processes) -> Ready:
+    """out: where the run writes; None for a process that doesn't."""
+    asked = config
+    config, session, space = _checked(config, view, several)
+    blank = np.zeros((len(space.groups), len(space.columns)))
+    rooms = kv_budget.rooms(config, session, space)
+    for one in rooms:
+        view.note(one.text) if one.text else None
+        _pose(replace(config, budget=one.budget), session.inventory, space, blank)
+    # an impossible budget ended here
+    if out is not None:
+        write_atomically(out / ".writable", b"").unlink()  # an unwritable folder ends here
+    return Ready(asked, config, session, space, rooms)
+
+
+def _facts(ready: Ready) -> dict[str, Any]:
+    """What must be the same on all processes."""
+    session = ready.session
+    return facts(asdict(ready.asked), session.source.fingerprint, session.tokens_key)
 
 
 def _announce(view: View, config: Optimize, session: Session) -> None:
@@ -177,7 +215,9 @@ def _stages(config: Optimize) -> dict[str, float]:
     return found
 
 
-def _checked(config: Optimize, view: View) -> tuple[Optimize, Session, SearchSpace]:
+def _checked(
+    config: Optimize, view: View, several: Processes
+) -> tuple[Optimize, Session, SearchSpace]:
     """The settings with every `auto` replaced, the model and what may be chosen. Most mistakes of a
     user are found here."""
     config.check()
@@ -192,6 +232,7 @@ def _checked(config: Optimize, view: View) -> tuple[Optimize, Session, SearchSpa
         revision=config.revision,
         device=config.device,
         residence=config.residence,
+        processes=several,
     )
     _ = config.residence.settled(session.inventory)  # a cap that is too small ends here
     config, said = advise.propose(config, session.source.folder)

@@ -24,11 +24,13 @@ class Residence:
     half as large in 16 bits, `disk` none, and both make fp32 of one block at a time; `auto` takes the
     first that fits. memory: what may be taken, such as 6GB; None: what is free. few: the work passes
     through the blocks a few times in all and on a CPU, where `disk` costs no time
-    (experiments/14-scale): `auto` takes it for all but small models."""
+    (experiments/14-scale): `auto` takes it for all but small models. processes: how many share what is
+    free; each may take `memory`."""
 
     offload: str = "auto"
     memory: str | None = None
     few: bool = False
+    processes: int = 1
 
     def check(self) -> None:
         """Raises ConfigError for what is no such choice."""
@@ -68,7 +70,7 @@ class Residence:
 
         if self.memory is not None:
             return int(parse_size(self.memory))
-        return int(psutil.virtual_memory().available)
+        return int(psutil.virtual_memory().available) // self.processes
 
 
 def _sizes(inventory: Inventory) -> tuple[dict[int, int], list[int]]:

@@ -47,20 +47,38 @@ class Task:
 @dataclass(frozen=True)
 class Text:
     """What is read: ids [windows, length]; runs, the windows of each chunk; seed, of the labels;
-    weights [windows, length], how much each token counts."""
+    weights [windows, length], how much each token counts. starts: of each chunk, its first window's
+    number among all that there are; () where these are all."""
 
     ids: np.ndarray
     runs: Sequence[slice]
     seed: int
     weights: np.ndarray | None = None
+    starts: tuple[int, ...] = ()
 
     def chunk(self, window: int) -> int:
         return next(i for i, run in enumerate(self.runs) if run.start <= window < run.stop)
 
     def labels(self, window: int) -> list[int]:
         """The seed of a window's labels."""
-        start = self.runs[self.chunk(window)].start
-        return [self.seed, start, window - start]
+        chunk = self.chunk(window)
+        return [*self.seed_of(chunk), window - self.runs[chunk].start]
+
+    def seed_of(self, chunk: int) -> list[int]:
+        """What a chunk's labels depend on; the same whatever other chunks are read with it."""
+        return [self.seed, (self.starts or [run.start for run in self.runs])[chunk]]
+
+    def part(self, some: Sequence[int]) -> Text:
+        """These chunks alone, which tell the same as among the others."""
+        rows = np.concatenate([np.r_[self.runs[i]] for i in some])
+        ends = np.cumsum([0, *(self.runs[i].stop - self.runs[i].start for i in some)]).tolist()
+        return Text(
+            self.ids[rows],
+            [slice(a, b) for a, b in pairwise(ends)],
+            self.seed,
+            None if self.weights is None else self.weights[rows],
+            tuple(self.seed_of(i)[1] for i in some),
+        )
 
 
 class Desk:

@@ -27,6 +27,7 @@ from optimizer.plan import Inventory, Precision, digest
 from optimizer.plan.cache import WHOLE, CacheKind
 from optimizer.stages import tokens
 from optimizer.stages.keys import ChainKey, InventoryKey, ScoresKey
+from optimizer.stages.processes import ALONE, Processes
 from optimizer.stages.view import View
 from optimizer.store import Store
 
@@ -89,6 +90,7 @@ class Session:
     view: View
     residence: Residence
     cache: Kept = Kept()
+    processes: Processes = ALONE
     _values: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -103,18 +105,20 @@ class Session:
         device: str = "cpu",
         residence: Residence | None = None,
         model: Model | None = None,
+        processes: Processes | None = None,
     ) -> Session:
         """The model of this name. model: the same, where it is loaded already. Raises ConfigError,
         ModelError and TextError for a device, a name and data that can't be used."""
-        view = view or View()
+        view, several = view or View(), processes or ALONE
         where = Store.open(store, view.note)
+        device = several.device(device)
         check_device(device)
         view.stage(f"finding {name}")
         source = locate(name, where, revision)
         data.check(context_length(source.folder))
         values = {} if model is None else {"model": model}
-        home = residence or Residence()
-        return cls(source, data, where, device, view, home, _values=values)
+        home = replace(residence or Residence(), processes=several.local_of)
+        return cls(source, data, where, device, view, home, processes=several, _values=values)
 
     def with_cache(self, cache: Kept) -> Session:
         """The same, sharing what is loaded, with plans measured in another cache."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from optimizer.data.text import Windows
 from optimizer.errors import ConfigError
 from optimizer.plan import digest, glob
 from optimizer.quantization.methods import Rtn, bind
-from optimizer.sensitivity import Table, Task
+from optimizer.sensitivity import Table, Task, Text
 from optimizer.stages.keys import TableKey
 from optimizer.stages.session import Session
 from optimizer.stages.space import SearchSpace
@@ -103,8 +104,11 @@ def measure_table(
             {name: [space.fitted[name, c] for c in task.columns] for name in task.layers}
         )
     weights = read.weights() if todo and read.weights is not None else None
+    text = sensitivity.Text(read.ids, runs, config.seed, weights)
+    if session.processes.of > 1:
+        _spread(session, settings, task, text, key)
+        todo = []
     if todo:
-        text = sensitivity.Text(read.ids, runs, config.seed, weights)
         desk = Kept(session, digest([key, "so far", SO_FAR]))
         whole = settings.samples(session.model, task, text, desk)
         for i in range(0 if whole is None else len(runs)):
@@ -114,9 +118,7 @@ def measure_table(
     for i in session.view.track(range(len(runs)), "sensitivity") if todo else range(len(runs)):
 
         def make(i: int = i) -> dict[str, np.ndarray]:
-            seed = [config.seed, runs[i].start]
-            own = None if weights is None else weights[runs[i]]
-            return {"loss": settings.score(session.model, task, read.ids[runs[i]], seed, own)}
+            return {"loss": _score(session, settings, task, text, i)}
 
         found = session.store.arrays("tables", _part(key, i), make)
         assert found is not None
@@ -154,6 +156,67 @@ def _foretold(
     table = measure_table(session, nearest, space, reading)
     gains = quantizer.gains([name for group in space.groups for name in group])
     return table.scaled(np.array([np.mean([gains[n] for n in g]) for g in space.groups]))
+
+
+def _score(
+    session: Session, settings: sensitivity.Estimator, task: Task, text: Text, chunk: int
+) -> np.ndarray:
+    """One chunk's losses [groups, precisions]."""
+    run = text.runs[chunk]
+    own = None if text.weights is None else text.weights[run]
+    return settings.score(session.model, task, text.ids[run], text.seed_of(chunk), own)
+
+
+def _spread(
+    session: Session, settings: sensitivity.Estimator, task: Task, text: Text, key: str
+) -> None:
+    """Have every chunk in the store: each process measures some of those that one of them lacks."""
+    processes, store = session.processes, session.store
+    chunks = len(text.runs)
+
+    def lacking() -> np.ndarray:
+        return np.array([store.arrays("tables", _part(key, i)) is None for i in range(chunks)])
+
+    processes.agree(lambda: None, lambda _: {"text": key})
+    lacked = np.flatnonzero(np.sum(processes.everyones(lacking), 0)).tolist()
+    own = processes.share(chunks)
+    mine = [i for i in lacked if i in own]
+    if lacked and processes.of > chunks:
+        session.view.note(
+            f"A table of sensitivity.chunks={chunks} is spread over as many processes; "
+            f"{processes.of - chunks} have nothing to do."
+        )
+
+    def measured() -> np.ndarray:
+        missing = [i for i in mine if store.arrays("tables", _part(key, i)) is None]
+        whole: dict[int, np.ndarray] = {}
+        if missing:
+            desk = Kept(session, digest([key, "so far", SO_FAR, missing]))
+            together = settings.samples(session.model, task, text.part(missing), desk)
+            whole = {} if together is None else dict(zip(missing, together, strict=True))
+            steps = missing if together is not None else session.view.track(missing, "sensitivity")
+            for i in steps:
+
+                def make(i: int = i) -> dict[str, np.ndarray]:
+                    known = whole.get(i)
+                    return {
+                        "loss": _score(session, settings, task, text, i)
+                        if known is None
+                        else known
+                    }
+
+                store.arrays("tables", _part(key, i), make)
+            desk.clear()
+        found = [np.zeros((0, len(task.groups), len(task.columns)))]
+        for i in mine:
+            entry = store.arrays("tables", _part(key, i))
+            assert entry is not None
+            found.append(entry["loss"][None])
+        return np.concatenate(found)
+
+    every = np.concatenate(processes.everyones(measured))
+    for i, loss in zip(lacked, every, strict=True):
+        store.arrays("tables", _part(key, i), partial(dict, loss=loss))
 
 
 def _part(key: str, index: Any) -> str:

@@ -17,9 +17,10 @@ from omegaconf import OmegaConf
 from optimizer import config
 from optimizer.cli import compose as composing
 from optimizer.models.source import Source
+from optimizer.plan import Plan
 from tests.conftest import QUICK
 
-LAUNCHERS = ["processes", "slurm", "ray_cluster"]
+LAUNCHERS = ["processes", "slurm", "submitit_local"]
 
 
 def composed(name: str) -> dict[str, Any]:
@@ -71,6 +72,23 @@ def test_two_processes_share_one_study(tmp_path: Path, store: Path, source: Sour
     study = optuna.load_study(study_name=None, storage=url)
     spent = sum(t.user_attrs.get("tokens", 0) for t in study.trials)
     assert 0 < spent < 2 * 12000
+
+
+@pytest.mark.slow
+def test_submitit_runs_jobs_on_this_machine(tmp_path: Path, store: Path, source: Source) -> None:
+    """Its executor for one machine, with a process a job: one plan a budget, as without a launcher."""
+    command = [
+        sys.executable, "-m", "optimizer", "optimize", "-m", f"model={source.name}",
+        "budget.code_bits=3,4", *QUICK[:-2], "search=exact", "proof.certify=false", "wandb=off",
+        f"store={store}", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=20",
+        f"hydra.sweep.dir={tmp_path}/sweep",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    plans = [Plan.load(tmp_path / "sweep" / name / "plan.json") for name in "01"]
+    assert plans[0].bytes["total"] < plans[1].bytes["total"]
+    logs = list((tmp_path / "sweep" / ".submitit").rglob("*_log.out"))
+    assert len(logs) == 2  # submitit ran them, each in a process of its own
 
 
 @pytest.mark.slow

@@ -315,6 +315,19 @@ def test_labels_of_a_window_depend_on_its_chunk_and_place() -> None:
     )
 
 
+def test_a_part_of_the_chunks_tells_what_it_tells_among_all() -> None:
+    ids = np.arange(14).reshape(7, 2)
+    runs = [slice(0, 3), slice(3, 5), slice(5, 7)]
+    text = Text(ids, runs, seed=9, weights=ids / 10)
+    part = text.part([0, 2])
+    rows = [0, 1, 2, 5, 6]
+    assert part.ids.tolist() == ids[rows].tolist() and part.weights is not None
+    assert part.weights.tolist() == (ids[rows] / 10).tolist()
+    assert part.runs == [slice(0, 3), slice(3, 5)]
+    assert [part.labels(w) for w in range(5)] == [text.labels(w) for w in rows]
+    assert part.part([1]).labels(1) == text.labels(6)
+
+
 def test_losses_of_a_groups_layers_add_up() -> None:
     task = Task((("a", "b"), ("c",)), ("p",), {}, Nearest())
     losses = {"a": np.array([1.0]), "b": np.array([2.0]), "c": np.array([5.0])}
