@@ -94,7 +94,7 @@ class Model:
         self._rounding: Rounding | None = None  # the one change of weights that may be open
         self._disk = None if net is None else offloaded(net)
         if self._disk is not None:
-            self._disk.value = self._now
+            self._disk.value, self._disk.changes = self._now, self._changes
 
     @classmethod
     def load(
@@ -179,6 +179,10 @@ class Model:
         """A block's tensor as it comes from disk -> as the model holds it now."""
         return stored if self._rounding is None else self._rounding.now(name, stored)
 
+    def _changes(self, name: str) -> bool:
+        """Whether `_now` gives the tensor other numbers."""
+        return self._rounding is not None and self._rounding.changes(name)
+
     @property
     def is_rounded(self) -> bool:
         """Whether any layer holds other weights than its own now."""
@@ -225,6 +229,10 @@ class Rounding:
         if self._disk is not None and self._disk.holds(name):
             return matrix(self._checkpoint.read(name), self._layers[name]).float()
         return read(self._parameter, self._layers[name])
+
+    def changes(self, name: str) -> bool:
+        """Whether the checkpoint's tensor is rounded now."""
+        return self._now.get(name, UNTOUCHED).kind != "none"
 
     def now(self, name: str, stored: Tensor) -> Tensor:
         """A block's tensor as it comes from disk -> as the choice says; layers only are rounded."""

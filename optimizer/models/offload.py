@@ -27,6 +27,7 @@ from optimizer.models.residence import LARGE
 from optimizer.plan import Inventory, Layer, Other, Place
 
 T = TypeVar("T")
+PIECE = 2**26  # bytes of large embeddings, or a head, that are read at a time
 Value = Callable[[str, Tensor], Tensor]  # a tensor's name, as it is stored -> what the model holds
 
 
@@ -37,6 +38,9 @@ class OnDisk:
     def __init__(self, net: Any, inventory: Inventory, checkpoint: Checkpoint) -> None:
         """net: a skeleton with everything outside the blocks filled in."""
         self.value: Value = lambda _, stored: stored
+        self.changes: Callable[[str], bool] = lambda _: (
+            False
+        )  # whether `value` gives other numbers
         self._net, self._checkpoint = net, checkpoint
         self._device = _outside_device(net)
         self._modules = blocks = block_list(net, inventory)
@@ -146,9 +150,11 @@ class OnDisk:
         own = next(iter(self._units[index].values()))
         saving = ExitStack()
 
-        def enter(module: nn.Module, _args: Any) -> None:
+        def enter(module: nn.Module, args: Any) -> None:
             if module._parameters.get(leaf) is not own:
                 return  # somebody gives it other weights
+            if goes and args and index not in self._here and self._bring_rows(index, args[0]):
+                return
             self._bring(index)
             if torch.is_grad_enabled() and not goes:
                 saving.enter_context(self._naming(index))
@@ -198,18 +204,52 @@ class OnDisk:
             for value in self._units[index].values():
                 value.data = torch.empty(value.shape, dtype=value.dtype, device=self._device)
             try:
-                self._fill(self._tensors[index])
+                if not self._fill_pieces(index):
+                    self._fill(self._tensors[index])
             except BaseException:
                 self._drop(index)  # half of its numbers are none
                 raise
         self._here.add(index)
         self.brought += index < blocks
 
+    def _bring_rows(self, index: int, ids: Tensor) -> bool:
+        """Those rows of embeddings that are looked up now; no memory is taken for the others. False,
+        and nothing done, where their numbers aren't simply the checkpoint's."""
+        tensor, value = self._plain(index), next(iter(self._units[index].values()))
+        if tensor is None:
+            return False
+        with torch.inference_mode(False), torch.no_grad():
+            rows = ids.unique()
+            value.data = torch.empty(value.shape, dtype=value.dtype, device=self._device)
+            stored = self._checkpoint.read(tensor.name)[rows.cpu()]
+            value.data[rows] = stored.to(value)
+        self._here.add(index)
+        return True
+
+    def _plain(self, index: int) -> Layer | Other | None:
+        """The one tensor that a unit's one parameter is, row by row, if nothing changes it."""
+        if index < len(self._modules) or len(self._tensors[index]) != 1:
+            return None
+        tensor, value = self._tensors[index][0], next(iter(self._units[index].values()))
+        alike = places(tensor) == (whole(next(iter(self._units[index])), tuple(value.shape)),)
+        return tensor if alike and value.ndim == 2 and not self.changes(tensor.name) else None
+
     def _drop(self, index: int) -> None:
         self._here.discard(index)
         with torch.inference_mode(False), torch.no_grad():
             for value in self._units[index].values():
                 value.data = _absent(value, self._device)
+
+    def _fill_pieces(self, index: int) -> bool:
+        """As `_fill`, PIECE bytes of the file at a time. False where it can't be."""
+        tensor, value = self._plain(index), next(iter(self._units[index].values()))
+        if tensor is None:
+            return False
+        some = max(1, PIECE // (4 * value.shape[1]))
+        for start in range(0, len(value), some):
+            rows = slice(start, start + some)
+            value.data[rows] = self._checkpoint.read(tensor.name)[rows].to(value)
+        return True
 
     def _fill(self, tensors: Sequence[Layer | Other]) -> None:
         known = {tensor.name: tensor for tensor in tensors}

@@ -35,7 +35,7 @@ from optimizer.models.watching import Products, begin_gradients, plain_experts
 from optimizer.plan import Layer
 from optimizer.sensitivity import vocabulary
 from optimizer.sensitivity.borders import Borders
-from optimizer.sensitivity.errors import stacks
+from optimizer.sensitivity.errors import blank, sample, settled, stacks
 from optimizer.sensitivity.fisher import (
     add_square,
     backward,
@@ -110,8 +110,7 @@ class _Passes:
             block: [x for x in layers if x.block == block]
             for block in [None, *range(len(stream.blocks))]
         }
-        shape = (len(text.runs), len(task.columns))
-        self.losses = {x.name: np.zeros(shape) for x in layers}
+        self.losses = {x.name: blank(task, len(text.runs)) for x in layers}
         self.labels = np.zeros(text.ids.shape, np.int64)
         self.normalisers = np.zeros(text.ids.shape, np.float32)
         firsts = np.cumsum([0, *(len(batch.ids) for batch in stream.batches)])
@@ -144,8 +143,10 @@ class _Passes:
         desk.show(len(self.losses), len(self.losses), self.text.ids.size)
         for _ in steps:
             pass
+        layers = self.model.layers
+        losses = {n: settled(self.task, layers[n], x) for n, x in self.losses.items()}
         found = [
-            self.task.collect({n: x[c] for n, x in self.losses.items()})
+            self.task.collect({n: x[c] for n, x in losses.items()})
             for c in range(len(self.text.runs))
         ]
         counts = [2 * self.model.predictions(self.text.ids[run]) for run in self.text.runs]
@@ -411,7 +412,8 @@ class _Squares:
             chunks = [c for c, sums in self._sums.items() if layer.parameter in sums]
             if not chunks:  # no token's loss depends on it
                 continue
-            for columns, rows, errors in stacks(passes.model, passes.task, layer):
+            weight = passes.model.weight(layer.name)
+            for columns, rows, errors in stacks(passes.task, layer, weight, sample(layer)):
                 found = passes.losses[layer.name]
                 for c in chunks:
                     fisher = read(self._sums[c].__getitem__, layer)[rows].reshape(-1)

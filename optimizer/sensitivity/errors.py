@@ -1,41 +1,88 @@
-"""Squared errors of rounding, some rows of a layer at a time."""
+"""Squared errors of rounding, some rows of a layer at a time.
+
+llama.cpp's types cost up to two hundred times as much as rounding to nearest, since their scales are
+searched for. In large layers they are scored on some rows only, in units of a proxy p, integers that
+are rounded to nearest: with losses l on all rows and s on the sampled ones,
+    l_type = l_p s_type / s_p            (a ratio estimate; Cochran, Sampling Techniques, chapter 6)
+Losses of a layer therefore have two columns more than the task while they are added up: l_p and s_p.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from optimizer.models.model import Model
-from optimizer.plan import Layer, Precision
+from optimizer.plan import GGML, Layer, Precision
 from optimizer.sensitivity.table import Task
 
 CACHED = 2**17  # weights that are rounded at a time
 STACK = 2**23  # bytes of errors that exist at a time, where rows are rounded by themselves
+SAMPLED = 2**18  # weights of a layer that llama.cpp's types are scored on
+GROUP = 32  # weights a scale of the proxy
 
 
-def stacks(model: Model, task: Task, layer: Layer) -> Iterator[tuple[list[int], slice, Tensor]]:
+def stacks(
+    task: Task, layer: Layer, weight: Tensor, sample: Tensor
+) -> Iterator[tuple[list[int], slice | Tensor, Tensor]]:
     """Some columns' numbers, some rows, and the squared errors of those precisions there [columns,
-    weights]. Rows go by themselves where the rounding of one doesn't depend on the others."""
+    weights]. Rows go by themselves where the rounding of one doesn't depend on the others. weight:
+    the layer's matrix, or some of its rows where all do. sample: which rows stand for the others."""
     precisions = [task.fitted[layer.name, column] for column in task.columns]
-    split = by_row(task, layer)
-    weight = model.weight(layer.name)
-    some = max(1, STACK // (4 * layer.cols * max(len(split), 1)))
-    for start in range(0, layer.rows if split else 0, some):
-        rows = slice(start, start + some)
-        yield split, rows, squared_errors(task, weight[rows], [precisions[i] for i in split])
+    proxies = [Precision("int", 4, GROUP if layer.cols % GROUP == 0 else None)] * 2
+    every = [*precisions, *proxies]
+    dear, split = _sampled(task, layer), by_row(task, layer)
+    most = max(1, STACK // (4 * layer.cols * max(len(split), 1)))
+    cheap = [i for i in split if i not in dear] + [len(precisions)] * bool(dear)
+    for start in range(0, len(weight) if cheap else 0, most):
+        rows = slice(start, start + most)
+        yield cheap, rows, squared_errors(task, weight[rows], [every[i] for i in cheap])
+    for some in sample.split(most) if dear and len(sample) else ():
+        columns = [*dear, len(precisions) + 1]
+        yield columns, some, squared_errors(task, weight[some], [every[i] for i in columns])
     for i, precision in enumerate(precisions):
         if precision.kind != "none" and i not in split:
             error = task.quantizer.round(weight, precision, layer.name).sub_(weight)
             yield [i], slice(None), error.square_().reshape(1, -1)
 
 
+def blank(task: Task, chunks: int) -> np.ndarray:
+    """No losses yet of a layer [chunks, precisions + 2]."""
+    return np.zeros((chunks, len(task.columns) + 2))
+
+
+def settled(task: Task, layer: Layer, losses: np.ndarray) -> np.ndarray:
+    """A layer's losses as they were added up -> [chunks, precisions]. The ratios are those of all
+    chunks together; where no sampled row costs anything, a type costs what the proxy does."""
+    *_, whole, some = losses.T
+    found = losses[:, : len(task.columns)].copy()
+    for i in _sampled(task, layer):
+        found[:, i] = whole * (losses[:, i].sum() / some.sum() if some.any() else 1.0)
+    return found
+
+
+def sample(layer: Layer, among: Tensor | None = None) -> Tensor:
+    """Evenly spread rows with at most SAMPLED weights, of all or of the given ones."""
+    rows = torch.arange(layer.rows) if among is None else among
+    step = max(1, -(-len(rows) * layer.cols // SAMPLED))
+    return rows[min(step // 2, max(len(rows) - 1, 0)) :: step]
+
+
 def by_row(task: Task, layer: Layer) -> list[int]:
     """Numbers of the columns that round each row of the layer by itself."""
     alone = getattr(task.quantizer, "by_row", False)
     kinds = [task.fitted[layer.name, column].kind for column in task.columns]
-    return [i for i, kind in enumerate(kinds) if alone and kind in ("int", "ternary")]
+    return [i for i, kind in enumerate(kinds) if alone and kind in ("int", "ternary", *GGML)]
+
+
+def _sampled(task: Task, layer: Layer) -> list[int]:
+    """Numbers of the columns that are scored on some rows only."""
+    if layer.weights <= SAMPLED:
+        return []
+    kinds = [task.fitted[layer.name, column].kind for column in task.columns]
+    return [i for i in by_row(task, layer) if kinds[i] in GGML]
 
 
 def squared_errors(task: Task, weight: Tensor, precisions: Sequence[Precision]) -> Tensor:

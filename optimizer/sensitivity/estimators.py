@@ -96,7 +96,7 @@ class Estimator:
 class Fisher(Estimator):
     """Squared gradients times squared errors, weight by weight."""
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     by_token: ClassVar[bool] = True
     estimator: str = field(default="fisher", init=False)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optimizer.models.model import Model
 from optimizer.plan import Layer
-from optimizer.sensitivity.errors import stacks
+from optimizer.sensitivity.errors import sample, stacks
 from optimizer.sensitivity.table import Task
 
 
@@ -33,10 +33,12 @@ class Product:
 def add_losses(
     model: Model, task: Task, layer: Layer, met: Sequence[Product], found: np.ndarray
 ) -> None:
-    """Adds sum_ij G_ij^2 dW_ij^2 over the windows' gradients G to found [chunks, precisions]. Every
-    precision is rounded once."""
+    """Adds sum_ij G_ij^2 dW_ij^2 over the windows' gradients G to found [chunks, precisions + 2], see
+    `errors`. Every precision is rounded once."""
+    if not met:
+        return
     chunks = sorted({x.chunk for x in met})
-    for columns, rows, errors in stacks(model, task, layer) if met else ():
+    for columns, rows, errors in stacks(task, layer, model.weight(layer.name), sample(layer)):
         squares = torch.zeros(len(chunks), errors.shape[1], device=errors.device)
         for own in met:
             gradient = (own.gradients[:, rows].T @ own.inputs).view(-1)

@@ -23,7 +23,7 @@ from optimizer.models.head import entrywise, output_head
 from optimizer.models.layout import holders
 from optimizer.models.model import Model
 from optimizer.plan import Layer
-from optimizer.sensitivity.errors import STACK, by_row, squared_errors
+from optimizer.sensitivity.errors import blank, by_row, sample, stacks
 from optimizer.sensitivity.table import Task, Text
 
 LARGE = 2**24  # bytes in fp32 from which rows go by themselves
@@ -62,19 +62,18 @@ def suits(model: Model, task: Task, layer: Layer, shape: Callable[[Tensor], Tens
 
 
 def losses(model: Model, task: Task, layer: Layer, text: Text, ends: Ends) -> np.ndarray:
-    """sum_ij F_ij dW_ij^2 [chunks, precisions] of a layer that `suits`. The model holds its own
-    weights. Cost: the head's products twice."""
+    """sum_ij F_ij dW_ij^2 [chunks, precisions + 2], see `errors`, of a layer that `suits`. The model
+    holds its own weights. Cost: the head's products twice."""
     head = output_head(model.net)
     net: Any = model.net
     value = net.get_parameter(layer.parameter)
     predicts = getattr(head, "weight", None) is value
     looked = ends.looked if net.get_input_embeddings().weight is value else ()
     bias = getattr(head, "bias", None)
-    columns = by_row(task, layer)
-    precisions = [task.fitted[layer.name, task.columns[i]] for i in columns]
-    found = np.zeros((len(text.runs), len(task.columns)))
+    found = blank(task, len(text.runs))
+    among = None if predicts else torch.cat([ids for ids, _ in looked]).unique().cpu()
+    chosen = sample(layer, among)
     some = max(1, SQUARES // (4 * layer.cols * len(text.runs)))
-    few = max(1, STACK // (4 * layer.cols * max(1, len(columns))))
     for start in range(0, layer.rows, some):
         weight = model.rows(layer.name, slice(start, start + some))
         sums = torch.zeros(len(text.runs), *weight.shape, device=weight.device)
@@ -83,10 +82,9 @@ def losses(model: Model, task: Task, layer: Layer, text: Text, ends: Ends) -> np
             _add_squares(sums, text, replace(ends, looked=looked), start, (weight, own))
         else:
             _add_looked(sums, text, looked, start)
-        for i in range(0, len(weight), few):
-            part = weight[i : i + few]
-            errors = squared_errors(task, part, precisions)
-            fisher = sums[:, i : i + few].flatten(1)
+        here = chosen[(chosen >= start) & (chosen < start + some)] - start
+        for columns, rows, errors in stacks(task, layer, weight, here):
+            fisher = sums[:, rows].flatten(1)
             found[:, columns] += (fisher @ errors.T).double().cpu().numpy()
     return found
 

@@ -186,6 +186,33 @@ def test_large_ends_are_away_once_a_block_is_here(
     assert own.untyped_storage().nbytes() == own.element_size()
 
 
+def test_large_embeddings_are_read_row_by_row_unless_they_are_rounded(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a large head, which is all needed, a piece at a time."""
+    monkeypatch.setattr("optimizer.models.offload.LARGE", 0)
+    monkeypatch.setattr("optimizer.models.offload.PIECE", 4 * 64 * 7)
+    model = Model.load(small.folder, small.inventory, offload="disk")
+    own, done = OnDisk._bring_rows, list[bool]()
+
+    def told(self: OnDisk, index: int, ids: torch.Tensor) -> bool:
+        done.append(own(self, index, ids))
+        return done[-1]
+
+    monkeypatch.setattr(OnDisk, "_bring_rows", told)
+    ids = torch.from_numpy(IDS[:1])
+    tied = model.net.get_output_embeddings().weight is model.net.get_input_embeddings().weight
+    choice = mixed(model.inventory.layers)
+    for holding in ({}, choice, {}):
+        with model.rounded(Nearest(), holding), small.model.rounded(Nearest(), holding):
+            assert torch.equal(
+                model.net(input_ids=ids).logits, small.model.net(input_ids=ids).logits
+            )
+    looked = next(x.name for x in model.inventory.layers if x.kind == "embedding")
+    rounded = choice[looked].kind != "none"
+    assert done == ([] if tied else [True, not rounded, True])
+
+
 def test_a_pass_that_fails_leaves_the_model_usable(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
