@@ -9,7 +9,6 @@ text.
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import optuna
 
+from experiments.rows import append
 from optimizer.commands import effort, optimize
 from optimizer.config import Optimize
 from optimizer.plan import Budget, Palette
@@ -95,24 +95,20 @@ def main(model: str, size: str, trials: int, out: Path) -> None:
     sampler = optuna.samplers.TPESampler(seed=0, multivariate=True, n_startup_trials=8)
     study = optuna.create_study(sampler=sampler)
     study.enqueue_trial(DEFAULT)
-    with out.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["trial", *DEFAULT, "part", "kl", "stderr", "seconds"])
 
-        def row(number: int, params: dict[str, Any], part: str) -> float:
-            began = time.monotonic()
-            kl, stderr = job.loss(params, part)
-            took = time.monotonic() - began
-            values = [params[key] for key in DEFAULT]
-            writer.writerow([number, *values, part, f"{kl:.5f}", f"{stderr:.5f}", f"{took:.0f}"])
-            file.flush()
-            print(number, params, part, f"{kl:.4f}", f"{took:.0f} s", flush=True)
-            return kl
+    def row(number: int, params: dict[str, Any], part: str) -> float:
+        began = time.monotonic()
+        kl, stderr = job.loss(params, part)
+        took = time.monotonic() - began
+        figures = {"kl": f"{kl:.5f}", "stderr": f"{stderr:.5f}", "seconds": f"{took:.0f}"}
+        append(out, {"trial": number, **params, "part": part, **figures}, model, size)
+        print(number, params, part, f"{kl:.4f}", f"{took:.0f} s", flush=True)
+        return kl
 
-        study.optimize(lambda trial: row(trial.number, asked(trial), "search"), n_trials=trials)
-        best = sorted(study.trials, key=lambda t: t.value or np.inf)[:FINALISTS]
-        for trial in {t.number: t for t in [study.trials[0], *best]}.values():
-            row(trial.number, trial.params, "heldout")
+    study.optimize(lambda trial: row(trial.number, asked(trial), "search"), n_trials=trials)
+    best = sorted(study.trials, key=lambda t: t.value or np.inf)[:FINALISTS]
+    for trial in {t.number: t for t in [study.trials[0], *best]}.values():
+        row(trial.number, trial.params, "heldout")
 
 
 if __name__ == "__main__":
