@@ -74,6 +74,7 @@ QUICK = [
     "data.heldout.sequences=12",
     "data.heldout.length=64",
     "scope=[blocks]",
+    "wandb=off",
     "quantizer=rtn",
     "proof.random=4",
     "search=exact",
@@ -273,15 +274,19 @@ def mezzotint(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Command:
-    """mezzotint("optimize", "model=stories", ...) in an empty folder, the stories model at hand."""
+    """mezzotint("optimize", "model=stories", ...) in an empty folder, the stories model at hand.
+    Runs are recorded for W&B, by a process that takes seconds, only where a test says wandb=..."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MEZZOTINT_STORE", str(store))
     monkeypatch.setenv("COLUMNS", "120")
 
     def call(*arguments: Any) -> Ended:
+        words = [str(argument) for argument in arguments]
+        if words[:1] == ["optimize"] and not any(w.startswith(("wandb", "-")) for w in words):
+            words.append("wandb=off")
         capsys.readouterr()
         with _own_logging():
-            code = main([str(argument) for argument in arguments])
+            code = main(words)
         text = capsys.readouterr()
         return Ended(code, text.out, text.err)
 

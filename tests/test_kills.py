@@ -104,7 +104,7 @@ def test_a_hundred_kills_change_no_plan_and_leave_no_file(
 ) -> None:
     for name in ("unhurt", *map(str, range(1, 1 + KILLS["optimize"]))):
         shutil.copytree(store / "models", tmp_path / f"store-{name}" / "models")
-    settings = [*QUICK[:-1], *SEARCH, "wandb=off", "proof.domains=[]"]
+    settings = [*QUICK[:-1], *SEARCH, "proof.domains=[]"]
     call = ["optimize", "model=stories", "budget.bits=4.5", *settings]
     episodes = campaign(
         tmp_path, KILLS["optimize"], [*call, f"store={tmp_path}/store-@", "hydra.run.dir=run-@"]
@@ -130,7 +130,7 @@ def test_identical_searches_at_once_end_as_one_alone_does(
     """Three at once on one store, then one more, as after a kill behind the search's end."""
 
     def start(name: str, kept: str) -> subprocess.Popen[bytes]:
-        call = ["optimize", "model=stories", "budget.bits=4.5", *QUICK[:-1], *SEARCH, "wandb=off"]
+        call = ["optimize", "model=stories", "budget.bits=4.5", *QUICK[:-1], *SEARCH]
         call += [
             "proof.certify=false",
             f"store={tmp_path / kept}",

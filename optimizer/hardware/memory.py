@@ -158,40 +158,36 @@ def activation_bytes(
     piece = min(context, prefill)
     whole = context // piece * piece  # full pieces end here; then comes the rest
     full = cache_bytes(shape, context, batch, bits)
-    step = _torch_step if runtime not in ENGINES or runtime == "torch" else _step
+    step = _torch_step if runtime not in ENGINES or runtime == "torch" else _any_step
     most = 0
     for tokens, seen in ((piece, whole), (context - whole, context)):
         if tokens:
             before = cache_bytes(shape, seen, batch, bits) - full
-            now = step(shape, tokens, seen, batch, compute, unpacked, bits < 16)
+            now = step(shape, Step(tokens, seen, batch, compute, bits < 16), unpacked)
             most = max(most, before + now)
     return max(most, 2 * batch * shape.vocabulary * LOGIT_BYTES)
 
 
-def _step(
-    shape: Geometry,
-    tokens: int,
-    seen: int,  # noqa: ARG001
-    batch: int,
-    compute: int,
-    unpacked: int,
-    opened: bool,  # noqa: ARG001
-) -> int:
+@dataclass(frozen=True)
+class Step:
+    """A forward pass. tokens: new ones of each sequence; seen: with those before them; batch:
+    sequences; compute: bits of activations; opened: whether a block's keys and values are decoded."""
+
+    tokens: int
+    seen: int
+    batch: int
+    compute: int
+    opened: bool
+
+
+def _any_step(shape: Geometry, step: Step, unpacked: int) -> int:
     """Two hidden states and the larger of a gated feed-forward (gate, up, product) and an
     attention (queries, keys, values, output). Not measured."""
     wide = max(3 * shape.intermediate, 4 * shape.heads)
-    return batch * tokens * (2 * shape.hidden + wide) * compute // 8 + unpacked
+    return step.batch * step.tokens * (2 * shape.hidden + wide) * step.compute // 8 + unpacked
 
 
-def _torch_step(
-    shape: Geometry,
-    tokens: int,
-    seen: int,
-    batch: int,
-    compute: int,
-    unpacked: int,
-    opened: bool,
-) -> int:
+def _torch_step(shape: Geometry, step: Step, unpacked: int) -> int:
     """A gated block of transformers with PyTorch's fused attention, as the allocator saw it.
 
     feed-forward: embeddings, block input, residual and its norm; activated gate, up, product
@@ -199,14 +195,15 @@ def _torch_step(
     keys and values are where the cache will count them
     attention: embeddings, input, norm; queries, output. From the second piece on also the mask,
     as booleans once and as numbers for every sequence, and with grouped queries the keys and values
-    of all tokens so far, repeated for every head. opened: one block's keys and values, decoded.
+    of all tokens so far, repeated for every head; and one block's keys and values, decoded.
     """
+    tokens, seen, batch, compute = step.tokens, step.seen, step.batch, step.compute
     width, keys = shape.hidden, max(block.values for block in shape.blocks) // 2
     feed = 4 * width + 3 * shape.intermediate
     rotation = 3 * width + 4 * shape.heads
     attention = 3 * width + 2 * shape.heads
     unpacking = 4 * width + shape.intermediate
-    later = 2 * keys * seen if opened else 0
+    later = 2 * keys * seen if step.opened else 0
     if seen > tokens:
         later += tokens * seen
         later += 2 * shape.heads * seen if shape.heads > keys else 0

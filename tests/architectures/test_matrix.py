@@ -14,12 +14,13 @@ from optimizer.plan import Precision
 from optimizer.quantization.uniform import Nearest
 from optimizer.sensitivity import Desk, Task, Text, by_block, chunks, vocabulary
 from tests.architectures import matrix, zoo
+from tests.conftest import slow_beside
 
 FEW = ["gpt2", "granitemoe", "zamba2", "gemma3_text", "bert encoder", "deepseek_v32", "prophetnet"]
 ROWS = {row["kind"]: row for row in matrix.load()["rows"]}
 
 
-@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("kind", slow_beside(["granitemoe", "bert encoder", "deepseek_v32"], FEW))
 def test_a_few_architectures(kind: str) -> None:
     row = matrix.measure(kind)
     assert (row.outcome, row.why) == ("exact", "")
@@ -34,7 +35,7 @@ def test_every_architecture(kind: str) -> None:
 READ = ["llama", "mixtral", "falcon"]
 
 
-@pytest.mark.parametrize("kind", READ)
+@pytest.mark.parametrize("kind", slow_beside(["mixtral"], READ))
 def test_transformers_reads_the_export_of_a_few(kind: str) -> None:
     outcome, why = matrix.read_by_transformers(kind)
     assert outcome == "read", why

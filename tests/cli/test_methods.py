@@ -38,6 +38,7 @@ from optimizer.sensitivity import (
 )
 from optimizer.sensitivity.estimators import AutoEstimator, Gain
 from tests.cli.test_compose import CHOICES, COMMANDS, CONF, NEEDED, composed
+from tests.conftest import slow_beside
 
 TWINS: dict[tuple[str, str], Any] = {
     ("quantizer", "auto"): Auto(),
@@ -93,7 +94,11 @@ def twin(group: str, choice: str) -> Any:
     return made(**parts)
 
 
-@pytest.mark.parametrize(("group", "choice"), CHOICES)
+# The other budgets are machines, all read by the same rule; the choices of TWINS are composed above.
+FIRST = [c for c in CHOICES if c not in TWINS and c[0] != "budget"] + [("budget", "rtx3060_12gb")]
+
+
+@pytest.mark.parametrize(("group", "choice"), slow_beside(FIRST, CHOICES))
 def test_every_file_means_what_its_dataclass_says(group: str, choice: str) -> None:
     """Whole: what the file leaves out is the dataclass's default."""
     words = ["data.path=text"] if choice in ("text", "hub") else []

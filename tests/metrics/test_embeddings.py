@@ -483,6 +483,7 @@ def test_what_an_encoder_cannot_do(
     assert len(ended.err.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_sweep_is_compared_in_nats_per_text(
     optimized: Callable[..., Any], mezzotint: Command, tmp_path: Path
 ) -> None:

@@ -119,6 +119,7 @@ def test_more_votes_settle_more() -> None:
     assert sum(w.more is None or w.more > 0 for w in few.weights) > 0
 
 
+@pytest.mark.slow
 def test_strength_and_scales_are_in_the_objectives_units() -> None:
     """Parts weigh `strength` together at their typical differences, whatever their units."""
     votes = simulated({"russian": 6.0, "negation": 6.0}, 160, 6)
@@ -140,6 +141,7 @@ def _times(features: Features, factor: float) -> Features:
     return features | {"margin": factor * features["margin"]} if "margin" in features else features
 
 
+@pytest.mark.slow
 def test_sides_do_not_matter() -> None:
     votes = simulated({"russian": 6.0}, 60, 7)
     turned = []

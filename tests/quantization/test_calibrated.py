@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from optimizer.stages.session import Session
 from optimizer.stages.space import search_space
 from optimizer.stages.table import measure_table
 from optimizer.store import Store
+from tests.conftest import slow_beside
 
 torch.set_num_threads(1)
 BODY = {"num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 96, "hidden_size": 64}
@@ -204,7 +206,7 @@ def test_weighted_hessians_count_tokens_by_their_gradients(made: Maker, squared:
     assert torch.allclose(hessian, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("weighting", ["gradient", "fisher"])
+@pytest.mark.parametrize("weighting", slow_beside(["gradient"], ["gradient", "fisher"]))
 def test_guided_codes_are_others_and_still_better_than_nearest(
     made: Maker, weighting: str
 ) -> None:
@@ -237,8 +239,12 @@ def test_layers_that_share_an_input_stand_together(made: Maker) -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("inputs", ["rounded", "reference"])
+@pytest.mark.parametrize(
+    ("kind", "inputs"),
+    slow_beside(
+        [("llama", "rounded"), ("mixtral", "reference")], product(KINDS, ["rounded", "reference"])
+    ),
+)
 def test_a_model_moves_less_than_with_nearest(kind: str, inputs: str, made: Maker) -> None:
     material = made(kind)
     model, choice = material.model, everything(material.model)
@@ -252,7 +258,7 @@ def test_a_model_moves_less_than_with_nearest(kind: str, inputs: str, made: Make
     assert torch.equal(logits(model.net), reference)
 
 
-@pytest.mark.parametrize("kind", ["q4_0", "iq4_nl", "q5_1"])
+@pytest.mark.parametrize("kind", slow_beside(["q4_0"], ["q4_0", "iq4_nl", "q5_1"]))
 def test_blocks_of_llama_cpp_are_calibrated_too(kind: str, made: Maker) -> None:
     material = made("llama")
     model, precision = material.model, Precision.ggml(kind)
@@ -435,7 +441,7 @@ def test_apply_packs_the_codes_that_were_certified(
         assert not torch.allclose(session.model.net(ids).logits, found, atol=1e-2)
 
 
-@pytest.mark.parametrize("source", ["self", "bundled"])
+@pytest.mark.parametrize("source", slow_beside(["bundled"], ["self", "bundled"]))
 def test_text_is_written_again_by_the_model_that_is_packed(
     source: str, settings: Optimize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -463,6 +469,7 @@ def test_text_is_written_again_by_the_model_that_is_packed(
     )
 
 
+@pytest.mark.slow
 def test_blocks_of_ggml_are_those_that_were_certified(settings: Optimize, tmp_path: Path) -> None:
     own = replace(
         settings, palette=Palette(bits=["q4_0", "q5_0"]), runtime=profile("torch"),

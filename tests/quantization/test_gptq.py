@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from optimizer.quantization.ggml import Blocks
 from optimizer.quantization.ggml_native import NATIVE
 from optimizer.quantization.gptq import Solver, factors
 from optimizer.quantization.uniform import Nearest
+from tests.conftest import slow_beside
 
 torch.set_num_threads(1)
 
@@ -45,8 +47,9 @@ def loss(rounded: Tensor, own: Tensor, hessian: Tensor) -> float:
     return float(((error @ hessian.double()) * error).sum())
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("order", "seed"), slow_beside([(o, 0) for o in ORDERS], product(ORDERS, range(3)))
+)
 def test_correlated_inputs_lose_less_than_nearest(order: str, seed: int) -> None:
     w, hessian = weight(seed), correlated(seed)
     found = Solver(order=order, clip=True).solve([(w, p) for p in ALL], hessian)

@@ -20,7 +20,7 @@ from optimizer.quantization.uniform import Nearest
 from optimizer.sensitivity import Task, fisher, hessian
 from optimizer.sensitivity.outputs import token_weights
 from optimizer.store import Store
-from tests.conftest import GLU, WIDE, build, opened
+from tests.conftest import GLU, WIDE, build, opened, slow_beside
 
 P = Precision("int", 3, 32, True)
 KINDS: dict[str, dict[str, Any]] = {
@@ -59,7 +59,7 @@ class Given:
         self.notes.append(text)
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(scope="module", params=slow_beside(["falcon", "mamba"], KINDS))
 def odd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Given:
     folder = tmp_path_factory.mktemp(request.param)
     small = opened(

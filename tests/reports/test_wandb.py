@@ -166,6 +166,7 @@ def test_summary_and_artifacts(recorded):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_its_record_and_another_question_does_not(tmp_path):
     plan, run = save(tmp_path, EVIL)
     for _ in range(2):

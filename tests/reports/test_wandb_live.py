@@ -23,6 +23,7 @@ from optimizer.errors import ConfigError
 from optimizer.reports import wandb
 from optimizer.reports.wandb import events
 from optimizer.stages.view import View
+from tests.conftest import slow_beside
 from tests.reports.test_wandb import alive, find, front_panel, records
 from tests.stages.test_refine import searched
 
@@ -129,7 +130,7 @@ with wandb.follow(Wandb(mode=mode), folder, None, View()) as live:
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", slow_beside([signal.SIGKILL], [signal.SIGKILL, signal.SIGTERM]))
 def test_a_run_that_is_killed_has_its_rows_until_then_and_leaves_nothing_behind(tmp_path, how):
     root = str(Path(wandb.__file__).parents[3])
     with subprocess.Popen(
@@ -158,6 +159,7 @@ def followed_online(folder):
         return wandb._answer(live._process, 60)
 
 
+@pytest.mark.slow
 def test_an_unreachable_host_is_known_while_the_run_works(tmp_path, monkeypatch):
     """Nothing listens on port 9. The record goes on offline, with every row."""
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
@@ -167,6 +169,7 @@ def test_an_unreachable_host_is_known_while_the_run_works(tmp_path, monkeypatch)
     assert [row["tokens"] for row in rows(list(records(offline(tmp_path))), "trial")] == [0, 1]
 
 
+@pytest.mark.slow
 def test_no_key_is_known_while_the_run_works(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))

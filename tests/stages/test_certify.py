@@ -30,7 +30,7 @@ def asked(own: Path) -> list[str]:
 
 
 def optimized(mezzotint: Command, own: Path, bits: float) -> tuple[Plan, str]:
-    call = ["model=stories", f"budget.bits={bits}", *QUICK, *asked(own), "wandb=off"]
+    call = ["model=stories", f"budget.bits={bits}", *QUICK, *asked(own)]
     found = mezzotint("optimize", *call, "hydra.run.dir=run")
     assert found.code == 0, found.err
     return Plan.load(Path("run")), found.out

@@ -23,7 +23,7 @@ MACHINE = ["budget=pi3_1gb", "budget.overhead=0", "budget.usable=1", "budget.con
 def made(mezzotint, memory, kv, name="out", *more):
     done = mezzotint(
         "optimize", "model=stories", *MACHINE, f"budget.memory={memory}", f"budget.kv={kv}",
-        *QUICK, "wandb=off", f"hydra.run.dir={name}", *more,
+        *QUICK, f"hydra.run.dir={name}", *more,
     )  # fmt: skip
     assert done.code == 0, done.err
     return done, Plan.load(name)
@@ -86,7 +86,7 @@ def test_the_search_measures_both(mezzotint):
     for kv in (16, 4):
         done = mezzotint(
             "optimize", "model=stories", "budget.bits=6", f"budget.kv={kv}", *QUICK,
-            "search=moves", "search.tokens=2000", "proof.certify=false", "wandb=off",
+            "search=moves", "search.tokens=2000", "proof.certify=false",
         )  # fmt: skip
         assert done.code == 0, done.err
         start.append(float(done.out.split("KL went from")[1].split()[0]))

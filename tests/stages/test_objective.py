@@ -237,6 +237,7 @@ def test_the_slope_knows_what_is_beside(source: Source, texts: Path, tmp_path: P
     )
 
 
+@pytest.mark.slow
 def test_the_search_lowers_the_objective_and_goes_on_where_it_was(
     source: Source, texts: Path, tmp_path: Path
 ) -> None:

@@ -100,6 +100,7 @@ def test_a_database_that_cannot_be_reached_is_told_before_a_model_is_looked_for(
     assert search.storage == "postgresql://me:***@127.0.0.1:9/none"
 
 
+@pytest.mark.slow
 def test_a_search_ends_when_there_is_nothing_new_to_measure(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +133,7 @@ def test_what_confirms_a_choice_was_read_by_nothing_before(windows: int, used: i
     assert len(rest) == min(used, windows - used)
 
 
+@pytest.mark.slow
 def test_slopes_read_what_no_trial_reads_and_nothing_that_confirms(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
