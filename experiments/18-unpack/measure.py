@@ -11,6 +11,7 @@ oracle (the base's true KL).
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from dataclasses import asdict
@@ -60,7 +61,7 @@ def settings(argv: list[str]) -> Optimize:
         search=Search(space="exact"),
         proof=Proof(certify=False),
         data=data,
-        store=more.get("store", "~/.cache/mezzotint"),
+        store=more.get("store", os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")),
     )
 
 

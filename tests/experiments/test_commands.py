@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "03-rounding": ("measure.py stories TEXT uniform rtn 4", "rtn"),
     "04-memory": ("measure.py PACKED 64 1 float32 cpu", "64,1,float32,cpu"),
+    "05-exports": ("turns.py stories PACKED OUT/turns.csv 4", "'ratio'"),
+    "06-false-alarms": ("measure.py topk stories TEXT", "8 32 "),
     "07-search": ("compare.py stories TEXT 600 OUT blocks 4", "exact"),
     "12-first-damage": ("measure.py stories TEXT 1", " s\n"),
     "15-defaults": (
@@ -30,6 +32,7 @@ COMMANDS = {
     ),
     "16-person": ("simulate.py OUT 1 6 drawn", "'votes':"),
     "17-gguf-architectures": ("measure.py OUT llama", "'architecture': 'llama'"),
+    "18-unpack": ("measure.py stories rtn 100kB 130kB OUT/rows.csv data=self", "'oracle"),
     "19-floats": ("measure.py stories rtn OUT/rows.csv", "nvfp4"),
 }
 
