@@ -9,13 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from optimizer.cli import streams
 from optimizer.errors import ConfigError, MezzotintError
-
-if TYPE_CHECKING:
-    from optimizer.stages.processes import Processes
 
 USAGE = """\
 Mezzotint: make a language model fit a memory budget and keep what it means.
@@ -110,6 +107,14 @@ def _code(argv: list[str]) -> int:
         if str(error):  # else another process of the job says it
             streams.complain(_paragraph(error))
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be loaded
+            raise
+        streams.complain(
+            "mezzotint: the device ran out of memory, and this work can't be done in smaller pieces. "
+            "Take offload=cpu or disk, shorter windows, or device=cpu; the same command goes on."
+        )
+        return 2
     except KeyboardInterrupt:
         streams.complain(
             "\nmezzotint: stopped. What is finished is kept; the same command goes on."
@@ -156,8 +161,7 @@ def _dispatch(command: str, rest: list[str]) -> None:
         "overlay": _overlay,
         "learn": _learn,
     }
-    from optimizer.cli import compose, words
-    from optimizer.stages import processes
+    from optimizer.cli import beside, compose, words
 
     keys = compose.keys(command)
     if command in MANY:
@@ -166,40 +170,11 @@ def _dispatch(command: str, rest: list[str]) -> None:
         asked = words.placed(rest, POSITIONAL.get(command, []), keys)
     if command == "optimize":
         asked = compose.objective(asked)
-    here = processes.started()
-    if here.of > 1 and {"-m", "--multirun"} & set(asked):
-        raise ConfigError(
-            f"A sweep starts its jobs itself (hydra/launcher=...), and {here.of} processes were "
-            "started for one job. Leave out -m, or torchrun and accelerate launch."
-        )
-    if here.first:
-        failures = compose.run(command, asked, jobs[command])
-    else:
-        failures = _beside(command, asked, here)
+    failures = beside.run(command, asked, jobs[command])
     for failure in failures[:-1]:  # of a sweep, which goes on after one
         streams.complain(_paragraph(failure))
     if failures:
         raise failures[-1]
-
-
-def _beside(command: str, asked: list[str], here: Processes) -> list[MezzotintError]:
-    """A process beside the first one writes nothing but what is kept in the store."""
-    import tempfile
-
-    from optimizer.cli import compose
-    from optimizer.commands import optimize
-
-    if command != "optimize":  # the first does it alone
-        return []
-
-    def work(settings: Any) -> None:
-        with here.joined():
-            optimize.assist(settings, here)
-
-    own = [x for x in asked if not x.startswith(("hydra.run.dir=", "hydra.output_subdir="))]
-    with tempfile.TemporaryDirectory() as folder:
-        own += [f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
-        return compose.run(command, own, work)
 
 
 def _optimize(settings: Any) -> None:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.errors import ModelError
-from optimizer.models.head import batches, head_input
+from optimizer.models.halving import fitting
+from optimizer.models.head import batches, head_input, windows_together
 from optimizer.models.model import Model
 from optimizer.models.offload import block_list
 from optimizer.models.watching import first_tensor, rows_of
@@ -55,6 +56,7 @@ class Stream:
         self._seen: dict[
             str, int
         ] = {}  # by how many tokens of the first batch a layer was visited
+        together = together or fitting(model.net, windows_together(ids))
         self.batches = self._begin(batches(ids, together))
 
     def sees_all(self, layer: str) -> bool:

@@ -13,6 +13,7 @@ from greenlet import getcurrent
 from torch import Tensor, nn
 
 from optimizer.errors import ModelError
+from optimizer.models.halving import in_parts
 from optimizer.models.offload import offloaded, present
 
 # glibc gives pieces of 32 MiB or more back at once; smaller ones tore the heap to gigabytes.
@@ -81,9 +82,14 @@ def tokens_together(head: Any) -> int:
 
 
 def batches(ids: np.ndarray, together: int | None = None) -> Iterator[Tensor]:
-    step = together or max(1, BATCH_TOKENS // ids.shape[1])
+    step = together or windows_together(ids)
     for i in range(0, len(ids), step):
         yield torch.from_numpy(ids[i : i + step])
+
+
+def windows_together(ids: np.ndarray) -> int:
+    """How many windows run through the blocks together."""
+    return max(1, BATCH_TOKENS // ids.shape[1])
 
 
 def output_head(net: Any) -> nn.Module:
@@ -103,13 +109,19 @@ def hidden_states(
     if disk is not None:  # each block is read once for all windows
         every = [batch.to(device) for batch in batches(ids, together)]
         with torch.inference_mode():
-            entered = disk.in_turns([partial(head_input, net, batch) for batch in every])
+            entered = disk.in_turns([partial(_whole_input, net, batch) for batch in every])
         yield from ((b, _of_each_token(net, b, x)) for b, x in zip(every, entered, strict=True))
         return
     for batch in batches(ids, together):
         with torch.inference_mode():
-            found = head_input(net, batch.to(device))
+            found = _whole_input(net, batch.to(device))
             yield batch.to(device), _of_each_token(net, batch, found)
+
+
+def _whole_input(net: nn.Module, ids: Tensor) -> Tensor:
+    """What the head receives, from as many windows at a time as the device has room for."""
+    found = in_parts(net, len(ids), lambda part: head_input(net, ids[part]))
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _of_each_token(net: nn.Module, ids: Tensor, hidden: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ class OnDisk:
         self._here: set[int] = set()
         self._taking_turns: greenlet | None = None
         self.brought = 0  # blocks that were read so far
+        self.read = 0  # bytes of them, and of embeddings and head
         for index, block in enumerate(blocks):
             self._drop(index)
             self._watch(index, block)
@@ -255,6 +256,7 @@ class OnDisk:
         known = {tensor.name: tensor for tensor in tensors}
         with torch.inference_mode(False), torch.no_grad():
             for name, stored in self._checkpoint.several(list(known)):
+                self.read += stored.nbytes
                 scatter(self.value(name, stored), places(known[name]), self._data)
 
     def _data(self, parameter: str) -> Tensor:

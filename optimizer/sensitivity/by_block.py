@@ -29,8 +29,10 @@ from torch import Tensor, nn
 
 from optimizer.errors import ModelError
 from optimizer.models.blockwise import Batch, Stream
+from optimizer.models.halving import fitting, halved
 from optimizer.models.head import final_transform, output_head, tokens_together
 from optimizer.models.model import Model, read
+from optimizer.models.offload import offloaded
 from optimizer.models.watching import Products, begin_gradients, plain_experts
 from optimizer.plan import Layer
 from optimizer.sensitivity import vocabulary
@@ -44,6 +46,7 @@ from optimizer.sensitivity.fisher import (
     sampled,
     watching,
 )
+from optimizer.sensitivity.pace import TOTAL, Pace
 from optimizer.sensitivity.products import Met, Product, add_losses, start
 from optimizer.sensitivity.table import Desk, Task, Text
 from optimizer.sensitivity.vocabulary import Ends
@@ -60,8 +63,19 @@ def samples(model: Model, task: Task, text: Text, desk: Desk) -> np.ndarray | No
     no chain, share parameters, or read more of the model than their input."""
     if model.pooling is not None or any(len(x.parameters) > 1 for x in model.inventory.layers):
         return None
+    most = min(len(text.ids), max(1, TOGETHER // text.ids.shape[1]))
+    together = fitting(model.net, most)
+    while True:
+        try:
+            return _made(model, task, text, desk, together)
+        except torch.OutOfMemoryError:
+            pass  # what its frames hold is freed first
+        together = halved(model.net, together)
+
+
+def _made(model: Model, task: Task, text: Text, desk: Desk, together: int) -> np.ndarray | None:
+    """As `samples`, with so many windows at a time."""
     own = [model.layers[name] for name in task.layers if model.layers[name].block is not None]
-    together = max(1, TOGETHER // text.ids.shape[1])
     try:
         stream = Stream(model, text.ids, frozen=True, together=together)
         odd = {x.block for x in own if not (x.watchable and stream.sees_all(x.name))}
@@ -117,13 +131,19 @@ class _Passes:
         self.windows = [range(a, b) for a, b in pairwise(firsts.tolist())]
 
     def run(self, desk: Desk) -> np.ndarray | None:
+        with desk.meter("sensitivity", TOTAL) as tell:
+            disk = offloaded(self.model.net)
+            read = None if disk is None else lambda: disk.read
+            pace = Pace(tell, len(self.stream.blocks), self.text.ids.size, read)
+            return self._run(desk, pace)
+
+    def _run(self, desk: Desk, pace: Pace) -> np.ndarray | None:
         blocks = range(len(self.stream.blocks))
-        steps = iter(desk.track([*blocks, *blocks], "sensitivity"))
         for block in blocks:
-            next(steps)
             for i, batch in enumerate(self.stream.batches):
                 self.borders.keep(block, i, batch.hidden)
             self.stream.advance(block)
+            pace.passed("forward", block)
         left = desk.left()
         if left is None:
             first = len(blocks)
@@ -131,18 +151,17 @@ class _Passes:
         else:
             first, arrived = self._resume(left)
         for block in reversed(blocks):
-            next(steps)
             if block < first:
                 self._backward(block, arrived)
                 desk.leave(self._state(block, arrived))
+            pace.passed("back", block, skipped=block >= first)
             inside = sum(len(self.layers[b]) for b in blocks[block:])
             desk.show(inside, len(self.losses), self.text.ids.size)
         if not self._agrees(arrived[0]):
             return None
         self._outside(arrived)
         desk.show(len(self.losses), len(self.losses), self.text.ids.size)
-        for _ in steps:
-            pass
+        pace.ended()
         layers = self.model.layers
         losses = {n: settled(self.task, layers[n], x) for n, x in self.losses.items()}
         found = [
@@ -154,12 +173,12 @@ class _Passes:
 
     def _state(self, block: int, arrived: Sequence[Tensor]) -> dict[str, np.ndarray]:
         """What is known when a block is done: gradients at its input, the losses from there on."""
-        borders = {f"border {i}": x.cpu().numpy() for i, x in enumerate(arrived)}
+        border = torch.cat([x.cpu() for x in arrived]).numpy()  # whatever batches come later
         return {
             "block": np.array([block]),
             "labels": self.labels,
             "normalisers": self.normalisers,
-            **borders,
+            "border": border,
             **self.losses,
         }
 
@@ -169,8 +188,9 @@ class _Passes:
             losses[:] = left[name]
         self.labels[:], self.normalisers[:] = left["labels"], left["normalisers"]
         device = self.stream.batches[0].hidden.device
-        borders = [left[f"border {i}"] for i in range(len(self.stream.batches))]
-        return int(left["block"][0]), [torch.from_numpy(x).to(device) for x in borders]
+        border = torch.from_numpy(left["border"])
+        arrived = [border[one.start : one.stop].to(device) for one in self.windows]
+        return int(left["block"][0]), arrived
 
     # ------------------------------------------------------------ the head
 

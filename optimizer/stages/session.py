@@ -157,6 +157,13 @@ class Session:
 
     @Lazy
     def model(self) -> Model:
+        from optimizer.models import halving
+
+        found = self._loaded()
+        halving.tells(found.net, self.view.note)
+        return found
+
+    def _loaded(self) -> Model:
         from optimizer.models.model import Model
 
         few = self.residence.few and not self.encoder and not self._writes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -55,8 +56,8 @@ class Kept(sensitivity.Desk):
     session: Session
     key: str
 
-    def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:
-        return self.session.view.track(items, text)
+    def meter(self, text: str, total: int) -> AbstractContextManager[Callable[[int, str], None]]:
+        return self.session.view.meter(text, total)
 
     def show(self, layers: int, of: int, tokens: int) -> None:
         self.session.view.row("table", {"layers": layers, "layers of all": of, "tokens": tokens})
