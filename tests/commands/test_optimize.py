@@ -31,7 +31,7 @@ from optimizer.stages import refine
 from optimizer.stages.session import Session
 from optimizer.stages.space import search_space
 from optimizer.stages.view import View
-from tests.conftest import QUICK
+from tests.conftest import QUICK, slow_beside
 
 SHORT = Part(sequences=8, length=32)
 UNPROVED = Proof(certify=False)
@@ -214,7 +214,7 @@ def test_a_damaged_entry_of_the_store_is_made_again(source: Source, tmp_path: Pa
 @pytest.mark.parametrize(
     "change",
     [
-        {"seed": 1},
+        pytest.param({"seed": 1}, marks=pytest.mark.slow),
         pytest.param(
             {"data": Data(calibration=SHORT, search=SHORT, heldout=SHORT, seed=1)},
             marks=pytest.mark.slow,
@@ -275,7 +275,9 @@ def test_measured_rows_reach_the_table(source: Source, tmp_path: Path) -> None:
     assert "loading the reference" not in again.stages
 
 
-@pytest.mark.parametrize("scope", [["head"], ["blocks", "head"], ["*mlp*"], ["all"]])
+@pytest.mark.parametrize(
+    "scope", slow_beside([["all"]], [["head"], ["blocks", "head"], ["*mlp*"], ["all"]])
+)
 def test_any_scope_keeps_to_its_budget(source: Source, tmp_path: Path, scope: list[str]) -> None:
     config = settings(source, tmp_path / "s", scope=scope, budget=Budget(bits=3.3), proof=UNPROVED)
     plan = optimize.optimize(config, tmp_path / "r").plan
@@ -286,7 +288,7 @@ def test_any_scope_keeps_to_its_budget(source: Source, tmp_path: Path, scope: li
     assert all(plan.layers[n] == "none" for n in plan.layers if n not in plan.scope)
 
 
-@pytest.mark.parametrize("bits", [[1, "ternary", 2, 16], [4, 16], [3]])
+@pytest.mark.parametrize("bits", slow_beside([[3]], [[1, "ternary", 2, 16], [4, 16], [3]]))
 def test_small_palettes(source: Source, tmp_path: Path, bits: list[Any]) -> None:
     palette = Palette(bits=bits)
     budget = Budget(bits=6)

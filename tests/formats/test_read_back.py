@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from optimizer.formats.safetensors.loader import loading, pieces
 from optimizer.models.source import locate
 from optimizer.plan import UNTOUCHED, Layer, Plan, Precision, assemble
 from optimizer.store import Store
-from tests.conftest import GLU, WIDE, Small, build, opened
+from tests.conftest import GLU, WIDE, Small, build, opened, slow_beside
 
 P4, P8 = Precision("int", 4, 32, True), Precision("int", 8, 32, True)
 NVFP4, FP8 = Precision.floating("nvfp4"), Precision.floating("fp8")
@@ -211,8 +212,13 @@ def llama(folder: Path, tied: bool, change: Callable[[dict[str, Any]], None]) ->
     return opened("llama", folder)
 
 
-@pytest.mark.parametrize("engine", ["transformers", "vllm", "gptq", "autoround", "mlx"])
-@pytest.mark.parametrize("rounded", [True, False])
+@pytest.mark.parametrize(
+    ("engine", "rounded"),
+    slow_beside(
+        [("transformers", True), ("vllm", False), ("mlx", True)],
+        product(["transformers", "vllm", "gptq", "autoround", "mlx"], [True, False]),
+    ),
+)
 def test_an_own_head_is_not_tied_by_an_engine(tmp_path: Path, engine: str, rounded: bool) -> None:
     """vLLM and mlx-lm drop it where config.json says that it is the embedding."""
     small = llama(tmp_path / "model", True, lambda _: None)

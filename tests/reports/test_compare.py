@@ -87,7 +87,7 @@ def test_a_failed_job_does_not_stop_a_sweep(tmp_path, monkeypatch, capsys):
 
     asked = []
 
-    def optimize(settings, folder, view):
+    def optimize(settings, folder, *_):
         asked.append(settings.budget.bits)
         if settings.budget.bits == 1:
             raise BudgetError("too small")

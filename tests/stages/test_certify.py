@@ -78,6 +78,7 @@ def test_the_packed_model_gets_the_same_answer(mezzotint: Command, own: Path) ->
     assert flat(plan.certificate["meaning"]["verdict"]) in said
 
 
+@pytest.mark.slow
 def test_a_second_proof_measures_nothing(source: Source, tmp_path: Path, own: Path) -> None:
     proof = Proof(random=2, domains=["long", f"own = {own}"], generate=8)
     config = settings(source, tmp_path / "store", proof=proof)

@@ -49,6 +49,7 @@ def test_plenty_leaves_the_cache_alone(mezzotint):
     assert plan.kv == 16 and [row["kv"] for row in plan.provenance["caches"]] == [16, 4]
 
 
+@pytest.mark.slow
 def test_what_is_certified_has_the_cache_in_it(mezzotint):
     """With untouched weights only the cache is left to lose anything."""
     _, exact = made(mezzotint, "2MB", "16", "exact")
