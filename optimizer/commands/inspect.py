@@ -43,25 +43,18 @@ class Subject:
     """A plan, the reference that it was made for, and the weights that are looked at."""
 
     def __init__(
-        self,
-        command: str,
-        plan: str,
-        model: str | None,
-        store: str,
-        device: str,
-        view: View,
-        unpack: bool = False,
+        self, command: str, asked: Probe | Blur, view: View, unpack: bool = False
     ) -> None:
-        check_device(device)
-        self.plan, self.view, self.device = Plan.load(plan), view, device
-        self.store = Store.open(store, view.note)
+        check_device(asked.device)
+        self.plan, self.view, self.device = Plan.load(asked.plan), view, asked.device
+        self.store = Store.open(asked.store, view.note)
         if self.plan.refinement is not None and not unpack:
             view.note(
                 f"`mezzotint {command}` looks at the plan's base, without its refinement; `mezzotint "
                 "evaluate` and `generate` unpack it."
             )
-        view.stage(f"finding {model or self.plan.model['name']}")
-        self.source, self.inventory = reference_of(self.plan, model, self.store)
+        view.stage(f"finding {asked.model or self.plan.model['name']}")
+        self.source, self.inventory = reference_of(self.plan, asked.model, self.store)
         check_language_model(self.source, command)
         check_names(self.plan, self.inventory)
         self.quantizer = quantizer_of(self.plan, self.source, self.inventory, self.store, view)
@@ -191,7 +184,7 @@ def probe(config: Probe, view: View | None = None) -> Probed:
     _check_target(config.out, [config.plan, config.probes or config.plan])
     pairs = _pairs(config)
     view = view or View()
-    subject = Subject("probe", config.plan, config.model, config.store, config.device, view)
+    subject = Subject("probe", config, view)
     tuned = subject.plan.provenance.get("tuned", {})
     known = probes.key(config.probes) in (tuned.get("pairs"), tuned.get("choices"))
     whole, pairs = len(pairs), probes.halves(pairs)[1] if known else pairs
@@ -290,9 +283,7 @@ def blur(config: Blur, view: View | None = None) -> Map:
     text = map_of.read(Path(config.text))
     view = view or View()
     way = _way(config)
-    subject = Subject(
-        "blur", config.plan, config.model, config.store, config.device, view, way is not None
-    )
+    subject = Subject("blur", config, view, unpack=way is not None)
     cut = map_of.cut(
         text, subject.tokenizer, config.context, subject.context, config.tokens, config.top
     )

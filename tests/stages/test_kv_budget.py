@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from optimizer.commands import inspect
+from optimizer.config import Probe
 from optimizer.errors import ConfigError
 from optimizer.plan import Budget, Plan
 from optimizer.stages.view import View
@@ -68,9 +69,8 @@ def test_what_is_certified_has_the_cache_in_it(mezzotint):
         assert mezzotint(*call).code == 0
         worst.append(json.loads(Path(f"{name}.json").read_text())["cells"][0]["damage"]["plan"])
     assert worst[0] != worst[1]
-    subject = inspect.Subject(
-        "probe", "rough/plan.json", None, os.environ["MEZZOTINT_STORE"], "cpu", View()
-    )
+    asked = Probe(plan="rough/plan.json", store=os.environ["MEZZOTINT_STORE"])
+    subject = inspect.Subject("probe", asked, View())
     ids = torch.arange(20)[None] % 90
     with torch.inference_mode():
         plain = subject.model.net(input_ids=ids).logits
