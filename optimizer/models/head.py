@@ -200,6 +200,11 @@ def _probe(net: Any, ids: Tensor, values: Tensor, shift: int) -> tuple[Tensor, T
         with torch.inference_mode(), disk.bypassed() if disk is not None else nullcontext():
             found = net(input_ids=ids[:1], use_cache=False).logits
     except (IndexError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        if disk is not None and "single memory location" in str(error):  # an absent weight's
+            raise ModelError(
+                f"{type(net).__name__} changes its own weights as it runs, so that they can't be "
+                "read anew block by block. Take offload=none."
+            ) from None
         if not sent:
             raise ModelError(
                 f"transformers can't run {type(net).__name__} on text ({type(error).__name__}: "

@@ -25,7 +25,7 @@ class Borders:
             raise StorageError(
                 f"The table keeps the inputs of all blocks, {size} bytes, in {folder}, which has "
                 f"{free} left. Free some, set TMPDIR to a folder on a larger disk, or lower "
-                "data.calibration.sequences."
+                "sensitivity.windows."
             )
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as this
         self._places: dict[tuple[int, int], int] = {}

@@ -12,14 +12,15 @@ import safetensors
 import torch
 
 from optimizer.data.text import Windows
+from optimizer.errors import ModelError
 from optimizer.metrics.divergence import Teacher
 from optimizer.models.blockwise import Stream
 from optimizer.models.head import OwnHead
-from optimizer.models.model import Model
+from optimizer.models.model import Model, take_inventory
 from optimizer.models.offload import OnDisk, block_list, offloaded
 from optimizer.quantization.uniform import Nearest
 from optimizer.sensitivity.outputs import token_weights
-from tests.conftest import Small, mixed
+from tests.conftest import Small, build, mixed
 
 IDS = np.random.default_rng(3).integers(3, 96, (5, 24))
 WINDOWS = Windows(IDS, np.arange(5))
@@ -252,3 +253,15 @@ def test_the_stories_model_in_two_files(stories: Model, tmp_path: Path) -> None:
         torch.testing.assert_close(model.net(ids).logits, stories.net(ids).logits)
     for name, layer in stories.layers.items():
         assert torch.equal(model.weight(name), stories.weight(name)), layer
+
+
+def test_a_model_that_changes_its_weights_as_it_runs_stays_in_memory(tmp_path: Path) -> None:
+    """RWKV divides some of them by powers of two, in place, before its first pass."""
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2}
+    more = {"attention_hidden_size": 64, "intermediate_size": 96, "context_length": 128}
+    folder = build(tmp_path / "rwkv", "rwkv", sizes | more, torch.float16)
+    inventory = take_inventory(folder)
+    assert Model.load(folder, inventory, offload="none").layers
+    for where in ("cpu", "disk"):
+        with pytest.raises(ModelError, match="RwkvForCausalLM changes its own weights"):
+            Model.load(folder, inventory, offload=where)
