@@ -263,6 +263,9 @@ def _explained(command: str, asked: list[str], error: Exception) -> str:
     if not known:
         overrides = " ".join(word[:80] for word in asked if "=" in word)
         said = f"These settings can't be composed ({said or type(error).__name__}): {overrides}."
+    unknown = re.search(r"Could not override '([^']*)'\.? Key '\w+' not in", said)
+    if unknown:
+        return f"`mezzotint {command}` has no setting {unknown[1]}. {_try(command)}"
     return " ".join(part for part in (said, words.advice(asked), _try(command)) if part)
 
 

@@ -107,6 +107,22 @@ def test_what_is_missing_is_named(command: str) -> None:
         composed(command, needed=False)
 
 
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["apply", "plan.json", "memory=5GB"], "memory"),
+        (["optimize", "data.serch=3"], "data.serch"),
+    ],
+)
+def test_a_setting_that_does_not_exist_is_named_and_nothing_else(
+    mezzotint: Command, words: list[str], key: str
+) -> None:
+    found = mezzotint(*words)
+    assert found.code == 2
+    assert f"`mezzotint {words[0]}` has no setting {key}." in found.err
+    assert "quote" not in found.err
+
+
 def test_a_users_own_folder(mezzotint: Command, tmp_path: Path) -> None:
     """--config-dir adds a palette of the user's own."""
     (tmp_path / "mine" / "palette").mkdir(parents=True)
