@@ -164,7 +164,7 @@ class Race:
         if terms == "blocks":  # as in the tables of 2026-11-24
             own = {"scope": ["blocks"], "quantizer": Rtn(), "sensitivity": Fisher()}
         self.base = Optimize(
-            model=model, budget=self.budget(4), palette=Palette(bits=[2, 3, 4, 5, 6, 8]),
+            model=model, budget=self.budget(4), palette=Palette(bits=[2, 3, 4, 5, 6, 8], fit="nearest"),
             data=data, store=store, **own,
         )  # fmt: skip
         self.session = Session.open(model, data, store)
