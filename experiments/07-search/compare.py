@@ -163,10 +163,10 @@ class Race:
         own: dict[str, Any] = {"scope": ["all"], "quantizer": Gptq()}
         if terms == "blocks":  # as in the tables of 2026-11-24
             own = {"scope": ["blocks"], "quantizer": Rtn(), "sensitivity": Fisher()}
+        palette = Palette(bits=[2, 3, 4, 5, 6, 8], fit="nearest")
         self.base = Optimize(
-            model=model, budget=self.budget(4), palette=Palette(bits=[2, 3, 4, 5, 6, 8], fit="nearest"),
-            data=data, store=store, **own,
-        )  # fmt: skip
+            model=model, budget=self.budget(4), palette=palette, data=data, store=store, **own
+        )
         self.session = Session.open(model, data, store)
         self.space = search_space(self.base, self.session.inventory)
         self.table = measure_table(self.session, self.base, self.space)
