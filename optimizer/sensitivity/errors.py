@@ -54,12 +54,14 @@ def blank(task: Task, chunks: int) -> np.ndarray:
 
 
 def settled(task: Task, layer: Layer, losses: np.ndarray) -> np.ndarray:
-    """A layer's losses as they were added up -> [chunks, precisions]. The ratios are those of all
-    chunks together; where no sampled row costs anything, a type costs what the proxy does."""
+    """A layer's losses as they were added up -> [chunks, precisions]. Chunks know nothing of each
+    other: another process may measure some of them. Where no sampled row costs anything, a type
+    costs what the proxy does."""
     *_, whole, some = losses.T
     found = losses[:, : len(task.columns)].copy()
     for i in _sampled(task, layer):
-        found[:, i] = whole * (losses[:, i].sum() / some.sum() if some.any() else 1.0)
+        ratios = np.divide(losses[:, i], some, out=np.ones_like(some), where=some > 0)
+        found[:, i] = whole * ratios
     return found
 
 
