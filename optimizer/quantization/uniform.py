@@ -337,11 +337,12 @@ def _packed(codes: Tensor, precision: Precision) -> Tensor:
     bits = precision.bits
     if bits == 8:
         return codes.clone()
-    words = _padded(codes, 8).view(rows, -1, 8).long()
-    steps = torch.arange(8, device=codes.device)
-    word = (words << (bits * steps)).sum(-1, keepdim=True)
-    packed = (word >> (8 * steps[:bits])) & 255
-    return packed.to(torch.uint8).view(rows, -1)[:, :length].contiguous()
+    octets = _padded(codes, 8).view(rows, -1, 8)
+    words = octets[..., 0].long()
+    for i in range(1, 8):
+        words |= octets[..., i].long() << (bits * i)
+    packed = words.unsqueeze(-1).view(torch.uint8)[..., :bits]  # little-endian, as machines are
+    return packed.reshape(rows, -1)[:, :length].contiguous()
 
 
 def unpack(packed: Tensor, precision: Precision, count: int) -> Tensor:
@@ -365,10 +366,10 @@ def _unpacked(packed: Tensor, precision: Precision, count: int) -> Tensor:
         steps = steps[: 8 // bits].to(torch.uint8)
         codes = (packed.unsqueeze(-1) >> (bits * steps)) & (2**bits - 1)
         return codes.view(rows, -1)[:, :count]
-    octets = _padded(packed, bits).view(rows, -1, bits).long()
-    word = (octets << (8 * steps[:bits])).sum(-1, keepdim=True)
-    codes = (word >> (bits * steps)) & (2**bits - 1)
-    return codes.to(torch.uint8).view(rows, -1)[:, :count]
+    octets = _padded(packed, bits).view(rows, -1, bits)
+    words = torch.nn.functional.pad(octets, (0, 8 - bits)).view(torch.int64)
+    wide = torch.cat([(words >> (bits * i)).to(torch.uint8) for i in range(8)], -1)
+    return wide.bitwise_and_(2**bits - 1).view(rows, -1)[:, :count]
 
 
 def _padded(codes: Tensor, multiple: int) -> Tensor:
