@@ -152,6 +152,7 @@ def test_kinds_that_a_format_cannot_hold(wide: Wide) -> None:
     assert "fused" in str(rules.linear_only(replace(stacked, expert=None), G64))
 
 
+@pytest.mark.slow
 def test_an_architecture_that_the_converter_refuses(wide: Wide, tmp_path: Path) -> None:
     body = {"vocab_size": WORDS, "hidden_size": 64, "num_hidden_layers": 1, "num_heads": 2}
     model = random_model("xlstm", body | {"embedding_dim": 64}, 0.1, tmp_path / "odd", wide)
@@ -329,6 +330,7 @@ def mixture(kind: str, path: Path, wide: Wide, **settings: object) -> Wide:
 
 
 @pytest.mark.parametrize("kind", ["mixtral"])  # transformers gives Qwen's its own tokenizer
+@pytest.mark.slow
 def test_llama_cpp_computes_our_experts(wide: Wide, tmp_path: Path, kind: str) -> None:
     model = mixture(kind, tmp_path / kind, wide)
     roles = {"down_proj": "q8_0", "w2": "q8_0"}

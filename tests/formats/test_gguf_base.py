@@ -20,6 +20,7 @@ from optimizer.formats.gguf.strings import texts
 from optimizer.models.source import locate
 from optimizer.plan import Precision
 from optimizer.store import Store
+from tests.conftest import slow_beside
 from tests.formats.conftest import (
     IDS,
     WORDS,
@@ -48,12 +49,9 @@ def stretched(kind: str, scaling: dict, path: Path, wide: Wide) -> Wide:
 
 @pytest.mark.parametrize(
     ("kind", "scaling"),
-    [
-        ("llama", LLAMA3),
-        pytest.param("llama", LINEAR, marks=pytest.mark.slow),
-        pytest.param("llama", YARN, marks=pytest.mark.slow),
-    ],
+    [("llama", LLAMA3), ("llama", LINEAR), ("llama", YARN)],
 )
+@pytest.mark.slow
 def test_llama_cpp_turns_positions_the_same(
     wide: Wide, tmp_path: Path, kind: str, scaling: dict
 ) -> None:
@@ -86,6 +84,7 @@ def test_what_transformers_drops_from_a_config_reaches_the_converter(
     assert not found.errors
 
 
+@pytest.mark.slow
 def test_a_window_that_llama_cpp_hasnt(wide: Wide, tmp_path: Path) -> None:
     for kind, more in (
         ("mistral", {}),
@@ -104,22 +103,23 @@ def test_another_activation_is_noticed(wide: Wide, tmp_path: Path) -> None:
     assert "computes another model" in found.errors[0]
 
 
-@pytest.mark.parametrize(
-    ("before", "works"),
-    [
-        pytest.param(
-            pre_tokenizers.ByteLevel(add_prefix_space=False), True, marks=pytest.mark.slow
+SPLITS = [
+    (pre_tokenizers.ByteLevel(add_prefix_space=True), False),
+    (pre_tokenizers.ByteLevel(add_prefix_space=False), True),
+    (
+        pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
         ),
-        (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                  pre_tokenizers.ByteLevel(add_prefix_space=False)]), True),
-        (pre_tokenizers.ByteLevel(add_prefix_space=True), False),
-        pytest.param(
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            False,
-            marks=pytest.mark.slow,
-        ),
-    ],
-)  # fmt: skip
+        True,
+    ),
+    (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), False),
+]
+
+
+@pytest.mark.parametrize(("before", "works"), slow_beside(SPLITS[:1], SPLITS))
 def test_tokenizers_are_known_or_refused(
     wide: Wide, tmp_path: Path, before: pre_tokenizers.PreTokenizer, works: bool
 ) -> None:
