@@ -8,6 +8,7 @@ over documents, on held-out text, beside the cache's bytes at the window's lengt
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +30,7 @@ LONG = 8192
 
 def main(model: str, out: str, length: str = "384", windows: str = "12") -> None:
     data = Data(source="bundled", heldout=Part(sequences=int(windows), length=int(length)))
-    session = Session.open(model, data, "~/.cache/mezzotint")
+    session = Session.open(model, data, os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint"))
     quantizer, shape = bind(Rtn(), session), geometry(session.config)
     documents = session.windows("heldout").documents
     counts = bootstrap.resamples(documents, np.random.default_rng(0))

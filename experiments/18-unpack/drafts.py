@@ -9,6 +9,7 @@ windows, the first ones first.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> None:
     assert plan.refinement is not None
     said = dict(plan.provenance["data"])
     parts = {k: Part(**v) for k, v in said.items() if isinstance(v, dict)}
-    store = argv[3] if len(argv) > 3 else "~/.cache/mezzotint"
+    store = argv[3] if len(argv) > 3 else os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")
     session = Session.open(str(plan.model["name"]), Data(**(said | parts)), store)
     net = optimizer.load(folder, unpack="draft", fast=True, wide=True)
     torch.manual_seed(0)

@@ -22,7 +22,7 @@ MODES = ("never", "draft", "hard", "always")
 WAYS = [*((m, form) for form in ("wide", "packed") for m in MODES), ("reference", "bf16")]
 
 ONE = """
-import json, sys, time, warnings
+import json, os, sys, time, warnings
 warnings.simplefilter("ignore")
 import psutil, torch
 import optimizer
@@ -36,7 +36,8 @@ from pathlib import Path
 folder, mode, form, threads, tokens, prompt = sys.argv[1:7]
 torch.set_num_threads(int(threads))
 plan = Plan.load(folder)
-source = locate(plan.model["name"], Store.open("~/.cache/mezzotint"), plan.model["revision"])
+store = Store.open(os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint"))
+source = locate(plan.model["name"], store, plan.model["revision"])
 tokenizer = load_tokenizer(source.folder)
 packed.steady_memory()
 before = psutil.Process().memory_info().rss
