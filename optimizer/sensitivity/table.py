@@ -6,6 +6,7 @@ Every estimator fills the same table. Nothing here loads torch.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 from optimizer.errors import ConfigError
 from optimizer.plan import FLOATS, GGML, UNTOUCHED, Precision
 
+EXPERT = re.compile(r"experts?\.\d+\.")
 OUTLIER, FEW = 20.0, 4  # medians above which a chunk doesn't count, of that many chunks
 
 if TYPE_CHECKING:
@@ -154,6 +156,22 @@ class Table:
         per_chunk = self.samples[:, rows, columns].sum(1)
         error = per_chunk.std(ddof=1) / np.sqrt(len(per_chunk))
         return float(self.loss[rows, columns].sum()), float(error)
+
+
+def rarely_met(groups: Sequence[Sequence[str]], samples: np.ndarray) -> str | None:
+    """A word on single experts that some parts of the text, or all, didn't visit. samples [chunks,
+    groups, precisions]. Shrinking their losses towards those of their block made them worse
+    (experiments/LOG.md), so they stand as they are."""
+    own = [i for i, group in enumerate(groups) if all(EXPERT.search(name) for name in group)]
+    parts = samples[:, own].any(2).sum(0)
+    never, rarely = int((parts == 0).sum()), int(((parts > 0) & (parts < len(samples))).sum())
+    if not never + rarely:
+        return None
+    return (
+        f"Of {len(own)} choices for experts, {never} met no token of the table's text, so that "
+        f"they cost nothing there, and {rarely} met some in a part of it only: rough losses. "
+        "More windows (sensitivity.windows, data.calibration.sequences) show more of them."
+    )
 
 
 def chunks(windows: int, count: int) -> list[slice]:

@@ -18,7 +18,7 @@ from optimizer.sensitivity import Table, Task, chunks, palette_columns
 from optimizer.sensitivity import estimator as estimator_of
 from optimizer.sensitivity.estimators import Estimator, Fisher
 from optimizer.sensitivity.measured import WINDOWS, measure
-from optimizer.sensitivity.table import Text, agreeing, unfitting
+from optimizer.sensitivity.table import Text, agreeing, rarely_met, unfitting
 from tests.conftest import Small, slow_beside
 
 # ---------------------------------------------------------------- arithmetic
@@ -326,6 +326,19 @@ def test_a_part_of_the_chunks_tells_what_it_tells_among_all() -> None:
     assert part.runs == [slice(0, 3), slice(3, 5)]
     assert [part.labels(w) for w in range(5)] == [text.labels(w) for w in rows]
     assert part.part([1]).labels(1) == text.labels(6)
+
+
+def test_experts_that_few_tokens_visit_are_counted() -> None:
+    groups = [("b.0.mlp.experts.0.up",), ("b.0.mlp.experts.1.up",), ("b.0.mlp.experts.2.up",)]
+    groups += [("b.0.mlp.experts.0.down", "b.0.mlp.experts.1.down"), ("b.0.q",)]
+    samples = np.ones((3, 5, 2))
+    assert rarely_met(groups, samples) is None
+    samples[:, 4] = 0  # no expert
+    assert rarely_met(groups, samples) is None
+    samples[:, 1] = samples[0, 2] = 0
+    said = rarely_met(groups, samples)
+    assert said is not None and "Of 4 choices for experts, 1 met no token" in said
+    assert "and 1 met some in a part" in said
 
 
 def test_losses_of_a_groups_layers_add_up() -> None:
