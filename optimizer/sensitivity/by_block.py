@@ -48,7 +48,7 @@ from optimizer.sensitivity.fisher import (
 )
 from optimizer.sensitivity.pace import TOTAL, Pace
 from optimizer.sensitivity.products import Met, Product, add_losses, start
-from optimizer.sensitivity.table import Desk, Task, Text
+from optimizer.sensitivity.table import Desk, Task, Text, rarely_met
 from optimizer.sensitivity.vocabulary import Ends
 
 TOGETHER = 1024  # tokens that run through a block at a time
@@ -164,6 +164,9 @@ class _Passes:
         pace.ended()
         layers = self.model.layers
         losses = {n: settled(self.task, layers[n], x) for n, x in self.losses.items()}
+        rare = rarely_met(losses)
+        if rare is not None:
+            desk.note(rare)
         found = [
             self.task.collect({n: x[c] for n, x in losses.items()})
             for c in range(len(self.text.runs))

@@ -95,6 +95,9 @@ class Desk:
         """Call what it yields with (how much of `total` is done, news)."""
         return nullcontext(lambda _done, _news: None)
 
+    def note(self, text: str) -> None:
+        """What a person should know of the measurement."""
+
     def show(self, layers: int, of: int, tokens: int) -> None:
         """So many of the layers have their losses on so many tokens."""
 
@@ -158,19 +161,19 @@ class Table:
         return float(self.loss[rows, columns].sum()), float(error)
 
 
-def rarely_met(groups: Sequence[Sequence[str]], samples: np.ndarray) -> str | None:
-    """A word on single experts that some parts of the text, or all, didn't visit. samples [chunks,
-    groups, precisions]. Shrinking their losses towards those of their block made them worse
-    (experiments/LOG.md), so they stand as they are."""
-    own = [i for i, group in enumerate(groups) if all(EXPERT.search(name) for name in group)]
-    parts = samples[:, own].any(2).sum(0)
-    never, rarely = int((parts == 0).sum()), int(((parts > 0) & (parts < len(samples))).sum())
+def rarely_met(losses: Mapping[str, np.ndarray]) -> str | None:
+    """A word on layers of experts that some parts of the text, or all, didn't visit. losses: layer ->
+    [chunks, precisions]. An engine's groups hold all experts of a block, whose losses add up to what
+    they are on average; shrinking single ones made them worse (experiments/LOG.md)."""
+    parts = [(x.any(1).sum(), len(x)) for name, x in losses.items() if EXPERT.search(name)]
+    never = sum(1 for met, _ in parts if met == 0)
+    rarely = sum(1 for met, of in parts if 0 < met < of)
     if not never + rarely:
         return None
     return (
-        f"Of {len(own)} choices for experts, {never} met no token of the table's text, so that "
-        f"they cost nothing there, and {rarely} met some in a part of it only: rough losses. "
-        "More windows (sensitivity.windows, data.calibration.sequences) show more of them."
+        f"Of {len(parts)} layers of experts, {never} met no token of the table's text and {rarely} "
+        "met some in a part of it only. What they lose counts as often as they were met; more windows "
+        "(sensitivity.windows) meet more of them."
     )
 
 

@@ -17,7 +17,6 @@ from optimizer.errors import ConfigError
 from optimizer.plan import digest, glob
 from optimizer.quantization.methods import Rtn, bind
 from optimizer.sensitivity import Table, Task, Text
-from optimizer.sensitivity.table import rarely_met
 from optimizer.stages.keys import TableKey
 from optimizer.stages.session import Session
 from optimizer.stages.space import SearchSpace
@@ -59,6 +58,9 @@ class Kept(sensitivity.Desk):
 
     def meter(self, text: str, total: int) -> AbstractContextManager[Callable[[int, str], None]]:
         return self.session.view.meter(text, total)
+
+    def note(self, text: str) -> None:
+        self.session.view.note(text)
 
     def show(self, layers: int, of: int, tokens: int) -> None:
         self.session.view.row("table", {"layers": layers, "layers of all": of, "tokens": tokens})
@@ -136,9 +138,6 @@ def measure_table(
             f"gradients say {totals.max() / np.median(totals):.0f} times the others' loss, which "
             "no rounding has."
         )
-    rare = rarely_met(space.groups, np.array(samples))
-    if rare is not None and reading is None:
-        session.view.note(rare)
     table = Table.from_samples(task, np.array(samples)[kept])
     return table if reading else _measured_rows(session, config, task, table, key)
 

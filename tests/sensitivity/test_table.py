@@ -329,16 +329,14 @@ def test_a_part_of_the_chunks_tells_what_it_tells_among_all() -> None:
 
 
 def test_experts_that_few_tokens_visit_are_counted() -> None:
-    groups = [("b.0.mlp.experts.0.up",), ("b.0.mlp.experts.1.up",), ("b.0.mlp.experts.2.up",)]
-    groups += [("b.0.mlp.experts.0.down", "b.0.mlp.experts.1.down"), ("b.0.q",)]
-    samples = np.ones((3, 5, 2))
-    assert rarely_met(groups, samples) is None
-    samples[:, 4] = 0  # no expert
-    assert rarely_met(groups, samples) is None
-    samples[:, 1] = samples[0, 2] = 0
-    said = rarely_met(groups, samples)
-    assert said is not None and "Of 4 choices for experts, 1 met no token" in said
-    assert "and 1 met some in a part" in said
+    losses = {f"b.0.mlp.experts.{i}.up": np.ones((3, 2)) for i in range(3)}
+    losses["b.0.q"] = np.zeros((3, 2))  # no expert
+    assert rarely_met(losses) is None
+    losses["b.0.mlp.experts.1.up"][:] = 0
+    losses["b.0.mlp.experts.2.up"][0] = 0
+    said = rarely_met(losses)
+    assert said is not None
+    assert "Of 3 layers of experts, 1 met no token of the table's text and 1 met some" in said
 
 
 def test_losses_of_a_groups_layers_add_up() -> None:
