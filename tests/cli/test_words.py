@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -105,13 +106,23 @@ def test_a_closed_pipe_has_its_own_code() -> None:
     assert (code, said) == (141, "")
 
 
+def reading(pipe: Path, deadline: float) -> int:
+    """The other end of a pipe, as soon as somebody reads it."""
+    while time.monotonic() < deadline:
+        with suppress(OSError):
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.05)
+    pytest.fail("nobody read the pipe")
+
+
 def test_sigterm_stops_as_ctrl_c_does(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "plan.json")  # reading it waits
     with subprocess.Popen(
         [*RUN, "show", str(tmp_path / "plan.json")], stderr=subprocess.PIPE, text=True
     ) as child:
-        time.sleep(5)
+        end = reading(tmp_path / "plan.json", time.monotonic() + 60)
         child.send_signal(signal.SIGTERM)
         _, said = child.communicate(timeout=60)
+        os.close(end)
     assert child.returncode == 130
     assert "stopped" in said and "Traceback" not in said
