@@ -20,7 +20,7 @@ from optimizer.sensitivity.table import Task
 
 CACHED = 2**17  # weights that are rounded at a time
 STACK = 2**23  # bytes of errors that exist at a time, where rows are rounded by themselves
-SAMPLED = 2**18  # weights of a layer that llama.cpp's types are scored on
+SAMPLED = 2**19  # weights of a layer that llama.cpp's types are scored on
 GROUP = 32  # weights a scale of the proxy
 
 
