@@ -356,7 +356,7 @@ def test_types_of_llama_cpp_are_scored_on_some_rows(
 
 
 def test_no_sampled_row_that_costs_anything_leaves_the_proxys_loss() -> None:
-    layer = Layer("a", 512, 1024, "linear", "a", 0, "a", (512, 1024))
+    layer = Layer("a", 1024, 1024, "linear", "a", 0, "a", (1024, 1024))
     columns = {"int3": Precision("int", 3, 16), "q4_0": Precision.ggml("q4_0")}
     fitted = {("a", key): p for key, p in columns.items()}
     work = Task((("a",),), tuple(columns), fitted, Nearest())
