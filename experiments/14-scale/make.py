@@ -32,6 +32,7 @@ class Size:
 
 
 SIZES = {
+    "tiny": Size(128, 256, 3, 4, 2),  # to try a script out
     "500m": Size(1280, 3520, 24, 20, 4),
     "1b": Size(2048, 5632, 22, 32, 4),
     "3b": Size(3072, 8192, 28, 24, 8),
