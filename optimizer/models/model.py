@@ -240,8 +240,10 @@ class Rounding:
         if precision.kind == "none":
             return stored
         layer = self._layers[name]
-        weight = self._quantizer.round(matrix(stored, layer).float(), precision, name)
-        return unmatrix(weight, layer)
+        weight = matrix(stored, layer)
+        if not getattr(self._quantizer, "as_stored", False):
+            weight = weight.float()
+        return unmatrix(self._quantizer.round(weight, precision, name), layer)
 
     def set(self, choice: Mapping[str, Precision]) -> None:
         """Make the model's layers what `choice` says; layers that it doesn't name, untouched."""
