@@ -96,9 +96,7 @@ class Nearest(Independent):
             return self.blocks(weight, precision, layer).decode()
         if precision.kind in GGML:
             return ggml.round_to(weight, precision, self.grids(weight, precision.kind, layer))
-        rows, cols = weight.shape
-        some = max(1, CACHED // cols) if weight.device.type == "cpu" else rows
-        parts = [self._values(part, precision) for part in weight.split(some)]
+        parts = [self._values(part, precision) for part in weight.split(_some_rows(weight))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _values(self, weight: Tensor, precision: Precision) -> Tensor:
@@ -121,15 +119,26 @@ class Nearest(Independent):
         return self.codes(weight, precision)
 
     def codes(self, weight: Tensor, precision: Precision) -> Codes:
-        """As `encode`, for uniform levels."""
-        w = grouped(weight, precision)
-        levels = self._levels(w, precision)
-        return levels.codes(levels.nearest(w).view(weight.shape), precision)
+        """As `encode`, for uniform levels, some rows at a time: a vocabulary is long."""
+        parts = []
+        for part in weight.split(_some_rows(weight)):
+            w = grouped(part, precision)
+            levels = self._levels(w, precision)
+            parts.append(levels.codes(levels.nearest(w).view(part.shape), precision))
+        codes, scales, zeros = zip(*((x.codes, x.scales, x.zeros) for x in parts), strict=True)
+        whole = None if precision.symmetric else torch.cat(zeros)
+        return Codes(precision, torch.cat(codes), torch.cat(scales), whole)
 
     def _levels(self, w: Tensor, precision: Precision) -> Levels:
         return (
             clipped(w, precision, torch.ones_like(w[:1])) if self.clip else levels_of(w, precision)
         )
+
+
+def _some_rows(weight: Tensor) -> int:
+    """How many rows of W [rows, cols] stay in a CPU's cache; on a GPU all are rounded at once."""
+    rows, cols = weight.shape
+    return max(1, CACHED // cols) if weight.device.type == "cpu" else max(rows, 1)
 
 
 class Given:
