@@ -49,6 +49,8 @@ class Checkpoint:
         """The tensor as it is stored: [shape], its own dtype."""
         from safetensors import safe_open
 
+        if self.kept is not None and name in self.kept:
+            return self.kept[name]
         with readable(self.tensors[name].file) as file, safe_open(file, framework="pt") as opened:
             value: Tensor = opened.get_tensor(name)
             return value

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def _silent(_text: str) -> None:
-    """Who gives no `tell` isn't told."""
+    """Where nobody asked to hear of it."""
 
 
 @dataclass

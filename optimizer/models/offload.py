@@ -38,9 +38,7 @@ class OnDisk:
     def __init__(self, net: Any, inventory: Inventory, checkpoint: Checkpoint) -> None:
         """net: a skeleton with everything outside the blocks filled in."""
         self.value: Value = lambda _, stored: stored
-        self.changes: Callable[[str], bool] = lambda _: (
-            False
-        )  # whether `value` gives other numbers
+        self.changes: Callable[[str], bool] = lambda _: False  # whether `value` changes a tensor
         self._net, self._checkpoint = net, checkpoint
         self._device = _outside_device(net)
         self._modules = blocks = block_list(net, inventory)
@@ -216,24 +214,30 @@ class OnDisk:
     def _bring_rows(self, index: int, ids: Tensor) -> bool:
         """Those rows of embeddings that are looked up now; no memory is taken for the others. False,
         and nothing done, where their numbers aren't simply the checkpoint's."""
-        tensor, value = self._plain(index), next(iter(self._units[index].values()))
-        if tensor is None:
+        plain = self._plain(index)
+        if plain is None:
             return False
+        name, value = plain
         with torch.inference_mode(False), torch.no_grad():
             rows = ids.unique()
             value.data = torch.empty(value.shape, dtype=value.dtype, device=self._device)
-            stored = self._checkpoint.read(tensor.name)[rows.cpu()]
-            value.data[rows] = stored.to(value)
+            self._copy_rows(name, value, rows)
         self._here.add(index)
         return True
 
-    def _plain(self, index: int) -> Layer | Other | None:
-        """The one tensor that a unit's one parameter is, row by row, if nothing changes it."""
+    def _plain(self, index: int) -> tuple[str, nn.Parameter] | None:
+        """The one tensor that a large embedding or head is, row by row, and its parameter; None where
+        something changes it, and for blocks."""
         if index < len(self._modules) or len(self._tensors[index]) != 1:
             return None
-        tensor, value = self._tensors[index][0], next(iter(self._units[index].values()))
-        alike = places(tensor) == (whole(next(iter(self._units[index])), tuple(value.shape)),)
-        return tensor if alike and value.ndim == 2 and not self.changes(tensor.name) else None
+        [tensor], [(name, value)] = self._tensors[index], self._units[index].items()
+        alike = places(tensor) == (whole(name, tuple(value.shape)),) and value.ndim == 2
+        return (tensor.name, value) if alike and not self.changes(tensor.name) else None
+
+    def _copy_rows(self, name: str, value: nn.Parameter, rows: slice | Tensor) -> None:
+        stored = self._checkpoint.read(name)[rows if isinstance(rows, slice) else rows.cpu()]
+        self.read += stored.nbytes
+        value.data[rows] = stored.to(value)
 
     def _drop(self, index: int) -> None:
         self._here.discard(index)
@@ -243,13 +247,13 @@ class OnDisk:
 
     def _fill_pieces(self, index: int) -> bool:
         """As `_fill`, PIECE bytes of the file at a time. False where it can't be."""
-        tensor, value = self._plain(index), next(iter(self._units[index].values()))
-        if tensor is None:
+        plain = self._plain(index)
+        if plain is None:
             return False
+        name, value = plain
         some = max(1, PIECE // (4 * value.shape[1]))
         for start in range(0, len(value), some):
-            rows = slice(start, start + some)
-            value.data[rows] = self._checkpoint.read(tensor.name)[rows].to(value)
+            self._copy_rows(name, value, slice(start, start + some))
         return True
 
     def _fill(self, tensors: Sequence[Layer | Other]) -> None:

@@ -54,11 +54,8 @@ def reached(net: Any, encoder: bool) -> frozenset[str] | None:
         inputs["use_cache"] = False
     watch = _Watch()
     try:
-        with (
-            torch.no_grad(),
-            watch,
-            plain_experts(net),
-        ):  # many at a time refuse tensors of one number
+        # products of many experts at a time refuse tensors of one number
+        with torch.no_grad(), watch, plain_experts(net):
             torch.func.functional_call(net, values, kwargs=inputs)
     except Exception:  # noqa: BLE001  an architecture's own code, on weights that no model has
         return None

@@ -15,16 +15,16 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-LOOKS = {
-    "__get__",
-    "__set__",
-    "size",
-    "stride",
-    "storage_offset",
-    "untyped_storage",
-    "dim",
-    "numel",
-}
+LOOKS = {"__set__", "size", "stride", "storage_offset", "untyped_storage", "dim", "numel"}
+
+
+def _only_looks(func: Any, result: Any) -> bool:
+    """Whether a function tells something of a tensor and uses no number of it. A property may be
+    another view of the numbers, such as T; `data` is how a block's weights are brought from disk."""
+    name = getattr(func, "__name__", "")
+    if name != "__get__":
+        return name in LOOKS
+    return not isinstance(result, Tensor) or func.__self__.__name__ == "data"
 
 
 def rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -90,7 +90,7 @@ class Products(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         found = [x for x in tree_leaves((args, kwargs)) if id(x) in self._known]
-        if not found or getattr(func, "__name__", "") in LOOKS:
+        if not found or _only_looks(func, result):
             return result
         weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
         if func == Tensor.__getitem__ and self._is_part(result, found[0]):

@@ -209,9 +209,25 @@ def test_large_embeddings_are_read_row_by_row_unless_they_are_rounded(
             assert torch.equal(
                 model.net(input_ids=ids).logits, small.model.net(input_ids=ids).logits
             )
+    assert blocks(model).read > 0
     looked = next(x.name for x in model.inventory.layers if x.kind == "embedding")
     rounded = choice[looked].kind != "none"
     assert done == ([] if tied else [True, not rounded, True])
+
+
+def test_what_is_kept_in_memory_is_not_read_from_a_file_again(
+    llama: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """offload=cpu: blocks, embeddings and head come from their copies in 16 bits."""
+    monkeypatch.setattr("optimizer.models.offload.LARGE", 0)
+    model = Model.load(llama.folder, llama.inventory, offload="cpu")
+
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("a file was opened")
+
+    monkeypatch.setattr(safetensors, "safe_open", opened)
+    ids = torch.from_numpy(IDS[:1])
+    assert torch.equal(model.net(input_ids=ids).logits, llama.model.net(input_ids=ids).logits)
 
 
 def test_a_pass_that_fails_leaves_the_model_usable(
