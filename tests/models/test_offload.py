@@ -18,7 +18,8 @@ from optimizer.models.blockwise import Stream
 from optimizer.models.head import OwnHead
 from optimizer.models.model import Model, take_inventory
 from optimizer.models.offload import OnDisk, block_list, offloaded
-from optimizer.quantization.uniform import Nearest
+from optimizer.plan import Precision
+from optimizer.quantization.uniform import Given, Nearest
 from optimizer.sensitivity.outputs import token_weights
 from tests.conftest import Small, build, mixed
 
@@ -215,6 +216,29 @@ def test_large_embeddings_are_read_row_by_row_unless_they_are_rounded(
     before, layer = blocks(model).read, model.layers[looked]
     model.net.get_input_embeddings()(ids)
     assert tied or blocks(model).read - before == 2 * layer.cols * len(ids.unique())
+
+
+def test_codes_that_are_known_need_no_copy_of_the_weight(llama: Small) -> None:
+    """Nobody makes fp32 of a weight that codes replace; other roundings get fp32, as they say."""
+    disk = Model.load(llama.folder, llama.inventory, offload="disk")
+    choice, seen = mixed(llama.inventory.layers), set[torch.dtype]()
+    codes = {n: Nearest().encode(llama.model.weight(n), p) for n, p in choice.items()
+             if p.kind != "none"}  # fmt: skip
+
+    class Told(Given):
+        def round(
+            self, weight: torch.Tensor, precision: Precision, layer: str = ""
+        ) -> torch.Tensor:
+            seen.add(weight.dtype)
+            return super().round(weight, precision, layer)
+
+    ids = torch.from_numpy(IDS[:1])
+    with llama.model.rounded(Nearest(), choice):
+        wanted = llama.model.net(input_ids=ids).logits
+    with disk.rounded(Told(lambda name, _: codes.get(name)), choice):
+        found = disk.net(input_ids=ids).logits
+    assert torch.equal(found, wanted)
+    assert torch.float16 in seen or torch.bfloat16 in seen
 
 
 def test_what_is_kept_in_memory_is_not_read_from_a_file_again(
