@@ -87,13 +87,14 @@ class Evaluate:
     generate: int = 0
     device: str = "cpu"
     offload: str = "auto"
+    arithmetic: str = "auto"
     memory: str | None = None
     store: str = "~/.cache/mezzotint"
 
     @property
     def residence(self) -> Residence:
         """Where the model's weights shall be while it runs."""
-        return Residence(self.offload, self.memory)
+        return Residence(self.offload, self.memory, arithmetic=self.arithmetic)
 
     @property
     def task_names(self) -> list[str]:

@@ -154,13 +154,15 @@ class Optimize:
     seed: int = 0
     device: str = "cpu"
     offload: str = "auto"
+    arithmetic: str = "auto"
     memory: str | None = None
     store: str = "~/.cache/mezzotint"
 
     @property
     def residence(self) -> Residence:
         """Where the model's weights shall be while it runs."""
-        return Residence(self.offload, self.memory, self.device == "cpu" and self._plain)
+        few = self.device == "cpu" and self._plain
+        return Residence(self.offload, self.memory, few, arithmetic=self.arithmetic)
 
     @property
     def _plain(self) -> bool:

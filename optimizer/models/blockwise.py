@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.errors import ModelError
+from optimizer.models.arithmetic import guiding
 from optimizer.models.halving import fitting
 from optimizer.models.head import batches, head_input, windows_together
 from optimizer.models.model import Model
@@ -150,7 +151,8 @@ class Stream:
         """The block's output for other inputs than the batch's own, with gradients where they are
         enabled."""
         args, kwargs = batch.calls[block]
-        return _first(self.blocks[block](hidden, *args, **kwargs))
+        with guiding(self._model.net):
+            return _first(self.blocks[block](hidden, *args, **kwargs))
 
     def tail(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """The last block's outputs -> the output head's inputs [b, l, width]: the model runs with
@@ -229,7 +231,7 @@ class Stream:
         hooks = [b.register_forward_pre_hook(enter, with_kwargs=True) for b in self.blocks]
         hooks.append(self.blocks[-1].register_forward_hook(lambda _m, _i, out: last.append(out)))
         try:
-            with torch.no_grad(), suppress(_EnoughError):
+            with torch.no_grad(), suppress(_EnoughError), guiding(self._model.net):
                 found = head_input(self._model.net, ids)
         finally:
             for hook in hooks:

@@ -34,26 +34,33 @@ class Stored:
 @dataclass(frozen=True)
 class Checkpoint:
     """The tensors of a model folder by name. beside: weight files that transformers doesn't read,
-    since the index or model.safetensors comes first."""
+    since the index or model.safetensors comes first. device: where a tensor that is read goes."""
 
     folder: Path
     tensors: Mapping[str, Stored]
     beside: tuple[str, ...] = ()
+    device: str = "cpu"
     kept: dict[str, Tensor] | None = None
+    home: str = "cpu"  # where what is kept lies
 
-    def keeping(self) -> Checkpoint:
-        """The same, with every tensor that was read once kept in memory, as it is stored."""
-        return replace(self, kept={})
+    def keeping(self, home: str = "cpu") -> Checkpoint:
+        """The same, with every tensor that was read once kept in that memory, as it is stored."""
+        return replace(self, kept={}, home=home)
 
-    def read(self, name: str) -> Tensor:
-        """The tensor as it is stored: [shape], its own dtype."""
+    def read(self, name: str, rows: slice | Tensor | None = None) -> Tensor:
+        """The tensor as it is stored, or some rows of it: [shape], its own dtype."""
         from safetensors import safe_open
 
         if self.kept is not None and name in self.kept:
-            return self.kept[name]
+            return self._sent(self.kept[name], rows)
         with readable(self.tensors[name].file) as file, safe_open(file, framework="pt") as opened:
-            value: Tensor = opened.get_tensor(name)
-            return value
+            return self._sent(opened.get_tensor(name), rows)
+
+    def _sent(self, value: Tensor, rows: slice | Tensor | None) -> Tensor:
+        """To the device; no more than is wanted travels."""
+        if rows is not None:
+            value = value[rows if isinstance(rows, slice) else rows.to(value.device)]
+        return value.to(self.device)
 
     def several(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors as they are stored, one at a time. A file is opened anew for every MAPPED bytes of
@@ -63,7 +70,7 @@ class Checkpoint:
         by_file: dict[Path, list[str]] = {}
         for name in names:
             if self.kept is not None and name in self.kept:
-                yield name, self.kept[name]
+                yield name, self._sent(self.kept[name], None)
                 continue
             by_file.setdefault(self.tensors[name].file, []).append(name)
         for path, own in by_file.items():
@@ -76,8 +83,9 @@ class Checkpoint:
                         value = opened.get_tensor(name)
                         mapped += value.nbytes
                         if self.kept is not None:
-                            self.kept[name] = value = value.clone()  # no view of the file
-                        yield name, value
+                            # no view of the file
+                            self.kept[name] = value = value.to(self.home, copy=True)
+                        yield name, self._sent(value, None)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -13,12 +13,14 @@ from greenlet import getcurrent
 from torch import Tensor, nn
 
 from optimizer.errors import ModelError
+from optimizer.models.arithmetic import sized
 from optimizer.models.halving import in_parts
 from optimizer.models.offload import offloaded, present
 
 # glibc gives pieces of 32 MiB or more back at once; smaller ones tore the heap to gigabytes.
 LOGITS = 9 * 2**22  # bytes of logits that exist at one time, some times over
 MOST = 512  # tokens of which they are at most
+LARGE_LOGITS = 2**28  # on a GPU
 LARGE = 2**24  # bytes in fp32 from which a head's copy is kept as it is stored
 PIECE = 2**22  # numbers of such a copy that are multiplied at a time
 BATCH_TOKENS = 2048  # tokens that run through the blocks together
@@ -78,7 +80,10 @@ def _in_16_bits(weight: Tensor) -> Tensor:
 def tokens_together(head: Any) -> int:
     """Of how many tokens the logits fit in LOGITS bytes."""
     weight = getattr(head, "weight", None)
-    return MOST if weight is None else max(1, min(MOST, LOGITS // (4 * len(weight))))
+    if weight is None:
+        return MOST
+    bytes_of_logits = sized(weight.device, LOGITS, LARGE_LOGITS)
+    return max(1, min(MOST, bytes_of_logits // (4 * len(weight))))
 
 
 def batches(ids: np.ndarray, together: int | None = None) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -108,15 +109,17 @@ class Model:
         """Load and check. Raises ModelError that names the first tensor with NaN or infinity.
 
         full: run in fp32; otherwise weights are only read, one at a time from the files. offload:
-        `none`, or where the blocks' weights stay, `cpu` or `disk`, see `optimizer.models.offload`;
-        None: what fits.
+        `none`, or where the blocks' weights stay as they are stored, `device`, `cpu` or `disk`, see
+        `optimizer.models.offload`; None: what fits.
         """
         checkpoint = open_checkpoint(folder)
         if not full:
             return cls(None, inventory, checkpoint)
-        offload = offload or Residence().settled(inventory)
+        offload = offload or Residence(device=device).settled(inventory)
         if offload != "none":
-            checkpoint = checkpoint.keeping() if offload == "cpu" else checkpoint
+            checkpoint = replace(checkpoint, device=device)
+            if offload != "disk":
+                checkpoint = checkpoint.keeping("cpu" if offload == "cpu" else device)
             for name, value in checkpoint.several([x.name for x in inventory.held]):
                 finite(name, value)
             net = opened_on_disk(folder, inventory, checkpoint, device)
@@ -161,7 +164,10 @@ class Model:
         """Some rows of the layer's own matrix, fp32, without the others where its weights lie on disk.
         The model must hold its own weights."""
         if self._disk is not None and self._disk.holds(name):
-            return matrix(self.checkpoint.read(name), self.layers[name])[rows].float()
+            layer = self.layers[name]
+            if layer.shape == (layer.rows, layer.cols) and not layer.transposed:
+                return self.checkpoint.read(name, rows).float()
+            return matrix(self.checkpoint.read(name), layer)[rows].float()
         return self.weight(name)[rows]
 
     def parameter(self, name: str) -> Tensor:

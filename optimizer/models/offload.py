@@ -235,7 +235,7 @@ class OnDisk:
         return (tensor.name, value) if alike and not self.changes(tensor.name) else None
 
     def _copy_rows(self, name: str, value: nn.Parameter, rows: slice | Tensor) -> None:
-        stored = self._checkpoint.read(name)[rows if isinstance(rows, slice) else rows.cpu()]
+        stored = self._checkpoint.read(name, rows)
         self.read += stored.nbytes
         value.data[rows] = stored.to(value)
 

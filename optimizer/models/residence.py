@@ -1,4 +1,5 @@
-"""Where a model's weights shall be while it runs, from what is free. Loads no torch."""
+"""Where a model's weights shall be while it runs, from what is free, and how it multiplies. Loads no
+torch, but for a GPU."""
 
 from __future__ import annotations
 
@@ -10,12 +11,13 @@ from optimizer.errors import ConfigError
 from optimizer.plan import WIDTH, Inventory, parse_size
 
 WHERE = ("auto", "none", "cpu", "disk")
+ARITHMETIC = ("auto", "fp32", "bf16")
 COMFORT = 2.5  # times the weights in fp32: they, sums of their size, and what runs
 PIECES = 4  # times a block in fp32: its weights, squares, a gradient, and a rounded copy
 LARGE = 2**28  # bytes in fp32 from which embeddings and head don't stay in memory
 SPARE = 1.5  # times what must be free for the checkpoint's own numbers to be kept
 
-Place = Literal["none", "cpu", "disk"]
+Place = Literal["none", "device", "cpu", "disk"]
 
 
 @dataclass(frozen=True)
@@ -25,17 +27,25 @@ class Residence:
     first that fits. memory: what may be taken, such as 6GB; None: what is free. few: the work passes
     through the blocks a few times in all and on a CPU, where `disk` costs no time
     (experiments/14-scale): `auto` takes it for all but small models. processes: how many share what is
-    free; each may take `memory`."""
+    free; each may take `memory`. device: where the model runs. On a GPU, `none` is in its memory: in
+    fp32, or, if that is too much, as stored and in fp32 one block at a time (`device`). arithmetic:
+    see `optimizer.models.arithmetic`."""
 
     offload: str = "auto"
     memory: str | None = None
     few: bool = False
     processes: int = 1
+    device: str = "cpu"
+    arithmetic: str = "auto"
 
     def check(self) -> None:
         """Raises ConfigError for what is no such choice."""
         if self.offload not in WHERE:
             raise ConfigError(f"offload is one of {', '.join(WHERE)}, not {self.offload!r}.")
+        if self.arithmetic not in ARITHMETIC:
+            raise ConfigError(
+                f"arithmetic is one of {', '.join(ARITHMETIC)}, not {self.arithmetic!r}."
+            )
         if self.memory is not None:
             parse_size(self.memory)
 
@@ -55,10 +65,17 @@ class Residence:
                 f"{block} with {_mb(largest)} in fp32, and {_mb(sum(ends))} belong to no block, so "
                 f"the smallest cap is memory={_mb(least).replace(' ', '')}."
             )
-        if self.offload != "auto":
-            return self.offload  # type: ignore[return-value]  # as `check` saw
         stored = sum(prod(x.shape) * WIDTH[x.dtype] for x in inventory.held)
         whole = sum(blocks.values()) + sum(ends)
+        if self.device != "cpu" and self.offload in ("auto", "none"):
+            free = self._capped(device_room(self.device))
+            if COMFORT * whole <= free:
+                return "none"
+            if self.offload == "none" or SPARE * (stored + least) <= free:
+                return "device"
+            return "cpu" if SPARE * (stored + least) <= room else "disk"
+        if self.offload != "auto":
+            return self.offload  # type: ignore[return-value]  # as `check` saw
         if self.few and whole >= LARGE:
             return "disk"
         if COMFORT * whole <= room:
@@ -71,6 +88,20 @@ class Residence:
         if self.memory is not None:
             return int(parse_size(self.memory))
         return int(psutil.virtual_memory().available) // self.processes
+
+    def _capped(self, free: int) -> int:
+        return free if self.memory is None else min(free, int(parse_size(self.memory)))
+
+
+def device_room(name: str) -> int:
+    """Bytes that are free on a device other than the CPU. Apple's have the host's memory."""
+    import psutil
+    import torch
+
+    device = torch.device(name)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def _sizes(inventory: Inventory) -> tuple[dict[int, int], list[int]]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optimizer.models.arithmetic import sized
 from optimizer.models.blockwise import Stream
 from optimizer.plan import FLOATS, Inventory, Precision, digest
 from optimizer.quantization.gain import gain
@@ -34,6 +35,7 @@ GAINS = 3  # raised when the foretold gains change
 CHAINED = 4  # bits a weight below which layers see what those before them, rounded, send
 SEED = 0  # of the labels that weigh tokens
 TOGETHER = 2**22  # weights of a head that are solved at a time
+MANY = 2**27  # on a GPU
 Parts = dict[str, Tensor]  # a layer's packed tensors by suffix
 
 
@@ -223,7 +225,7 @@ class Calibrated:
         """Some rows at a time: a vocabulary is long. The rows that a tied embedding looks up get the
         same codes, though they are read there without any inputs: damping keeps them near."""
         weight = self._material.model.weight(name)
-        rows = max(1, TOGETHER // weight.shape[1])
+        rows = max(1, sized(weight.device, TOGETHER, MANY) // weight.shape[1])
         for precision in precisions:
             floating = precision.kind in FLOATS  # one scale of the whole; the solver cuts it
             packed = []

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from optimizer.errors import ModelError
+from optimizer.models.arithmetic import sized
 from optimizer.plan import FLOATS, GGML, Precision
 from optimizer.quantization import floats, ggml, ggml_native, lattice
 from optimizer.quantization.floats import Floats
@@ -34,6 +35,7 @@ from optimizer.quantization.uniform import Codes, Encoded, Levels, Nearest, clip
 BLOCK = 128  # columns whose errors reach the columns behind them as one matrix product
 UNIT = 16  # columns that share their scale in every type of ggml
 STACKED = 2**26  # weights that are solved together; bounds the memory
+MANY_STACKED = 2**27  # on a GPU, where every column is some waits, however many rows it has
 Job = tuple[Tensor, Precision]  # a weight [rows, cols] and what it becomes
 Solved = tuple[list[Encoded], list[Tensor]]  # of each job; losses [rows]
 
@@ -372,11 +374,12 @@ def _spans(cols: int, size: int) -> list[tuple[int, int]]:
 
 def _portions(indices: Sequence[int], jobs: Sequence[Job]) -> Iterator[list[int]]:
     """Jobs in runs of at most STACKED weights; a job is never cut."""
+    most = sized(jobs[0][0].device, STACKED, MANY_STACKED)
     part: list[int] = []
     total = 0
     for i in indices:
         size = jobs[i][0].numel()
-        if part and total + size > STACKED:
+        if part and total + size > most:
             yield part
             part, total = [], 0
         part.append(i)

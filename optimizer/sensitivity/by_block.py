@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.errors import ModelError
+from optimizer.models.arithmetic import guides_in_bf16, guiding, sized
 from optimizer.models.blockwise import Batch, Stream
 from optimizer.models.halving import fitting, halved
 from optimizer.models.head import final_transform, output_head, tokens_together
@@ -52,9 +53,11 @@ from optimizer.sensitivity.table import Desk, Task, Text, rarely_met
 from optimizer.sensitivity.vocabulary import Ends
 
 TOGETHER = 1024  # tokens that run through a block at a time
+MANY = 4096  # on a GPU
 COLLECTED = 2**28  # bytes of experts' inputs and gradients from which they are scored
 SQUARES = 2**27  # bytes of squares that exist at a time, if more than one chunk's are to
 AGREE = 1e-3  # how far two ways to one gradient may lie apart, as a share of it
+AGREE_BF16 = 0.05  # the same where both are products of bf16 numbers
 
 
 def samples(model: Model, task: Task, text: Text, desk: Desk) -> np.ndarray | None:
@@ -63,7 +66,9 @@ def samples(model: Model, task: Task, text: Text, desk: Desk) -> np.ndarray | No
     no chain, share parameters, or read more of the model than their input."""
     if model.pooling is not None or any(len(x.parameters) > 1 for x in model.inventory.layers):
         return None
-    most = min(len(text.ids), max(1, TOGETHER // text.ids.shape[1]))
+    device = next(model.net.parameters()).device
+    tokens = sized(device, TOGETHER, MANY)
+    most = min(len(text.ids), max(1, tokens // text.ids.shape[1]))
     together = fitting(model.net, most)
     while True:
         try:
@@ -323,12 +328,14 @@ class _Passes:
             device = self.stream.batches[0].ids.device
             window = torch.from_numpy(self.text.ids[:1]).to(device)
             weights = None if self.text.weights is None else self.text.weights[0]
-            scalar = likelihood(self.model, window, self.text.labels(0), weights)
+            with guiding(self.model.net):
+                scalar = likelihood(self.model, window, self.text.labels(0), weights)
             wanted = torch.autograd.grad(scalar, caught[0])[0]
         finally:
             hook.remove()
             begin.remove()
-        return float((wanted[0] - arrived[0]).norm()) <= AGREE * float(wanted.norm())
+        near = AGREE_BF16 if guides_in_bf16(self.model.net) else AGREE
+        return float((wanted[0] - arrived[0]).norm()) <= near * float(wanted.norm())
 
     def _outside(self, arrived: Sequence[Tensor]) -> None:
         """Embeddings, the head, and what else lies before or behind the blocks."""

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optimizer.models.arithmetic import sized
 from optimizer.plan import GGML, Layer, Precision
 from optimizer.sensitivity.table import Task
 
 CACHED = 2**17  # weights that are rounded at a time
 STACK = 2**23  # bytes of errors that exist at a time, where rows are rounded by themselves
+LARGE_STACK = 2**29  # on a GPU
 SAMPLED = 2**19  # weights of a layer that llama.cpp's types are scored on
 GROUP = 32  # weights a scale of the proxy
 
@@ -34,7 +36,8 @@ def stacks(
     proxies = [Precision("int", 4, GROUP if layer.cols % GROUP == 0 else None)] * 2
     every = [*precisions, *proxies]
     dear, split = _sampled(task, layer), by_row(task, layer)
-    most = max(1, STACK // (4 * layer.cols * max(len(split), 1)))
+    stack = sized(weight.device, STACK, LARGE_STACK)
+    most = max(1, stack // (4 * layer.cols * max(len(split), 1)))
     cheap = [i for i in split if i not in dear] + [len(precisions)] * bool(dear)
     for start in range(0, len(weight) if cheap else 0, most):
         rows = slice(start, start + most)

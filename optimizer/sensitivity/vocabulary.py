@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from optimizer.models.arithmetic import sized
 from optimizer.models.head import entrywise, output_head
 from optimizer.models.layout import holders
 from optimizer.models.model import Model
@@ -28,6 +29,7 @@ from optimizer.sensitivity.table import Task, Text
 
 LARGE = 2**24  # bytes in fp32 from which rows go by themselves
 SQUARES = 2**26  # bytes of squares that exist at a time, of all chunks together
+MANY_SQUARES = 2**30  # on a GPU
 TOGETHER = 1024  # tokens whose products exist at a time
 
 
@@ -73,7 +75,8 @@ def losses(model: Model, task: Task, layer: Layer, text: Text, ends: Ends) -> np
     found = blank(task, len(text.runs))
     among = None if predicts else torch.cat([ids for ids, _ in looked]).unique().cpu()
     chosen = sample(layer, among)
-    some = max(1, SQUARES // (4 * layer.cols * len(text.runs)))
+    squares = sized(ends.inputs.device, SQUARES, MANY_SQUARES)
+    some = max(1, squares // (4 * layer.cols * len(text.runs)))
     for start in range(0, layer.rows, some):
         weight = model.rows(layer.name, slice(start, start + some))
         sums = torch.zeros(len(text.runs), *weight.shape, device=weight.device)

@@ -117,7 +117,7 @@ class Session:
         source = locate(name, where, revision)
         data.check(context_length(source.folder))
         values = {} if model is None else {"model": model}
-        home = replace(residence or Residence(), processes=several.local_of)
+        home = replace(residence or Residence(), processes=several.local_of, device=device)
         return cls(source, data, where, device, view, home, processes=several, _values=values)
 
     def with_cache(self, cache: Kept) -> Session:
@@ -157,11 +157,21 @@ class Session:
 
     @Lazy
     def model(self) -> Model:
-        from optimizer.models import halving
+        from optimizer.models import arithmetic, halving
+        from optimizer.models.offload import block_list
 
         found = self._loaded()
         halving.tells(found.net, self.view.note)
+        blocks = block_list(found.net, self.inventory)
+        arithmetic.apply(found.net, blocks, *self._in_bf16)
         return found
+
+    @property
+    def _in_bf16(self) -> tuple[bool, bool]:
+        """Whether what guides, and what measures, is multiplied in bf16."""
+        from optimizer.models import arithmetic
+
+        return arithmetic.settled(self.residence.arithmetic, self.device)
 
     def _loaded(self) -> Model:
         from optimizer.models.model import Model
@@ -208,12 +218,18 @@ class Session:
 
     def part_key(self, part: str) -> str:
         """What results on these windows depend on: the model, the tokens themselves and, except
-        for calibration, the cache."""
+        for calibration, the cache and the arithmetic."""
         kind = self.cache.kind
         own = not kind.whole and part != "calibration"
         whole = [kind.first, kind.last] if kind.keep else []
-        kept = [[kind.bits, kind.floating, *whole]] if own else []
+        kept: list[Any] = [[kind.bits, kind.floating, *whole]] if own else []
+        if part != "calibration" and self._in_bf16[1]:
+            kept.append("bf16")
         return self.key_of(self.windows(part), *kept)
+
+    def guide_key(self, windows: Windows) -> str:
+        """Of what guides on these windows."""
+        return self.key_of(windows, *(["bf16"] if self._in_bf16[0] else []))
 
     def key_of(self, windows: Windows, *rest: Any) -> str:
         """Of the model and these tokens."""

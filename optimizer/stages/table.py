@@ -89,7 +89,7 @@ def measure_table(
         windows = windows.spread(settings.windows)
     quantizer = bind(config.quantizer, session)
     key = TableKey(
-        windows=session.key_of(windows),
+        windows=session.guide_key(windows),
         estimator=settings.key,
         groups=space.groups,
         columns=space.columns,
