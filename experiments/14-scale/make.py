@@ -1,6 +1,6 @@
 """A random Llama or Qwen3-MoE in bf16, written a block at a time, with the stories model's tokenizer.
 
-python experiments/14-scale/make.py FOLDER [500m|1b|3b|8b|moe]
+python experiments/14-scale/make.py FOLDER [500m|1b|3b|8b|moe [DEVICE]]    its numbers come from there
 """
 
 from __future__ import annotations
@@ -44,15 +44,16 @@ SIZES = {
 CHOSEN = 8  # experts a token visits
 
 
-def main(out: Path, size: str) -> None:
+def main(out: Path, size: str, device: str = "cpu") -> None:
     shape = SIZES[size]
     width, inner = shape.width, shape.inner
     out.mkdir(parents=True)
     narrow = width // shape.heads * shape.pairs
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator(device).manual_seed(0)
 
     def made(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=rng)
+        found = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        return found.normal_(0, 0.02, generator=rng).cpu()
 
     one = torch.ones(width, dtype=torch.bfloat16)
     where: dict[str, str] = {}
@@ -122,10 +123,10 @@ def main(out: Path, size: str) -> None:
     for file in stories.glob("tokenizer*"):
         (out / file.name).write_bytes(file.read_bytes())
     words = (Path(__file__).parents[2] / "CHANGELOG.md").read_text(encoding="utf-8").split()
-    order = torch.randint(len(words), (40, 200), generator=rng).tolist()
+    order = torch.randint(len(words), (40, 200), generator=torch.Generator().manual_seed(1)).tolist()
     text = "\n\n\n".join(" ".join(words[i] for i in row) for row in order)
     (out / "words.txt").write_text(text, encoding="utf-8")  # of random words, as the weights are
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), (sys.argv[2:] or ["1b"])[0])
+    main(Path(sys.argv[1]), *(sys.argv[2:] or ["1b"]))

@@ -13,7 +13,7 @@ Scales are fp16 before they are used, so that what is scored is what is stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Self
 
 import torch
@@ -174,6 +174,12 @@ class Codes:
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
+
+    def to(self, device: str) -> Codes:
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return replace(
+            self, codes=self.codes.to(device), scales=self.scales.to(device), zeros=zeros
+        )
 
     def decode(self) -> Tensor:
         """W' [rows, cols] fp32, some rows at a time."""

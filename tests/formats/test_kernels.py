@@ -114,7 +114,8 @@ def test_rows_of_a_packed_matrix(precision: Precision) -> None:
 
 
 def test_only_whole_tiles_are_looked_up() -> None:
-    assert kernels.looks_up(128, 64) and not kernels.looks_up(96, 64)
+    assert kernels.looks_up(128, 64, "cpu") and not kernels.looks_up(96, 64, "cpu")
+    assert not kernels.looks_up(128, 64, "cuda")  # another layout
     odd = modules.linear(
         torch.ones(128, 33), Precision("int", 4), True, "cpu"
     )()  # no product takes 33

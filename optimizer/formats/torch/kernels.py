@@ -1,4 +1,4 @@
-"""PyTorch's packed 4-bit matrix product on CPUs, for integers of 4 and 8 bits.
+"""PyTorch's packed 4-bit matrix products (tinygemm), for integers of 4 and 8 bits.
 
 The operator multiplies bf16 inputs by codes q of 4 bits in groups of G inputs:
     (1)  w' = (q - 8) a + b          a, b bf16, one pair for each group and row
@@ -11,6 +11,8 @@ Ours is w' = (c - z) s with codes c and zero points z, a = s in bf16 (as a bf16 
 Pairs of bf16 instead of fp16 scales and whole zero points: 4 % more memory than packed (4 bits, groups
 of 64) or 7 % (8 bits). Codes of other widths have to be held in 4 or 8 bits for that, up to twice what
 the plan promised (3 bits: 1.4 times), so they are unpacked for each use unless `wide` is asked for.
+
+CPUs and GPUs have an operator each, of one equation and two layouts.
 
 PyTorch 2.13's own 8-bit product (_weight_int8pack_mm) has one scale a row and can't hold groups; the
 4-bit one in fp32 or fp16 was more than ten times slower than a dense product. So: bf16 only.
@@ -31,7 +33,9 @@ GROUPS = (256, 128, 64, 32)  # that the operator knows
 WIDTHS = (4, 8)  # bits that are held as they are
 ROWS = 16  # a multiple of which it wants
 HALF, NIBBLE = 8, 16
-TILE = 64  # rows whose codes the operator's layout mixes
+TILE = 64  # rows whose codes the CPU operator's layout mixes
+AMPERE = (8, 0)  # compute capability from which the GPU operator runs
+INNER = (8, 4, 2)  # of 16 inputs, steps that the GPU operator may take at once
 
 
 def group(precision: Precision, cols: int) -> int | None:
@@ -50,21 +54,31 @@ class Target:
 
 
 def fits(precision: Precision, rows: int, cols: int, target: Target) -> bool:
-    """Whether a layer can be multiplied packed. AVX-512 and AVX2: elsewhere nothing was measured."""
+    """Whether a layer can be multiplied packed."""
     return (
         precision.kind == "int"
         and (precision.bits in WIDTHS or (target.wide and precision.bits > 1))
         and target.dtype == torch.bfloat16
-        and torch.device(target.device).type == "cpu"
-        and torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2")
+        and _known(torch.device(target.device), cols)
         and rows % ROWS == 0
         and group(precision, cols) is not None
     )
 
 
-def looks_up(rows: int, cols: int) -> bool:
-    """Whether single rows of a packed matrix can be read."""
-    return rows % TILE == 0 and places(cols) is not None
+def _known(device: torch.device, cols: int) -> bool:
+    """Whether the device has the operator. AVX-512 and AVX2: on other CPUs nothing was measured."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= AMPERE and _inner(cols) is not None
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2")
+
+
+def _inner(cols: int) -> int | None:
+    return next((n for n in INNER if cols % (16 * n) == 0), None)
+
+
+def looks_up(rows: int, cols: int, device: str) -> bool:
+    """Whether single rows of a packed matrix can be read: where its layout is found out."""
+    return torch.device(device).type == "cpu" and rows % TILE == 0 and places(cols) is not None
 
 
 @cache
@@ -86,6 +100,11 @@ def places(cols: int) -> Tensor | None:
 
 def _packed(nibbles: Tensor) -> Tensor:
     """Codes [rows, cols] of 4 bits in the operator's layout."""
+    if nibbles.device.type == "cuda":
+        pairs = nibbles.to(torch.uint8).view(len(nibbles), -1, 2)
+        both = pairs[..., 0] << 4 | pairs[..., 1]
+        packed: Tensor = torch.ops.aten._convert_weight_to_int4pack(both, _inner(nibbles.shape[1]))
+        return packed
     found: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)
     return found
 
@@ -97,7 +116,7 @@ def _nibbles(packed: Tensor, at: Tensor) -> Tensor:
 
 
 class Product(nn.Module):
-    """x [..., cols] -> x W' [..., rows], for one packed layer."""
+    """x [..., cols] -> x W' [..., rows], for one packed layer, on the device that has its codes."""
 
     def __init__(self, codes: Codes) -> None:
         super().__init__()
@@ -133,7 +152,8 @@ class Product(nn.Module):
         return self._product(flat).view(*x.shape[:-1], self.rows)
 
     def _product(self, x: Tensor) -> Tensor:
-        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+        aten = torch.ops.aten
+        multiply = aten._weight_int4pack_mm if x.is_cuda else aten._weight_int4pack_mm_for_cpu
         found: Tensor = multiply(x, self.low, self.size, self.low_scales)
         if self.split:
             found = found + multiply(x, self.high, self.size, self.high_scales)
@@ -143,7 +163,7 @@ class Product(nn.Module):
         """Rows of W' [..., cols] bf16 for ids [...]: what an embedding asks of a matrix that is the
         head's, too. Needs `places`, and rows that fill tiles."""
         rows, place = ids.flatten(), places(self.cols)
-        assert place is not None and looks_up(self.rows, self.cols)
+        assert place is not None and self.rows % TILE == 0
         at = (rows // TILE * (TILE * self.cols)).unsqueeze(1) + place[rows % TILE]
         found = torch.zeros(at.shape)
         for name in ("low", "high") if self.split else ("low",):
@@ -154,4 +174,5 @@ class Product(nn.Module):
 
     def weight(self) -> Tensor:
         """W' [rows, cols] bf16: what the product makes of unit vectors."""
-        return self._product(torch.eye(self.cols, dtype=torch.bfloat16)).T
+        unit = torch.eye(self.cols, dtype=torch.bfloat16, device=self.get_buffer("low").device)
+        return self._product(unit).T

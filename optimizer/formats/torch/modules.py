@@ -41,7 +41,7 @@ def linear(weight: Tensor, precision: Precision, tied: bool, device: str) -> Cal
             return module
         piece = Piece(layer, precision, lambda name: stored[name].clone())
         if multiplies(module, piece, kernels.Target(torch.bfloat16, device)):
-            install_product(module, "weight", kernels.Product(piece.stored()))
+            install_product(module, "weight", kernels.Product(piece.stored().to(device)))
         else:
             store = PackedParameter("weight", [piece], weight.shape, torch.bfloat16)
             install(module, "weight", store)
@@ -166,7 +166,7 @@ def multiplies(module: nn.Module, piece: Piece, target: kernels.Target) -> bool:
         type(module) is nn.Linear
         and isinstance(layer, Layer)
         and kernels.fits(piece.precision, layer.rows, layer.cols, target)
-        and (not layer.tied or kernels.looks_up(layer.rows, layer.cols))
+        and (not layer.tied or kernels.looks_up(layer.rows, layer.cols, target.device))
     )
 
 

@@ -404,7 +404,7 @@ class Filling:
             return False
         if not multiplies(linears[0], piece, target):
             return False
-        product = kernels.Product(piece.stored())
+        product = kernels.Product(piece.stored().to(target.device))
         for linear in linears:
             install_product(linear, "weight", product)
         for module, leaf in others:
