@@ -3,7 +3,8 @@ table; every final plan measured on held-out documents.
 
 Usage: compare.py MODEL TEXT TOKENS OUT_FOLDER TERMS BUDGET... -> one JSON file per run in OUT_FOLDER;
 runs whose file exists are skipped. TEXT is a file, or self. TERMS: blocks (rtn, budgets in code bits)
-or all (everything in scope, gptq, budgets in MB). collect.py joins them.
+or all (everything in scope, gptq, budgets in MB). sweep.py does the same in several processes;
+collect.py joins the files.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,23 @@ import numpy as np
 
 from experiments.rows import stamped
 from optimizer.certificate import comparison
-from optimizer.commands import optimize
+from optimizer.commands import effort, optimize
 from optimizer.config import Optimize
-from optimizer.data.text import Data
+from optimizer.data.text import Data, Part
 from optimizer.metrics import bootstrap
-from optimizer.metrics.divergence import Teacher
+from optimizer.metrics.divergence import Teacher, teacher
 from optimizer.plan import Budget, Palette
 from optimizer.quantization.methods import Gptq, Rtn, bind
 from optimizer.search import Problem, Search, exact, starts
 from optimizer.sensitivity import Fisher
 from optimizer.stages import refine, studies
+from optimizer.stages.objective import own_head
 from optimizer.stages.prefix import Prefix, Shortcut
 from optimizer.stages.prepared import Prepared
 from optimizer.stages.session import Session
 from optimizer.stages.space import SearchSpace, search_space
 from optimizer.stages.table import measure_table
+from optimizer.store import write_atomically
 
 SEEDS = (0, 1, 2)
 Found = tuple[np.ndarray, int, Sequence[tuple[float, float]]]  # plan, tokens spent, curve
@@ -152,54 +155,92 @@ def methods() -> Iterator[tuple[str, str]]:
     yield "random", ""
 
 
-class Race:
-    """All methods on one model, text and table."""
+@dataclass(frozen=True)
+class Job:
+    """One run. budget: code bits (terms=blocks) or MB (terms=all)."""
 
-    def __init__(self, model: str, text: str, tokens: int, terms: str) -> None:
+    terms: str
+    tokens: int
+    budget: float
+    seed: int
+    method: str
+    sampler: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.sampler}".strip()
+
+    def file(self, out: Path) -> Path:
+        words = [self.terms, self.tokens, f"{self.budget:g}", self.seed, self.name]
+        return out / f"{'-'.join(map(str, words)).replace(' ', '-')}.json"
+
+
+def jobs(
+    terms: str, tokens: int, budgets: Sequence[float], seeds: Sequence[int] = SEEDS
+) -> Iterator[Job]:
+    """All methods at all budgets with the first seed, then with the next: a time limit cuts seeds.
+    The table's optimum has no seed and no tokens."""
+    for seed in seeds:
+        for budget in budgets:
+            for method, sampler in methods():
+                if method != "exact" or seed == seeds[0]:
+                    yield Job(terms, tokens, budget, seed, method, sampler)
+
+
+class Race:
+    """All methods on one model, text and table. heldout: windows that final plans are measured on."""
+
+    def __init__(self, model: str, text: str, terms: str, heldout: int = 24) -> None:
         store = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")
-        data = Data() if text == "self" else Data(source="text", path=text)
-        self.tokens = tokens
-        self.terms = terms
+        parts: dict[str, Any] = {"heldout": Part(sequences=heldout, length=256)}
+        own_text = text == "self"
+        data = (
+            Data(source="self", **parts) if own_text else Data(source="text", path=text, **parts)
+        )
         own: dict[str, Any] = {"scope": ["all"], "quantizer": Gptq()}
         if terms == "blocks":  # as in the tables of 2026-11-24
             own = {"scope": ["blocks"], "quantizer": Rtn(), "sensitivity": Fisher()}
         palette = Palette(bits=[2, 3, 4, 5, 6, 8], fit="nearest")
+        budget = Budget(code_bits=4)
         self.base = Optimize(
-            model=model, budget=self.budget(4), palette=palette, data=data, store=store, **own
+            model=model, budget=budget, palette=palette, data=data, store=store, **own
         )
+        self.base, _ = effort.settle(self.base, False, lambda: None)  # the quantizer's own table
         self.session = Session.open(model, data, store)
         self.space = search_space(self.base, self.session.inventory)
         self.table = measure_table(self.session, self.base, self.space)
         self.quantizer = bind(self.base.quantizer, self.session)
-        self.teacher = Teacher(self.session.model.net, self.session.windows("search"))
+        head = own_head(self.session, self.space)
+        self.teacher = teacher(self.session.model, self.session.windows("search"), head)
 
-    def budget(self, number: float) -> Budget:
-        return Budget(code_bits=number) if self.terms == "blocks" else Budget(size=f"{number:g}MB")
-
-    def run(self, bits: float, method: str, sampler: str, seed: int) -> dict[str, Any]:
+    def run(self, job: Job) -> dict[str, Any]:
         """The found plan on held-out documents, and how the search went."""
-        config = replace(self.base, budget=self.budget(bits), seed=seed)
+        size = (
+            {"code_bits": job.budget} if job.terms == "blocks" else {"size": f"{job.budget:g}MB"}
+        )
+        config = replace(self.base, budget=Budget(**size), seed=job.seed)
         problem = optimize._pose(config, self.session.inventory, self.space, self.table.loss)
         start = exact.solve(problem)
         began = time.process_time()
-        if sampler:
-            plan, spent, curve = self._ours(config, problem, start, method, sampler)
-        elif method == "exact":
+        if job.sampler:
+            plan, spent, curve = self._ours(config, problem, start, job)
+        elif job.method == "exact":
             plan, spent, curve = start, 0, []
         else:
-            plan, spent, curve = self._other(config, problem, start, method)
+            plan, spent, curve = self._other(config, problem, start, job)
         seconds = time.process_time() - began
         scores = self.session.score(self.space.choice(plan), "heldout", self.quantizer)
         counts = bootstrap.resamples(scores.documents, np.random.default_rng(0))
         row = {k: asdict(v) for k, v in comparison.describe(scores, counts).items()}
-        found = {"bits": bits, "seed": seed, "method": f"{method} {sampler}".strip(),
-                 "tokens": spent, "seconds": seconds, "heldout": row, "curve": curve}  # fmt: skip
-        return stamped(found, config, self.tokens, method, sampler)
+        each = [
+            float(scores.kl[scores.documents == d].mean()) for d in np.unique(scores.documents)
+        ]
+        found = asdict(job) | {"tokens_allowed": job.tokens, "tokens": spent, "seconds": seconds}
+        found |= {"heldout": row, "documents": each, "plan": plan.tolist(), "curve": curve}
+        return stamped(found, config, job.tokens, job.method, job.sampler)
 
-    def _ours(
-        self, config: Optimize, problem: Problem, start: np.ndarray, space: str, sampler: str
-    ) -> Found:
-        search = Search(space=space, sampler=sampler, tokens=self.tokens)
+    def _ours(self, config: Optimize, problem: Problem, start: np.ndarray, job: Job) -> Found:
+        search = Search(space=job.method, sampler=job.sampler, tokens=job.tokens)
         with tempfile.TemporaryDirectory() as folder:
             searching = replace(config, search=search)
             prepared = Prepared(self.session, searching, self.space, self.table)
@@ -207,32 +248,33 @@ class Race:
         curve = [(row["tokens"], row["best"]) for row in found.history]
         return found.assignment, found.spent, curve
 
-    def _other(self, config: Optimize, problem: Problem, start: np.ndarray, method: str) -> Found:
+    def _other(self, config: Optimize, problem: Problem, start: np.ndarray, job: Job) -> Found:
         with self.session.model.rounded(self.quantizer) as rounding:
-            settings = Search(space="moves", tokens=self.tokens)
-            used = studies.tried_on(settings, *self.teacher.windows.ids.shape)
-            confirm = 4 * used * self.teacher.windows.ids.shape[1]  # as ours spends
+            settings = Search(space="moves", tokens=job.tokens)
+            windows, length = self.teacher.windows.ids.shape
+            used = studies.tried_on(settings, windows, length)
+            confirm = 4 * (windows - used) * length  # as ours spends at most
             meter = Meter(self.session, self.space, rounding, self.teacher, used,
-                          self.tokens + confirm)  # fmt: skip
-            search = evolution if method == "evolution" else random
+                          job.tokens + confirm)  # fmt: skip
+            search = evolution if job.method == "evolution" else random
             plan = search(problem, starts.of_a_budget(problem, start), meter, config.seed)
         return plan, meter.spent, meter.curve
 
 
+def measure(race: Race, job: Job, out: Path) -> None:
+    """Write the run's file, whole or not at all, and say what it found."""
+    record = race.run(job)
+    file = job.file(out)
+    write_atomically(file, json.dumps(record).encode())
+    print(file.stem, record["tokens"], f"{record['seconds']:.0f} s",
+          f"{record['heldout']['kl']['value']:.4f}", flush=True)  # fmt: skip
+
+
 def main(model: str, text: str, tokens: int, out: Path, terms: str, budgets: list[float]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    race = Race(model, text, tokens, terms)
-    for bits in budgets:
-        for seed in SEEDS:
-            for method, sampler in methods():
-                name = f"{method}-{sampler}".strip("-")
-                file = out / f"{bits:g}-{seed}-{tokens}-{name}.json"
-                if file.exists() or (method == "exact" and seed):
-                    continue
-                record = race.run(bits, method, sampler, seed)
-                file.write_text(json.dumps(record))
-                print(bits, seed, name, record["tokens"], f"{record['seconds']:.0f} s",
-                      record["heldout"]["kl"]["value"], flush=True)  # fmt: skip
+    race = Race(model, text, terms)
+    for job in jobs(terms, tokens, budgets):
+        if not job.file(out).exists():
+            measure(race, job, out)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,19 @@ from optimizer.models.source import Source
 from optimizer.models.stories import corpus
 
 ROOT = Path(__file__).parents[2]
-# folder -> the command's words, of which those in capitals are put in; and a word of what it prints
+# folder, and which of its commands -> the command's words, of which those in capitals are put in;
+# and a word of what it prints
 COMMANDS = {
     "03-rounding": ("measure.py stories TEXT uniform rtn 4", "rtn"),
     "04-memory": ("measure.py PACKED 64 1 float32 cpu", "64,1,float32,cpu"),
     "05-exports": ("turns.py stories PACKED OUT/turns.csv 4", "'ratio'"),
     "06-false-alarms": ("measure.py topk stories TEXT", "8 32 "),
     "07-search": ("compare.py stories TEXT 600 OUT blocks 4", "exact"),
+    "07-search sweep": (
+        "sweep.py stories TEXT OUT --workers 2 --seeds 0 --methods 'exact,moves tpe,evolution' "
+        "blocks:600:4 all:600:0.2",
+        "6 of 6 runs",
+    ),
     "12-first-damage": ("measure.py stories TEXT 1", " s\n"),
     "15-defaults": (
         "measure.py stories 150kB JUDGES OUT/rows.csv 0 'self: quick'",
@@ -38,9 +44,9 @@ COMMANDS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_runs(
-    folder: str, store: Path, source: Source, packed_folder: Path, tmp_path: Path
+    command: str, store: Path, source: Source, packed_folder: Path, tmp_path: Path
 ) -> None:
     copy, text, out = tmp_path / "experiments", tmp_path / "text.txt", tmp_path / "out"
     shutil.copytree(ROOT / "experiments", copy, ignore=shutil.ignore_patterns("*.png", "work"))
@@ -50,7 +56,8 @@ def test_a_command_runs(
     (tmp_path / "judges" / "told.txt").write_text(long)
     out.mkdir()
     begun = time.time()
-    words, shown = COMMANDS[folder]
+    folder = command.partition(" ")[0]
+    words, shown = COMMANDS[command]
     given = {"PACKED": packed_folder, "TEXT": text, "OUT": out, "JUDGES": tmp_path / "judges"}
     for name, value in given.items():
         words = words.replace(name, str(value))
