@@ -7,8 +7,8 @@ streamed   FOLDER of make.py: table of the default palette from 64 x 256 tokens,
 resident   the same with all weights on the device
 fp32       as resident, multiplied in fp32
 gptq       GPTQ at 4 bits of everything, packed into FOLDER-packed
-generate   FOLDER-packed writes 64 tokens after 64 in bf16, multiplied packed and unpacked for each use, and
-           so does the reference; the memory that was foretold and what it took
+generate   FOLDER-packed writes 64 tokens after 64 in bf16, packed and unpacked for each use;
+           so does the reference. The memory that was foretold, and what it took
 agree      tables on the CPU, on the device in fp32 and in bf16, and the reference against itself
 
 device_gb is torch.cuda.max_memory_reserved, 0 on a CPU, where the script is only tried out.
@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 
 import optimizer
 from experiments.rows import append
@@ -34,7 +35,6 @@ from optimizer.commands.optimize import optimize
 from optimizer.config import Optimize
 from optimizer.data.text import Data, Part
 from optimizer.hardware import geometry, memory
-from optimizer.models.model import Model, take_inventory
 from optimizer.models.source import read_config
 from optimizer.plan import Budget, Palette
 from optimizer.plan.plan import Plan
@@ -102,14 +102,16 @@ def generate(folder: Path, device: str) -> dict[str, Any]:
         net = optimizer.load(packed, torch.bfloat16, device, fast)
         _empty(device)
         speed, logits[name] = written(net, device)
-        once = 0 if fast else memory.unpacked_bytes(plan)
+        once = 0 if fast else memory.unpacked_bytes(plan, "gpu")
         need = memory.use(shape, "torch", budget, memory.resident_weights(plan), once)
-        found |= {f"{name}_words_s": f"{speed:.2f}", f"{name}_gb": f"{_reserved(device) / 1e9:.3f}"}
+        found |= {
+            f"{name}_words_s": f"{speed:.2f}",
+            f"{name}_gb": f"{_reserved(device) / 1e9:.3f}",
+        }
         found[f"{name}_foretold_gb"] = f"{need.total / 1e9:.3f}"
         del net
     _empty(device)
-    net = Model.load(folder, take_inventory(folder), offload="none").net
-    reference = net.to(torch.bfloat16).to(device)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
     found["reference_words_s"] = f"{written(reference, device)[0]:.2f}"
     apart = (logits["packed"] - logits["unpacked"]).norm() / logits["unpacked"].norm()
     found["packed_from_unpacked"] = f"{float(apart):.1e}"
@@ -128,7 +130,7 @@ def agree(folder: Path, device: str, windows: int, length: int) -> dict[str, Any
             own.model, own.data, own.store, device=where, residence=own.residence
         )
         space = search_space(own, session.inventory)
-        session.calibration(), session.model  # noqa: B018  what isn't the table's time
+        session.calibration(), session.model
         begun = time.monotonic()
         tables[name] = measure_table(session, own, space).loss
         found[f"{name}_s"] = f"{time.monotonic() - begun:.1f}"
@@ -139,7 +141,10 @@ def agree(folder: Path, device: str, windows: int, length: int) -> dict[str, Any
     for name in ("fp32", "bf16"):
         real = tables["cpu"] > 0
         wrong = np.abs(tables[name][real] / tables["cpu"][real] - 1)
-        found |= {f"{name}_off": f"{np.median(wrong):.1e}", f"{name}_off_most": f"{wrong.max():.1e}"}
+        found |= {
+            f"{name}_off": f"{np.median(wrong):.1e}",
+            f"{name}_off_most": f"{wrong.max():.1e}",
+        }
     return found
 
 

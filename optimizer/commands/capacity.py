@@ -71,7 +71,7 @@ def answer(config: Fit) -> Answer:
     if budget.kv == "auto":
         budget = budget.with_cache(plan.kv, plan.keep)
     weights, wanted = memory.resident_weights(plan), None
-    unpacked = memory.unpacked_bytes(plan)
+    unpacked = memory.unpacked_bytes(plan, budget.machine)
     if config.loss is not None:
         wanted = _smallest_plan(_front(run, path), config.loss)
         weights = wanted.bytes

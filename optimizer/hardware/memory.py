@@ -20,6 +20,7 @@ MIB = 2**20
 STATE_BYTES = 4  # recurrent states are kept in fp32
 LOGIT_BYTES = 4
 UNPACKED = 2**16  # torch: weights that are unpacked together
+MANY_UNPACKED = 2**24  # on a GPU, which waits for each of many small kernels
 UNPACKING = 14  # torch: bytes for each of them: codes, offsets, fp32 twice
 SPREAD = 17  # the same without the codes' own bits where they cross bytes: through 64-bit words
 RESULT = 4  # torch: bytes per weight of an unpacked layer, fp32
@@ -246,20 +247,20 @@ def resident_weights(plan: Plan, compute: int = 16) -> int:
     return plan.bytes["quantized"] + plan.bytes.get("untouched", 0) * compute // 16
 
 
-def unpacked_bytes(plan: Plan) -> int:
+def unpacked_bytes(plan: Plan, machine: str = "cpu") -> int:
     """torch: bytes while the layer that needs most is unpacked (an embedding unpacks rows)."""
     choice = plan.choice
-    found = (unpacking(rows * cols, choice[n]) for n, (rows, cols) in plan.shapes.items())
+    found = (unpacking(rows * cols, choice[n], machine) for n, (rows, cols) in plan.shapes.items())
     return max(found, default=0)
 
 
-def unpacking(weights: int, precision: Precision) -> int:
+def unpacking(weights: int, precision: Precision, machine: str = "cpu") -> int:
     """torch: bytes that are alive at most while a layer of so many weights is unpacked."""
     if precision.kind == "none":
         return 0
     across = precision.kind == "int" and 8 % precision.bits != 0
     each = SPREAD + precision.bits if across else UNPACKING
-    return RESULT * weights + each * min(weights, UNPACKED)
+    return RESULT * weights + each * min(weights, UNPACKED if machine == "cpu" else MANY_UNPACKED)
 
 
 def usable(budget: Budget) -> int:

@@ -20,7 +20,7 @@ from optimizer.models.offload import offloaded, present
 # glibc gives pieces of 32 MiB or more back at once; smaller ones tore the heap to gigabytes.
 LOGITS = 9 * 2**22  # bytes of logits that exist at one time, some times over
 MOST = 512  # tokens of which they are at most
-LARGE_LOGITS = 2**28  # on a GPU
+LARGE_LOGITS = 2**27  # on a GPU
 LARGE = 2**24  # bytes in fp32 from which a head's copy is kept as it is stored
 PIECE = 2**22  # numbers of such a copy that are multiplied at a time
 BATCH_TOKENS = 2048  # tokens that run through the blocks together

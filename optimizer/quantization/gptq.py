@@ -27,7 +27,7 @@ from torch import Tensor
 from optimizer.errors import ModelError
 from optimizer.models.arithmetic import sized
 from optimizer.plan import FLOATS, GGML, Precision
-from optimizer.quantization import floats, ggml, ggml_native, lattice
+from optimizer.quantization import floats, ggml, ggml_native, gptq_kernel, lattice
 from optimizer.quantization.floats import Floats
 from optimizer.quantization.ggml import Blocks, Grid
 from optimizer.quantization.uniform import Codes, Encoded, Levels, Nearest, clipped, levels_of
@@ -304,12 +304,21 @@ def _sweep(
     w, q, loss = w[order], torch.empty_like(w), torch.zeros_like(w[0])
     for start, stop in _spans(cols, size):
         errors = torch.empty_like(w[start:stop])
-        for j in range(start, stop):
+        j = start
+        while j < stop:
             own = levels(run_of[j], j, w)
+            # (2) within the span now, behind it once for all of the span's columns
+            if gptq_kernel.serves(own, w):
+                end = next((k for k in range(j + 1, stop) if run_of[k] != run_of[j]), stop)
+                e = errors[j - start : end - start]
+                gptq_kernel.run(w[j:end], upper[j:end, j:end], own, q[j:end], e)
+                w[end:stop].addmm_(upper[j:end, end:stop].T, e, alpha=-1)
+                j = end
+                continue
             q[j] = own.nearest(w[j])
             errors[j - start] = (w[j] - own.values(q[j])).div_(divisors[j])
-            # (2) within the span now, behind it once for all of the span's columns
             w[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j - start], alpha=-1)
+            j += 1
         w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         loss += errors.square_().sum(0)
     return torch.empty_like(q).index_copy_(0, order, q), loss

@@ -21,7 +21,7 @@ from optimizer.sensitivity.table import Task
 
 CACHED = 2**17  # weights that are rounded at a time
 STACK = 2**23  # bytes of errors that exist at a time, where rows are rounded by themselves
-LARGE_STACK = 2**29  # on a GPU
+LARGE_STACK = 2**27  # on a GPU
 SAMPLED = 2**19  # weights of a layer that llama.cpp's types are scored on
 GROUP = 32  # weights a scale of the proxy
 

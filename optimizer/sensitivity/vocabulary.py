@@ -29,7 +29,7 @@ from optimizer.sensitivity.table import Task, Text
 
 LARGE = 2**24  # bytes in fp32 from which rows go by themselves
 SQUARES = 2**26  # bytes of squares that exist at a time, of all chunks together
-MANY_SQUARES = 2**30  # on a GPU
+MANY_SQUARES = 2**28  # on a GPU
 TOGETHER = 1024  # tokens whose products exist at a time
 
 

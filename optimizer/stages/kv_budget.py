@@ -72,7 +72,7 @@ def rooms(config: Optimize, session: Session, space: SearchSpace) -> list[Room]:
     if budget.memory is None:
         return [Room(memory.kind(runtime, budget.caches[0], budget.keeps[0]), budget)]
     shape = geometry(session.config)
-    least, unpacked = _smallest(session, space), _unpacked(space)
+    least, unpacked = _smallest(session, space), _unpacked(space, config.budget.machine)
     found: list[Room] = []
     refusal: BudgetError | None = None
     bits = budget.caches or memory.caches(runtime)
@@ -129,10 +129,13 @@ def _smallest(session: Session, space: SearchSpace) -> int:
     return stored_bytes(session.inventory, smallest)["total"] + 8 * len(space.scope)
 
 
-def _unpacked(space: SearchSpace) -> int:
+def _unpacked(space: SearchSpace, machine: str) -> int:
     """Bytes while the largest layer is unpacked from the dearest precision."""
     return max(
-        max(memory.unpacking(layer.weights, space.fitted[layer.name, c]) for c in space.columns)
+        max(
+            memory.unpacking(layer.weights, space.fitted[layer.name, c], machine)
+            for c in space.columns
+        )
         for layer in space.scope
     )
 

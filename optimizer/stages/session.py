@@ -5,6 +5,7 @@ once and kept under a content key. Nothing here depends on a budget.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -52,6 +53,8 @@ def check_device(name: str) -> None:
     """Raises ConfigError for a device that PyTorch can't use here. For cpu it isn't loaded."""
     if name == "cpu":
         return
+    # read at the first allocation: blocks that come and go leave no holes
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     import torch
 
     try:

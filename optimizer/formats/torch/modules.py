@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.formats.torch import kernels
-from optimizer.hardware.memory import UNPACKED
+from optimizer.hardware.memory import MANY_UNPACKED, UNPACKED
+from optimizer.models.arithmetic import sized
 from optimizer.models.layout import scatter
 from optimizer.models.model import places, unmatrix
 from optimizer.plan import Layer, Other, Precision
@@ -70,8 +71,8 @@ class Piece(nn.Module):
             return parts["weight"].float()
         # a few rows at a time: what unpacking needs besides its result stays in the cache of the
         # processor, and the allocator is not asked for blocks several times a layer's size
-        step = max(1, UNPACKED // self.layer.cols)
         first = next(iter(parts.values()))
+        step = max(1, sized(first.device, UNPACKED, MANY_UNPACKED) // self.layer.cols)
         value = torch.empty(self.layer.rows, self.layer.cols, device=first.device)
         for i in range(0, self.layer.rows, step):
             ids = torch.arange(i, min(i + step, self.layer.rows), device=first.device)

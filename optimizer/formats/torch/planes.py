@@ -19,7 +19,8 @@ from optimizer.errors import PlanError
 from optimizer.formats.folder import save_tensors, sha256
 from optimizer.formats.torch import kernels
 from optimizer.formats.torch.reader import tensors
-from optimizer.hardware.memory import UNPACKED
+from optimizer.hardware.memory import MANY_UNPACKED, UNPACKED
+from optimizer.models.arithmetic import sized
 from optimizer.models.source import BASE_FILE
 from optimizer.plan import Layer, Plan, Precision
 from optimizer.plan.refinement import REFINEMENT_FILE
@@ -114,7 +115,7 @@ class StoredPlane:
     def weight(self) -> Tensor:
         """R' [rows, cols] fp32, made a few rows at a time, as `modules.Piece` does."""
         parts, layer = self._parts(), self.layer
-        step = max(1, UNPACKED // layer.cols)
+        step = max(1, sized(self._steps.device, UNPACKED, MANY_UNPACKED) // layer.cols)
         value = torch.empty(layer.rows, layer.cols, device=self._steps.device)
         for i in range(0, layer.rows, step):
             own = {suffix: part[i : i + step] for suffix, part in parts.items()}
