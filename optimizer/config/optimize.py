@@ -171,7 +171,7 @@ class Optimize:
         proved = [] if not self.proof.certify else texts.parse(self.proof.domains)
         written = self.data.source == "self" or self.proof.generate > 0
         return (
-            self.quantizer.name in (AUTO, "rtn", "gptq")
+            self.quantizer.name in (AUTO, "rtn", "gptq", "importance")
             and self.sensitivity.estimator in (AUTO, "fisher", "gain")
             and not self.sensitivity.measured.groups
             and self.effort != "thorough"

@@ -78,10 +78,36 @@ class Stream:
         """sum x x' [cols, cols] of each set of layers, from one pass, which stops after the last set
         unless the weights are frozen.
         weights: layer -> of its tokens [windows, length], taken from the first of each set."""
+        shapes = [(n, n) for n in self._columns(sharing)]
+        return self._summed(block, sharing, shapes, lambda to, x: to.addmm_(x.T, x), weights)
+
+    def squares(
+        self,
+        block: int,
+        sharing: Sequence[Sequence[str]],
+        weights: Mapping[str, np.ndarray] | None = None,
+    ) -> list[Tensor]:
+        """The diagonals [cols] of `hessians`."""
+        shapes = [(n,) for n in self._columns(sharing)]
+        return self._summed(
+            block, sharing, shapes, lambda to, x: to.add_(x.square().sum(0)), weights
+        )
+
+    def _columns(self, sharing: Sequence[Sequence[str]]) -> list[int]:
+        return [self._model.layers[names[0]].cols for names in sharing]
+
+    def _summed(
+        self,
+        block: int,
+        sharing: Sequence[Sequence[str]],
+        shapes: Sequence[tuple[int, ...]],
+        count: Callable[[Tensor, Tensor], Any],
+        weights: Mapping[str, np.ndarray] | None,
+    ) -> list[Tensor]:
+        """count: adds the inputs [tokens, cols] of some tokens to what is found of a set."""
         modules = [self._module(self._model.layers[names[0]]) for names in sharing]
-        columns = [self._model.layers[names[0]].cols for names in sharing]
         device = self.batches[0].hidden.device
-        found = [torch.zeros(n, n, device=device) for n in columns]
+        found = [torch.zeros(shape, device=device) for shape in shapes]
 
         def add(index: int) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -92,7 +118,7 @@ class Stream:
                     own = torch.from_numpy(weights[sharing[index][0]][now[0] : now[1]])
                     if own.numel() == len(x):  # else only some tokens visit the layer
                         x = x * own.to(x).reshape(-1, 1).sqrt()
-                found[index].addmm_(x.T, x)
+                count(found[index], x)
                 if index == len(modules) - 1 and not self._frozen:
                     raise _EnoughError
 

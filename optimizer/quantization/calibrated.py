@@ -58,6 +58,23 @@ class Material(Protocol):
 UNREACHED = "no calibration token reached their input. More calibration text may."
 
 
+def token_shares(material: Material, weighting: str) -> dict[str, np.ndarray] | None:
+    """How much each calibration token counts for each watchable layer [windows, length], kept in the
+    store; None: all alike. The model must hold its own weights when they are made."""
+    if weighting == "alike":
+        return None
+    squared = weighting == "fisher"
+
+    def make() -> dict[str, np.ndarray]:
+        layers = [x for x in material.inventory.layers if x.watchable]
+        ids = material.calibration()
+        return token_weights(material.model, layers, ids, SEED, material.track, squared)
+
+    own = ["token weights"] if squared else ["token weights", weighting]
+    key = digest([*own, Gptq.VERSION, material.calibration_key, SEED])
+    return material.store.arrays("weights", key, make)
+
+
 class Calibrated:
     """`quantizer=gptq`, bound to a model."""
 
@@ -90,18 +107,7 @@ class Calibrated:
     def _weights(self) -> dict[str, np.ndarray] | None:
         """Of every watchable layer's tokens, at the reference; None: all count alike. The model
         must hold its own weights when they are made."""
-        if self._weighting == "alike":
-            return None
-        material, squared = self._material, self._weighting == "fisher"
-
-        def make() -> dict[str, np.ndarray]:
-            layers = [x for x in material.inventory.layers if x.watchable]
-            ids = material.calibration()
-            return token_weights(material.model, layers, ids, SEED, material.track, squared)
-
-        own = ["token weights"] if squared else ["token weights", self._weighting]
-        key = digest([*own, Gptq.VERSION, material.calibration_key, SEED])
-        return material.store.arrays("weights", key, make)
+        return token_shares(self._material, self._weighting)
 
     def rounder(self, choice: Mapping[str, Precision], joint: bool = True) -> Rounder:
         """What rounds the layers of `choice`. Costs about three passes over the calibration

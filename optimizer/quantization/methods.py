@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from optimizer.quantization.calibrated import Material
 
 ENTRY_POINTS = "mezzotint.quantizers"
+WEIGHTINGS = ("alike", "gradient", "fisher")  # of tokens
 
 
 @dataclass(kw_only=True)
@@ -122,13 +123,13 @@ class Gptq(Quantizer):
         allowed = {
             "order": ("none", "columns", "groups"),
             "inputs": ("auto", "rounded", "reference"),
-            "weighting": ("alike", "gradient", "fisher"),
         }
         for key, values in allowed.items():
             if getattr(self, key) not in values:
                 raise ConfigError(
                     f"quantizer.{key} is one of {', '.join(values)}, not {getattr(self, key)!r}."
                 )
+        _check_weighting(self.weighting)
         if not 0 < self.damping < 1:
             raise ConfigError(
                 f"quantizer.damping is a share of the mean diagonal between 0 and 1, such as 0.05, "
@@ -171,6 +172,26 @@ class Awq(Quantizer):
 
 
 @dataclass(kw_only=True)
+class Importance(Quantizer):
+    """Round to nearest, errors in loud columns counting more where scales are searched for:
+    llama.cpp's importance matrix for its own types, for floats and, with clip, for the ranges of
+    integers. weighting of tokens: as gptq's; alike is llama.cpp's."""
+
+    calibrated: ClassVar[bool] = True
+    name: str = field(default="importance", init=False)
+    weighting: str = "gradient"
+    clip: bool = False
+
+    def check(self) -> None:
+        _check_weighting(self.weighting)
+
+    def build(self, material: Material) -> Any:
+        from optimizer.quantization.importance import Alone
+
+        return Alone(self, material)
+
+
+@dataclass(kw_only=True)
 class Auto(Quantizer):
     """gptq or rtn, as `effort` and the model say; see `optimizer.commands.effort`. It rounds nothing
     itself. clip: also try smaller ranges of a group."""
@@ -179,7 +200,18 @@ class Auto(Quantizer):
     clip: bool = False
 
 
-BUILT_IN: dict[str, type[Quantizer]] = {"auto": Auto, "rtn": Rtn, "gptq": Gptq, "awq": Awq}
+BUILT_IN: dict[str, type[Quantizer]] = {
+    "auto": Auto,
+    "rtn": Rtn,
+    "gptq": Gptq,
+    "awq": Awq,
+    "importance": Importance,
+}
+
+
+def _check_weighting(given: str) -> None:
+    if given not in WEIGHTINGS:
+        raise ConfigError(f"quantizer.weighting is one of {', '.join(WEIGHTINGS)}, not {given!r}.")
 
 
 def methods() -> dict[str, type[Quantizer]]:

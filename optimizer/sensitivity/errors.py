@@ -41,10 +41,10 @@ def stacks(
     cheap = [i for i in split if i not in dear] + [len(precisions)] * bool(dear)
     for start in range(0, len(weight) if cheap else 0, most):
         rows = slice(start, start + most)
-        yield cheap, rows, squared_errors(task, weight[rows], [every[i] for i in cheap])
+        yield cheap, rows, squared_errors(task, layer, weight[rows], [every[i] for i in cheap])
     for some in sample.split(most) if dear and len(sample) else ():
         columns = [*dear, len(precisions) + 1]
-        yield columns, some, squared_errors(task, weight[some], [every[i] for i in columns])
+        yield columns, some, squared_errors(task, layer, weight[some], [every[i] for i in columns])
     for i, precision in enumerate(precisions):
         if precision.kind != "none" and i not in split:
             error = task.quantizer.round(weight, precision, layer.name).sub_(weight)
@@ -90,15 +90,24 @@ def _sampled(task: Task, layer: Layer) -> list[int]:
     return [i for i in by_row(task, layer) if kinds[i] in GGML]
 
 
-def squared_errors(task: Task, weight: Tensor, precisions: Sequence[Precision]) -> Tensor:
+def squared_errors(
+    task: Task, layer: Layer, weight: Tensor, precisions: Sequence[Precision]
+) -> Tensor:
     """(W' - W)^2 [precisions, weights] of some rows that are rounded by themselves; as many at a
     time as stay in a processor's cache."""
+    of_rows = getattr(task.quantizer, "of_rows", None)
+    rounder = task.quantizer if of_rows is None else of_rows(layer.name)
     found = torch.empty(len(precisions), weight.numel(), device=weight.device)
     some = max(1, CACHED // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
     for part, out in zip(
         weight.split(some), found.split(some * weight.shape[1], dim=1), strict=True
     ):
+        done: dict[Precision, Tensor] = {}  # odd rows take one type for several columns
         for precision, own in zip(precisions, out, strict=True):
-            error = task.quantizer.round(part, precision, "").sub_(part).reshape(-1)
+            if precision in done:
+                own.copy_(done[precision])
+                continue
+            done[precision] = own
+            error = rounder.round(part, precision, "").sub_(part).reshape(-1)
             torch.mul(error, error, out=own)
     return found

@@ -19,6 +19,7 @@ from optimizer.quantization.methods import (
     Auto,
     Awq,
     Gptq,
+    Importance,
     Quantizer,
     Rtn,
     method,
@@ -45,6 +46,7 @@ TWINS: dict[tuple[str, str], Any] = {
     ("quantizer", "rtn"): Rtn(),
     ("quantizer", "gptq"): Gptq(),
     ("quantizer", "awq"): Awq(),
+    ("quantizer", "importance"): Importance(),
     ("sensitivity", "auto"): AutoEstimator(),
     ("sensitivity", "gain"): Gain(),
     ("sensitivity", "fisher"): Fisher(),
@@ -181,7 +183,7 @@ def test_an_estimators_key_has_its_settings_and_not_what_is_measured_beside(made
 
 
 def test_an_unknown_method_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="rtn, gptq, awq, not 'best'"):
+    with pytest.raises(ConfigError, match="rtn, gptq, awq, importance, not 'best'"):
         method("best")
 
 

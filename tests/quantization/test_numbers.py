@@ -473,7 +473,7 @@ def test_damping_is_a_share_between_zero_and_one(damping: float) -> None:
 def test_a_method_that_nobody_knows_is_told_with_those_that_there_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(ConfigError, match=r"one of auto, rtn, gptq, awq, not 'gtpq'"):
+    with pytest.raises(ConfigError, match=r"one of auto, rtn, gptq, awq, importance, not 'gtpq'"):
         method("gtpq")
     assert method("awq") is Awq and methods()["rtn"] is Rtn
     monkeypatch.setattr(
