@@ -1,49 +1,231 @@
-"""Runs of compare.py -> results.csv and results.png. Usage: collect.py RUNS HERE"""
+"""Runs of compare.py or sweep.py -> results.csv, ranks.csv, results.png and curves.png.
+
+Usage: collect.py RUNS HERE, where RUNS has a folder of runs for each model, of the model's name.
+
+A cell is a model, its terms, tokens, budget and seed. In each cell methods are ranked by held-out KL
+(equal plans share their mean rank); the table's optimum has no seed and takes part in every one.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy import stats
 
 from experiments.rows import write
 
-COLOURS = {"moves tpe": "#0072b2", "multipliers tpe": "#009e73", "multipliers gp": "#56b4e9",
-           "multipliers cmaes": "#f0e442", "directions tpe": "#cc79a7", "directions gp": "#882255",
-           "directions cmaes": "#aa4499", "layers tpe": "#ddcc77", "layers nsgaii": "#999933",
-           "evolution": "#d55e00", "random": "#999999"}  # fmt: skip
+SPACES = {"moves": "#0072b2", "multipliers": "#009e73", "directions": "#aa4499",
+          "layers": "#e69f00", "evolution": "#d55e00", "random": "#888888"}  # fmt: skip
+SAMPLERS = {"tpe": "-", "gp": "--", "cmaes": ":", "nsgaii": "-.", "": "-"}
+MARKS = {"tpe": "o", "gp": "s", "cmaes": "^", "nsgaii": "D", "": "o"}
+START, RULE = "exact", "moves tpe"  # what all begin from; what the program does by default
+Group = tuple[str, str, int]  # model, terms, tokens allowed
+Cell = tuple[str, str, int, float, int]  # and budget, seed
 
 
-def main(runs: Path, here: Path) -> None:
-    found = [json.loads(p.read_text()) for p in sorted(runs.glob("*.json"))]
+def name(run: Mapping[str, Any]) -> str:
+    return f"{run['method']} {run['sampler']}".strip()
+
+
+def read(runs: Path) -> list[dict[str, Any]]:
+    return [
+        {"model": file.parent.name} | json.loads(file.read_text())
+        for file in sorted(runs.glob("*/*.json"))
+    ]
+
+
+def cells(runs: list[dict[str, Any]]) -> dict[Cell, dict[str, dict[str, Any]]]:
+    """Runs by method in each cell."""
+    found: dict[Cell, dict[str, dict[str, Any]]] = defaultdict(dict)
+    starts = {}
+    for run in runs:
+        key = (run["model"], run["terms"], run["tokens_allowed"], run["budget"])
+        if name(run) == START:
+            starts[key] = run
+        else:
+            found[*key, run["seed"]][name(run)] = run
+    return {c: {START: starts[c[:4]], **own} for c, own in found.items() if c[:4] in starts}
+
+
+def kl(run: Mapping[str, Any]) -> float:
+    return float(run["heldout"]["kl"]["value"])
+
+
+def over(run: Mapping[str, Any], start: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Held-out KL over that of the start, with a 95 % bootstrap interval over the same documents."""
+    own, other = np.array(run["documents"]), np.array(start["documents"])
+    rng = np.random.default_rng(0)
+    picked = rng.integers(0, len(own), (2000, len(own)))
+    ratios = own[picked].mean(1) / other[picked].mean(1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return kl(run) / kl(start), float(low), float(high)
+
+
+def table(found: Mapping[Cell, Mapping[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A row a run."""
     keys = [
         (k, e) for k in ("kl", "kl_p99", "kl_cvar99", "flips") for e in ("value", "low", "high")
     ]
-    rows = [
-        {"code_bits": run["bits"], "method": run["method"], "seed": run["seed"]}
-        | {"tokens": run["tokens"], "seconds": f"{run['seconds']:.0f}"}
-        | {f"{k}_{e}": f"{run['heldout'][k][e]:.5f}" for k, e in keys}
-        | {name: run.get(name, "") for name in ("commit", "config")}
-        for run in found
-    ]
-    write(here / "results.csv", rows)
-    budgets = sorted({run["bits"] for run in found if run["curve"]})
-    figure, axes = plt.subplots(1, len(budgets), figsize=(5.5 * len(budgets), 4), squeeze=False)
-    for axis, bits in zip(axes[0], budgets, strict=True):
-        for method, colour in COLOURS.items():
-            own = [r for r in found if r["bits"] == bits and r["method"] == method]
-            for i, run in enumerate(own):
-                curve = np.array(run["curve"])
-                axis.step(curve[:, 0] / 1e3, curve[:, 1], where="post", color=colour, alpha=0.8,
-                          label=method if i == 0 else None)  # fmt: skip
-        axis.set(title=f"{bits:g} code bits", xlabel="evaluated tokens, thousands",
-                 ylabel="best KL on search windows, nats", yscale="log")  # fmt: skip
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(here / "results.png", dpi=120)
+    rows = {}
+    for cell, own in sorted(found.items()):
+        for method, run in own.items():
+            ratio = dict(
+                zip(("over_table", "over_low", "over_high"), over(run, own[START]), strict=True)
+            )
+            where = dict(
+                zip(("model", "terms", "tokens_allowed", "budget"), cell[:4], strict=True)
+            )
+            rows[*cell[:4], method, run["seed"]] = (
+                where
+                | {"seed": run["seed"], "method": method, "tokens": run["tokens"]}
+                | {"seconds": f"{run['seconds']:.0f}"}
+                | {k: f"{v:.4f}" for k, v in ratio.items()}
+                | {f"{k}_{e}": f"{run['heldout'][k][e]:.5f}" for k, e in keys}
+                | {k: run.get(k, "") for k in ("commit", "config")}
+            )
+    return list(rows.values())
+
+
+def ranks(found: Mapping[Cell, Mapping[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A row for each method of a group: only cells in which all of the group's methods ended."""
+    groups: dict[Group, list[Mapping[str, dict[str, Any]]]] = defaultdict(list)
+    for cell, own in sorted(found.items()):
+        groups[cell[:3]].append(own)
+    rows = []
+    for group, every in groups.items():
+        methods = sorted({method for own in every for method in own})
+        whole = [own for own in every if len(own) == len(methods)]
+        if len(whole) < 2 or len(methods) < 2:
+            continue
+        losses = np.array([[kl(own[m]) for m in methods] for own in whole])
+        placed = stats.rankdata(losses, axis=1)
+        friedman = stats.friedmanchisquare(*losses.T).pvalue if len(methods) > 2 else np.nan
+        log = np.log(losses / losses[:, [methods.index(START)]])
+        against = log - log[:, [methods.index(RULE)]] if RULE in methods else np.nan * log
+        for i in np.argsort(placed.mean(0)):
+            moved = against[:, i]
+            p = stats.wilcoxon(moved).pvalue if np.any(moved[np.isfinite(moved)]) else 1.0
+            low, high = interval(log[:, i])
+            rows.append(
+                dict(zip(("model", "terms", "tokens_allowed"), group, strict=True))
+                | {"method": methods[i], "cells": len(whole)}
+                | {"rank": f"{placed[:, i].mean():.2f}", "rank_sd": f"{placed[:, i].std(ddof=1):.2f}"}
+                | {"over_table": f"{np.exp(log[:, i].mean()):.3f}"}
+                | {"over_low": f"{low:.3f}", "over_high": f"{high:.3f}"}
+                | {"worse_than_table": int((log[:, i] > 0).sum())}
+                | {"better_than_moves": int((moved < 0).sum()), "wilcoxon_p": f"{p:.4f}"}
+                | {"friedman_p": f"{friedman:.2g}"}
+            )  # fmt: skip
+    return rows
+
+
+def interval(logs: np.ndarray) -> tuple[float, float]:
+    """95 % of the geometric mean over cells, bootstrapped."""
+    rng = np.random.default_rng(0)
+    means = rng.choice(logs, (2000, len(logs))).mean(1)
+    low, high = np.exp(np.quantile(means, [0.025, 0.975]))
+    return float(low), float(high)
+
+
+def dots(found: Mapping[Cell, Mapping[str, dict[str, Any]]], file: Path) -> None:
+    """Held-out KL over the table's optimum: a panel a group, a row a method, a colour a budget."""
+    groups = sorted({cell[:3] for cell in found})
+    figure, axes = plt.subplots(
+        1, len(groups), figsize=(4.4 * len(groups) + 1.6, 5), squeeze=False, sharey=True
+    )
+    order = [m for m in methods_of(found) if m != START][::-1]
+    for axis, group in zip(axes[0], groups, strict=True):
+        budgets = sorted({cell[3] for cell in found if cell[:3] == group})
+        colours = plt.cm.viridis(np.linspace(0, 0.85, len(budgets)))
+        for i, budget in enumerate(budgets):
+            own = [runs for cell, runs in found.items() if cell[:4] == (*group, budget)]
+            points = [
+                (kl(runs[m]) / kl(runs[START]), order.index(m) + 0.16 * (i - len(budgets) / 2))
+                for runs in own
+                for m in runs
+                if m != START
+            ]
+            unit = "bits" if group[1] == "blocks" else "MB"
+            axis.scatter(*zip(*points, strict=True), s=22, color=colours[i],
+                         label=f"{budget:g} {unit}", alpha=0.85)  # fmt: skip
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set(title=f"{group[0]}, {group[1]}, {group[2] // 1000}k tokens",
+                 xlabel="held-out KL over the table's optimum")  # fmt: skip
+        axis.set_yticks(range(len(order)), order)
+        axis.grid(axis="x", alpha=0.3)
+        axis.legend(fontsize=8)
+    save(figure, file)
+
+
+def curves(found: Mapping[Cell, Mapping[str, dict[str, Any]]], file: Path) -> None:
+    """Best loss on search windows over the first plan's, mean of seeds: a panel a group and budget."""
+    places = sorted({cell[:4] for cell in found})
+    wide = 4
+    figure, axes = plt.subplots(
+        -(-len(places) // wide), wide, figsize=(17, 3.6 * -(-len(places) // wide)), squeeze=False
+    )
+    for axis, place in zip(axes.flat, places, strict=False):
+        for method in methods_of(found):
+            own = [r[method] for c, r in found.items() if c[:4] == place and method in r]
+            if method == START or not own:
+                continue
+            grid = np.linspace(0, max(run["curve"][-1][0] for run in own), 200)
+            mean = np.mean([np.log(at(run["curve"], grid)) for run in own], 0)
+            space, _, sampler = method.partition(" ")
+            axis.plot(grid / 1e3, np.exp(mean), color=SPACES[space], linestyle=SAMPLERS[sampler],
+                      label=method, linewidth=1.4)  # fmt: skip
+        unit = "code bits" if place[1] == "blocks" else "MB"
+        axis.set(title=f"{place[0]}, {place[1]}, {place[3]:g} {unit}, {place[2] // 1000}k",
+                 xlabel="evaluated tokens, thousands")  # fmt: skip
+        axis.set_ylabel("best loss over the first plan's")
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(places) :]:
+        axis.axis("off")
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=6)
+    save(figure, file, bottom=0.25 / axes.shape[0])
+
+
+def at(curve: list[list[float]], grid: np.ndarray) -> np.ndarray:
+    """The best loss once so many tokens are evaluated, over the first plan's."""
+    tokens, best = np.array(curve, dtype=float).T
+    index = np.searchsorted(tokens, grid, side="right") - 1
+    return np.minimum.accumulate(best)[np.maximum(index, 0)] / best[0]
+
+
+def methods_of(found: Mapping[Cell, Mapping[str, dict[str, Any]]]) -> list[str]:
+    """From compare.py's order."""
+    from compare import methods
+
+    there = {method for own in found.values() for method in own}
+    return [m for m in (" ".join(pair).strip() for pair in methods()) if m in there]
+
+
+def save(figure: Any, file: Path, bottom: float = 0.0) -> None:
+    figure.tight_layout(rect=(0, bottom, 1, 1))
+    figure.savefig(file, dpi=90)
+    plt.close(figure)
+
+
+def main(runs: Path, here: Path) -> None:
+    found = cells(read(runs))
+    write(here / "results.csv", table(found))
+    rows = ranks(found)
+    write(here / "ranks.csv", rows)
+    dots(found, here / "results.png")
+    curves(found, here / "curves.png")
+    for row in rows:
+        print(*row.values())
 
 
 if __name__ == "__main__":
