@@ -20,9 +20,9 @@ STARTUP = (
     8  # finished trials before tpe and gp sample jointly; those that a study starts from count
 )
 POPULATION = 16  # of nsgaii
-STEP = 0.15  # of cmaes at first, in shares of each range
+STEP, AGAIN = 0.15, 0.3  # of cmaes at first and after a restart, in shares of each range
 GENERATION = "generation"  # the attribute of a trial that cmaes sampled
-SETTINGS = ("joint 2", STARTUP, POPULATION, STEP)  # of a study's name
+SETTINGS = ("joint 3", STARTUP, POPULATION, STEP, AGAIN)  # of a study's name
 
 
 def sampler(name: str, seed: int, shared: bool) -> BaseSampler:
@@ -41,7 +41,9 @@ def sampler(name: str, seed: int, shared: bool) -> BaseSampler:
 
 class CmaEs(BaseSampler):
     """Covariance matrix adaptation (Hansen, arXiv:1604.00772) around the best of the trials that it
-    didn't sample itself.
+    didn't sample itself. A generation that only repeats losses has nothing left to tell: plans are
+    discrete, and it has closed in on known ones. Then it starts again elsewhere, with twice the
+    population (Auger and Hansen, 2005, doi:10.1109/CEC.2005.1554902).
 
     Optuna's own keeps its state as a pickle in the study, and whoever writes there would run code in
     every worker. Here the state is computed anew for each trial from the parameters and losses of
@@ -64,8 +66,6 @@ class CmaEs(BaseSampler):
         trial: FrozenTrial,
         search_space: dict[str, BaseDistribution],
     ) -> dict[str, Any]:
-        import cmaes
-
         axes = {name: Axis(kind) for name, kind in sorted(search_space.items())}
         if len(axes) < 2:  # the method has no covariance there
             return {}
@@ -76,20 +76,28 @@ class CmaEs(BaseSampler):
         ]
         own = [t for t in done if GENERATION in t.system_attrs]
         others = [t for t in done if GENERATION not in t.system_attrs]
-        optimizer = cmaes.CMA(
-            _centre(axes, others),
-            STEP,
-            bounds=np.tile([0.0, 1.0], (len(axes), 1)),
-            seed=self._seed % 2**32,
-        )
+        seen = {_value(t) for t in others}
+        optimizer = self._begun(_centre(axes, others), STEP)
         generation = 0
         while len(told := _of(own, generation)) >= optimizer.population_size:
-            pairs = [(_point(axes, t.params), _value(t)) for t in told]
-            optimizer.tell(pairs[: optimizer.population_size])
+            told = told[: optimizer.population_size]
             generation += 1
+            losses = {_value(t) for t in told}
+            if losses <= seen:
+                elsewhere = np.random.default_rng(generation).random(len(axes))
+                optimizer = self._begun(elsewhere, AGAIN, 2 * optimizer.population_size)
+                continue
+            seen |= losses
+            optimizer.tell([(_point(axes, t.params), _value(t)) for t in told])
         study._storage.set_trial_system_attr(trial._trial_id, GENERATION, generation)
         point = optimizer.ask()
         return {name: axis.value(x) for (name, axis), x in zip(axes.items(), point, strict=True)}
+
+    def _begun(self, centre: np.ndarray, step: float, population: int | None = None) -> Any:
+        import cmaes
+
+        bounds = np.tile([0.0, 1.0], (len(centre), 1))
+        return cmaes.CMA(centre, step, bounds, seed=self._seed % 2**32, population_size=population)
 
     def sample_independent(
         self,

@@ -283,6 +283,22 @@ def test_cma_es_begins_at_the_best_that_it_did_not_sample() -> None:
     assert all(samplers.GENERATION not in t.system_attrs for t in one.trials)
 
 
+def test_cma_es_starts_again_when_all_of_a_generation_is_known() -> None:
+    """A stair: near the best trial's corner there are two losses, the lowest is far away."""
+    study = optuna.create_study()
+    study.enqueue_trial({"x0": 0.1, "x1": 0.1})
+    for i in range(120):
+        study.sampler = samplers.sampler("cmaes", 1000 * i, False)
+        trial = study.ask({f"x{k}": FloatDistribution(0, 1) for k in range(2)})
+        x = np.array(list(trial.params.values()))
+        study.tell(trial, 0.0 if x.min() > 0.6 else 2.0 - float(x.max() < 0.5))
+    assert [trial.value for trial in study.trials].count(0.0) > 0
+    generations = [t.system_attrs.get(samplers.GENERATION) for t in study.trials[1:]]
+    sizes = [generations.count(g) for g in range(max(generations))]  # all but the last are whole
+    assert sizes[0] == 6 and 12 in sizes and set(sizes) <= {6, 12, 24, 48}
+    assert sizes == sorted(sizes)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_samplers_are_those_of_optuna_with_our_settings(shared: bool) -> None:
     tpe: Any = samplers.sampler("tpe", 5, shared)
