@@ -72,7 +72,7 @@ class Alone(Independent):
 
     def of_rows(self, layer: str) -> Nearest:
         """What rounds some rows of the layer by themselves, and keeps nothing."""
-        found = self._columns.get(layer)
+        found = self.columns.get(layer)
         if found is None:  # it only looks rows up, or no token reached it
             return Nearest(clip=self._settings.clip)
         v = torch.from_numpy(found)
@@ -101,10 +101,10 @@ class Alone(Independent):
 
     def prepare(self, wanted: Mapping[str, Sequence[Precision]]) -> None:  # noqa: ARG002
         """The columns are weighed while the model holds its own weights."""
-        _ = self._columns
+        _ = self.columns
 
     def rounder(self, choice: Mapping[str, Precision], joint: bool = True) -> Alone:  # noqa: ARG002
-        _ = self._columns
+        _ = self.columns
         return self
 
     @property
@@ -112,7 +112,7 @@ class Alone(Independent):
         return self._settings.key(self._material.calibration_key)
 
     @cached_property
-    def _columns(self) -> dict[str, np.ndarray]:
+    def columns(self) -> dict[str, np.ndarray]:
         """Layer -> v [cols]. Costs a pass over the calibration tokens if new, and one with gradients
         where tokens don't count alike."""
         material, weighting = self._material, self._settings.weighting
