@@ -123,9 +123,8 @@ def main(out: Path, size: str, device: str = "cpu") -> None:
     for file in stories.glob("tokenizer*"):
         (out / file.name).write_bytes(file.read_bytes())
     words = (Path(__file__).parents[2] / "CHANGELOG.md").read_text(encoding="utf-8").split()
-    order = torch.randint(
-        len(words), (40, 200), generator=torch.Generator().manual_seed(1)
-    ).tolist()
+    draws = torch.Generator().manual_seed(1)
+    order = torch.randint(len(words), (200, 400), generator=draws).tolist()
     text = "\n\n\n".join(" ".join(words[i] for i in row) for row in order)
     (out / "words.txt").write_text(text, encoding="utf-8")  # of random words, as the weights are
 

@@ -7,23 +7,22 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from optimizer import drafts, untrusted
 from optimizer.errors import ModelError
 from optimizer.models import from_gguf, published
 from optimizer.plan import digest
 from optimizer.store import Store, alone, unwritable, write_atomically
-
-if TYPE_CHECKING:
-    pass
 
 METHOD = "mezzotint"  # in a packed folder's config.json, for transformers
 PACKED_FILE, BASE_FILE = "packed.safetensors", "base.safetensors"  # the latter with a refinement
@@ -336,18 +335,24 @@ def fingerprint(folder: Path, store: Store) -> str:
     Two copies of a model agree wherever they lie; the version of the program that saved the
     config doesn't count, nor whether it was allowed to ask the hub, which tokenizers write down.
     """
-    parts: dict[str, str] = {}
-    for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("tokenizer*.json")):
+    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("tokenizer*.json"))
+    for file in files:
         if not file.is_file():
             raise ModelError(f"{file} is a folder, where a model has a file. Remove it.")
-        offline = file.name == "tokenizer_config.json" and OFFLINE in file.read_bytes()
-        parts[file.name] = _online(file) if offline else file_hash(file, store)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # one core hashes slower than a disk reads
+        found = pool.map(lambda file: _hash_of(file, store), files)
+        parts = {file.name: value for file, value in zip(files, found, strict=True)}
     config = read_config(folder)
     for key in ("transformers_version", "_name_or_path"):
         config.pop(key, None)
     if is_encoder(folder):
         parts[POOLING] = pooling(folder)
     return "sha256:" + digest([parts, config])
+
+
+def _hash_of(file: Path, store: Store) -> str:
+    offline = file.name == "tokenizer_config.json" and OFFLINE in file.read_bytes()
+    return _online(file) if offline else file_hash(file, store)
 
 
 def _online(path: Path) -> str:

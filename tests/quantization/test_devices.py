@@ -6,6 +6,7 @@ device, which would lie on the CPU; the tests marked gpu run the same on one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from optimizer.formats.safetensors import checkpoint, compressed_tensors
 from optimizer.formats.safetensors import gptq as gptq_format
 from optimizer.plan import FLOATS, GGML, Layer, Precision
-from optimizer.quantization import awq, ggml, gptq
+from optimizer.quantization import awq, ggml, gptq, gptq_kernel
 from optimizer.quantization.uniform import Codes, Nearest, pack, unpack
 
 MAKERS = {torch.arange, torch.zeros, torch.ones, torch.full, torch.empty, torch.eye, torch.tensor,
@@ -105,3 +106,18 @@ def test_a_gpu_gives_the_cpus_codes() -> None:
             assert torch.equal(value, other[name]), name
         else:  # sums in another order may choose another code
             assert float((value - other[name]).abs().mean()) < 0.01, name
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="TRITON_INTERPRET=1 isn't set")
+@pytest.mark.parametrize("group", [32, 64, None])
+def test_the_kernel_of_gptq_gives_the_loops_codes(
+    group: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, by Triton's interpreter. No environment of ours has it: `pip install triton`."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 192, generator=rng) @ torch.randn(192, 192, generator=rng)
+    jobs = [(torch.randn(70, 192, generator=rng), Precision("int", 4, group))]
+    [own] = gptq.Solver().solve(jobs, x.T @ x)
+    monkeypatch.setattr(gptq_kernel, "serves", lambda _levels, _w: True)
+    [other] = gptq.Solver().solve(jobs, x.T @ x)
+    assert float((own.decode() == other.decode()).float().mean()) > 0.999

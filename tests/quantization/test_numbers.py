@@ -13,7 +13,16 @@ from torch import Tensor
 
 from optimizer.errors import ConfigError
 from optimizer.plan import FLOATS, GGML, Palette, Precision
-from optimizer.quantization import awq, floats, ggml, ggml_native, gptq, lattice, uniform
+from optimizer.quantization import (
+    awq,
+    floats,
+    ggml,
+    ggml_native,
+    gptq,
+    gptq_kernel,
+    lattice,
+    uniform,
+)
 from optimizer.quantization.keeping import Keeping
 from optimizer.quantization.methods import (
     Awq,
@@ -25,7 +34,14 @@ from optimizer.quantization.methods import (
     methods,
     of_plan,
 )
-from optimizer.quantization.uniform import Given, Independent, Nearest, clipped, levels_of
+from optimizer.quantization.uniform import (
+    Given,
+    Independent,
+    Levels,
+    Nearest,
+    clipped,
+    levels_of,
+)
 from optimizer.store import Store
 from tests.quantization.test_ggml import finite_blocks
 
@@ -529,3 +545,39 @@ def test_searched_scales_are_kept_by_what_the_weights_hold(
     same = w.reshape(3, 512)  # the same numbers as another matrix
     assert torch.equal(again.round(same, precision, "layer"), Nearest().round(same, precision))
     assert math.isfinite(float(plain.sum()))
+
+
+@pytest.mark.parametrize(("order", "group"), [("groups", 32), ("columns", 32), ("none", None)])
+def test_runs_of_columns_may_be_solved_by_themselves(
+    order: str, group: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one GPU kernel does; here by equations (1) and (2) alone."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 192, generator=rng) @ torch.randn(192, 192, generator=rng)
+    weight = torch.randn(40, 192, generator=rng)
+    jobs = [(weight, Precision("int", 4, group)), (2 * weight, Precision("int", 3, group, True))]
+    solver = gptq.Solver(order=order)
+    by_column = [codes.decode() for codes in solver.solve(jobs, x.T @ x)]
+    lengths = set()
+
+    def run(
+        w: torch.Tensor,
+        upper: torch.Tensor,
+        levels: Levels,
+        q: torch.Tensor,
+        errors: torch.Tensor,
+    ) -> None:
+        lengths.add(len(w))
+        assert len(w) <= gptq.BLOCK and w.stride(1) == q.stride(1) == errors.stride(1) == 1
+        w = w.clone()
+        for j in range(len(w)):
+            q[j] = levels.nearest(w[j])
+            errors[j] = (w[j] - levels.values(q[j])) / upper[j, j]
+            w -= torch.outer(upper[j], errors[j])
+
+    monkeypatch.setattr(gptq_kernel, "serves", lambda _levels, _w: True)
+    monkeypatch.setattr(gptq_kernel, "run", run)
+    by_run = [codes.decode() for codes in solver.solve(jobs, x.T @ x)]
+    assert max(lengths) == {"groups": 32, "columns": max(lengths), "none": gptq.BLOCK}[order]
+    for one, other in zip(by_column, by_run, strict=True):
+        assert float((one == other).float().mean()) > 0.99

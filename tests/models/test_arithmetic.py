@@ -1,0 +1,173 @@
+"""How many bits a model's blocks multiply in, and what on a device comes in larger pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from optimizer.config import Optimize
+from optimizer.data.text import Data, Part
+from optimizer.errors import ConfigError
+from optimizer.models import arithmetic
+from optimizer.models.checkpoint import open_checkpoint
+from optimizer.models.model import Model
+from optimizer.models.offload import block_list
+from optimizer.models.residence import Residence
+from optimizer.plan import Precision
+from optimizer.quantization.uniform import Nearest
+from optimizer.sensitivity import Fisher, Task, Text, chunks
+from optimizer.sensitivity.table import Desk
+from optimizer.stages.session import Session
+from tests.conftest import Small
+
+IDS = np.random.default_rng(0).integers(5, 90, (4, 24))
+
+
+@pytest.fixture
+def model(llama: Small) -> Iterator[Model]:
+    yield Model.load(llama.folder, llama.inventory)
+
+
+def _logits(model: Model) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.net(torch.from_numpy(IDS), use_cache=False).logits
+    return found
+
+
+def _apply(model: Model, guide: bool, measure: bool) -> None:
+    arithmetic.apply(model.net, block_list(model.net, model.inventory), guide, measure)
+
+
+def test_only_passes_that_guide_multiply_in_bf16(model: Model) -> None:
+    exact = _logits(model)
+    _apply(model, guide=True, measure=False)
+    assert torch.equal(_logits(model), exact)
+    with arithmetic.guiding(model.net):
+        rough = _logits(model)
+        assert rough.dtype == torch.float32
+        off = float((rough - exact).norm() / exact.norm())
+        assert 1e-5 < off < 0.02  # three digits
+    assert torch.equal(_logits(model), exact)
+
+
+def test_a_block_that_fails_leaves_the_arithmetic_as_it_was(model: Model) -> None:
+    exact = _logits(model)
+    _apply(model, guide=True, measure=False)
+    with pytest.raises(IndexError), arithmetic.guiding(model.net):
+        model.net(torch.full((1, 4), 10**6))
+    block = block_list(model.net, model.inventory)[1]
+    handle = block.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), arithmetic.guiding(model.net):
+        _logits(model)
+    handle.remove()
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.equal(_logits(model), exact)
+
+
+def test_all_passes_may_and_fp32_changes_nothing(model: Model) -> None:
+    exact = _logits(model)
+    _apply(model, guide=False, measure=False)
+    with arithmetic.guiding(model.net):
+        assert torch.equal(_logits(model), exact)
+    _apply(model, guide=True, measure=True)
+    assert not torch.equal(_logits(model), exact)
+
+
+def test_a_table_in_bf16_is_that_of_fp32_but_for_its_noise(llama: Small) -> None:
+    text, names = Text(IDS, chunks(len(IDS), 2), 0), [x.name for x in llama.inventory.layers]
+    fitted = {(name, "int4"): Precision("int", 4, 16) for name in names}
+    task = Task(tuple((name,) for name in names), ("int4",), fitted, Nearest())
+    found = []
+    for guide in (False, True):
+        model = Model.load(llama.folder, llama.inventory)
+        _apply(model, guide, measure=False)
+        table = Fisher().samples(model, task, text, Desk())
+        assert table is not None
+        found.append(table)
+    exact, rough = found
+    real = exact > 0
+    off = np.abs(rough[real] / exact[real] - 1)
+    assert 0 < np.median(off) < 0.1 and not np.array_equal(rough, exact)
+
+
+def test_auto_is_fp32_on_a_cpu_and_bf16_where_it_guides_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert arithmetic.settled("auto", "cpu") == (False, False)
+    assert arithmetic.settled("bf16", "cpu") == (True, True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    assert arithmetic.settled("auto", "cuda:0") == (True, False)
+    assert arithmetic.settled("fp32", "cuda:0") == (False, False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert arithmetic.settled("auto", "cuda:0") == (False, False)
+
+
+def test_an_arithmetic_that_does_not_exist_is_refused(llama: Small) -> None:
+    with pytest.raises(ConfigError, match="arithmetic is one of auto, fp32, bf16, not 'fp8'"):
+        Optimize(model=str(llama.folder), arithmetic="fp8").check()
+
+
+def test_results_of_another_arithmetic_have_another_key(llama: Small, tmp_path: Path) -> None:
+    part = Part(sequences=2, length=16)
+    data = Data(source="self", calibration=part, search=part, heldout=part)
+
+    def session(name: str) -> Session:
+        config = Optimize(
+            model=str(llama.folder), arithmetic=name, store=str(tmp_path / "store"), data=data
+        )
+        return Session.open(config.model, config.data, config.store, residence=config.residence)
+
+    rough, exact = session("bf16"), session("fp32")
+    windows = exact.windows("calibration")
+    assert rough.guide_key(windows) != exact.guide_key(windows)
+    assert rough.part_key("heldout") != exact.part_key("heldout")
+    assert rough.calibration_key == exact.calibration_key  # by which a plan names its tokens
+    assert session("auto").part_key("heldout") == exact.part_key("heldout")
+
+
+# ---------------------------------------------------------------- where weights are
+
+
+def test_on_a_gpu_weights_stay_there_as_they_are_stored_if_fp32_is_too_much(
+    llama: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = 4 * sum(x.weights for x in llama.inventory.layers)
+
+    def settled(offload: str, free: float) -> str:
+        monkeypatch.setattr(
+            "optimizer.models.residence.device_room", lambda _name: int(free * whole)
+        )
+        return Residence(offload, device="cuda").settled(llama.inventory)
+
+    assert settled("auto", 3) == settled("none", 3) == "none"
+    assert settled("none", 2) == settled("none", 0.1) == "device"
+    assert settled("auto", 0.1) == "cpu"
+    assert settled("cpu", 3) == "cpu" and settled("disk", 3) == "disk"
+    monkeypatch.setattr("optimizer.models.residence.COMFORT", 1000)
+    assert settled("auto", 100) == "device"
+
+
+def test_what_is_read_goes_to_the_device_and_no_more_than_is_asked(llama: Small) -> None:
+    """meta: a device that is not the CPU."""
+    name = next(x.name for x in llama.inventory.layers if x.block == 0)
+    plain = open_checkpoint(llama.folder)
+    own = replace(plain, device="meta").keeping("cpu")
+    read = dict(own.several([name]))[name]
+    assert own.kept is not None and own.kept[name].device.type == "cpu"
+    for value in (read, own.read(name), replace(plain, device="meta").read(name)):
+        assert value.device.type == "meta"
+    assert own.read(name, slice(2, 5)).shape[0] == 3
+    assert torch.equal(plain.read(name, torch.tensor([4, 1])), plain.read(name)[[4, 1]])
+    there = replace(plain, device="meta").keeping("meta")
+    assert dict(there.several([name]))[name] is there.read(name)
+
+
+def test_weights_on_the_device_as_stored_compute_as_in_fp32(llama: Small) -> None:
+    whole = Model.load(llama.folder, llama.inventory, offload="none")
+    stored = Model.load(llama.folder, llama.inventory, offload="device")
+    assert torch.equal(_logits(whole), _logits(stored))
