@@ -9,7 +9,7 @@ Memory: hidden states [windows, length, width], and the inputs of one batch in o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from optimizer.errors import ModelError
 from optimizer.models.arithmetic import guiding
+from optimizer.models.experts import Experts
 from optimizer.models.halving import fitting
 from optimizer.models.head import batches, head_input, windows_together
 from optimizer.models.model import Model
@@ -26,6 +27,7 @@ from optimizer.models.offload import block_list
 from optimizer.models.watching import first_tensor, rows_of
 from optimizer.plan import Layer
 
+HESSIANS = 2**28  # bytes of experts' that exist at a time
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -43,12 +45,18 @@ class Batch:
 class Stream:
     """The blocks of `model` on `ids` [windows, length]; weights are read when a block runs, so
     they may change between calls. frozen: they don't, and a pass that collects Hessians serves to
-    advance, too. together: windows in a batch."""
+    advance, too. together: windows in a batch. experts: those in one tensor have inputs, too."""
 
     def __init__(
-        self, model: Model, ids: np.ndarray, frozen: bool = False, together: int | None = None
+        self,
+        model: Model,
+        ids: np.ndarray,
+        frozen: bool = False,
+        together: int | None = None,
+        experts: bool = False,
     ) -> None:
         self._model, self._frozen = model, frozen
+        self._experts = Experts(model) if experts else None
         self._watched = [layer for layer in model.inventory.layers if layer.watchable]
         self.blocks = blocks_of(model)
         self._shared: dict[int, list[list[str]]] = {}
@@ -67,7 +75,32 @@ class Stream:
     def inputs(self, block: int) -> list[list[str]]:
         """Layers of the block that have a Hessian, in the order of execution; those that read the
         same tensor stand together."""
-        return self._shared.get(block, [])
+        return [names for step in self.steps(block) for names in step]
+
+    def steps(self, block: int) -> list[list[list[str]]]:
+        """The same; what stands in one step depends on no other layer of it: all experts."""
+        found = [[names] for names in self._shared.get(block, [])]
+        return found + (self._experts.steps(block) if self._experts else [])
+
+    def portions(self, sets: Sequence[Sequence[str]]) -> Iterator[Sequence[Sequence[str]]]:
+        """Sets of a block whose Hessians may exist at once: of experts, HESSIANS bytes of them."""
+        modules = [names for names in sets if not self._fused(names)]
+        if modules:
+            yield modules
+        part: list[Sequence[str]] = []
+        size = 0
+        for names in (names for names in sets if self._fused(names)):
+            own = 4 * self._model.layers[names[0]].cols ** 2
+            if part and size + own > HESSIANS:
+                yield part
+                part, size = [], 0
+            part.append(names)
+            size += own
+        if part:
+            yield part
+
+    def _fused(self, names: Sequence[str]) -> bool:
+        return self._experts is not None and self._experts.holds(names[0])
 
     def hessians(
         self,
@@ -75,8 +108,8 @@ class Stream:
         sharing: Sequence[Sequence[str]],
         weights: Mapping[str, np.ndarray] | None = None,
     ) -> list[Tensor]:
-        """sum x x' [cols, cols] of each set of layers, from one pass, which stops after the last set
-        unless the weights are frozen.
+        """sum x x' [cols, cols] of each set of a portion, from one pass, which stops after the last
+        set unless the weights are frozen, or they are experts.
         weights: layer -> of its tokens [windows, length], taken from the first of each set."""
         shapes = [(n, n) for n in self._columns(sharing)]
         return self._summed(block, sharing, shapes, lambda to, x: to.addmm_(x.T, x), weights)
@@ -105,9 +138,17 @@ class Stream:
         weights: Mapping[str, np.ndarray] | None,
     ) -> list[Tensor]:
         """count: adds the inputs [tokens, cols] of some tokens to what is found of a set."""
-        modules = [self._module(self._model.layers[names[0]]) for names in sharing]
         device = self.batches[0].hidden.device
         found = [torch.zeros(shape, device=device) for shape in shapes]
+        if sharing and self._experts is not None and self._fused(sharing[0]):
+
+            def run() -> None:
+                for batch in self.batches:
+                    self._run(block, batch)
+
+            self._experts.summed(sharing, found, count, run)
+            return found
+        modules = [self._module(self._model.layers[names[0]]) for names in sharing]
 
         def add(index: int) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -224,7 +265,10 @@ class Stream:
         for batch in parts:
             moved = batch.to(device)
             if not found:
-                with self._learning():
+                with (
+                    self._learning(),
+                    self._experts.learning() if self._experts else nullcontext(),
+                ):
                     first, entered = self._record(moved, whole=True)
                 self._check(first, entered)
                 found.append(first)

@@ -68,16 +68,16 @@ def plain_experts(net: Any) -> Iterator[None]:
         net.set_experts_implementation(before)
 
 
-class Products(TorchFunctionMode):
-    """Hands out what every matrix product with a parameter, or with one expert's part of it, met:
-    use(parameter, first, x, d) with the weight's first number in the parameter, its inputs x [tokens,
-    cols] and the gradient d [tokens, rows] at its outputs, in fp32, during the backward pass.
+class Inputs(TorchFunctionMode):
+    """Hands out what every matrix product with a parameter, or with one expert's part of it, is given:
+    use(parameter, first, rows, x) with the weight's first number in the parameter, its rows, and its
+    inputs x [tokens, cols] in fp32.
 
     odd: how the model uses a parameter in a way that this can't follow, None while it doesn't.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], use: Callable[[str, int, Tensor, Tensor], None]
+        self, parameters: Mapping[str, Tensor], use: Callable[[str, int, int, Tensor], object]
     ) -> None:
         super().__init__()
         self.odd: str | None = None
@@ -99,10 +99,13 @@ class Products(TorchFunctionMode):
             name, _, first = self._known[id(weight)]
             x = rows_of(args, {k: v for k, v in kwargs.items() if k == "input"})
             assert x is not None
-            on_gradient(result, lambda d: self._use(name, first, x, d.flatten(0, -2).float()))
+            self._met(name, first, x, result)
         else:
             self.odd = getattr(func, "__name__", str(func))
         return result
+
+    def _met(self, name: str, first: int, x: Tensor, result: Tensor) -> None:
+        self._use(name, first, result.shape[-1], x)
 
     def _is_part(self, part: Any, whole: Tensor) -> bool:
         """Notes one expert's weight, which lies in the memory of all experts'."""
@@ -116,3 +119,17 @@ class Products(TorchFunctionMode):
             first += part.storage_offset() - whole.storage_offset()
             self._known[id(part)] = (name, part, first)  # holding it, so that its id stays its own
         return within
+
+
+class Products(Inputs):
+    """As `Inputs`, with the gradient d [tokens, rows] at the product's outputs, in fp32, during the
+    backward pass: use(parameter, first, x, d)."""
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], use: Callable[[str, int, Tensor, Tensor], None]
+    ) -> None:
+        super().__init__(parameters, lambda *_: None)
+        self._then = use
+
+    def _met(self, name: str, first: int, x: Tensor, result: Tensor) -> None:
+        on_gradient(result, lambda d: self._then(name, first, x, d.flatten(0, -2).float()))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from optimizer.models.arithmetic import sized
 from optimizer.models.blockwise import Stream
+from optimizer.models.experts import readable
 from optimizer.plan import FLOATS, Inventory, Precision, digest
 from optimizer.quantization.gain import gain
 from optimizer.quantization.gptq import Solver
@@ -55,6 +56,11 @@ class Material(Protocol):
     def note(self, text: str) -> None: ...
 
 
+ONE_TENSOR = "they lie in one tensor, whose inputs can't be watched one by one."
+UNVISITED = (
+    "they are experts that no calibration token visited, or that the model uses in a way that can't "
+    "be watched. More calibration text may."
+)
 UNREACHED = "no calibration token reached their input. More calibration text may."
 
 
@@ -117,7 +123,7 @@ class Calibrated:
             {n for n, p in choice.items() if p.kind != "none"},
         )
         experts = {x.name for x in layers if x.kind == "experts" and x.name in real}
-        self._tell(experts, "they lie in one tensor, whose inputs can't be watched one by one.")
+        self._tell(experts - self._cols.keys(), ONE_TENSOR)
         if joint and self._chained(choice):
             return self._jointly(choice)
         self.prepare({name: [precision] for name, precision in choice.items()})
@@ -148,11 +154,10 @@ class Calibrated:
 
         def make() -> dict[str, float]:
             model = material.model
-            stream = Stream(model, material.calibration(), frozen=True)
+            stream = Stream(model, material.calibration(), frozen=True, experts=True)
             found: dict[str, float] = {}
             for block in material.track(range(len(stream.blocks)), "what gptq gains"):
-                sets = stream.inputs(block)
-                if sets:
+                for sets in stream.portions(stream.inputs(block)):
                     hessians = stream.hessians(block, sets)
                     for own, hessian in zip(sets, hessians, strict=True):
                         order = self._method.order_of(hessian.diagonal())
@@ -165,7 +170,9 @@ class Calibrated:
                 found |= dict.fromkeys(own, gain(head, self._method.damping, order))
             return found
 
-        settings = [self._method.damping, self._method.order]
+        settings: list[Any] = [self._method.damping, self._method.order]
+        if any(readable(x) for x in material.inventory.layers):
+            settings.append("experts")
         key = digest(["gains", GAINS, material.calibration_key, *settings])
         kept = material.store.json("gains", key, make)
         return {name: float(kept.get(name, 1.0)) for name in names}
@@ -206,7 +213,7 @@ class Calibrated:
         if not missing:
             return
         ids, model = self._material.calibration(), self._material.model
-        stream = Stream(model, ids, frozen=True)
+        stream = Stream(model, ids, frozen=True, experts=self._settings.reads_experts)
         heads = [name for name in missing if model.layers[name].predicts]
         last = max(model.layers[name].block or 0 for name in missing)
         last = len(stream.blocks) - 1 if heads else last
@@ -262,21 +269,28 @@ class Calibrated:
             return
         if self._weights is not None:  # layers that share an input weigh its tokens differently
             sets = [[name] for names in sets for name in names]
-        hessians = stream.hessians(block, sets, self._weights)
-        for names, hessian in zip(sets, hessians, strict=True):
-            what = [(name, precision) for name in names for precision in wanted[name]]
-            jobs = [(model.weight(name), precision) for name, precision in what]
-            for (name, precision), codes in zip(
-                what, self._method.solve(jobs, hessian), strict=True
-            ):
-                yield name, precision, codes
+        for some in stream.portions(sets):
+            hessians = stream.hessians(block, some, self._weights)
+            for names, hessian in zip(some, hessians, strict=True):
+                what = [(name, precision) for name in names for precision in wanted[name]]
+                jobs = [(model.weight(name), precision) for name, precision in what]
+                for (name, precision), codes in zip(
+                    what, self._method.solve(jobs, hessian), strict=True
+                ):
+                    yield name, precision, codes
+
+    @cached_property
+    def _fused(self) -> set[str]:
+        """Experts that lie in one tensor."""
+        return {x.name for x in self._material.inventory.layers if readable(x)}
 
     @cached_property
     def _cols(self) -> dict[str, int]:
         """Columns of the layers whose inputs are seen; all others are rounded to nearest."""
         layers = self._material.inventory.layers
         heads = [x for x in layers if x.predicts] if self._settings.reads_head else []
-        return {x.name: x.cols for x in [*(x for x in layers if x.watchable), *heads]}
+        fused = [x for x in layers if readable(x)] if self._settings.reads_experts else []
+        return {x.name: x.cols for x in [*(x for x in layers if x.watchable), *fused, *heads]}
 
     def _alone(self, layer: str, precision: Precision) -> str:
         settings = self._settings  # a layer by itself has the reference's inputs anyway
@@ -310,6 +324,9 @@ class Calibrated:
 
     def _tell(self, layers: Collection[str], why: str = UNREACHED) -> None:
         """That layers were rounded to nearest, each layer once."""
+        fused = set(layers) & self._fused
+        if fused and why == UNREACHED:
+            self._tell(fused, UNVISITED)
         new = sorted(set(layers) - self._told)
         self._told |= set(new)
         if new:
@@ -337,7 +354,9 @@ class Calibrated:
             block: [pair for pair in named if (places[pair[0]] or 0) <= block]
             for block in sorted(b for b in blocks if b is not None)
         }
-        return {block: digest([self.key, "joint", pairs]) for block, pairs in before.items()}
+        fused = self._settings.reads_experts and self._fused & real.keys()
+        how = [self.key, "joint", *(["experts"] if fused else [])]
+        return {block: digest([*how, pairs]) for block, pairs in before.items()}
 
     def _walk(
         self,
@@ -352,7 +371,7 @@ class Calibrated:
         places = {name: model.layers[name].block for name in real}
         done = {name: p for name, p in real.items() if places[name] is None}
         with model.rounded(rounder, done) as rounding:
-            stream = Stream(model, ids)
+            stream = Stream(model, ids, experts=self._settings.reads_experts)
             for block in self._material.track(
                 range(max(keys) + 1), f"{self.name}, block by block"
             ):
@@ -381,8 +400,8 @@ class Calibrated:
         block sees its earlier layers rounded. Layers that never ran get no parts."""
         done = dict(before)
         wanted = {name: [precision] for name, precision in own.items()}
-        for names in stream.inputs(block):
-            sets = [[name for name in names if name in own]]
+        for step in stream.steps(block):
+            sets = [[name for name in names if name in own] for names in step]
             for name, precision, codes in self._solved(
                 self._material.model, stream, block, sets, wanted
             ):

@@ -120,14 +120,15 @@ class Alone(Independent):
         def make() -> dict[str, np.ndarray]:
             model, ids = material.model, material.calibration()
             shares = token_shares(material, weighting)
-            stream = Stream(model, ids, frozen=True)
+            stream = Stream(model, ids, frozen=True, experts=True)
             found: dict[str, np.ndarray] = {}
             for block in material.track(range(len(stream.blocks)), "importance of columns"):
                 sets = stream.inputs(block)
                 if shares is not None:
                     sets = [[name] for names in sets for name in names]
-                for names, v in zip(sets, stream.squares(block, sets, shares), strict=True):
-                    found |= dict.fromkeys(names, (v / ids.size).cpu().numpy())
+                for some in stream.portions(sets):
+                    for names, v in zip(some, stream.squares(block, some, shares), strict=True):
+                        found |= dict.fromkeys(names, (v / ids.size).cpu().numpy())
                 stream.advance(block)
             head = stream.head_hessian()
             heads = [x.name for x in material.inventory.layers if x.predicts]

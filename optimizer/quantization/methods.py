@@ -45,6 +45,11 @@ class Quantizer:
         """Whether the output head's codes, too, depend on what it receives."""
         return False
 
+    @property
+    def reads_experts(self) -> bool:
+        """Whether those of experts that lie in one tensor do."""
+        return False
+
     def check(self) -> None:
         """Raises ConfigError for a wrong value."""
 
@@ -118,6 +123,10 @@ class Gptq(Quantizer):
     @property
     def reads_head(self) -> bool:
         return self.head
+
+    @property
+    def reads_experts(self) -> bool:
+        return True
 
     def check(self) -> None:
         allowed = {

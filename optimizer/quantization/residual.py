@@ -260,9 +260,9 @@ class Chained(Calibrated):
         refined = [names for names in refined if names]
         if self._weights is not None:
             refined = [[name] for names in refined for name in names]
-        if refined:
-            hessians = stream.hessians(block, refined, self._weights)
-            for names, hessian in zip(refined, hessians, strict=True):
+        for some in stream.portions(refined):
+            hessians = stream.hessians(block, some, self._weights)
+            for names, hessian in zip(some, hessians, strict=True):
                 for name in names:
                     yield name, wanted[name][0], self._one(model.reference(name), name, hessian)
 

@@ -32,6 +32,7 @@ from optimizer.models.arithmetic import guides_in_bf16, guiding, sized
 from optimizer.models.blockwise import Batch, Stream
 from optimizer.models.halving import fitting, halved
 from optimizer.models.head import final_transform, output_head, tokens_together
+from optimizer.models.layout import start
 from optimizer.models.model import Model, read
 from optimizer.models.offload import offloaded
 from optimizer.models.watching import Products, begin_gradients, plain_experts
@@ -48,7 +49,7 @@ from optimizer.sensitivity.fisher import (
     watching,
 )
 from optimizer.sensitivity.pace import TOTAL, Pace
-from optimizer.sensitivity.products import Met, Product, add_losses, start
+from optimizer.sensitivity.products import Met, Product, add_losses
 from optimizer.sensitivity.table import Desk, Task, Text, rarely_met
 from optimizer.sensitivity.vocabulary import Ends
 

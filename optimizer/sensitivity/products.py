@@ -46,17 +46,6 @@ def add_losses(
         found[np.ix_(chunks, columns)] += (squares @ errors.T).double().cpu().numpy()
 
 
-def start(layer: Layer) -> tuple[str, int] | None:
-    """The parameter that holds the layer's matrix row by row, and at which number it starts."""
-    if layer.transposed or layer.kind == "conv1d" or len(layer.shape) != 2:
-        return None
-    if not layer.places:
-        return layer.parameter, 0
-    place, *more = layer.places
-    plain = place.stored == place.live == (1,) and place.at_stored == 0 and not more
-    return (place.parameter, place.at_live) if plain else None
-
-
 class Met:
     """Products with the parameters of a block. names: of all parameters that any was met of."""
 
