@@ -30,11 +30,12 @@ from optimizer.models.offload import opened as opened_on_disk
 from optimizer.models.published import lacking
 from optimizer.models.residence import Residence
 from optimizer.models.source import is_encoder, pooling, quiet
-from optimizer.plan import UNTOUCHED, Inventory, Layer, Precision
+from optimizer.plan import GGML, UNTOUCHED, Inventory, Layer, Precision
 
 __all__ = ["DTYPES", "Model", "places", "read", "skeleton", "take_inventory", "write"]
 
 PIECE = 2**22  # numbers that are looked at together
+BY_ROW = ("int", "ternary", *GGML)  # kinds of precision whose rows may be rounded by themselves
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -95,7 +96,7 @@ class Model:
         self._rounding: Rounding | None = None  # the one change of weights that may be open
         self._disk = None if net is None else offloaded(net)
         if self._disk is not None:
-            self._disk.value, self._disk.changes = self._now, self._changes
+            self._disk.value, self._disk.some = self._now, self._some
 
     @classmethod
     def load(
@@ -185,9 +186,11 @@ class Model:
         """A block's tensor as it comes from disk -> as the model holds it now."""
         return stored if self._rounding is None else self._rounding.now(name, stored)
 
-    def _changes(self, name: str) -> bool:
-        """Whether `_now` gives the tensor other numbers."""
-        return self._rounding is not None and self._rounding.changes(name)
+    def _some(self, name: str, rows: slice | Tensor) -> Tensor | None:
+        """Some rows of what `_now` gives; None where only the whole can be had."""
+        if self._rounding is None:
+            return self.checkpoint.read(name, rows)
+        return self._rounding.some(name, rows)
 
     @property
     def is_rounded(self) -> bool:
@@ -236,9 +239,16 @@ class Rounding:
             return matrix(self._checkpoint.read(name), self._layers[name]).float()
         return read(self._parameter, self._layers[name])
 
-    def changes(self, name: str) -> bool:
-        """Whether the checkpoint's tensor is rounded now."""
-        return self._now.get(name, UNTOUCHED).kind != "none"
+    def some(self, name: str, rows: slice | Tensor) -> Tensor | None:
+        """Some rows of `now`; None where the quantizer gives whole layers only."""
+        precision = self._now.get(name, UNTOUCHED)
+        if precision.kind == "none":
+            return self._checkpoint.read(name, rows)
+        if getattr(self._quantizer, "by_row", False) and precision.kind in BY_ROW:
+            own = self._checkpoint.read(name, rows).float()
+            return self._quantizer.round(own, precision, name)
+        find = getattr(self._quantizer, "some", None)
+        return None if find is None else find(name, precision, rows)
 
     def now(self, name: str, stored: Tensor) -> Tensor:
         """A block's tensor as it comes from disk -> as the choice says; layers only are rounded."""

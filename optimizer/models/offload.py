@@ -29,6 +29,9 @@ from optimizer.plan import Inventory, Layer, Other, Place
 T = TypeVar("T")
 PIECE = 2**26  # bytes of large embeddings, or a head, that are read at a time
 Value = Callable[[str, Tensor], Tensor]  # a tensor's name, as it is stored -> what the model holds
+Rows = Callable[
+    [str, slice | Tensor], Tensor | None
+]  # some rows of it; None: only the whole is known
 
 
 class OnDisk:
@@ -38,7 +41,7 @@ class OnDisk:
     def __init__(self, net: Any, inventory: Inventory, checkpoint: Checkpoint) -> None:
         """net: a skeleton with everything outside the blocks filled in."""
         self.value: Value = lambda _, stored: stored
-        self.changes: Callable[[str], bool] = lambda _: False  # whether `value` changes a tensor
+        self.some: Rows = checkpoint.read
         self._net, self._checkpoint = net, checkpoint
         self._device = _outside_device(net)
         self._modules = blocks = block_list(net, inventory)
@@ -53,6 +56,7 @@ class OnDisk:
         for i, own in enumerate(self._tensors):
             self._names |= {p.parameter: i for t in own for p in places(t)}
         self._here: set[int] = set()
+        self._partly: set[int] = set()  # of these, what has only the rows that are looked up
         self._taking_turns: greenlet | None = None
         self.brought = 0  # blocks that were read so far
         self.read = 0  # bytes of them, and of embeddings and head
@@ -63,9 +67,9 @@ class OnDisk:
         for index, name in enumerate(large, len(blocks)):
             self._drop(index)
             owners = held[id(self._live[name])]
-            goes = all(isinstance(module, nn.Embedding) for module, _ in owners)
+            alone = all(isinstance(module, nn.Embedding) for module, _ in owners)
             for module, leaf in owners:
-                self._attend(index, module, leaf, goes)
+                self._attend(index, module, leaf, alone)
         _OFFLOADED[net] = self
 
     def holds(self, tensor: str) -> bool:
@@ -144,23 +148,25 @@ class OnDisk:
         block.register_forward_pre_hook(enter)
         block.register_forward_hook(leave, always_call=True)
 
-    def _attend(self, index: int, module: nn.Module, leaf: str, goes: bool) -> None:
-        """Large embeddings or a head. goes: right after its module ran, since no gradient needs it."""
+    def _attend(self, index: int, module: nn.Module, leaf: str, alone: bool) -> None:
+        """Large embeddings or a head. alone: they are no head's, too, and go right after their module
+        ran, since no gradient needs them."""
         own = next(iter(self._units[index].values()))
         saving = ExitStack()
 
         def enter(module: nn.Module, args: Any) -> None:
             if module._parameters.get(leaf) is not own:
                 return  # somebody gives it other weights
-            if goes and args and index not in self._here and self._bring_rows(index, args[0]):
+            looks_up = isinstance(module, nn.Embedding) and bool(args)
+            if looks_up and index not in self._here and self._bring_rows(index, args[0]):
                 return
             self._bring(index)
-            if torch.is_grad_enabled() and not goes:
+            if torch.is_grad_enabled() and not alone:
                 saving.enter_context(self._naming(index))
 
         def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
             saving.close()
-            if goes and index in self._here:
+            if index in self._partly or (alone and index in self._here):
                 self._drop(index)
 
         module.register_forward_pre_hook(enter)
@@ -193,7 +199,7 @@ class OnDisk:
     # ------------------------------------------------------------ bring and drop
 
     def _bring(self, index: int) -> None:
-        if index in self._here:
+        if index in self._here - self._partly:
             return
         blocks = len(self._modules)
         for other in list(self._here):
@@ -221,26 +227,34 @@ class OnDisk:
         with torch.inference_mode(False), torch.no_grad():
             rows = ids.unique()
             value.data = torch.empty(value.shape, dtype=value.dtype, device=self._device)
-            self._copy_rows(name, value, rows)
+            if not self._copy_rows(name, value, rows):
+                self._drop(index)
+                return False
         self._here.add(index)
+        self._partly.add(index)
         return True
 
     def _plain(self, index: int) -> tuple[str, nn.Parameter] | None:
-        """The one tensor that a large embedding or head is, row by row, and its parameter; None where
-        something changes it, and for blocks."""
+        """The one tensor that a large embedding or head is, row by row, and its parameter; None for
+        blocks."""
         if index < len(self._modules) or len(self._tensors[index]) != 1:
             return None
         [tensor], [(name, value)] = self._tensors[index], self._units[index].items()
         alike = places(tensor) == (whole(name, tuple(value.shape)),) and value.ndim == 2
-        return (tensor.name, value) if alike and not self.changes(tensor.name) else None
+        return (tensor.name, value) if alike else None
 
-    def _copy_rows(self, name: str, value: nn.Parameter, rows: slice | Tensor) -> None:
-        stored = self._checkpoint.read(name, rows)
+    def _copy_rows(self, name: str, value: nn.Parameter, rows: slice | Tensor) -> bool:
+        """False, and nothing done, where only the whole tensor is known."""
+        stored = self.some(name, rows)
+        if stored is None:
+            return False
         self.read += stored.nbytes
         value.data[rows] = stored.to(value)
+        return True
 
     def _drop(self, index: int) -> None:
         self._here.discard(index)
+        self._partly.discard(index)
         with torch.inference_mode(False), torch.no_grad():
             for value in self._units[index].values():
                 value.data = _absent(value, self._device)
@@ -252,9 +266,8 @@ class OnDisk:
             return False
         name, value = plain
         some = max(1, PIECE // (4 * value.shape[1]))
-        for start in range(0, len(value), some):
-            self._copy_rows(name, value, slice(start, start + some))
-        return True
+        pieces = (slice(start, start + some) for start in range(0, len(value), some))
+        return all(self._copy_rows(name, value, piece) for piece in pieces)
 
     def _fill(self, tensors: Sequence[Layer | Other]) -> None:
         known = {tensor.name: tensor for tensor in tensors}

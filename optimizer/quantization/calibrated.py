@@ -25,7 +25,7 @@ from optimizer.plan import FLOATS, Inventory, Precision, digest
 from optimizer.quantization.gain import gain
 from optimizer.quantization.gptq import Solver
 from optimizer.quantization.methods import Gptq, Quantizer
-from optimizer.quantization.uniform import Codes, Encoded, Given, Nearest
+from optimizer.quantization.uniform import Codes, Encoded, Given, Nearest, rows_of
 from optimizer.sensitivity.outputs import token_weights
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class Calibrated:
         self._inputs, self._weighting = settings.inputs, settings.weighting
         self._material, self._nearest = material, Nearest()
         self._told: set[str] = set()  # layers that a person was told of
+        self._last: tuple[str, Precision | None, Parts | None] = ("", None, None)
 
     def _unpacked(self, parts: Parts, precision: Precision, cols: int) -> Encoded:
         return Codes.unpack(parts, precision, cols)
@@ -100,9 +101,23 @@ class Calibrated:
         """What a layer gets whose inputs were never seen."""
         return self._nearest.encode(weight, precision)
 
-    def _given(self, find: Callable[[str, Precision], Any], parts: Mapping[str, Parts]) -> Rounder:  # noqa: ARG002
+    def _given(self, find: Callable[[str, Precision], Any], parts: Mapping[str, Parts]) -> Rounder:
         """What rounds a whole choice. find: a layer's codes, or None; parts: filled meanwhile."""
-        return Given(find)
+
+        def some(layer: str, precision: Precision, rows: slice | Tensor) -> Encoded | None:
+            return self._of_rows(parts.get(layer), layer, precision, rows)
+
+        return Given(find, some)
+
+    def _of_rows(
+        self, parts: Parts | None, layer: str, precision: Precision, rows: slice | Tensor
+    ) -> Encoded | None:
+        """The codes of some rows of a layer; parts: its own."""
+        if parts is None:
+            return None
+        every = torch.arange(self._material.model.layers[layer].rows)
+        own = rows_of(parts, precision, every[rows] if isinstance(rows, slice) else rows.cpu())
+        return self._unpacked(own, precision, self._cols[layer])
 
     @cached_property
     def key(self) -> Any:
@@ -192,6 +207,16 @@ class Calibrated:
         if found is None:
             raise KeyError(f"{layer} at {precision.name} was not prepared")
         return self._unpacked(_tensors(found), precision, self._cols[layer])
+
+    def some(self, layer: str, precision: Precision, rows: slice | Tensor) -> Tensor | None:
+        """Some rows of what `round` gives; None for a layer whose inputs aren't seen."""
+        if layer not in self._cols:
+            return None
+        if self._last[:2] != (layer, precision):  # a head's pieces come one after the other
+            found = self._material.store.arrays("codes", self._alone(layer, precision))
+            self._last = (layer, precision, None if found is None else _tensors(found))
+        codes = self._of_rows(self._last[2], layer, precision, rows)
+        return None if codes is None else codes.decode()
 
     def changed(self, name: str, value: Tensor) -> Tensor:  # noqa: ARG002
         return value

@@ -148,14 +148,24 @@ class Given:
 
     as_stored: ClassVar[bool] = True
 
-    def __init__(self, find: Callable[[str, Precision], Encoded | None]) -> None:
-        self._find, self._other = find, Nearest()
+    def __init__(
+        self,
+        find: Callable[[str, Precision], Encoded | None],
+        some: Callable[[str, Precision, slice | Tensor], Encoded | None] | None = None,
+    ) -> None:
+        """some: the codes of some rows."""
+        self._find, self._some, self._other = find, some, Nearest()
 
     def round(self, weight: Tensor, precision: Precision, layer: str = "") -> Tensor:
         codes = self._find(layer, precision)
         if codes is None:
             return self._other.round(weight.float(), precision)
         return codes.decode().to(weight.device)
+
+    def some(self, layer: str, precision: Precision, rows: slice | Tensor) -> Tensor | None:
+        """Some rows of a layer's codes, unpacked, if it has any."""
+        found = None if self._some is None else self._some(layer, precision, rows)
+        return None if found is None else found.decode()
 
     def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Encoded:
         return self._find(layer, precision) or self._other.encode(weight, precision)

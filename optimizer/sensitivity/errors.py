@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from optimizer.models.arithmetic import sized
+from optimizer.models.model import BY_ROW
 from optimizer.plan import GGML, Layer, Precision
 from optimizer.sensitivity.table import Task
 
@@ -79,7 +80,7 @@ def by_row(task: Task, layer: Layer) -> list[int]:
     """Numbers of the columns that round each row of the layer by itself."""
     alone = getattr(task.quantizer, "by_row", False)
     kinds = [task.fitted[layer.name, column].kind for column in task.columns]
-    return [i for i, kind in enumerate(kinds) if alone and kind in ("int", "ternary", *GGML)]
+    return [i for i, kind in enumerate(kinds) if alone and kind in BY_ROW]
 
 
 def _sampled(task: Task, layer: Layer) -> list[int]:

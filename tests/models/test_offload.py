@@ -16,10 +16,10 @@ from optimizer.errors import ModelError
 from optimizer.metrics.divergence import Teacher
 from optimizer.models.blockwise import Stream
 from optimizer.models.head import OwnHead
-from optimizer.models.model import Model, take_inventory
+from optimizer.models.model import BY_ROW, Model, take_inventory
 from optimizer.models.offload import OnDisk, block_list, offloaded
-from optimizer.plan import Precision
-from optimizer.quantization.uniform import Given, Nearest
+from optimizer.plan import WIDTH, Precision
+from optimizer.quantization.uniform import Codes, Encoded, Given, Nearest, rows_of
 from optimizer.sensitivity.outputs import token_weights
 from tests.conftest import Small, build, mixed
 
@@ -211,11 +211,47 @@ def test_large_embeddings_are_read_row_by_row_unless_they_are_rounded(
                 model.net(input_ids=ids).logits, small.model.net(input_ids=ids).logits
             )
     looked = next(x.name for x in model.inventory.layers if x.kind == "embedding")
-    rounded = choice[looked].kind != "none"
-    assert done == ([] if tied else [True, not rounded, True])
+    known = choice[looked].kind in ("none", *BY_ROW)
+    assert done == ([] if tied else [True, known, True])  # a tied head is there already
+    model.parameter(next(x.parameter for x in model.inventory.layers if x.block == 0))
     before, layer = blocks(model).read, model.layers[looked]
     model.net.get_input_embeddings()(ids)
-    assert tied or blocks(model).read - before == 2 * layer.cols * len(ids.unique())
+    assert blocks(model).read - before == WIDTH[layer.dtype] * layer.cols * len(ids.unique())
+    assert torch.equal(  # a head that has only those rows is read whole
+        model.net(input_ids=ids).logits, small.model.net(input_ids=ids).logits
+    )
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_rows_of_known_codes_are_those_of_the_whole(
+    small: Small, joint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing unpacks a large embedding or head as a whole."""
+    monkeypatch.setattr("optimizer.models.offload.LARGE", 0)
+    monkeypatch.setattr("optimizer.models.offload.PIECE", 4 * 64 * 7)
+    disk = Model.load(small.folder, small.inventory, offload="disk")
+    ends = [x for x in small.inventory.layers if x.kind in ("embedding", "head")]
+    choice = {x.name: Precision("int", 5, 16) for x in ends}
+    codes = {n: Nearest().encode(small.model.weight(n), p) for n, p in choice.items()}
+    kinds = list[str]()
+
+    def find(layer: str, _precision: Precision) -> Encoded:
+        kinds.append("whole")
+        return codes[layer]
+
+    def some(layer: str, precision: Precision, rows: slice | torch.Tensor) -> Encoded:
+        kinds.append("rows")
+        ids = torch.arange(small.model.layers[layer].rows)[rows]
+        own = rows_of(codes[layer].pack(), precision, ids)
+        return Codes.unpack(own, precision, small.model.layers[layer].cols)
+
+    given = Given(find, some if joint else None)
+    ids = torch.from_numpy(IDS[:1])
+    with disk.rounded(given, choice), small.model.rounded(Given(find), choice):
+        exact = small.model.net(input_ids=ids).logits
+        kinds.clear()
+        assert torch.equal(disk.net(input_ids=ids).logits, exact)
+    assert set(kinds) == {"rows" if joint else "whole"}
 
 
 def test_codes_that_are_known_need_no_copy_of_the_weight(llama: Small) -> None:
