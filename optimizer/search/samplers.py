@@ -22,7 +22,8 @@ STARTUP = (
 POPULATION = 16  # of nsgaii
 STEP, AGAIN = 0.15, 0.3  # of cmaes at first and after a restart, in shares of each range
 GENERATION = "generation"  # the attribute of a trial that cmaes sampled
-SETTINGS = ("joint 3", STARTUP, POPULATION, STEP, AGAIN)  # of a study's name
+RECENT = 16  # trials of which half repeat plans before the next one is drawn at random
+SETTINGS = ("joint 3", STARTUP, POPULATION, STEP, AGAIN, RECENT)  # of a study's name
 
 
 def sampler(name: str, seed: int, shared: bool) -> BaseSampler:
@@ -75,7 +76,10 @@ class CmaEs(BaseSampler):
             if axes.keys() <= t.params.keys()
         ]
         own = [t for t in done if GENERATION in t.system_attrs]
-        others = [t for t in done if GENERATION not in t.system_attrs]
+        first = min(
+            (t.number for t in own), default=trial.number
+        )  # drawn at random later: see RECENT
+        others = [t for t in done if GENERATION not in t.system_attrs and t.number < first]
         seen = {_value(t) for t in others}
         optimizer = self._begun(_centre(axes, others), STEP)
         generation = 0

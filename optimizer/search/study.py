@@ -23,7 +23,7 @@ from optuna.pruners import NopPruner, WilcoxonPruner
 from optuna.trial import FrozenTrial, TrialState
 
 from optimizer.errors import StorageError
-from optimizer.search import Problem, Search
+from optimizer.search import Problem, Search, samplers
 from optimizer.search.pareto import nondominated
 from optimizer.search.samplers import sampler as _sampler
 from optimizer.search.spaces import Start
@@ -153,6 +153,13 @@ class Study:
         return min(fitting, key=_loss, default=None)
 
     @property
+    def repeating(self) -> bool:
+        """Whether half of the last trials only repeated plans: the sampler has closed in on what it
+        knows, though tokens are left."""
+        last = self.tried()[-samplers.RECENT :]
+        return 2 * sum(not tried.tokens for tried in last) >= samplers.RECENT
+
+    @property
     def finished(self) -> list[Tried]:
         """Trials that were measured on all windows."""
         return [tried for tried in self.tried() if tried.complete]
@@ -238,8 +245,9 @@ class Study:
         before: tokens of slopes that this proposal is the first to use."""
         self.revive()
         done = len(self.tried())  # the same trials so far, the same next one: also after a kill
+        kind = "random" if self.repeating else self.search.sampler
         self.inner.sampler = _sampler(
-            self.search.sampler, self.seed + 1000 * done + 17 * self.search.worker, self.shared
+            kind, self.seed + 1000 * done + 17 * self.search.worker, self.shared
         )
         with self._listening():
             trial = self.inner.ask()

@@ -310,6 +310,21 @@ def test_samplers_are_those_of_optuna_with_our_settings(shared: bool) -> None:
     assert samplers.sampler("gp", 5, shared)._n_startup_trials == 8  # type: ignore[attr-defined]
 
 
+def test_a_sampler_that_repeats_itself_gets_random_company(tmp_path: Path) -> None:
+    """A sampler has closed in on few plans, tokens are left: half of the trials are random then."""
+    study = opened(tmp_path, sampler="tpe", prune=0)
+
+    def kind(*columns: int) -> str:
+        study.run(plan(*columns), losses([1.0, 2.0]), 10)
+        return type(study.inner.sampler).__name__
+
+    kinds = [kind(0, 0, 0) for _ in range(12)]  # the first is measured, seven repeat it
+    assert kinds == ["TPESampler"] * 9 + ["RandomSampler"] * 3
+    others = [(a, b, c) for a in range(3) for b in range(3) for c in range(3)][1:]
+    kinds = [kind(*columns) for columns in others[:10]]
+    assert kinds[0] == "RandomSampler" and kinds[-1] == "TPESampler"
+
+
 # ---------------------------------------------------------------- journals
 
 
