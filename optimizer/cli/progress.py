@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -75,12 +75,31 @@ class Whole:
         return "" if left is None else f"about {duration(left)} left in all"
 
 
+class Item:
+    """How far one item of a bar has come, by those that begin while it is worked on, which get no bars
+    of their own. tell: hears the share and what it is at."""
+
+    def __init__(self, tell: Callable[[float, str], None]) -> None:
+        self._tell, self._share, self._from = tell, 0.0, 0.0
+
+    def bar(self) -> None:
+        self._from = self._share
+
+    def fill(self, share: float, news: str) -> None:
+        self._share = self._from + MOST * (1 - self._from) * min(share, 1.0)
+        self._tell(self._share, news)
+
+
 def duration(seconds: float) -> str:
     """`40 s`, `3 min`, `2 h 10 min`: no more exact than a guess."""
     if seconds < 90:
         return f"{max(round(seconds / 10) * 10, 10):.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _silent(_done: int, _news: str) -> None:
+    """Where nothing is shown."""
 
 
 class Left(ProgressColumn):
@@ -99,7 +118,7 @@ class Terminal(View):
 
     def __init__(self, out: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self.out, self._clock = out, clock
-        self._tracking = False
+        self._item: Item | None = None  # of the bar that is shown
         self._whole = Whole({}, clock)
         self._last = clock()
 
@@ -121,21 +140,34 @@ class Terminal(View):
 
     def track(self, items: Iterable[Any], text: str) -> Iterable[Any]:
         items = list(items)
-        if self._tracking or not items:  # a bar inside a bar would break both
-            yield from items
+        if self._item is not None:
+            self._item.bar()
+            for i, item in enumerate(items):
+                self._item.fill(i / len(items), f"{text} {i} of {len(items)}")
+                yield item
             return
-        self._tracking = True
         try:
-            with self._shown(text, len(items)) as tell:
+            with self._shown(text, len(items)) if items else nullcontext(_silent) as tell:
                 for i, item in enumerate(items):
-                    self._whole.fill(i / len(items))
+
+                    def at(share: float, news: str, i: int = i) -> None:
+                        self._whole.fill((i + share) / len(items))
+                        tell(i, news)
+
+                    self._item = Item(at)
+                    at(0, "")
                     yield item
                     tell(i + 1, "")
         finally:
-            self._tracking = False
+            self._item = None
 
     @contextmanager
     def meter(self, text: str, total: int) -> Iterator[Callable[[int, str], None]]:
+        if (item := self._item) is not None:
+            item.bar()
+            yield lambda done, news: item.fill(done / total if total else 1.0, f"{text} {news}")
+            return
+
         def follow(tell: Callable[[int, str], None]) -> Callable[[int, str], None]:
             def both(done: int, news: str) -> None:
                 self._whole.fill(done / total if total else 1.0)
@@ -160,7 +192,8 @@ class Terminal(View):
         columns = (
             TextColumn(f"{text:<40}", markup=False),
             BarColumn(24),
-            MofNCompleteColumn() if counted else TextColumn("{task.fields[news]}"),
+            *([MofNCompleteColumn()] if counted else []),
+            TextColumn("{task.fields[news]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left", style="dim"),
             TimeRemainingColumn(),

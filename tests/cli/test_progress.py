@@ -94,3 +94,42 @@ def test_a_stage_that_fails_ends_its_line() -> None:
             raise ZeroDivisionError
     view = Terminal(out)
     assert list(view.track([1, 2], "work")) == [1, 2]
+
+
+def test_what_runs_inside_of_an_item_moves_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring two plans said `0 of 2` for twelve minutes, and that ever more was left."""
+    monkeypatch.setattr(progress, "EVERY", 0.02)
+    clock, out = Clock(), Console(file=io.StringIO(), width=200)
+    view = Terminal(out, clock)
+    view.expect({"table": 1.0, "proof": 1.0})
+    view.enter("table")
+    shares = []
+
+    def waited(text: str) -> None:
+        deadline = time.monotonic() + 5
+        while text not in out.file.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    for plan in view.track(["one", "two"], "measuring plans"):
+        for block in view.track(range(4), "gptq, block by block"):
+            shares.append(view._whole.share)
+            if (plan, block) == ("one", 3):
+                waited("0 of 2, gptq, block by block 3 of 4")
+        with view.meter("tokens", 10) as tell:
+            tell(5, "half")
+            shares.append(view._whole.share)
+    assert shares == sorted(set(shares)) and 0.5 < shares[-1] < progress.MOST
+    assert (
+        shares[4] < progress.MOST / 2 <= shares[5]
+    )  # the first plan's, and where the second begins
+    said = out.file.getvalue()
+    assert "measuring plans: 0 of 2, gptq, block by block 3 of 4" in said
+    assert said.count("...") == 1  # no line of their own
+
+
+def test_a_bar_inside_of_a_bar_breaks_no_terminal() -> None:
+    out = Console(file=io.StringIO(), width=160, force_terminal=True)
+    view = Terminal(out)
+    found = [(a, b) for a in view.track("xy", "outer") for b in view.track([1, 2], "inner")]
+    assert found == [("x", 1), ("x", 2), ("y", 1), ("y", 2)]
+    assert list(view.track([3], "another")) == [3]
