@@ -97,10 +97,12 @@ def table(found: Mapping[Cell, Mapping[str, dict[str, Any]]]) -> list[dict[str, 
 
 
 def ranks(found: Mapping[Cell, Mapping[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A row for each method of a group: only cells in which all of the group's methods ended."""
+    """A row for each method of a group, and of a model's cells together: only cells in which all of
+    the group's methods ended."""
     groups: dict[Group, list[Mapping[str, dict[str, Any]]]] = defaultdict(list)
     for cell, own in sorted(found.items()):
         groups[cell[:3]].append(own)
+        groups[cell[0], "every", 0].append(own)
     rows = []
     for group, every in groups.items():
         methods = sorted({method for own in every for method in own})
