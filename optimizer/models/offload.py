@@ -84,7 +84,9 @@ class OnDisk:
     def renew(self, tensor: str) -> None:
         """`value` gives other numbers for the tensor than before."""
         home = self._home[tensor]
-        if home in self._here:
+        if home >= len(self._modules):  # large: it comes in pieces when it is needed
+            self._drop(home)
+        elif home in self._here:
             self._fill([t for t in self._tensors[home] if t.name == tensor])
 
     def in_turns(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
