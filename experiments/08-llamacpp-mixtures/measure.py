@@ -32,6 +32,7 @@ from optimizer.quantization.methods import Importance, bind
 from optimizer.sensitivity import Desk, Task, Text, by_block, chunks
 from optimizer.stages.session import Session
 
+LENGTH = 256  # of a held-out window
 SHORTEST = 32  # weights of a block; other rows stay in 16 bits
 STORE = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")
 KINDS = (
@@ -43,7 +44,7 @@ KINDS = (
 def data_of(text: str, windows: int) -> Data:
     return Data(
         source="text", path=text, calibration=Part(sequences=16, length=128),
-        search=Part(sequences=8, length=128), heldout=Part(sequences=windows, length=256),
+        search=Part(sequences=8, length=128), heldout=Part(sequences=windows, length=LENGTH),
     )  # fmt: skip
 
 

@@ -31,7 +31,6 @@ COMMANDS = {
         "blocks:600:4 all:600:0.2",
         "6 of 6 runs",
     ),
-    "08-llamacpp-mixtures": ("measure.py stories TEXT OUT 1", "table.npz"),
     "12-first-damage": ("measure.py stories TEXT 1", " s\n"),
     "15-defaults": (
         "measure.py stories 150kB JUDGES OUT/rows.csv 0 'self: quick'",

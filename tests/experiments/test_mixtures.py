@@ -1,4 +1,4 @@
-"""experiments/08: what is compared is what it says it is. On the stories model; llama.cpp's own
+"""experiments/08: what is compared is what it says it is. On a random Llama; llama.cpp's own
 quantizer where LIBRARIES names its libraries (see matrix.sh)."""
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import pytest
 
 from optimizer.formats.gguf import retyping
 from optimizer.models.stories import corpus
+from tests.formats.conftest import Wide, wide
+
+__all__ = ["wide"]
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "08-llamacpp-mixtures"
 
@@ -34,13 +37,13 @@ def matrix() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def scratch(matrix: ModuleType, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scratch(matrix: ModuleType, wide: Wide, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("mixtures")
     text = out / "text.txt"
     text.write_text("\n---\n".join(corpus(600, 5)))
     measure = sys.modules["measure"]
-    measure.STORE = str(store)
-    measure.main("stories", str(text), str(out), "1")
+    measure.STORE, measure.LENGTH = str(wide.store), 128
+    measure.main(str(wide.folder), str(text), str(out), "1")
     return out
 
 
@@ -50,9 +53,10 @@ def test_plans_fit_and_the_optimum_uses_what_it_has(
     matrix: ModuleType, scratch: Path, name: str
 ) -> None:
     model = matrix.Model(str(scratch))
-    plain = model.size(dict.fromkeys(model.names.values(), "q5_0"))
+    plain = model.size(dict.fromkeys(model.names.values(), "q4_k"))
     kinds = getattr(matrix, name)(model, plain)
-    assert 0.9 * plain < model.size(kinds) <= plain
+    least = {"optimum": 0.9, "rules": 0.75}[name]  # all but one of its three blocks are ends
+    assert least * plain < model.size(kinds) <= plain
     if name == "optimum":
         assert model.loss(kinds) <= model.loss(matrix.rules(model, plain))
         without = matrix.optimum(model, plain, matrix.OWN_GRID)
