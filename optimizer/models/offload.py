@@ -10,7 +10,7 @@ brings a block back when it needs the block's weights: they are not saved for it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -29,9 +29,7 @@ from optimizer.plan import Inventory, Layer, Other, Place
 T = TypeVar("T")
 PIECE = 2**26  # bytes of large embeddings, or a head, that are read at a time
 Value = Callable[[str, Tensor], Tensor]  # a tensor's name, as it is stored -> what the model holds
-Rows = Callable[
-    [str, slice | Tensor], Tensor | None
-]  # some rows of it; None: only the whole is known
+Rows = Callable[[str, slice | Tensor], Tensor | None]  # some rows; None: only the whole is known
 
 
 class OnDisk:
@@ -347,8 +345,6 @@ def opened(folder: Any, inventory: Inventory, checkpoint: Checkpoint, device: st
 
 
 def _read_generation(net: Any, folder: Any) -> None:
-    from contextlib import suppress
-
     from transformers import GenerationConfig
 
     with suppress(OSError):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,39 +21,21 @@ from torch import Tensor
 from optimizer.models.arithmetic import sized
 from optimizer.models.blockwise import Stream
 from optimizer.models.experts import readable
-from optimizer.plan import FLOATS, Inventory, Precision, digest
+from optimizer.plan import FLOATS, Precision, digest
 from optimizer.quantization.gain import gain
 from optimizer.quantization.gptq import Solver
+from optimizer.quantization.material import Material, token_shares
 from optimizer.quantization.methods import Gptq, Quantizer
 from optimizer.quantization.uniform import Codes, Encoded, Given, Nearest, rows_of
-from optimizer.sensitivity.outputs import token_weights
 
 if TYPE_CHECKING:
     from optimizer.models.model import Model, Rounder, Rounding
-    from optimizer.store import Store
 
 GAINS = 3  # raised when the foretold gains change
 CHAINED = 4  # bits a weight below which layers see what those before them, rounded, send
-SEED = 0  # of the labels that weigh tokens
 TOGETHER = 2**22  # weights of a head that are solved at a time
 MANY = 2**27  # on a GPU
 Parts = dict[str, Tensor]  # a layer's packed tensors by suffix
-
-
-class Material(Protocol):
-    """What GPTQ works with; nothing is loaded before it is used."""
-
-    @property
-    def store(self) -> Store: ...
-    @property
-    def inventory(self) -> Inventory: ...
-    @property
-    def model(self) -> Model: ...
-    @property
-    def calibration_key(self) -> str: ...
-    def calibration(self) -> np.ndarray: ...
-    def track(self, items: Iterable[Any], text: str) -> Iterable[Any]: ...
-    def note(self, text: str) -> None: ...
 
 
 ONE_TENSOR = "they lie in one tensor, whose inputs can't be watched one by one."
@@ -62,23 +44,6 @@ UNVISITED = (
     "be watched. More calibration text may."
 )
 UNREACHED = "no calibration token reached their input. More calibration text may."
-
-
-def token_shares(material: Material, weighting: str) -> dict[str, np.ndarray] | None:
-    """How much each calibration token counts for each watchable layer [windows, length], kept in the
-    store; None: all alike. The model must hold its own weights when they are made."""
-    if weighting == "alike":
-        return None
-    squared = weighting == "fisher"
-
-    def make() -> dict[str, np.ndarray]:
-        layers = [x for x in material.inventory.layers if x.watchable]
-        ids = material.calibration()
-        return token_weights(material.model, layers, ids, SEED, material.track, squared)
-
-    own = ["token weights"] if squared else ["token weights", weighting]
-    key = digest([*own, Gptq.VERSION, material.calibration_key, SEED])
-    return material.store.arrays("weights", key, make)
 
 
 class Calibrated:

@@ -18,7 +18,8 @@ from torch import Tensor
 from optimizer.plan import Inventory, Layer, Precision
 from optimizer.quantization import awq
 from optimizer.quantization.awq import Scaled
-from optimizer.quantization.calibrated import Calibrated, Material, Parts
+from optimizer.quantization.calibrated import Calibrated, Parts
+from optimizer.quantization.material import Material
 from optimizer.quantization.methods import Awq, Gptq
 from optimizer.quantization.uniform import Encoded, Given
 

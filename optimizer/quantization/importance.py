@@ -23,7 +23,7 @@ from torch import Tensor
 from optimizer.models.blockwise import Stream
 from optimizer.plan import FLOATS, GGML, Precision, digest
 from optimizer.quantization import floats, ggml, ggml_native
-from optimizer.quantization.calibrated import Material, token_shares
+from optimizer.quantization.material import Material, token_shares
 from optimizer.quantization.methods import Importance
 from optimizer.quantization.uniform import (
     Codes,

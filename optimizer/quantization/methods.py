@@ -20,7 +20,7 @@ from optimizer.plan import GGML, Precision
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from optimizer.quantization.calibrated import Material
+    from optimizer.quantization.material import Material
 
 ENTRY_POINTS = "mezzotint.quantizers"
 WEIGHTINGS = ("alike", "gradient", "fisher")  # of tokens

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from optimizer.models.blockwise import Stream
 from optimizer.plan import Precision, digest
-from optimizer.quantization.calibrated import Calibrated, Material, Parts
+from optimizer.quantization.calibrated import Calibrated, Parts
 from optimizer.quantization.gptq import STACKED, Solver, _sweep, factors
+from optimizer.quantization.material import Material
 from optimizer.quantization.methods import Bound, Gptq
 from optimizer.quantization.uniform import Levels, pack, unpack
 
