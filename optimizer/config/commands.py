@@ -105,6 +105,7 @@ class Evaluate:
 
     def check(self) -> None:
         Proof(tolerance=self.tolerance, domains=self.domains, generate=self.generate).check()
+        self.residence.check()
         _ = self.task_names
         if self.unpack not in (None, "never", "always", "hard"):
             raise ConfigError(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from optimizer.data.text import Windows
 from optimizer.metrics import embeddings
 from optimizer.metrics.objective import Objective
+from optimizer.models.arithmetic import otherwise
 from optimizer.models.head import (
     BATCH_TOKENS,
     OwnHead,
@@ -103,14 +104,14 @@ class Teacher:
 
     def noise(self, net: nn.Module) -> dict[str, Scores]:
         """The reference against itself, computed in another way: one window at a time, and with
-        products in bf16. What no plan can be expected to beat. `net` holds the reference's weights.
-        Cost: two passes."""
+        products in bf16, or in fp32 where the model measures in bf16. What no plan can be expected
+        to beat. `net` holds the reference's weights. Cost: two passes."""
         alone = copy.copy(self)
         alone._together = 1
         alone._hidden = [one[None] for batch in self._hidden for one in batch]
         found = {"reference, one window at a time": alone.score(net)}
-        with torch.autocast(next(net.parameters()).device.type, dtype=torch.bfloat16):
-            found["reference in bf16"] = self.score(net)
+        with otherwise(net) as way:
+            found[f"reference in {way}"] = self.score(net)
         return found
 
     @torch.inference_mode()

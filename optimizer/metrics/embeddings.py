@@ -26,6 +26,7 @@ from torch import Tensor
 from optimizer.data.short_texts import TEXTS
 from optimizer.data.text import Windows
 from optimizer.metrics.objective import Objective
+from optimizer.models.arithmetic import otherwise
 from optimizer.models.embedding import TEMPERATURE, cosines, embed, logits
 
 NEAREST = 10
@@ -70,15 +71,16 @@ class Teacher:
 
     def noise(self, net: Any) -> dict[str, Scores]:
         """The reference against itself, computed in another way: one text at a time, and with
-        products in bf16. `net` holds the reference's weights. Cost: two passes."""
+        products in bf16, or in fp32 where the model measures in bf16. `net` holds the reference's
+        weights. Cost: two passes."""
         with torch.inference_mode():
             alone = [
                 embed(net, text[None], self._pooling) for w in self._batches(net) for text in w
             ]
             found = {"reference, one text at a time": self._scores(torch.cat(alone))}
-            with torch.autocast(next(net.parameters()).device.type, dtype=torch.bfloat16):
+            with otherwise(net) as way:
                 rough = self._embedded(net)
-            found["reference in bf16"] = self._scores(rough)
+            found[f"reference in {way}"] = self._scores(rough)
         return found
 
     def divergence(self, net: Any, window: int) -> Tensor:

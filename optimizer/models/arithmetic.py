@@ -85,6 +85,21 @@ def guiding(net: nn.Module) -> Iterator[None]:
         mode.now = before
 
 
+@contextmanager
+def otherwise(net: nn.Module) -> Iterator[str]:
+    """Inside, the model multiplies in another way than it measures; what that is: bf16, or fp32."""
+    mode = _MODES.get(net)
+    if mode is None or not mode.now:
+        with torch.autocast(next(net.parameters()).device.type, dtype=torch.bfloat16):
+            yield "bf16"
+        return
+    mode.now = False
+    try:
+        yield "fp32"
+    finally:
+        mode.now = True
+
+
 def guides_in_bf16(net: nn.Module) -> bool:
     """Whether passes that guide multiply in bf16."""
     mode = _MODES.get(net)

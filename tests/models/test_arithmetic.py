@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from optimizer.config import Optimize
-from optimizer.data.text import Data, Part
+from optimizer.data.text import Data, Part, Windows
 from optimizer.errors import ConfigError
+from optimizer.metrics.divergence import Teacher
 from optimizer.models import arithmetic
 from optimizer.models.checkpoint import open_checkpoint
 from optimizer.models.model import Model
@@ -93,6 +94,14 @@ def test_a_table_in_bf16_is_that_of_fp32_but_for_its_noise(llama: Small) -> None
     real = exact > 0
     off = np.abs(rough[real] / exact[real] - 1)
     assert 0 < np.median(off) < 0.1 and not np.array_equal(rough, exact)
+
+
+def test_the_noise_floor_is_what_another_arithmetic_makes(model: Model) -> None:
+    windows = Windows(IDS, np.arange(len(IDS)))
+    for measure, other in ((False, "bf16"), (True, "fp32")):
+        _apply(model, guide=measure, measure=measure)
+        noise = Teacher(model.net, windows).noise(model.net)[f"reference in {other}"]
+        assert 1e-9 < noise.mean_kl < 0.01, other
 
 
 def test_auto_is_fp32_on_a_cpu_and_bf16_where_it_guides_on_a_gpu(
