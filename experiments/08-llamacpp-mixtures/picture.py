@@ -26,9 +26,10 @@ def main(model: str, out: str) -> None:
     found = [r for r in read(HERE / "matrix.csv") if r["model"] == model]
     figure, axes = plt.subplots(figsize=(7.5, 5), constrained_layout=True)
     for name, (colour, marker, words) in LOOKS.items():
-        x = [_bytes(r) for r in told]
+        known = [r for r in told if r[name]]
+        x = [_bytes(r) for r in known]
         axes.plot(
-            x, [float(r[name]) for r in told], colour, ls=":", marker=marker, ms=4, mfc="none"
+            x, [float(r[name]) for r in known], colour, ls=":", marker=marker, ms=4, mfc="none"
         )
         own = [r for r in found if r["file"] == {"theirs": "llama.cpp"}.get(name, name)]
         middle = [float(r["kl"]) for r in own]
