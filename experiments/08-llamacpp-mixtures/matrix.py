@@ -43,7 +43,14 @@ HERE = Path(__file__).parent
 RESULTS, FORETOLD = HERE / "matrix.csv", HERE / "foretold.csv"
 RESAMPLES, CHUNK = 2000, 51  # positions that are drawn together
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
-LADDER = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0")  # iq types would be better below 3.5 bits, see README
+LADDER = (
+    "q2_k",
+    "q3_k",
+    "q4_k",
+    "q5_k",
+    "q6_k",
+    "q8_0",
+)  # iq types would be better below 3.5 bits, see README
 ROLES = ("ffn_down", "attn_output", "attn_k", "attn_q", "ffn_up", "ffn_gate")
 OWN_GRID = ("q4_k", "q5_k", "q4_1", "q5_1")  # what the 1.5B came from, or what holds it
 Kinds = Mapping[str, str]  # tensor -> type

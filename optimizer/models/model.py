@@ -30,12 +30,11 @@ from optimizer.models.offload import opened as opened_on_disk
 from optimizer.models.published import lacking
 from optimizer.models.residence import Residence
 from optimizer.models.source import is_encoder, pooling, quiet
-from optimizer.plan import GGML, UNTOUCHED, Inventory, Layer, Precision
+from optimizer.plan import BY_ROW, UNTOUCHED, Inventory, Layer, Precision
 
 __all__ = ["DTYPES", "Model", "places", "read", "skeleton", "take_inventory", "write"]
 
 PIECE = 2**22  # numbers that are looked at together
-BY_ROW = ("int", "ternary", *GGML)  # kinds of precision whose rows may be rounded by themselves
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -244,11 +243,14 @@ class Rounding:
         precision = self._now.get(name, UNTOUCHED)
         if precision.kind == "none":
             return self._checkpoint.read(name, rows)
+
+        def own() -> Tensor:
+            return self._checkpoint.read(name, rows).float()
+
         if getattr(self._quantizer, "by_row", False) and precision.kind in BY_ROW:
-            own = self._checkpoint.read(name, rows).float()
-            return self._quantizer.round(own, precision, name)
+            return self._quantizer.round(own(), precision, name)
         find = getattr(self._quantizer, "some", None)
-        return None if find is None else find(name, precision, rows)
+        return None if find is None else find(name, precision, rows, own)
 
     def now(self, name: str, stored: Tensor) -> Tensor:
         """A block's tensor as it comes from disk -> as the choice says; layers only are rounded."""

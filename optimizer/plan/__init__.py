@@ -16,6 +16,7 @@ from optimizer.plan.plan import (
 )
 from optimizer.plan.policy import Policy, Rule, allowed
 from optimizer.plan.precision import (
+    BY_ROW,
     FLOATS,
     GGML,
     REFERENCE_BITS,
@@ -28,6 +29,7 @@ from optimizer.plan.precision import (
 from optimizer.plan.refinement import Pair, Refinement
 
 __all__ = [
+    "BY_ROW",
     "FLOATS",
     "GGML",
     "REFERENCE_BITS",

@@ -85,6 +85,7 @@ class Float:
     whole: bool = False
 
 
+BY_ROW = ("int", "ternary", *GGML)  # kinds whose rows can be rounded to nearest by themselves
 FLOATS = {
     "nvfp4": Float(4, 16, whole=True),  # E2M1, scales E4M3 (NVIDIA)
     "mxfp4": Float(4, 32),  # E2M1, scales E8M0 (OCP Microscaling Formats 1.0)

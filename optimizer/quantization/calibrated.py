@@ -21,7 +21,7 @@ from torch import Tensor
 from optimizer.models.arithmetic import sized
 from optimizer.models.blockwise import Stream
 from optimizer.models.experts import readable
-from optimizer.plan import FLOATS, Precision, digest
+from optimizer.plan import BY_ROW, FLOATS, Precision, digest
 from optimizer.quantization.gain import gain
 from optimizer.quantization.gptq import Solver
 from optimizer.quantization.material import Material, token_shares
@@ -173,10 +173,18 @@ class Calibrated:
             raise KeyError(f"{layer} at {precision.name} was not prepared")
         return self._unpacked(_tensors(found), precision, self._cols[layer])
 
-    def some(self, layer: str, precision: Precision, rows: slice | Tensor) -> Tensor | None:
-        """Some rows of what `round` gives; None for a layer whose inputs aren't seen."""
+    def some(
+        self,
+        layer: str,
+        precision: Precision,
+        rows: slice | Tensor,
+        own: Callable[[], Tensor],
+    ) -> Tensor | None:
+        """Some rows of what `round` gives; None where they can't be had alone. own: gives the
+        weight's."""
         if layer not in self._cols:
-            return None
+            near = precision.kind in BY_ROW
+            return self._nearest.round(own(), precision) if near else None
         if self._last[:2] != (layer, precision):  # a head's pieces come one after the other
             found = self._material.store.arrays("codes", self._alone(layer, precision))
             self._last = (layer, precision, None if found is None else _tensors(found))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from optimizer.errors import ConfigError
-from optimizer.plan import FLOATS, GGML, TRITS_PER_BYTE, Precision, packed_bytes
+from optimizer.plan import BY_ROW, FLOATS, GGML, TRITS_PER_BYTE, Precision, packed_bytes
 from optimizer.quantization import floats, ggml, ggml_native
 
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # fp16's subnormal step and maximum
@@ -162,10 +162,23 @@ class Given:
             return self._other.round(weight.float(), precision)
         return codes.decode().to(weight.device)
 
-    def some(self, layer: str, precision: Precision, rows: slice | Tensor) -> Tensor | None:
-        """Some rows of a layer's codes, unpacked, if it has any."""
-        found = None if self._some is None else self._some(layer, precision, rows)
-        return None if found is None else found.decode()
+    def some(
+        self,
+        layer: str,
+        precision: Precision,
+        rows: slice | Tensor,
+        own: Callable[[], Tensor],
+    ) -> Tensor | None:
+        """Some rows of what `round` gives; None where they can't be had alone. own: gives the
+        weight's."""
+        if self._some is None:
+            return None
+        found = self._some(layer, precision, rows)
+        if found is not None:
+            return found.decode()
+        if self._find(layer, precision) is None and precision.kind in BY_ROW:
+            return self._other.round(own(), precision)
+        return None
 
     def encode(self, weight: Tensor, precision: Precision, layer: str = "") -> Encoded:
         return self._find(layer, precision) or self._other.encode(weight, precision)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from optimizer.models.arithmetic import sized
-from optimizer.models.model import BY_ROW
-from optimizer.plan import GGML, Layer, Precision
+from optimizer.plan import BY_ROW, GGML, Layer, Precision
 from optimizer.sensitivity.table import Task
 
 CACHED = 2**17  # weights that are rounded at a time

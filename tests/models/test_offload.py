@@ -16,9 +16,9 @@ from optimizer.errors import ModelError
 from optimizer.metrics.divergence import Teacher
 from optimizer.models.blockwise import Stream
 from optimizer.models.head import OwnHead
-from optimizer.models.model import BY_ROW, Model, take_inventory
+from optimizer.models.model import Model, take_inventory
 from optimizer.models.offload import OnDisk, block_list, offloaded
-from optimizer.plan import WIDTH, Precision
+from optimizer.plan import BY_ROW, WIDTH, Precision
 from optimizer.quantization.uniform import Codes, Encoded, Given, Nearest, rows_of
 from optimizer.sensitivity.outputs import token_weights
 from tests.conftest import Small, build, mixed
@@ -255,6 +255,23 @@ def test_rows_of_known_codes_are_those_of_the_whole(
         kinds.clear()
         assert torch.equal(disk.net(input_ids=ids).logits, exact)
     assert set(kinds) == {"rows" if joint else "whole"}
+
+
+def test_rows_of_embeddings_without_codes_are_rounded_to_nearest(
+    llama: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A calibrated quantizer has none for them. Nobody rounds them whole."""
+    monkeypatch.setattr("optimizer.models.offload.LARGE", 0)
+    disk = Model.load(llama.folder, llama.inventory, offload="disk")
+    looked = next(x.name for x in llama.inventory.layers if x.kind == "embedding")
+    choice = {looked: Precision("int", 3, 16)}
+    given = Given(lambda *_: None, lambda *_: None)
+    ids = torch.from_numpy(IDS[:1])
+    with disk.rounded(given, choice), llama.model.rounded(Nearest(), choice):
+        whole = list[int]()
+        monkeypatch.setattr(given, "round", lambda *_: whole.append(1))
+        assert torch.equal(disk.net(input_ids=ids).logits, llama.model.net(input_ids=ids).logits)
+    assert not whole
 
 
 def test_codes_that_are_known_need_no_copy_of_the_weight(llama: Small) -> None:
