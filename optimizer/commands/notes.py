@@ -25,13 +25,11 @@ PRICED = 32  # pins whose price is told; each takes an exact solution
 
 def unwatched(config: Optimize, space: SearchSpace) -> list[str]:
     """Layers that a calibrated quantizer rounds to nearest."""
-    from optimizer.models.experts import readable
-
     head, experts = config.quantizer.reads_head, config.quantizer.reads_experts
     names = [
         x.name
         for x in space.scope
-        if not (x.watchable or (head and x.predicts) or (experts and readable(x)))
+        if not (x.watchable or (head and x.predicts) or (experts and x.fused))
     ]
     if not config.quantizer.calibrated or not names:
         return []

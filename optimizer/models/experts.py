@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from optimizer.errors import ModelError
-from optimizer.models.layout import start
 from optimizer.models.model import Model
 from optimizer.models.watching import Inputs, plain_experts
-from optimizer.plan import Layer
 
 
 class Experts:
@@ -20,8 +18,8 @@ class Experts:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        own = [x for x in model.inventory.layers if readable(x)]
-        self._starts = {x.name: at for x in own if (at := start(x)) is not None}
+        own = [x for x in model.inventory.layers if x.fused]
+        self._starts = {x.name: at for x in own if (at := x.start) is not None}
         self._order: list[str] = []  # their parameters, as the model multiplies with them
 
     def holds(self, layer: str) -> bool:
@@ -80,9 +78,3 @@ class Experts:
         watch = Inputs({name: net.get_parameter(name) for name in names}, use)
         with torch.no_grad(), plain_experts(net), watch:
             yield watch
-
-
-def readable(layer: Layer) -> bool:
-    """Whether the layer is one of a block's experts that lie in one tensor, each row by row."""
-    one = layer.block is not None and layer.kind == "experts" and layer.expert is not None
-    return one and start(layer) is not None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from optimizer.errors import ModelError
 from optimizer.models.checkpoint import Stored
-from optimizer.plan import Layer, Place
+from optimizer.plan import Place
 
 
 @dataclass(frozen=True)
@@ -247,17 +247,6 @@ def scatter(value: Tensor, places: Sequence[Place], get: Callable[[str], Tensor]
     value = value.contiguous()
     for place in places:
         live_part(get(place.parameter), place).copy_(stored_part(value, place))
-
-
-def start(layer: Layer) -> tuple[str, int] | None:
-    """The parameter that holds the layer's matrix row by row, and at which number it starts."""
-    if layer.transposed or layer.kind == "conv1d" or len(layer.shape) != 2:
-        return None
-    if not layer.places:
-        return layer.parameter, 0
-    place, *more = layer.places
-    plain = place.stored == place.live == (1,) and place.at_stored == 0 and not more
-    return (place.parameter, place.at_live) if plain else None
 
 
 def holders(net: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

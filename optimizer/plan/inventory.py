@@ -89,6 +89,23 @@ class Layer:
         return self.block is not None and self.kind in ("linear", "conv1d")
 
     @property
+    def start(self) -> tuple[str, int] | None:
+        """The parameter that holds its matrix row by row, and at which number it starts."""
+        if self.transposed or self.kind == "conv1d" or len(self.shape) != 2:
+            return None
+        if not self.places:
+            return self.parameter, 0
+        place, *more = self.places
+        plain = place.stored == place.live == (1,) and place.at_stored == 0 and not more
+        return (place.parameter, place.at_live) if plain else None
+
+    @property
+    def fused(self) -> bool:
+        """Whether it is one of a block's experts that lie in one tensor, each row by row."""
+        one = self.block is not None and self.kind == "experts" and self.expert is not None
+        return one and self.start is not None
+
+    @property
     def predicts(self) -> bool:
         """Whether the output head multiplies with it, perhaps as the tied embedding."""
         return self.kind == "head" or self.tied

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from optimizer.models.arithmetic import sized
 from optimizer.models.blockwise import Stream
-from optimizer.models.experts import readable
 from optimizer.plan import BY_ROW, FLOATS, Precision, digest
 from optimizer.quantization.gain import gain
 from optimizer.quantization.gptq import Solver
@@ -151,7 +150,7 @@ class Calibrated:
             return found
 
         settings: list[Any] = [self._method.damping, self._method.order]
-        if any(readable(x) for x in material.inventory.layers):
+        if any(x.fused for x in material.inventory.layers):
             settings.append("experts")
         key = digest(["gains", GAINS, material.calibration_key, *settings])
         kept = material.store.json("gains", key, make)
@@ -280,14 +279,14 @@ class Calibrated:
     @cached_property
     def _fused(self) -> set[str]:
         """Experts that lie in one tensor."""
-        return {x.name for x in self._material.inventory.layers if readable(x)}
+        return {x.name for x in self._material.inventory.layers if x.fused}
 
     @cached_property
     def _cols(self) -> dict[str, int]:
         """Columns of the layers whose inputs are seen; all others are rounded to nearest."""
         layers = self._material.inventory.layers
         heads = [x for x in layers if x.predicts] if self._settings.reads_head else []
-        fused = [x for x in layers if readable(x)] if self._settings.reads_experts else []
+        fused = [x for x in layers if x.fused] if self._settings.reads_experts else []
         return {x.name: x.cols for x in [*(x for x in layers if x.watchable), *fused, *heads]}
 
     def _alone(self, layer: str, precision: Precision) -> str:

@@ -155,7 +155,9 @@ class Study:
     @property
     def repeating(self) -> bool:
         """Whether half of the last trials only repeated plans: the sampler has closed in on what it
-        knows, though tokens are left."""
+        knows, though tokens are left. Proposals of `moves` change by themselves."""
+        if self.search.space == "moves":
+            return False
         last = self.tried()[-samplers.RECENT :]
         return 2 * sum(not tried.tokens for tried in last) >= samplers.RECENT
 

@@ -32,7 +32,6 @@ from optimizer.models.arithmetic import guides_in_bf16, guiding, sized
 from optimizer.models.blockwise import Batch, Stream
 from optimizer.models.halving import fitting, halved
 from optimizer.models.head import final_transform, output_head, tokens_together
-from optimizer.models.layout import start
 from optimizer.models.model import Model, read
 from optimizer.models.offload import offloaded
 from optimizer.models.watching import Products, begin_gradients, plain_experts
@@ -264,7 +263,7 @@ class _Passes:
         """As `_backward`, for layers that are matrices by which the block multiplies some of its
         tokens. False, and nothing done, where they aren't."""
         own = self.layers[block]
-        starts = {layer.name: place for layer in own if (place := start(layer)) is not None}
+        starts = {layer.name: place for layer in own if (place := layer.start) is not None}
         if len(starts) < len(own):
             return False
         names = {name for name, _ in starts.values()}

@@ -172,6 +172,8 @@ class Session:
     @property
     def _in_bf16(self) -> tuple[bool, bool]:
         """Whether what guides, and what measures, is multiplied in bf16."""
+        if self.device == "cpu":  # without torch
+            return (self.residence.arithmetic == "bf16",) * 2
         from optimizer.models import arithmetic
 
         return arithmetic.settled(self.residence.arithmetic, self.device)

@@ -80,7 +80,7 @@ def test_evaluate_times_both_models(mezzotint, packed_folder):
     said = " ".join(done.out.split())
     found = re.search(r"(\S+) tokens per second packed, (\S+) as the reference: (\S+) times", said)
     packed, reference, ratio = map(float, found.groups())
-    assert packed / reference == pytest.approx(ratio, rel=0.03)
+    assert packed / reference == pytest.approx(ratio, rel=0.06)  # of two digits
     price = re.search(r"tokens cost (\S+) packed", said)
     assert float(price[1]) == pytest.approx(throughput.price(0.36, packed), rel=0.02)
 
