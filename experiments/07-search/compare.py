@@ -251,6 +251,7 @@ class Race:
     def _other(self, config: Optimize, problem: Problem, start: np.ndarray, job: Job) -> Found:
         with self.session.model.rounded(self.quantizer) as rounding:
             settings = Search(space="moves", tokens=job.tokens)
+            assert isinstance(self.teacher, Teacher)
             windows, length = self.teacher.windows.ids.shape
             used = studies.tried_on(settings, windows, length)
             confirm = 4 * (windows - used) * length  # as ours spends at most

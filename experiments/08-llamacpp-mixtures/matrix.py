@@ -106,7 +106,7 @@ class Model:
 
     def loss(self, kinds: Kinds) -> float:
         """What the table says, in nats; NaN where it doesn't know a type."""
-        known = {}
+        known: dict[tuple[str, str], float] = {}
         means = self.table["samples"].mean(0)
         for name, own, losses in zip(
             *(self.table[k] for k in ("names", "kinds")), means, strict=True

@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ def reference(session: Session, out: Path) -> None:
 
 
 def columns(session: Session, out: Path) -> None:
-    found = {}
+    found: dict[str, Any] = {}
     for weighting in ("alike", "gradient"):
         rounder = bind(Importance(weighting=weighting), session)
         found |= {f"{weighting}|{name}": v for name, v in rounder.columns.items()}
@@ -86,6 +87,7 @@ def table(session: Session, out: Path) -> None:
     ids = session.windows("calibration").ids[::2]
     text = Text(ids, chunks(len(ids), len(ids)), 0)
     samples = by_block.samples(session.model, task, text, Desk())
+    assert samples is not None
     kinds = [[fitted[x.name, k].kind for k in KINDS] for x in layers]
     np.savez(out / "table.npz", samples=samples, names=[x.name for x in layers], kinds=kinds)
 

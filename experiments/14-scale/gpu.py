@@ -92,7 +92,8 @@ def written(net: Any, device: str) -> tuple[float, torch.Tensor]:
 
 
 def generate(folder: Path, device: str) -> dict[str, Any]:
-    packed, found = Path(f"{folder}-packed"), {}
+    packed = Path(f"{folder}-packed")
+    found: dict[str, Any] = {}
     plan = Plan.load(packed / "plan.json")
     shape = geometry.geometry(read_config(folder))
     budget = Budget(memory="80GB", context=BEFORE + TOKENS, overhead="0B")
