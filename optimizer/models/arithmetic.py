@@ -8,7 +8,7 @@ Passes that guide, for tables and Hessians, may therefore differ from those that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -71,33 +71,39 @@ def _hooks(mode: _Mode, kind: str) -> tuple[Callable[..., None], Callable[..., N
     return enter, leave
 
 
-@contextmanager
-def guiding(net: nn.Module) -> Iterator[None]:
+def guiding(net: nn.Module) -> AbstractContextManager[None]:
     """Inside, the model's passes guide: their results are means over much text."""
-    mode = _MODES.get(net)
-    if mode is None:
-        yield
-        return
-    before, mode.now = mode.now, mode.guide
-    try:
-        yield
-    finally:
-        mode.now = before
+    return _changed(net, guides_in_bf16(net))
+
+
+def exactly(net: nn.Module) -> AbstractContextManager[None]:
+    """Inside, the model multiplies in fp32."""
+    return _changed(net, False)
 
 
 @contextmanager
 def otherwise(net: nn.Module) -> Iterator[str]:
     """Inside, the model multiplies in another way than it measures; what that is: bf16, or fp32."""
     mode = _MODES.get(net)
-    if mode is None or not mode.now:
-        with torch.autocast(next(net.parameters()).device.type, dtype=torch.bfloat16):
-            yield "bf16"
+    if mode is not None and mode.now:
+        with exactly(net):
+            yield "fp32"
         return
-    mode.now = False
+    with torch.autocast(next(net.parameters()).device.type, dtype=torch.bfloat16):
+        yield "bf16"
+
+
+@contextmanager
+def _changed(net: nn.Module, now: bool) -> Iterator[None]:
+    mode = _MODES.get(net)
+    if mode is None:
+        yield
+        return
+    before, mode.now = mode.now, now
     try:
-        yield "fp32"
+        yield
     finally:
-        mode.now = True
+        mode.now = before
 
 
 def guides_in_bf16(net: nn.Module) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.errors import ModelError
-from optimizer.models.arithmetic import guiding
+from optimizer.models.arithmetic import exactly, guiding
 from optimizer.models.experts import Experts
 from optimizer.models.halving import fitting
 from optimizer.models.head import batches, head_input, windows_together
@@ -244,10 +244,13 @@ class Stream:
         names = {id(value): name for name, value in module.named_parameters()}
         own = {names[id(self._model.net.get_parameter(k))]: v for k, v in parameters.items()}
         args, kwargs = batch.calls[block]
-        with torch.no_grad():
-            found = torch.func.functional_call(module, own, (batch.hidden.clone(), *args), kwargs)
-        found = _first(found)
-        wanted = self._run(block, batch)
+
+        def run(values: Mapping[str, Tensor]) -> Tensor:
+            inputs = (batch.hidden.clone(), *args)
+            return _first(torch.func.functional_call(module, dict(values), inputs, kwargs))
+
+        with torch.no_grad(), exactly(self._model.net):
+            found, wanted = run(own), run({})
         return float((found - wanted).norm() / wanted.norm())
 
     def _run(self, block: int, batch: Batch) -> Tensor:

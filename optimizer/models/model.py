@@ -248,7 +248,11 @@ class Rounding:
             return self._checkpoint.read(name, rows).float()
 
         if getattr(self._quantizer, "by_row", False) and precision.kind in BY_ROW:
-            return self._quantizer.round(own(), precision, name)
+            if isinstance(rows, slice):  # the same at every pass, and kept where it is dear
+                return self._quantizer.round(own(), precision, name)
+            of_rows = getattr(self._quantizer, "of_rows", None)
+            rounder = self._quantizer if of_rows is None else of_rows(name)
+            return rounder.round(own(), precision, "")
         find = getattr(self._quantizer, "some", None)
         return None if find is None else find(name, precision, rows, own)
 

@@ -32,15 +32,14 @@ from optimizer.models.arithmetic import guides_in_bf16, guiding, sized
 from optimizer.models.blockwise import Batch, Stream
 from optimizer.models.halving import fitting, halved
 from optimizer.models.head import final_transform, output_head, tokens_together
-from optimizer.models.model import Model, read
+from optimizer.models.model import Model
 from optimizer.models.offload import offloaded
 from optimizer.models.watching import Products, begin_gradients, plain_experts
 from optimizer.plan import Layer
 from optimizer.sensitivity import vocabulary
 from optimizer.sensitivity.borders import Borders
-from optimizer.sensitivity.errors import blank, sample, settled, stacks
+from optimizer.sensitivity.errors import blank, settled
 from optimizer.sensitivity.fisher import (
-    add_square,
     backward,
     gradients,
     likelihood,
@@ -49,13 +48,13 @@ from optimizer.sensitivity.fisher import (
 )
 from optimizer.sensitivity.pace import TOTAL, Pace
 from optimizer.sensitivity.products import Met, Product, add_losses
+from optimizer.sensitivity.squares import Squares
 from optimizer.sensitivity.table import Desk, Task, Text, rarely_met
 from optimizer.sensitivity.vocabulary import Ends
 
 TOGETHER = 1024  # tokens that run through a block at a time
 MANY = 4096  # on a GPU
 COLLECTED = 2**28  # bytes of experts' inputs and gradients from which they are scored
-SQUARES = 2**27  # bytes of squares that exist at a time, if more than one chunk's are to
 AGREE = 1e-3  # how far two ways to one gradient may lie apart, as a share of it
 AGREE_BF16 = 0.05  # the same where both are products of bf16 numbers
 
@@ -236,12 +235,16 @@ class _Passes:
 
     # ------------------------------------------------------------ a block
 
+    def _squares(self, layers: Sequence[Layer]) -> Squares:
+        batches = len(self.stream.batches)
+        return Squares(self.model, self.task, self.text, layers, batches, self.losses)
+
     def _backward(self, block: int, arrived: list[Tensor]) -> None:
         """arrived: each batch's gradient at the block's output; at its input afterwards."""
         own = self.layers[block]
         if block in self.odd and self._by_products(block, arrived):
             return
-        squares = _Squares(self, own)
+        squares = self._squares(own)
         for index, batch in enumerate(self.stream.batches):
             hidden = self.borders.take(block, index, batch.hidden).requires_grad_(True)
             windows = self.windows[index]
@@ -292,7 +295,7 @@ class _Passes:
 
     def _multiply(
         self,
-        squares: _Squares,
+        squares: Squares,
         batch: Batch,
         windows: range,
         met: set[str],
@@ -350,7 +353,7 @@ class _Passes:
         own = [x for x in self.layers[None] if x not in wide]
         if not own:
             return
-        net, squares = self.model.net, _Squares(self, own)
+        net, squares = self.model.net, self._squares(own)
         parameters = {name: net.get_parameter(name) for name in sorted(squares.names)}
         heads = any(x.predicts for x in own)
         try:
@@ -407,45 +410,3 @@ def _rows(gradient: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
         return whole.indices()[0], whole.values()
     ids = gradient.any(1).nonzero()[:, 0]
     return ids, gradient[ids]
-
-
-class _Squares:
-    """Sums of squared gradients of some layers' parameters: of several chunks at a time, as far as
-    memory goes, since each precision is rounded once for all of them.
-
-    at_once: a batch's gradients are better scored as they come, some rows at a time. Nothing of the
-    layers' size is kept then, and each precision is rounded once a batch, not once for the chunks
-    that fit."""
-
-    def __init__(self, passes: _Passes, layers: Sequence[Layer]) -> None:
-        self._passes, self._layers = passes, layers
-        self.names = {x.parameter for x in layers}
-        size = 4 * sum(x.weights for x in layers)
-        self._some = max(1, SQUARES // max(size, 1))
-        turns = -(-len(passes.text.runs) // self._some)
-        self.at_once = len(passes.stream.batches) < turns
-        self._first = 0
-        self._sums: dict[int, dict[str, Tensor]] = {}  # by chunk
-
-    def add(self, window: int, name: str, gradient: Tensor) -> None:
-        """Windows come in order."""
-        chunk = self._passes.text.chunk(window)
-        if chunk >= self._first + self._some:
-            self.score()
-            self._first = chunk
-        add_square(self._sums.setdefault(chunk, {}), name, gradient)
-
-    def score(self) -> None:
-        """sum_ij F_ij dW_ij^2 of each layer, precision and chunk that is here."""
-        passes = self._passes
-        for layer in self._layers:
-            chunks = [c for c, sums in self._sums.items() if layer.parameter in sums]
-            if not chunks:  # no token's loss depends on it
-                continue
-            weight = passes.model.weight(layer.name)
-            for columns, rows, errors in stacks(passes.task, layer, weight, sample(layer)):
-                found = passes.losses[layer.name]
-                for c in chunks:
-                    fisher = read(self._sums[c].__getitem__, layer)[rows].reshape(-1)
-                    found[c, columns] += (errors @ fisher).double().cpu().numpy()
-        self._sums = {}

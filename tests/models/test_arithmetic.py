@@ -15,6 +15,7 @@ from optimizer.data.text import Data, Part, Windows
 from optimizer.errors import ConfigError
 from optimizer.metrics.divergence import Teacher
 from optimizer.models import arithmetic
+from optimizer.models.blockwise import Stream
 from optimizer.models.checkpoint import open_checkpoint
 from optimizer.models.model import Model
 from optimizer.models.offload import block_list
@@ -96,6 +97,21 @@ def test_a_table_in_bf16_is_that_of_fp32_but_for_its_noise(llama: Small) -> None
     assert 0 < np.median(off) < 0.1 and not np.array_equal(rough, exact)
 
 
+def test_whether_a_block_moves_is_told_in_fp32(model: Model) -> None:
+    """In bf16 it always moved a little, and no activation scale was ever folded."""
+    _apply(model, guide=True, measure=True)
+    stem = "model.layers.1"
+    parameters = {
+        f"{stem}.self_attn.{x}_proj.weight": model.parameter(f"{stem}.self_attn.{x}_proj.weight")
+        * 3
+        for x in "qkv"
+    }
+    norm = f"{stem}.input_layernorm.weight"
+    stream = Stream(model, IDS, frozen=True)
+    assert stream.moved(1, parameters | {norm: model.parameter(norm) / 3}) < 1e-5
+    assert stream.moved(1, parameters) > 1e-2
+
+
 def test_the_noise_floor_is_what_another_arithmetic_makes(model: Model) -> None:
     windows = Windows(IDS, np.arange(len(IDS)))
     for measure, other in ((False, "bf16"), (True, "fp32")):
@@ -159,6 +175,22 @@ def test_on_a_gpu_weights_stay_there_as_they_are_stored_if_fp32_is_too_much(
     assert settled("cpu", 3) == "cpu" and settled("disk", 3) == "disk"
     monkeypatch.setattr("optimizer.models.residence.COMFORT", 1000)
     assert settled("auto", 100) == "device"
+
+
+def test_a_session_asks_for_room_on_its_own_device(
+    llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optimizer.stages.session.check_device", lambda _name: None)
+    part = Part(sequences=2, length=16)
+    config = Optimize(model=str(llama.folder), device="cuda", offload="disk", arithmetic="fp32")
+    session = Session.open(
+        config.model,
+        Data(source="self", calibration=part, search=part, heldout=part),
+        str(tmp_path),
+        device="cuda",
+        residence=config.residence,
+    )
+    assert session.residence == Residence("disk", device="cuda", arithmetic="fp32")
 
 
 def test_what_is_read_goes_to_the_device_and_no_more_than_is_asked(llama: Small) -> None:

@@ -19,8 +19,10 @@ from optimizer.models.head import OwnHead
 from optimizer.models.model import Model, take_inventory
 from optimizer.models.offload import OnDisk, block_list, offloaded
 from optimizer.plan import BY_ROW, WIDTH, Precision
+from optimizer.quantization.keeping import Keeping
 from optimizer.quantization.uniform import Codes, Encoded, Given, Nearest, rows_of
 from optimizer.sensitivity.outputs import token_weights
+from optimizer.store import Store
 from tests.conftest import Small, build, mixed
 
 IDS = np.random.default_rng(3).integers(3, 96, (5, 24))
@@ -233,7 +235,9 @@ def test_rows_of_known_codes_are_those_of_the_whole(
     monkeypatch.setattr("optimizer.models.offload.LARGE", 0)
     monkeypatch.setattr("optimizer.models.offload.PIECE", 4 * 64 * 7)
     disk = Model.load(small.folder, small.inventory, offload="disk")
-    ends = [x for x in small.inventory.layers if x.kind in ("embedding", "head")]
+    net = small.model.net
+    large = {id(end.weight) for end in (net.get_input_embeddings(), net.get_output_embeddings())}
+    ends = [x for x in small.inventory.layers if id(net.get_parameter(x.parameter)) in large]
     choice = {x.name: Precision("int", 5, 16) for x in ends}
     codes = {n: Nearest().encode(small.model.weight(n), p) for n, p in choice.items()}
     kinds = list[str]()
@@ -250,9 +254,11 @@ def test_rows_of_known_codes_are_those_of_the_whole(
 
     given = Given(find, some if joint else None)
     ids = torch.from_numpy(IDS[:1])
-    with disk.rounded(given, choice), small.model.rounded(Given(find), choice):
+    with small.model.rounded(Given(find), choice):
         exact = small.model.net(input_ids=ids).logits
-        kinds.clear()
+    kinds.clear()
+    disk.net(input_ids=ids)  # a head that is here is rounded anew
+    with disk.rounded(given, choice):
         assert torch.equal(disk.net(input_ids=ids).logits, exact)
     assert set(kinds) == {"rows" if joint else "whole"}
 
@@ -363,3 +369,21 @@ def test_a_model_that_changes_its_weights_as_it_runs_stays_in_memory(tmp_path: P
     for where in ("cpu", "disk"):
         with pytest.raises(ModelError, match="RwkvForCausalLM changes its own weights"):
             Model.load(folder, inventory, offload=where)
+
+
+def test_rows_that_are_looked_up_are_rounded_and_not_kept(
+    llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of a head come again at every pass, and their searched scales are kept by content; any
+    text's words would be as many entries as there are texts."""
+    monkeypatch.setattr("optimizer.models.offload.LARGE", 0)
+    disk = Model.load(llama.folder, llama.inventory, offload="disk")
+    looked = next(x.name for x in llama.inventory.layers if x.kind == "embedding")
+    choice = {looked: Precision.ggml("q4_0")}
+    keeping = Keeping(store=Store(tmp_path))
+    with disk.rounded(keeping, choice), llama.model.rounded(Nearest(), choice):
+        for row in IDS[:3]:
+            ids = torch.from_numpy(row)[None]
+            table = (disk.net.get_input_embeddings(), llama.model.net.get_input_embeddings())
+            assert torch.equal(*(embed(ids) for embed in table))
+    assert not list(tmp_path.rglob("*.safetensors"))

@@ -21,7 +21,16 @@ from optimizer.models.head import _with_fixed, unchanged
 from optimizer.models.model import Model, take_inventory
 from optimizer.plan import Layer, Precision
 from optimizer.quantization.uniform import Nearest
-from optimizer.sensitivity import Desk, Task, Text, by_block, chunks, errors, vocabulary
+from optimizer.sensitivity import (
+    Desk,
+    Task,
+    Text,
+    by_block,
+    chunks,
+    errors,
+    squares,
+    vocabulary,
+)
 from optimizer.sensitivity.fisher import diagonal
 from tests.conftest import slow_beside
 
@@ -224,7 +233,7 @@ def test_squares_of_some_chunks_at_a_time_give_the_same(
 ) -> None:
     model, read = small("llama tied", tmp_path), text(weighted=False)
     wanted = by_block.samples(model, task_of(model), read, Desk())
-    monkeypatch.setattr(by_block, "SQUARES", 1)
+    monkeypatch.setattr(squares, "SQUARES", 1)
     monkeypatch.setattr(errors, "STACK", 1)
     found = by_block.samples(model, task_of(model), read, Desk())
     assert found is not None and wanted is not None
@@ -306,9 +315,9 @@ def test_gradients_that_are_scored_as_they_come_give_the_same(
     def never(*_: Any) -> None:
         raise AssertionError("a gradient of a layer's size was kept")
 
-    monkeypatch.setattr(by_block, "SQUARES", 1)
+    monkeypatch.setattr(squares, "SQUARES", 1)
     monkeypatch.setattr(errors, "STACK", 1)
-    monkeypatch.setattr(by_block._Squares, "add", never)
+    monkeypatch.setattr(squares.Squares, "add", never)
     blocks = [x for x in model.layers.values() if x.block is not None]
     inside = replace(
         work, groups=tuple((x.name,) for x in blocks), quantizer=Told(),
@@ -344,7 +353,7 @@ def test_types_of_llama_cpp_are_scored_on_some_rows(
             return super().round(weight, precision, layer)
 
     monkeypatch.setattr(errors, "SAMPLED", 24 * 64)
-    monkeypatch.setattr(by_block, "SQUARES", 1)
+    monkeypatch.setattr(squares, "SQUARES", 1)
     monkeypatch.setattr(vocabulary, "LARGE", 0 if large else 2**30)
     found = by_block.samples(model, replace(work, quantizer=Told()), read, Desk())
     assert found is not None and wanted is not None
