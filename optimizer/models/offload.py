@@ -54,7 +54,7 @@ class OnDisk:
         for i, own in enumerate(self._tensors):
             self._names |= {p.parameter: i for t in own for p in places(t)}
         self._here: set[int] = set()
-        self._partly: set[int] = set()  # of these, what has only the rows that are looked up
+        self._partly: set[int] = set()  # of these, what has only rows, while they are looked up
         self._taking_turns: greenlet | None = None
         self.brought = 0  # blocks that were read so far
         self.read = 0  # bytes of them, and of embeddings and head
@@ -199,7 +199,7 @@ class OnDisk:
     # ------------------------------------------------------------ bring and drop
 
     def _bring(self, index: int) -> None:
-        if index in self._here - self._partly:
+        if index in self._here:
             return
         blocks = len(self._modules)
         for other in list(self._here):

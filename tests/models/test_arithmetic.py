@@ -49,8 +49,13 @@ def test_only_passes_that_guide_multiply_in_bf16(model: Model) -> None:
     exact = _logits(model)
     _apply(model, guide=True, measure=False)
     assert torch.equal(_logits(model), exact)
+    kinds = list[torch.dtype]()
+    linear = block_list(model.net, model.inventory)[0].mlp.down_proj
+    handle = linear.register_forward_hook(lambda _m, _i, out: kinds.append(out.dtype))
     with arithmetic.guiding(model.net):
         rough = _logits(model)
+        handle.remove()
+        assert kinds == [torch.bfloat16]
         assert rough.dtype == torch.float32
         off = float((rough - exact).norm() / exact.norm())
         assert 1e-5 < off < 0.02  # three digits

@@ -696,7 +696,9 @@ def test_experts_in_one_tensor_are_rounded_with_what_each_is_given(
     with torch.no_grad():
         stream = Stream(material.model, material.calibration(), experts=True)
         stream.advance(0)
-        sets = [s for step in stream.steps(1) for s in step if s[0] in hessians]
+        steps = [step for step in stream.steps(1) if step[0][0] in hessians]
+        assert [{len(names) for names in step} for step in steps] == [{2}, {1}]  # down comes last
+        sets = [names for step in steps for names in step]
         assert {name for names in sets for name in names} == hessians.keys()
         for names, own in zip(sets, stream.hessians(1, sets), strict=True):
             for name in names:
@@ -722,7 +724,7 @@ def test_experts_in_one_tensor_are_rounded_with_what_each_is_given(
         assert torch.equal(again.round(weight, P3, name), rounder.round(weight, P3, name))
 
 
-def test_experts_are_rounded_jointly_too(made: Maker) -> None:
+def test_experts_are_rounded_jointly_too(made: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `down` is given comes from the rounded experts then."""
     material = made("mixtral")
     choice = {x.name: P3 for x in material.inventory.layers if x.block is not None}
@@ -735,7 +737,12 @@ def test_experts_are_rounded_jointly_too(made: Maker) -> None:
             with material.model.rounded(rounder, choice):
                 return float((net.model(ids).last_hidden_state - exact).norm() / exact.norm())
 
-    jointly = gptq(material, inputs="rounded").rounder(choice)
+    own = gptq(material, inputs="rounded")
+    with monkeypatch.context() as before:  # whose codes in the store are others
+        keys = own._block_keys(choice)
+        before.setattr(Gptq, "reads_experts", False)
+        assert not keys.items() & gptq(material, inputs="rounded")._block_keys(choice).items()
+    jointly = own.rounder(choice)
     alone = gptq(material).rounder(choice, joint=False)
     assert max(off(jointly), off(alone)) < off(Nearest())
     for layer in (x for x in material.inventory.layers if x.kind == "experts" and x.block == 0):
