@@ -249,6 +249,7 @@ class Race:
         return found.assignment, found.spent, curve
 
     def _other(self, config: Optimize, problem: Problem, start: np.ndarray, job: Job) -> Found:
+        self.quantizer.prepare(self.space.offered)
         with self.session.model.rounded(self.quantizer) as rounding:
             settings = Search(space="moves", tokens=job.tokens)
             assert isinstance(self.teacher, Teacher)

@@ -17,9 +17,10 @@ from optimizer.models.model import Model, take_inventory
 from optimizer.plan import Precision
 from optimizer.quantization.uniform import Nearest
 from optimizer.sensitivity import Desk, Task, Text, by_block, chunks
+from optimizer.sensitivity.squares import Squares
 
 
-class Squares(by_block._Squares):
+class Kept(Squares):
     """Never scored while they come."""
 
     at_once = property(lambda _: False, lambda _self, _value: None)
@@ -35,10 +36,10 @@ def main(folder: Path, out: Path, windows: int, length: int) -> None:
     task = Task(tuple((name,) for name in names), tuple(columns), fitted, Nearest())
     ids = np.random.default_rng(0).integers(512, size=(windows, length))
     read = Text(ids, chunks(windows, min(8, windows)), 0)
-    products, squares = by_block._Passes._by_products, by_block._Squares
+    products = by_block._Passes._by_products
     found = {}
     for way in ("products", "squares"):
-        by_block._Squares = squares if way == "products" else Squares  # type: ignore[misc]
+        by_block.Squares = Squares if way == "products" else Kept  # type: ignore[attr-defined]
         by_block._Passes._by_products = (  # type: ignore[method-assign]
             products if way == "products" else lambda *_: False
         )

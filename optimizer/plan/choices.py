@@ -32,3 +32,10 @@ class Choices:
             for group, column in zip(self.groups, assignment, strict=True)
             for name in group
         }
+
+    @property
+    def offered(self) -> dict[str, list[Precision]]:
+        """All precisions of each layer, one a column."""
+        return {
+            x.name: [self.fitted[x.name, column] for column in self.columns] for x in self.scope
+        }

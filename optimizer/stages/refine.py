@@ -18,7 +18,7 @@ import numpy as np
 
 from optimizer.errors import ConfigError
 from optimizer.metrics.objective import Objective
-from optimizer.plan import Precision, digest
+from optimizer.plan import digest
 from optimizer.quantization.methods import bind
 from optimizer.search import Problem, Search, starts
 from optimizer.search.surrogate import Seen, Slope, believe
@@ -29,7 +29,6 @@ from optimizer.stages.beside import Beside
 from optimizer.stages.objective import own_head
 from optimizer.stages.prepared import Prepared
 from optimizer.stages.session import Session
-from optimizer.stages.space import SearchSpace
 from optimizer.stages.trials import history, shown, volume
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def refine(prepared: Prepared, problem: Problem, start: np.ndarray, journal: Pat
     with studies.in_turn(session, settings, journal.with_name(name)):
         study = Study.open(settings, problem, name, journal, config.seed, session.view.note)
         quantizer = bind(config.quantizer, session)
-        quantizer.prepare(_offered(space))  # all codes, while the model holds its own weights
+        quantizer.prepare(space.offered)  # all codes, while the model holds its own weights
         with session.model.rounded(quantizer) as rounding:
             scout = Scout(prepared, problem, study, rounding, beside)
             scout.aim(start)
@@ -117,13 +116,6 @@ def _over(settings: Search, study: Study, begun: float) -> bool:
         return True
     late = settings.seconds is not None and time.monotonic() - begun >= settings.seconds
     return late or study.spent >= settings.tokens
-
-
-def _offered(space: SearchSpace) -> dict[str, list[Precision]]:
-    return {
-        layer.name: [space.fitted[layer.name, column] for column in space.columns]
-        for layer in space.scope
-    }
 
 
 class Scout:
