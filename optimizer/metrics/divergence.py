@@ -84,7 +84,7 @@ class Teacher:
         self.windows = windows
         self._together = max(1, BATCH_TOKENS // windows.ids.shape[1])
         self._hidden = [hidden for _, hidden in hidden_states(net, windows.ids, self._together)]
-        self._shape = final_transform(net, windows.ids[:1])
+        self._shape = final_transform(net)
         head = output_head(net)
         self._some = tokens_together(head)
         self.objective = Objective()

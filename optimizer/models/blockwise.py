@@ -62,15 +62,14 @@ class Stream:
         self._shared: dict[int, list[list[str]]] = {}
         self._outputs = 0  # of a block that returns several things: how many
         self.ends = False  # whether `tail` gives what the head really gets
-        self._seen: dict[
-            str, int
-        ] = {}  # by how many tokens of the first batch a layer was visited
+        self._seen: dict[str, int] = {}  # by how many of the learned tokens a layer was visited
+        self._learned = 0  # tokens of the first whole pass
         together = together or fitting(model.net, windows_together(ids))
         self.batches = self._begin(batches(ids, together))
 
     def sees_all(self, layer: str) -> bool:
         """Whether every token runs through the layer's module."""
-        return self._seen.get(layer) == self.batches[0].ids.numel()
+        return self._seen.get(layer) == self._learned
 
     def inputs(self, block: int) -> list[list[str]]:
         """Layers of the block that have a Hessian, in the order of execution; those that read the
@@ -261,26 +260,36 @@ class Stream:
         return self._model.net.get_submodule(layer.parameter.rpartition(".")[0])
 
     def _begin(self, parts: Iterable[Tensor]) -> list[Batch]:
-        """Every batch at the first block's door. The first batch runs through the whole model;
-        others only if their calls differ from its own (inputs that depend on the tokens)."""
+        """Every batch at the first block's door. One window runs through the whole model, a batch of
+        them where a layer may see all of its tokens by chance; other batches only if blocks get
+        what depends on the tokens, or may: something that the first block doesn't get."""
         found: list[Batch] = []
         device = next(self._model.net.parameters()).device
+        routed = any(layer.expert is not None for layer in self._model.inventory.layers)
+        first: Batch | None = None
+        settled = False  # two batches of one size got the same in all blocks
         for batch in parts:
             moved = batch.to(device)
-            if not found:
+            if first is None:
+                some = moved if routed else moved[:1]
                 with (
                     self._learning(),
                     self._experts.learning() if self._experts else nullcontext(),
                 ):
-                    first, entered = self._record(moved, whole=True)
+                    first, entered = self._record(some, whole=True)
                 self._check(first, entered)
-                found.append(first)
-                continue
+                self._learned = some.numel()
+                if len(some) == len(moved):
+                    found.append(first)
+                    continue
             own, _ = self._record(moved, whole=False)
-            if _same(own.calls[0], found[0].calls[0]):
-                own = Batch(own.hidden, found[0].calls, moved)
+            known = settled and len(moved) == len(first.ids)
+            if _same(own.calls[0], first.calls[0]) and (known or _plain(first.calls)):
+                own = Batch(own.hidden, first.calls, moved)
             else:
                 own, _ = self._record(moved, whole=True)
+                settled = _same(own.calls, first.calls) and len(moved) == len(first.ids)
+                first = max(first, own, key=lambda x: len(x.ids))
             found.append(own)
         return found
 
@@ -394,6 +403,20 @@ def blocks_of(model: Model) -> list[nn.Module]:
     if not found:
         raise ModelError("A calibrated quantizer needs a model with blocks. Take quantizer=rtn.")
     return found
+
+
+def _plain(calls: Sequence[Call]) -> bool:
+    """Whether no block gets a tensor that the first one doesn't get, too."""
+    known = {id(x) for x in _tensors(calls[0])}
+    return all(id(x) in known for call in calls for x in _tensors(call))
+
+
+def _tensors(given: Any) -> Iterator[Tensor]:
+    if isinstance(given, Tensor):
+        yield given
+    elif isinstance(given, dict | tuple | list):
+        for x in given.values() if isinstance(given, dict) else given:
+            yield from _tensors(x)
 
 
 def _same(a: Any, b: Any) -> bool:

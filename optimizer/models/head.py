@@ -31,7 +31,7 @@ class Predictor:
 
     def __init__(self, net: nn.Module) -> None:
         self._head = output_head(net)
-        self._shape = final_transform(net, np.zeros((1, 2), np.int64))
+        self._shape = final_transform(net)
         self.together = tokens_together(self._head)
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -160,14 +160,14 @@ def head_input(net: nn.Module, ids: Tensor) -> Tensor:
     return caught[0]
 
 
-def final_transform(net: Any, ids: np.ndarray) -> Callable[[Tensor], Tensor]:
+def final_transform(net: Any) -> Callable[[Tensor], Tensor]:
     """What the architecture does to the head's output: nothing, scaling (Granite, Falcon-H1),
     soft-capping (Gemma, xLSTM), fixed logits for some tokens. Found by sending known numbers through
     it in the head's place, so that no weights and no names in a config matter. Raises ModelError for
     anything else."""
-    batch = torch.from_numpy(ids).to(next(net.parameters()).device)
-    first, other = (_probe(net, batch, WIDE, shift) for shift in (0, 7))
-    low, high = (_probe(net, batch, NARROW, shift) for shift in (0, 7))
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(net.parameters()).device)
+    first, other = (_probe(net, ids, WIDE, shift) for shift in (0, 7))
+    low, high = (_probe(net, ids, NARROW, shift) for shift in (0, 7))
     sent, found = first
     free = low[1] != high[1]  # of numbers that no cap makes alike; all of these differ
     shape = _fitted(sent[free].double(), found[free].double(), _numbers(net.config))
@@ -203,7 +203,7 @@ def _probe(net: Any, ids: Tensor, values: Tensor, shift: int) -> tuple[Tensor, T
     handles = [head.register_forward_pre_hook(shorten), head.register_forward_hook(replace)]
     try:
         with torch.inference_mode(), disk.bypassed() if disk is not None else nullcontext():
-            found = net(input_ids=ids[:1], use_cache=False).logits
+            found = net(input_ids=ids, use_cache=False).logits
     except (IndexError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         if disk is not None and "single memory location" in str(error):  # an absent weight's
             raise ModelError(

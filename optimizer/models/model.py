@@ -130,7 +130,7 @@ class Model:
             _compare(net, inventory, checkpoint)
         if is_encoder(folder):
             return cls(net, inventory, checkpoint, pooling(folder))
-        final_transform(net, np.zeros((1, 2), np.int64))  # refuses early what can't be measured
+        final_transform(net)  # refuses early what can't be measured
         return cls(net, inventory, checkpoint)
 
     @cached_property

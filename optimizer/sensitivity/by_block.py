@@ -122,7 +122,7 @@ class _Passes:
         """odd: blocks with layers that some tokens pass by; they run one window at a time."""
         self.model, self.task, self.text, self.stream = model, task, text, stream
         self.borders, self.odd = borders, odd
-        self.head, self.shape = output_head(model.net), final_transform(model.net, text.ids[:1])
+        self.head, self.shape = output_head(model.net), final_transform(model.net)
         layers = [model.layers[name] for name in task.layers]
         self.layers = {
             block: [x for x in layers if x.block == block]

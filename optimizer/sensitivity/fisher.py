@@ -72,9 +72,10 @@ def backward(scalar: Tensor) -> None:
 
 
 def add_square(squares: dict[str, Tensor], name: str, gradient: Tensor) -> None:
-    if name not in squares:
-        squares[name] = torch.zeros_like(gradient)
-    squares[name].addcmul_(gradient, gradient)
+    if name in squares:
+        squares[name].addcmul_(gradient, gradient)
+    else:
+        squares[name] = gradient.square()
 
 
 def _diagonal(model: Model, task: Task, layer: Layer, squares: dict[str, Tensor]) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from optimizer.models.model import Model, read
@@ -60,7 +61,7 @@ class Squares:
                 continue
             weight, found = self._model.weight(layer.name), self._losses[layer.name]
             for columns, rows, errors in stacks(self._task, layer, weight, sample(layer)):
-                for c in chunks:
-                    fisher = read(self._sums[c].__getitem__, layer)[rows].reshape(-1)
-                    found[c, columns] += (errors @ fisher).double().cpu().numpy()
+                squares = [read(self._sums[c].__getitem__, layer)[rows] for c in chunks]
+                fisher = torch.stack(squares).flatten(1)
+                found[np.ix_(chunks, columns)] += (fisher @ errors.T).double().cpu().numpy()
         self._sums = {}

@@ -53,7 +53,7 @@ BEHIND: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", list(BEHIND))
 def test_what_follows_is_found(name: str) -> None:
     net = Headed(BEHIND[name], factor=3.0, cap=30, other=0.25)
-    found = final_transform(net, np.zeros((1, 2), np.int64))
+    found = final_transform(net)
     z = 40 * torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(found(z), BEHIND[name](z), rtol=1e-5, atol=1e-6)
     assert (found is unchanged) == (name == "nothing")
@@ -65,7 +65,7 @@ def test_what_follows_is_found(name: str) -> None:
 )
 def test_what_isnt_known_is_refused(behind: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(ModelError, match="isn't supported"):
-        final_transform(Headed(behind), np.zeros((1, 2), np.int64))
+        final_transform(Headed(behind))
 
 
 def test_a_model_that_fails_before_its_head_is_told_so() -> None:
@@ -73,7 +73,7 @@ def test_a_model_that_fails_before_its_head_is_told_so() -> None:
     net = Headed(lambda z: z)
     net.body.register_forward_hook(lambda _, __, output: output.clamp(min=None, max=None))
     with pytest.raises(ModelError, match=r"can't run Headed on text \(RuntimeError: .*clamp"):
-        final_transform(net, np.arange(8)[None])
+        final_transform(net)
 
 
 def test_small_logits_hide_no_cap() -> None:
@@ -81,13 +81,11 @@ def test_small_logits_hide_no_cap() -> None:
     net = Headed(BEHIND["capped"], cap=30.0)
     for value in net.parameters():
         nn.init.normal_(value, std=1e-4)
-    assert final_transform(net, np.zeros((1, 2), np.int64)) is not unchanged
+    assert final_transform(net) is not unchanged
 
 
 def test_real_models(small: Small) -> None:
-    assert (small.name == "gemma2") != (
-        final_transform(small.model.net, np.zeros((1, 2), np.int64)) is unchanged
-    )
+    assert (small.name == "gemma2") != (final_transform(small.model.net) is unchanged)
 
 
 def test_a_head_that_predicts_several_tokens_ahead_is_refused() -> None:

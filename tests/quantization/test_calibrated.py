@@ -142,6 +142,36 @@ def test_block_by_block_is_the_whole_model(kind: str, made: Maker) -> None:
     assert torch.allclose(streamed, last[0], atol=1e-4, rtol=1e-4)
 
 
+def test_a_later_block_gets_its_own_windows_tensors(made: Maker) -> None:
+    """Something of the tokens that the first block doesn't get, such as values of a first layer: the
+    first batch's was given to all."""
+    material = made("llama")
+    model, ids = material.model, material.calibration()[:4]
+    net: Any = model.net
+    looked: list[torch.Tensor] = []
+    second = net.model.layers[1]
+
+    def give(_module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {"seen": looked[-1], **kwargs}
+
+    handles = [
+        net.model.embed_tokens.register_forward_hook(lambda _m, _a, out: looked.append(out)),
+        second.register_forward_pre_hook(give, with_kwargs=True),
+        second.register_forward_hook(lambda _m, _a, kw, y: y + kw["seen"], with_kwargs=True),
+    ]
+    try:
+        stream = Stream(model, ids, together=2)
+        for block in range(len(stream.blocks)):
+            stream.advance(block)
+        with torch.no_grad():
+            wanted = net.model(torch.from_numpy(ids)).last_hidden_state
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = torch.cat([stream.tail(x.ids, x.hidden) for x in stream.batches])
+    assert torch.allclose(found, wanted, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_hessians_are_sums_over_a_layers_own_inputs(kind: str, made: Maker) -> None:
     material = made(kind)
