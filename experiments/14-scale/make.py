@@ -1,6 +1,6 @@
 """A random Llama or Qwen3-MoE in bf16, written a block at a time, with the stories model's tokenizer.
 
-python experiments/14-scale/make.py FOLDER [500m|1b|3b|8b|moe [DEVICE]]    its numbers come from there
+python experiments/14-scale/make.py FOLDER [500m|1b|1.5b|3b|8b|moe [DEVICE]]
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ SIZES = {
     "experts": Size(1024, 384, 2, 16, 4, words=512, experts=128),  # two of moe's
     "500m": Size(1280, 3520, 24, 20, 4),
     "1b": Size(2048, 5632, 22, 32, 4),
+    "1.5b": Size(1536, 8960, 28, 12, 2),
     "3b": Size(3072, 8192, 28, 24, 8),
     "8b": Size(4096, 14_336, 32, 32, 8, words=128_256),
     "moe": Size(1024, 384, 24, 16, 4, words=151_936, experts=128),  # 4 billion, .5 at work

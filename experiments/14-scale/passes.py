@@ -75,7 +75,7 @@ def processor(run: Callable[[Model, np.ndarray], None], model: Model, ids: np.nd
     return time.process_time() - began
 
 
-def main(folder: Path, windows: int, length: int, times: int = 0, out: str = "") -> None:
+def main(folder: Path, windows: int, length: int, times: int, out: Path) -> None:
     model = Model.load(folder, take_inventory(folder), offload="disk")
     ids = np.random.default_rng(0).integers(500, size=(windows, length))
     if not times:
@@ -85,10 +85,11 @@ def main(folder: Path, windows: int, length: int, times: int = 0, out: str = "")
         row = {"model": folder.name, "turn": turn, "passes_s": f"{passes:.1f}"}
         row |= {"table_s": f"{own:.1f}", "ratio": f"{own / passes:.2f}"}
         print(row, flush=True)
-        append(Path(out), row, folder.name, windows, length)
+        append(out, row, folder.name, windows, length)
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     given = sys.argv
-    main(Path(given[1]), *map(int, given[2:5]), *given[5:])
+    times, out = (int(given[4]), Path(given[5])) if given[4:] else (0, Path())
+    main(Path(given[1]), int(given[2]), int(given[3]), times, out)

@@ -25,6 +25,7 @@ from rich.text import Text
 from optimizer.stages.view import View
 
 MOST = 0.8  # of what is left of a stage that one bar stands for
+KNOWN = 0.02  # share from which on the rest is guessed from it
 EVERY = 30.0  # seconds between two lines where output is no terminal
 
 
@@ -57,6 +58,11 @@ class Whole:
         return f"{list(self._costs).index(self.now) + 1} of {len(self._costs)}"
 
     @property
+    def several(self) -> bool:
+        """Whether there is more than one stage."""
+        return len(self._costs) > 1
+
+    @property
     def left(self) -> float | None:
         """Seconds; None before there is anything to go by."""
         if self.now not in self._costs:
@@ -65,7 +71,7 @@ class Whole:
         done = sum(self._costs[name] for name in names[: names.index(self.now)])
         done += self.share * self._costs[self.now]
         total = sum(self._costs.values())
-        if done < 0.02 * total:
+        if done < KNOWN * total:
             return None
         return (self._clock() - self._since) * (total - done) / done
 
@@ -110,7 +116,7 @@ class Left(ProgressColumn):
         self._whole = whole
 
     def render(self, task: Task) -> Text:  # noqa: ARG002
-        return Text(self._whole.told, "dim")
+        return Text(self._whole.told if self._whole.several else "", "dim")
 
 
 class Terminal(View):
@@ -208,20 +214,28 @@ class Terminal(View):
         self,
         text: str,
         total: int,
-        counted: bool,  # noqa: ARG002
+        counted: bool,
     ) -> Iterator[Callable[[int, str], None]]:
         """A line at once, and then one each EVERY seconds, from a thread beside: a single step may
         take longer than that."""
         begun, ended = self._clock(), threading.Event()
-        state = [0, ""]
+        state: tuple[int, str] = (0, "")
 
         def line() -> str:
-            took = f"{self._clock() - begun:.0f} s"
-            parts = [f"{text}: {state[0]} of {total}", str(state[1]), took, self._whole.told]
-            return ", ".join(part for part in parts if part)
+            done, news = state
+            spent, share = self._clock() - begun, done / max(total, 1)
+            told = [
+                f"{text}: {done} of {total}" if counted else f"{text}: {share:.0%}",
+                news,
+                f"{spent:.0f} s so far",
+                f"about {duration(spent * (1 / share - 1))} left" if 0 < share < 1 else "",
+                self._whole.told if self._whole.several else "",
+            ]
+            return ", ".join(part for part in told if part)
 
         def tell(done: int, news: str) -> None:
-            state[:] = [min(done, total), news]
+            nonlocal state
+            state = (min(done, total), news)
 
         def speak() -> None:
             while not ended.wait(EVERY):

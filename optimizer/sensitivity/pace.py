@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-TOTAL = 100  # what is told to be done at the end
+TOTAL = 1000  # what is told to be done at the end
 BACK = 4.0  # times a block's way forward that its way back takes, until one was gone
 
 Tell = Callable[[int, str], None]
@@ -50,7 +50,6 @@ class Pace:
         ]
         if self._read is not None:
             news.append(f"{_short(read / took / 1e6)} MB of weights read/s")
-        news.append(f"{_words(left)} left")
         self._tell(self._done, ", ".join(news))
 
     def ended(self) -> None:
@@ -62,10 +61,6 @@ class Pace:
         each = forth / max(ahead, 1)
         way_back = back / (behind - self._skipped) if back else BACK * each
         return (self._blocks - ahead) * each + (self._blocks - behind) * way_back
-
-
-def _words(seconds: float) -> str:
-    return f"{seconds / 60:,.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def _short(value: float) -> str:

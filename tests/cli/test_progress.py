@@ -76,15 +76,38 @@ def test_without_a_terminal_a_line_comes_while_a_step_takes_long(
     assert "stage 1 of 2: sensitivity: 1 of 2" in said and "left in all" in said
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_single_stage_says_once_what_is_left(
+    monkeypatch: pytest.MonkeyPatch, stages: int
+) -> None:
+    """Of a table that was all of its run a line said 12 minutes, and 38 in all."""
+    monkeypatch.setattr(progress, "EVERY", 0.02)
+    clock, out = Clock(), Console(file=io.StringIO(), width=200)
+    view = Terminal(out, clock)
+    view.expect({f"stage {i}": 1.0 for i in range(stages)})
+    view.enter("stage 0")
+    clock.now = 0.0
+    with view.meter("sensitivity", 1000) as tell:
+        clock.now = 60.0
+        tell(250, "block 9 of 32 forward")
+        deadline = time.monotonic() + 5
+        while ": 25%" not in out.file.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    said = out.file.getvalue()
+    line = "sensitivity: 25%, block 9 of 32 forward, 60 s so far, about 3 min left"
+    assert line in said
+    assert ("left in all" in said) == (stages == 2)
+
+
 def test_a_meter_counts_what_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "EVERY", 0.02)
     out = Console(file=io.StringIO(), width=200)
     with Terminal(out).meter("trials", 100) as tell:
         tell(40, "best 0.01")
         deadline = time.monotonic() + 5
-        while "40 of 100" not in out.file.getvalue() and time.monotonic() < deadline:
+        while "40%" not in out.file.getvalue() and time.monotonic() < deadline:
             time.sleep(0.01)
-    assert "trials: 40 of 100, best 0.01" in out.file.getvalue()
+    assert "trials: 40%, best 0.01" in out.file.getvalue()
 
 
 def test_a_stage_that_fails_ends_its_line() -> None:

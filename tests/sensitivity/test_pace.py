@@ -28,7 +28,7 @@ def test_the_first_block_says_how_long_the_rest_takes() -> None:
     assert seen.told == [
         (
             round(TOTAL * 10 / (10 + left)),
-            f"block 1 of 4 forward, 100 tokens/s, 3 MB of weights read/s, {left / 60:.0f} min left",
+            "block 1 of 4 forward, 100 tokens/s, 3 MB of weights read/s",
         )
     ]
 
@@ -41,11 +41,11 @@ def test_the_way_back_is_as_long_as_it_was_until_now() -> None:
     seen.after(20, "back", 2)
     assert seen.told[-1] == (
         round(TOTAL * 34 / 64),
-        "block 3 of 4 back, 50 tokens/s, 30 s left",
+        "block 3 of 4 back, 50 tokens/s",
     )
     seen.after(10, "back", 1)
     seen.after(10, "back", 0)
-    assert seen.told[-1][0] == TOTAL - 1 and "0 s left" in seen.told[-1][1]
+    assert seen.told[-1][0] == TOTAL - 1
     seen.pace.ended()
     assert seen.told[-1] == (TOTAL, "")
     assert [done for done, _ in seen.told] == sorted(done for done, _ in seen.told)
@@ -58,4 +58,4 @@ def test_blocks_that_an_earlier_run_did_count_as_done() -> None:
     for block in (3, 2):
         seen.after(0, "back", block, skipped=True)
     seen.after(6, "back", 1)
-    assert seen.told[-1][1] == "block 2 of 4 back, 167 tokens/s, 6 s left"
+    assert seen.told[-1] == (TOTAL * 10 // 16, "block 2 of 4 back, 167 tokens/s")
