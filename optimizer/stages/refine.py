@@ -186,14 +186,27 @@ class Scout:
             self._set(assignment)
             own = Prefix(self.space.choice(assignment))
             total = 0.0
-            for window in windows:
-                loss = self.shortcut.window(window, self.prefix, own) + self.beside.loss(window)
-                total += loss
-                if window == windows[-1] and self._leads(total / len(windows), windows):
-                    self.prefix = own
-                yield window, loss
+            for some in self._groups(windows):
+                found = self.shortcut.windows(some, self.prefix, own, self.beside.loss)
+                for window, loss in zip(some, found, strict=True):
+                    total += loss
+                    if window == windows[-1] and self._leads(total / len(windows), windows):
+                        self.prefix = own
+                    yield window, loss
 
         return measure
+
+    def _groups(self, windows: range) -> Iterator[range]:
+        """Windows that are measured before a trial may be stopped: each by itself in memory. Blocks on
+        disk are read once for a group; the first has as many as a stop needs, each other one as
+        many as were measured before."""
+        from optimizer.models.offload import offloaded
+
+        alone, start = offloaded(self.session.model.net) is None, windows.start
+        while start < windows.stop:
+            size = 1 if alone else max(start - windows.start, self.config.search.first)
+            yield range(start, min(start + size, windows.stop))
+            start += size
 
     def _set(self, assignment: np.ndarray) -> None:
         """Change the layers in which the model differs from this plan, and no others."""
@@ -408,8 +421,5 @@ class Scout:
         choice = self.space.choice(assignment)
         rounder, own = self.quantizer.rounder(choice), Prefix(choice)
         with self.session.model.rounded(rounder, choice):
-            losses = [
-                self.shortcut.window(window, None, own) + self.beside.loss(window)
-                for window in self.beside.rest
-            ]
+            losses = self.shortcut.windows(self.beside.rest, None, own, self.beside.loss)
         return float(np.mean(losses))

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
 from torch import nn
 
 from optimizer.metrics.divergence import Teacher
 from optimizer.models.blockwise import blocks_of
 from optimizer.models.head import OwnHead
 from optimizer.models.model import Model
+from optimizer.models.offload import offloaded
 from optimizer.quantization.uniform import Nearest
 from optimizer.stages.prefix import Prefix, Shortcut
 from tests.conftest import Small, mixed
@@ -92,3 +94,31 @@ def test_a_model_whose_doors_lead_elsewhere_falls_back(
     own = Prefix({})
     Shortcut(stories, teacher).window(0, None, own)
     assert not own.hidden
+
+
+@pytest.mark.parametrize("last", ["in memory", "on disk"])
+def test_blocks_on_disk_are_read_once_for_all_windows(
+    small: Small, last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """last: the head and the embeddings."""
+    if last == "on disk":
+        monkeypatch.setattr("optimizer.models.offload.LARGE", 0)
+    model = Model.load(small.folder, small.inventory, offload="disk")
+    disk = offloaded(model.net)
+    assert disk is not None
+    text = windows(small.model.net.config.vocab_size)
+    before = mixed(small.inventory.layers)
+    after = {n: p for n, p in before.items() if small.model.layers[n].block != 1}
+    found = {}
+    for name, own in (("memory", small.model), ("disk", model)):
+        shortcut = Shortcut(own, Teacher(own.net, text, OwnHead(own.net)))
+        known, new = Prefix(before), Prefix(after)
+        with own.rounded(Nearest(), before) as rounding:
+            read = disk.brought
+            first = shortcut.windows(range(3), None, known, float)
+            if name == "disk":
+                assert disk.brought - read <= len(blocks_of(model)), "once for all windows"
+            rounding.set(after)
+            found[name] = [*first, *shortcut.windows(range(3), known, new)]
+    assert found["disk"] == found["memory"] and found["disk"][3] > 1e-4
+    assert not torch.is_inference_mode_enabled()

@@ -21,6 +21,7 @@ from optimizer.search import SPACES, Search
 from optimizer.sensitivity import slope
 from optimizer.stages import refine, studies
 from optimizer.stages.beside import Beside, confirming
+from optimizer.stages.prefix import Shortcut
 from optimizer.stages.session import Session
 from optimizer.stages.space import search_space
 from tests.commands.test_optimize import SHORT, Seen, settings
@@ -49,6 +50,30 @@ def test_a_searched_plan_fits_and_the_second_run_measures_nothing(
     assert float(choice) <= float(start)
     again = optimize.optimize(config, tmp_path / "two", Seen())
     assert again.plan == first.plan and note in again.notes
+
+
+@pytest.mark.slow
+def test_a_search_on_disk_measures_windows_together_and_finds_the_same(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    own = Shortcut.windows
+
+    def seen(self: Shortcut, some: range, *rest: Any) -> list[float]:
+        sizes.append(len(some))
+        return own(self, some, *rest)
+
+    monkeypatch.setattr(Shortcut, "windows", seen)
+    found = []
+    for place in ("none", "disk"):
+        sizes.clear()
+        config = searched(source, tmp_path / place, offload=place)
+        done = optimize.optimize(config, tmp_path / f"run {place}")
+        note = next(n for n in done.notes if n.startswith("The search measured"))
+        found.append((done.plan.choice, note))
+        tried = sizes[:-4]  # not the plans that are confirmed, four at most
+        assert (max(tried) > 1) == (place == "disk")
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow
