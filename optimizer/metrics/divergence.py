@@ -154,7 +154,11 @@ class Teacher:
         and only W' p and the entropy are kept for each token.
         """
         ids = torch.from_numpy(self.windows.ids[window])[None].to(self._hidden[0].device)
-        hidden = head_input(net, ids)[0, :-1]
+        return self.divergence_of(head_input(net, ids)[0], window)
+
+    def divergence_of(self, hidden: Tensor, window: int) -> Tensor:
+        """The same from what the head receives [length, width]."""
+        hidden = hidden[:-1]
         parts = [slice(i, i + self._some) for i in range(0, len(hidden), self._some)]
         if self._own is None and self._shape is unchanged:
             expected, constant = self._summary(window)

@@ -18,7 +18,7 @@ a backward pass, and the head twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import pairwise
@@ -87,7 +87,7 @@ def _made(model: Model, task: Task, text: Text, desk: Desk, together: int) -> np
             stream = Stream(model, text.ids, frozen=True, together=1)
     except ModelError:
         return None
-    if not stream.ends or _shared(stream.blocks):
+    if not stream.ends or shared(stream.blocks):
         return None
     size = sum(x.hidden.numel() * x.hidden.element_size() for x in stream.batches)
     with closing(Borders(size * len(stream.blocks))) as borders:
@@ -101,10 +101,30 @@ class _Unlike(ModelError):
     """The blocks by themselves don't show what the whole model does; it is asked itself."""
 
 
-def _shared(blocks: Sequence[nn.Module]) -> bool:
+def shared(blocks: Sequence[nn.Module]) -> bool:
     """Whether a parameter belongs to several blocks."""
     owners = [id(p) for block in blocks for p in block.parameters()]
     return len(owners) > len(set(owners))
+
+
+def agrees(model: Model, stream: Stream, scalar: Callable[[], Tensor], arrived: Tensor) -> bool:
+    """Whether the whole model's gradient of a scalar of one window, at the first block's input, is
+    the one that arrived there block by block [length, width]."""
+    caught: list[Tensor] = []
+    hook = stream.blocks[0].register_forward_pre_hook(
+        lambda _m, args, kwargs: caught.append(args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
+    )
+    begin = begin_gradients(model.net)
+    try:
+        with guiding(model.net):
+            value = scalar()
+        wanted = torch.autograd.grad(value, caught[0])[0]
+    finally:
+        hook.remove()
+        begin.remove()
+    near = AGREE_BF16 if guides_in_bf16(model.net) else AGREE
+    return float((wanted[0] - arrived).norm()) <= near * float(wanted.norm())
 
 
 class _Passes:
@@ -320,25 +340,15 @@ class _Passes:
     # ------------------------------------------------------------ outside the blocks
 
     def _agrees(self, arrived: Tensor) -> bool:
-        """Whether the gradient at the first block's input is the whole model's own, on a window."""
-        caught: list[Tensor] = []
-        hook = self.stream.blocks[0].register_forward_pre_hook(
-            lambda _m, args, kwargs: caught.append(args[0] if args else kwargs["hidden_states"]),
-            with_kwargs=True,
-        )
-        begin = begin_gradients(self.model.net)
-        try:
-            device = self.stream.batches[0].ids.device
-            window = torch.from_numpy(self.text.ids[:1]).to(device)
-            weights = None if self.text.weights is None else self.text.weights[0]
-            with guiding(self.model.net):
-                scalar = likelihood(self.model, window, self.text.labels(0), weights)
-            wanted = torch.autograd.grad(scalar, caught[0])[0]
-        finally:
-            hook.remove()
-            begin.remove()
-        near = AGREE_BF16 if guides_in_bf16(self.model.net) else AGREE
-        return float((wanted[0] - arrived[0]).norm()) <= near * float(wanted.norm())
+        """As `agrees`, on the first window."""
+        device = self.stream.batches[0].ids.device
+        window = torch.from_numpy(self.text.ids[:1]).to(device)
+        weights = None if self.text.weights is None else self.text.weights[0]
+
+        def scalar() -> Tensor:
+            return likelihood(self.model, window, self.text.labels(0), weights)
+
+        return agrees(self.model, self.stream, scalar, arrived[0])
 
     def _outside(self, arrived: Sequence[Tensor]) -> None:
         """Embeddings, the head, and what else lies before or behind the blocks."""

@@ -110,7 +110,9 @@ class Shortcut:
 
         def enter(door: int) -> Any:
             def hook(_block: nn.Module, args: tuple[Any, ...], *given: dict[str, Any]) -> Any:
-                if getcurrent() is not here:  # a window that ended meanwhile gets no kwargs, either
+                if (
+                    getcurrent() is not here
+                ):  # a window that ended meanwhile gets no kwargs, either
                     return None
                 [kwargs] = given
                 if door == start:

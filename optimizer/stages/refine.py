@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from optimizer.search.study import Study, Tried
     from optimizer.stages.prefix import Prefix
 
-SLOPE_VERSION = 3  # raised when slopes change
+SLOPE_VERSION = 4  # raised when slopes change
 SLOPE_WINDOWS = 16
 KEPT = 8  # slopes that proposals are drawn from
 POLL = 1.0  # seconds

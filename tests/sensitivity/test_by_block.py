@@ -32,6 +32,7 @@ from optimizer.sensitivity import (
     vocabulary,
 )
 from optimizer.sensitivity.fisher import diagonal
+from optimizer.sensitivity.pace import TOTAL
 from tests.conftest import slow_beside
 
 torch.set_num_threads(1)
@@ -422,7 +423,7 @@ class Watched(Desk):
         self.states = list[dict[str, np.ndarray]]()
 
     def meter(self, text: str, total: int) -> Any:
-        assert (text, total) == ("sensitivity", 100)
+        assert (text, total) == ("sensitivity", TOTAL)
         return nullcontext(lambda done, news: self.told.append((done, news)))
 
     def show(self, layers: int, of: int, tokens: int) -> None:
@@ -438,7 +439,7 @@ def test_a_desk_is_shown_each_block_there_and_back_and_then_the_outside(tmp_path
     ways = [("forward", i) for i in (1, 2, 3)] + [("back", i) for i in (3, 2, 1)]
     said = [f"block {block} of 3 {way}, " for way, block in ways]
     assert all(x.startswith(y) for (_, x), y in zip(desk.told, [*said, ""], strict=True))
-    assert desk.told[-1] == (100, "") and not any("read" in news for _, news in desk.told)
+    assert desk.told[-1] == (TOTAL, "") and not any("read" in news for _, news in desk.told)
     tokens = 7 * 24  # seven layers a block; the embeddings and the head are outside
     assert desk.shown == [(7, 23, tokens), (14, 23, tokens), (21, 23, tokens), (23, 23, tokens)]
     assert [int(x["block"][0]) for x in desk.states] == [2, 1, 0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,13 @@ from torch import Tensor
 from optimizer.data.text import Windows
 from optimizer.metrics.divergence import Teacher
 from optimizer.metrics.objective import Objective
+from optimizer.models.head import OwnHead
 from optimizer.models.model import Model
+from optimizer.plan import Precision
+from optimizer.quantization.uniform import Nearest
+from optimizer.sensitivity import Task, slope
 from optimizer.sensitivity.slope import Beside, slopes
+from tests.conftest import Small, mixed
 from tests.sensitivity.conftest import NAMES
 from tests.sensitivity.test_fisher import LARGE, Nudge, task
 
@@ -62,3 +69,36 @@ def test_a_slope_is_the_derivative_along_the_rounded_weights(
                     wanted = (values[0] - values[1]) / (2 * STEP)
                     assert found[part, g, c] == pytest.approx(wanted, rel=0.02, abs=2e-4)
     assert not any(p.requires_grad for p in tiny.net.parameters())
+
+
+@pytest.mark.parametrize("place", ["none", "disk"])
+def test_block_after_block_is_the_whole_models_gradient(
+    small: Small, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything in scope; with experts, whose tokens are some, all gradients come at once."""
+    monkeypatch.setattr("optimizer.models.offload.LARGE", 0)
+    model = Model.load(small.folder, small.inventory, offload=place)
+    ids = np.random.default_rng(4).integers(5, 90, size=(5, 12))
+    teacher = Teacher(model.net, Windows(ids, np.arange(5)), OwnHead(model.net))
+    choice = mixed(model.inventory.layers)
+    columns = {"int3": Precision("int", 3), "int6": Precision("int", 6)}
+    fitted = {(name, key): p for name in choice for key, p in columns.items()}
+    work = Task(tuple((name,) for name in choice), tuple(columns), fitted, Nearest())
+    parts = (np.array([3, 0, 4]), np.array([1, 2]))
+    own: list[bool] = []
+    by_block = slope._by_block
+
+    def seen(*given: Any) -> np.ndarray | None:
+        found = by_block(*given)
+        own.append(found is not None)
+        return found
+
+    monkeypatch.setattr(slope, "_by_block", seen)
+    monkeypatch.setattr(slope, "TOGETHER", 24)  # two windows
+    with model.rounded(Nearest(), choice):
+        found = slopes(model, work, teacher, parts)
+        monkeypatch.setattr(slope, "_by_block", lambda *_: None)
+        wanted = slopes(model, work, teacher, parts)
+    np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-5 * np.abs(wanted).max())
+    assert own == [small.name not in ("mixtral", "qwen3_moe", "gpt_oss")] * 2
+    assert not any(p.requires_grad for p in model.net.parameters())
