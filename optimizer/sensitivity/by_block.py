@@ -158,7 +158,11 @@ class _Passes:
         with desk.meter("sensitivity", TOTAL) as tell:
             disk = offloaded(self.model.net)
             read = None if disk is None else lambda: disk.read
-            pace = Pace(tell, len(self.stream.blocks), self.text.ids.size, read)
+            blocks = len(self.stream.blocks)
+            every = [(block, x.weights) for block, own in self.layers.items() for x in own]
+            inside = sum(weights for block, weights in every if block is not None) / blocks
+            ends = sum(weights for block, weights in every if block is None) / max(inside, 1)
+            pace = Pace(tell, blocks, self.text.ids.size, read, outside=ends)
             return self._run(desk, pace)
 
     def _run(self, desk: Desk, pace: Pace) -> np.ndarray | None:
@@ -183,6 +187,7 @@ class _Passes:
             desk.show(inside, len(self.losses), self.text.ids.size)
         if not self._agrees(arrived[0]):
             return None
+        pace.outside()
         self._outside(arrived)
         desk.show(len(self.losses), len(self.losses), self.text.ids.size)
         pace.ended()

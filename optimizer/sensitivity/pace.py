@@ -14,7 +14,7 @@ Tell = Callable[[int, str], None]
 class Pace:
     """One pass forward through all blocks and one back. tell: hears after each block how much is done
     of TOTAL, and the news. tokens: of all windows. read: bytes of weights that were read so
-    far; None where all are in memory."""
+    far; None where all are in memory. outside: what comes after them, as so many blocks."""
 
     def __init__(
         self,
@@ -23,9 +23,10 @@ class Pace:
         tokens: int,
         read: Callable[[], int] | None,
         clock: Callable[[], float] = time.monotonic,
+        outside: float = 0.0,
     ) -> None:
         self._tell, self._blocks, self._tokens = tell, blocks, tokens
-        self._read, self._clock = read, clock
+        self._read, self._clock, self._outside = read, clock, outside
         self._ways = {"forward": [0, 0.0], "back": [0, 0.0]}  # blocks, seconds
         self._from, self._bytes, self._done = clock(), 0 if read is None else read(), 0
         self._spent, self._skipped = 0.0, 0
@@ -52,15 +53,21 @@ class Pace:
             news.append(f"{_short(read / took / 1e6)} MB of weights read/s")
         self._tell(self._done, ", ".join(news))
 
+    def outside(self) -> None:
+        """The blocks are done; embeddings and the head follow."""
+        self._tell(self._done, "embeddings and head")
+
     def ended(self) -> None:
         self._tell(TOTAL, "")
 
     def _left(self) -> float:
-        """Seconds for the blocks that are still to come, each like the mean of its way."""
+        """Seconds for what is still to come: each block like the mean of its way, and what lies
+        outside of them as if it were blocks."""
         (ahead, forth), (behind, back) = self._ways["forward"], self._ways["back"]
         each = forth / max(ahead, 1)
         way_back = back / (behind - self._skipped) if back else BACK * each
-        return (self._blocks - ahead) * each + (self._blocks - behind) * way_back
+        rest = (self._blocks - ahead) * each + (self._blocks - behind) * way_back
+        return rest + self._outside * (each + way_back)
 
 
 def _short(value: float) -> str:

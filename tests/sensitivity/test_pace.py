@@ -59,3 +59,18 @@ def test_blocks_that_an_earlier_run_did_count_as_done() -> None:
         seen.after(0, "back", block, skipped=True)
     seen.after(6, "back", 1)
     assert seen.told[-1] == (TOTAL * 10 // 16, "block 2 of 4 back, 167 tokens/s")
+
+
+def test_embeddings_and_the_head_take_their_share_of_the_time() -> None:
+    """A table of an 8B model said `0 s left` for five minutes."""
+    told = list[tuple[int, str]]()
+    now = [0.0]
+    pace = Pace(lambda *x: told.append(x), 2, 100, None, lambda: now[0], outside=2.0)
+    for way, seconds in (("forward", 1), ("forward", 1), ("back", 4), ("back", 4)):
+        now[0] += seconds
+        pace.passed(way, 0)
+    assert told[-1][0] == TOTAL // 2  # 10 s, and two more of such blocks
+    pace.outside()
+    assert told[-1] == (TOTAL // 2, "embeddings and head")
+    pace.ended()
+    assert told[-1] == (TOTAL, "")
