@@ -203,7 +203,8 @@ class OnDisk:
             return
         blocks = len(self._modules)
         for other in list(self._here):
-            if index < blocks or other >= blocks:  # a head leaves the last block for other windows
+            # a head leaves the last block for other windows, but not beside what gradients need
+            if index < blocks or other >= blocks or torch.is_grad_enabled():
                 self._drop(other)
         with torch.inference_mode(False), torch.no_grad():
             for value in self._units[index].values():
