@@ -23,7 +23,7 @@ from optimizer.formats.model_card import card
 from optimizer.formats.rules import Verdict
 from optimizer.formats.safetensors.loader import loading
 from optimizer.models.source import Source, packed_file
-from optimizer.plan import Inventory, Plan
+from optimizer.plan import Inventory, Plan, Precision
 from optimizer.stages.view import View
 from optimizer.store import Store
 
@@ -214,8 +214,6 @@ def compare(
 ) -> Mapping[str, Tensor]:
     """Every quantized weight in the file against the plan's own; returns what our reader found. Raises
     PlanError."""
-    from optimizer.quantization.uniform import Codes
-
     size = (draft / job.format.file).stat().st_size
     if size != verdict.bytes:
         raise PlanError(
@@ -228,13 +226,32 @@ def compare(
         if precision.kind == "none":
             continue
         parts = {s: tensors[f"{layer.name}.{s}"] for s in precision.parts(layer.rows, layer.cols)}
-        own = Codes.unpack(parts, precision, layer.cols).decode()
-        read = found[layer.name]
-        there = ~read.isnan().all(1)  # a GGUF leaves out words beyond its vocabulary
-        off = float((read - own)[there].abs().max())
-        if not off <= job.format.allowed * float(own.abs().max()):
+        off, largest = _farthest(found[layer.name], parts, precision)
+        if not off <= job.format.allowed * largest:
             raise PlanError(
                 f"Read back, {layer.name} differs from the plan's weights by up to {off:g}. Nothing "
                 "was kept; export to=torch, which holds every plan."
             )
     return found
+
+
+def _farthest(
+    read: Tensor, parts: Mapping[str, Tensor], precision: Precision
+) -> tuple[float, float]:
+    """How far the numbers read [rows, cols] are from a layer's stored tensors (infinity if there are
+    none), and the largest of theirs. Some rows at a time: so that a vocabulary isn't held twice."""
+    import torch
+
+    from optimizer.quantization.uniform import PIECE, Codes, rows_of
+
+    rows, cols = read.shape
+    off, largest = [], []
+    for ids in torch.arange(rows).split(max(1, PIECE // cols)):
+        own = Codes.unpack(rows_of(parts, precision, ids), precision, cols).decode()
+        some = read[ids[0] : ids[-1] + 1]
+        there = ~some.isnan().all(1)  # a GGUF leaves out words beyond its vocabulary
+        if there.any():
+            off.append((some - own)[there].abs().max())
+        largest.append(own.abs().max())
+    farthest = float(torch.stack(off).max()) if off else float("inf")
+    return farthest, float(torch.stack(largest).max())

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ STRETCHES = 7  # tried ranges per sub-block
 CHUNK = 2**20  # weights at a time: the search stays in the cache
 CURVED = ("iq4_nl", "iq4_xs")  # kinds whose levels aren't evenly spaced
 NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # iq4_nl
+FURTHEST = 256  # in halves: beyond all of NONLINEAR
 
 
 def table(kind: str, device: torch.device) -> Tensor:
@@ -215,10 +217,20 @@ def _search(w: Tensor, v: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
 def _nearest(w: Tensor, step: Tensor, minimum: Tensor, kind: str) -> Tensor:
     """The nearest levels t[q], fp32; a step of 0 gives level 0."""
     x = (w + minimum).mul_(torch.where(step == 0, 0.0, 1 / step))
-    levels = table(kind, w.device)
     if kind in CURVED:
-        return levels[torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)]
+        place = x.mul_(2).ceil_().nan_to_num_(FURTHEST).clamp_(-FURTHEST, FURTHEST).add_(FURTHEST)
+        return _by_halves(w.device).index_select(0, place.int().flatten()).view(place.shape)
+    levels = table(kind, w.device)
     return x.round_().clamp_(float(levels[0]), float(levels[-1]))
+
+
+@cache
+def _by_halves(device: torch.device) -> Tensor:
+    """ceil(2 x) + FURTHEST -> the nearest level of NONLINEAR, the lower one halfway. Borders between
+    levels are halves of whole numbers, so all x between two halves have the same."""
+    levels = torch.tensor(NONLINEAR, dtype=torch.float32, device=device)
+    halves = torch.arange(-FURTHEST, FURTHEST + 1, device=device) / 2
+    return levels[torch.bucketize(halves, (levels[1:] + levels[:-1]) / 2)]
 
 
 def _least_squares(

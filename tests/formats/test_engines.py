@@ -26,6 +26,7 @@ from optimizer.formats.torch import writer as torch_writer
 from optimizer.models.source import PACKED_FILE
 from optimizer.models.tokenizer import load_tokenizer
 from optimizer.plan import UNTOUCHED, Precision
+from optimizer.quantization import uniform as uniform_codes
 from optimizer.quantization.uniform import Nearest
 from tests.formats.conftest import G64, IDS, WORDS, LlamaCpp, Wide, dealt, random_model, uniform
 
@@ -205,6 +206,31 @@ def test_a_wrong_file_is_noticed_before_it_appears(
     with pytest.raises(PlanError, match="differs from the plan"):
         export.export(plan, to, tmp_path / "out", str(wide.store))
     assert not list(tmp_path.iterdir())
+
+
+FORMS = [
+    Precision.ggml("q8_0"),
+    G64,
+    Precision("fp8_block", 8, 128, True),
+    Precision("nvfp4", 4, 16, True),
+]
+
+
+@pytest.mark.parametrize("precision", FORMS, ids=str)
+def test_a_wrong_number_is_found_in_the_last_rows(
+    monkeypatch: pytest.MonkeyPatch, precision: Precision
+) -> None:
+    monkeypatch.setattr(uniform_codes, "PIECE", 3 * 256)  # rows that are compared at a time
+    weight = torch.randn(200, 256, generator=torch.Generator().manual_seed(1))
+    encoded = Nearest().encode(weight, precision)
+    read, parts = encoded.decode(), encoded.pack()
+    assert export._farthest(read, parts, precision) == (0, float(read.abs().max()))
+    read[:3] = torch.nan  # words that the file leaves out
+    read[199, 5] += 2
+    assert export._farthest(read, parts, precision)[0] == pytest.approx(2)
+    assert export._farthest(read * torch.nan, parts, precision)[0] == math.inf
+    read[199, 5] = torch.nan  # one number, not a row
+    assert math.isnan(export._farthest(read, parts, precision)[0])
 
 
 def track(items: list, _text: str) -> list:

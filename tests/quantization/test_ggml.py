@@ -98,3 +98,14 @@ def test_what_llama_cpp_falls_back_to() -> None:
 def test_a_type_has_one_shape() -> None:
     with pytest.raises(ConfigError, match="blocks of 256"):
         Precision("q4_k", 4, 64)
+
+
+def test_uneven_levels_are_found_as_a_search_finds_them() -> None:
+    """Also halfway between two, far beyond all, and where there is no number."""
+    levels = torch.tensor(ggml.NONLINEAR, dtype=torch.float32)
+    borders = (levels[1:] + levels[:-1]) / 2
+    beside = [torch.nextafter(borders, torch.tensor(end)) for end in (-torch.inf, torch.inf)]
+    far = torch.tensor([-1e9, 1e9, -torch.inf, torch.inf, torch.nan, 0.0])
+    x = torch.cat([borders, *beside, levels, far, torch.linspace(-140, 140, 4001)])
+    found = ggml._nearest(x, torch.ones(1), torch.zeros(1), "iq4_xs")
+    assert torch.equal(found, levels[torch.bucketize(x, borders)])

@@ -19,6 +19,7 @@ from optimizer.formats.gguf.placement import NONE, Piece
 from optimizer.plan import GGML
 
 FILE_TYPE, MIXED = "general.file_type", 1024  # llama.cpp's "not told: tensors differ"
+ROWS = 2**11  # that are decoded at a time: a vocabulary's numbers need not be held twice
 Rows = Callable[[str, str], np.ndarray]  # a layer's name, a ggml type -> its blocks [rows, bytes]
 
 
@@ -132,9 +133,11 @@ class Decoded(Mapping[str, Any]):
         found = np.full(self._layers[layer], np.nan, np.float32)
         for name in self._base.placed.tensors_of(layer):
             piece, tensor = self._base.placed.pieces[name], self._tensors[name]
-            own = piece.layer == piece.layers.index(layer)
+            own = np.flatnonzero(piece.layer == piece.layers.index(layer))
             data = np.asarray(tensor.data).reshape(len(piece.row), -1)
-            found[piece.row[own]] = dequantize(data[own], tensor.tensor_type)
+            for first in range(0, len(own), ROWS):
+                some = own[first : first + ROWS]
+                found[piece.row[some]] = dequantize(data[some], tensor.tensor_type)
         return torch.from_numpy(found)
 
     def __iter__(self) -> Iterator[str]:
