@@ -4,6 +4,7 @@ matrix.py mixture SCRATCH TYPE        llama.cpp's own choice of types, payloads 
 matrix.py rules SCRATCH TYPE          the layer rules that people publish, in at most TYPE's bytes
 matrix.py ours SCRATCH TYPE [LABEL]   the table's optimum in at most TYPE's bytes, payloads under a
                                       matrix of gradients; LABEL without-4: without q4_k and q5_k
+matrix.py all SCRATCH TYPE...         these four, one type after the other
 matrix.py foretold SCRATCH            what the table says of all of them, before a byte is written
 
 SCRATCH: what measure.py left there, and types.json of `engine.py types`. Payloads are
@@ -181,11 +182,13 @@ def optimum(model: Model, limit: int, without: tuple[str, ...] = ()) -> Kinds:
     untouched = model.size({t: str(k) for t, k in zip(names, types[:, 0], strict=True)})
     untouched -= int(size[:, 0].sum())
     count, columns = loss.shape
+    # rows without blocks of 256 have a type several times: the solver would try them all
+    first = np.array([[k not in own[:i] for i, k in enumerate(own)] for own in types.tolist()])
     one_each = sparse.kron(sparse.eye(count), np.ones((1, columns)))
     result = milp(
         loss.ravel() / loss.max(),
         integrality=np.ones(loss.size),
-        bounds=Bounds(0, (~np.isin(types, without)).ravel().astype(float)),
+        bounds=Bounds(0, (first & ~np.isin(types, without)).ravel().astype(float)),
         constraints=[
             LinearConstraint(one_each, 1, 1),
             LinearConstraint(size.ravel()[None] / limit, -np.inf, 1 - untouched / limit - 1e-6),
@@ -261,8 +264,17 @@ def main(command: str, scratch: str, *rest: str) -> None:
     model = Model(scratch)
     if command == "foretold":
         foretell(model)
-        return
-    at, *label = rest
+    elif command == "all":
+        for at in rest:
+            one(model, "mixture", at)
+            one(model, "rules", at)
+            one(model, "ours", at)
+            one(model, "ours", at, "without-4")
+    else:
+        one(model, command, *rest)
+
+
+def one(model: Model, command: str, at: str, *label: str) -> None:
     kinds = model.types(at)
     if command == "mixture":
         measured(model, at, "llama.cpp", kinds, "alike")

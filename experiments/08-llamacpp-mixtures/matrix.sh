@@ -14,10 +14,5 @@ python measure.py "$model" "$text" "$SCRATCH" "${WINDOWS:-4}"
 python engine.py types "$SCRATCH/16.gguf" "$SCRATCH/types.json" "$SCRATCH/matrix.npz" \
   Q2_K Q3_K_S Q3_K_M IQ2_M IQ3_XXS IQ3_M
 python matrix.py foretold "$SCRATCH"
-for type in "$@"; do
-  python matrix.py mixture "$SCRATCH" "$type"
-  python matrix.py rules "$SCRATCH" "$type"
-  python matrix.py ours "$SCRATCH" "$type"
-  python matrix.py ours "$SCRATCH" "$type" without-4
-done
+[ $# = 0 ] || python matrix.py all "$SCRATCH" "$@"
 python picture.py "$name" "$name.png"
