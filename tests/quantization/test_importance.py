@@ -82,6 +82,19 @@ def test_some_rows_become_what_they_become_in_the_whole(stories: Model, tmp_path
         assert torch.equal(rounder.of_rows(layer).round(weight[some], precision), whole[some])
 
 
+def test_an_export_finds_the_payloads_of_a_certificate(
+    stories: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, precision = watched(stories), Precision.ggml("iq4_nl")
+    weight = stories.weight(layer).float()
+    rounded = made(stories, tmp_path).round(weight, precision, layer)
+    monkeypatch.delattr(Nearest, "encode")
+    found = made(stories, tmp_path).encode(weight, precision, layer)
+    assert torch.equal(found.decode(), rounded)
+    with pytest.raises(AttributeError):
+        made(stories, tmp_path).encode(weight * 2, precision, layer)
+
+
 def test_a_table_sees_the_matrix(stories: Model, tmp_path: Path) -> None:
     layer = next(x for x in stories.inventory.layers if x.name == watched(stories))
     weight, precision = stories.weight(layer.name).float(), Precision.ggml("q4_0")
