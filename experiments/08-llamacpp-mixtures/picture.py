@@ -17,7 +17,7 @@ LOOKS = {
     "theirs": ("#8a4b08", "o", "llama.cpp's mixtures, its importance matrix"),
     "rules": ("#777777", "s", "published layer rules, the same matrix"),
     "ours": ("#0b6e4f", "D", "our plans"),
-    "ours-without-4": ("#4fa3d1", "^", "our plans without q4_k and q5_k"),
+    "ours-without-4": ("#4fa3d1", "^", "our plans without the model's own grid"),
 }
 
 
