@@ -242,11 +242,11 @@ def _farthest(
     none), and the largest of theirs. Some rows at a time: so that a vocabulary isn't held twice."""
     import torch
 
-    from optimizer.quantization.uniform import PIECE, Codes, rows_of
+    from optimizer.quantization.uniform import CACHED, Codes, rows_of
 
     rows, cols = read.shape
     off, largest = [], []
-    for ids in torch.arange(rows).split(max(1, PIECE // cols)):
+    for ids in torch.arange(rows).split(max(1, CACHED // cols)):
         own = Codes.unpack(rows_of(parts, precision, ids), precision, cols).decode()
         some = read[ids[0] : ids[-1] + 1]
         there = ~some.isnan().all(1)  # a GGUF leaves out words beyond its vocabulary

@@ -220,7 +220,7 @@ FORMS = [
 def test_a_wrong_number_is_found_in_the_last_rows(
     monkeypatch: pytest.MonkeyPatch, precision: Precision
 ) -> None:
-    monkeypatch.setattr(uniform_codes, "PIECE", 3 * 256)  # rows that are compared at a time
+    monkeypatch.setattr(uniform_codes, "CACHED", 3 * 256)  # rows that are compared at a time
     weight = torch.randn(200, 256, generator=torch.Generator().manual_seed(1))
     encoded = Nearest().encode(weight, precision)
     read, parts = encoded.decode(), encoded.pack()
