@@ -1,6 +1,7 @@
-"""Runs of compare.py or sweep.py -> results.csv, ranks.csv, results.png and curves.png.
+"""Runs of compare.py or sweep.py -> results.csv, ranks.csv, results.png and curves-MODEL.png.
 
-Usage: collect.py RUNS HERE, where RUNS has a folder of runs for each model, of the model's name.
+Usage: collect.py RUNS HERE, where RUNS has a folder of runs for each model, of the model's name. Rows
+that results.csv has of other runs are kept and ranked with the new ones.
 
 A cell is a model, its terms, tokens, budget and seed. In each cell methods are ranked by held-out KL
 (equal plans share their mean rank); the table's optimum has no seed and takes part in every one.
@@ -22,15 +23,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 
+from experiments.rows import read as read_rows
 from experiments.rows import write
 
 SPACES = {"moves": "#0072b2", "multipliers": "#009e73", "directions": "#aa4499",
-          "layers": "#e69f00", "evolution": "#d55e00", "random": "#888888"}  # fmt: skip
+          "layers": "#e69f00", "multipliers+moves": "#56b4e9", "directions+moves": "black",
+          "evolution": "#d55e00", "random": "#888888"}  # fmt: skip
 SAMPLERS = {"tpe": "-", "gp": "--", "cmaes": ":", "nsgaii": "-.", "": "-"}
 MARKS = {"tpe": "o", "gp": "s", "cmaes": "^", "nsgaii": "D", "": "o"}
 START, RULE = "exact", "moves tpe"  # what all begin from; what the program does by default
 Group = tuple[str, str, int]  # model, terms, tokens allowed
 Cell = tuple[str, str, int, float, int]  # and budget, seed
+
+
+Row = Mapping[str, Any]  # of results.csv
 
 
 def name(run: Mapping[str, Any]) -> str:
@@ -44,17 +50,13 @@ def read(runs: Path) -> list[dict[str, Any]]:
     ]
 
 
-def cells(runs: list[dict[str, Any]]) -> dict[Cell, dict[str, dict[str, Any]]]:
-    """Runs by method in each cell."""
-    found: dict[Cell, dict[str, dict[str, Any]]] = defaultdict(dict)
-    starts = {}
-    for run in runs:
-        key = (run["model"], run["terms"], run["tokens_allowed"], run["budget"])
-        if name(run) == START:
-            starts[key] = run
-        else:
-            found[*key, run["seed"]][name(run)] = run
-    return {c: {START: starts[c[:4]], **own} for c, own in found.items() if c[:4] in starts}
+def starts_of(runs: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The table's optimum of each budget."""
+    return {_place(run): run for run in runs if name(run) == START}
+
+
+def _place(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    return run["model"], run["terms"], run["tokens_allowed"], run["budget"]
 
 
 def kl(run: Mapping[str, Any]) -> float:
@@ -71,35 +73,66 @@ def over(run: Mapping[str, Any], start: Mapping[str, Any]) -> tuple[float, float
     return kl(run) / kl(start), float(low), float(high)
 
 
-def table(found: Mapping[Cell, Mapping[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row a run."""
     keys = [
         (k, e) for k in ("kl", "kl_p99", "kl_cvar99", "flips") for e in ("value", "low", "high")
     ]
-    rows = {}
-    for cell, own in sorted(found.items()):
-        for method, run in own.items():
-            ratio = dict(
-                zip(("over_table", "over_low", "over_high"), over(run, own[START]), strict=True)
+    starts = starts_of(runs)
+    rows = []
+    for run in runs:
+        if _place(run) not in starts:
+            continue
+        ratio = dict(
+            zip(
+                ("over_table", "over_low", "over_high"),
+                over(run, starts[_place(run)]),
+                strict=True,
             )
-            where = dict(
-                zip(("model", "terms", "tokens_allowed", "budget"), cell[:4], strict=True)
-            )
-            rows[*cell[:4], method, run["seed"]] = (
-                where
-                | {"seed": run["seed"], "method": method, "tokens": run["tokens"]}
-                | {"seconds": f"{run['seconds']:.0f}"}
-                | {k: f"{v:.4f}" for k, v in ratio.items()}
-                | {f"{k}_{e}": f"{run['heldout'][k][e]:.5f}" for k, e in keys}
-                | {k: run.get(k, "") for k in ("commit", "config")}
-            )
-    return list(rows.values())
+        )
+        where = dict(zip(("model", "terms", "tokens_allowed", "budget"), _place(run), strict=True))
+        rows.append(
+            where
+            | {"seed": run["seed"], "method": name(run), "tokens": run["tokens"]}
+            | {"seconds": f"{run['seconds']:.0f}"}
+            | {k: f"{v:.4f}" for k, v in ratio.items()}
+            | {f"{k}_{e}": f"{run['heldout'][k][e]:.5f}" for k, e in keys}
+            | {k: run.get(k, "") for k in ("commit", "config")}
+        )
+    return rows
 
 
-def ranks(found: Mapping[Cell, Mapping[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+def joined(old: list[Row], new: list[Row]) -> list[Row]:
+    """A run that was made again replaces its row."""
+    return list({(*_cell(row), row["method"]): row for row in [*old, *new]}.values())
+
+
+def _cell(row: Row) -> Cell:
+    return (
+        str(row["model"]),
+        str(row["terms"]),
+        int(row["tokens_allowed"]),
+        float(row["budget"]),
+        int(row["seed"]),
+    )
+
+
+def cells(rows: list[Row]) -> dict[Cell, dict[str, float]]:
+    """Held-out KL by method in each cell, the start's with them."""
+    starts = {_cell(row)[:4]: float(row["kl_value"]) for row in rows if row["method"] == START}
+    found: dict[Cell, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        cell = _cell(row)
+        if row["method"] != START and cell[:4] in starts:
+            found[cell][START] = starts[cell[:4]]
+            found[cell][row["method"]] = float(row["kl_value"])
+    return found
+
+
+def ranks(found: Mapping[Cell, Mapping[str, float]]) -> list[dict[str, Any]]:
     """A row for each method of a group, and of a model's cells together: only cells in which all of
     the group's methods ended."""
-    groups: dict[Group, list[Mapping[str, dict[str, Any]]]] = defaultdict(list)
+    groups: dict[Group, list[Mapping[str, float]]] = defaultdict(list)
     for cell, own in sorted(found.items()):
         groups[cell[:3]].append(own)
         groups[cell[0], "every", 0].append(own)
@@ -109,7 +142,7 @@ def ranks(found: Mapping[Cell, Mapping[str, dict[str, Any]]]) -> list[dict[str, 
         whole = [own for own in every if len(own) == len(methods)]
         if len(whole) < 2 or len(methods) < 2:
             continue
-        losses = np.array([[kl(own[m]) for m in methods] for own in whole])
+        losses = np.array([[own[m] for m in methods] for own in whole])
         placed = stats.rankdata(losses, axis=1)
         friedman = stats.friedmanchisquare(*losses.T).pvalue if len(methods) > 2 else np.nan
         log = np.log(losses / losses[:, [methods.index(START)]])
@@ -139,20 +172,20 @@ def interval(logs: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def dots(found: Mapping[Cell, Mapping[str, dict[str, Any]]], file: Path) -> None:
+def dots(found: Mapping[Cell, Mapping[str, float]], file: Path) -> None:
     """Held-out KL over the table's optimum: a panel a group, a row a method, a colour a budget."""
     groups = sorted({cell[:3] for cell in found})
     figure, axes = plt.subplots(
         1, len(groups), figsize=(4.4 * len(groups) + 1.6, 5), squeeze=False, sharey=True
     )
-    order = [m for m in methods_of(found) if m != START][::-1]
+    order = [m for m in ordered({m for own in found.values() for m in own}) if m != START][::-1]
     for axis, group in zip(axes[0], groups, strict=True):
         budgets = sorted({cell[3] for cell in found if cell[:3] == group})
         colours = plt.cm.viridis(np.linspace(0, 0.85, len(budgets)))
         for i, budget in enumerate(budgets):
             own = [runs for cell, runs in found.items() if cell[:4] == (*group, budget)]
             points = [
-                (kl(runs[m]) / kl(runs[START]), order.index(m) + 0.16 * (i - len(budgets) / 2))
+                (runs[m] / runs[START], order.index(m) + 0.16 * (i - len(budgets) / 2))
                 for runs in own
                 for m in runs
                 if m != START
@@ -169,17 +202,17 @@ def dots(found: Mapping[Cell, Mapping[str, dict[str, Any]]], file: Path) -> None
     save(figure, file)
 
 
-def curves(found: Mapping[Cell, Mapping[str, dict[str, Any]]], file: Path) -> None:
+def curves(runs: list[dict[str, Any]], file: Path) -> None:
     """Best loss on search windows over the first plan's, mean of seeds: a panel a group and budget."""
-    places = sorted({cell[:4] for cell in found})
+    places = sorted({_place(run) for run in runs})
     wide = 4
     figure, axes = plt.subplots(
         -(-len(places) // wide), wide, figsize=(17, 3.6 * -(-len(places) // wide)), squeeze=False
     )
     for axis, place in zip(axes.flat, places, strict=False):
-        for method in methods_of(found):
-            own = [r[method] for c, r in found.items() if c[:4] == place and method in r]
-            if method == START or not own:
+        for method in ordered({name(run) for run in runs} - {START}):
+            own = [run for run in runs if _place(run) == place and name(run) == method]
+            if not own:
                 continue
             grid = np.linspace(0, max(run["curve"][-1][0] for run in own), 200)
             mean = np.mean([np.log(at(run["curve"], grid)) for run in own], 0)
@@ -205,11 +238,10 @@ def at(curve: list[list[float]], grid: np.ndarray) -> np.ndarray:
     return np.minimum.accumulate(best)[np.maximum(index, 0)] / best[0]
 
 
-def methods_of(found: Mapping[Cell, Mapping[str, dict[str, Any]]]) -> list[str]:
-    """From compare.py's order."""
+def ordered(there: set[str]) -> list[str]:
+    """As compare.py has them."""
     from compare import methods
 
-    there = {method for own in found.values() for method in own}
     return [m for m in (" ".join(pair).strip() for pair in methods()) if m in there]
 
 
@@ -220,13 +252,16 @@ def save(figure: Any, file: Path, bottom: float = 0.0) -> None:
 
 
 def main(runs: Path, here: Path) -> None:
-    found = cells(read(runs))
-    write(here / "results.csv", table(found))
-    rows = ranks(found)
-    write(here / "ranks.csv", rows)
-    dots(found, here / "results.png")
-    curves(found, here / "curves.png")
-    for row in rows:
+    found = read(runs)
+    rows = joined(read_rows(here / "results.csv"), table(found))
+    write(here / "results.csv", rows)
+    measured = cells(rows)
+    placed = ranks(measured)
+    write(here / "ranks.csv", placed)
+    dots(measured, here / "results.png")
+    for model in sorted({run["model"] for run in found}):
+        curves([run for run in found if run["model"] == model], here / f"curves-{model}.png")
+    for row in placed:
         print(*row.values())
 
 

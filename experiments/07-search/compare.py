@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import phases
 
 from experiments.rows import stamped
 from optimizer.certificate import comparison
@@ -43,6 +44,7 @@ from optimizer.store import write_atomically
 
 SEEDS = (0, 1, 2)
 Found = tuple[np.ndarray, int, Sequence[tuple[float, float]]]  # plan, tokens spent, curve
+THEN, SHARE = "+moves", 0.4  # of the tokens for a first space, see phases.py
 FIRST = 4  # windows before a random plan may be dropped
 
 
@@ -151,6 +153,8 @@ def methods() -> Iterator[tuple[str, str]]:
             yield space, sampler
     yield "layers", "tpe"
     yield "layers", "nsgaii"
+    yield f"multipliers{THEN}", "gp"
+    yield f"directions{THEN}", "cmaes"
     yield "evolution", ""
     yield "random", ""
 
@@ -240,11 +244,15 @@ class Race:
         return stamped(found, config, job.tokens, job.method, job.sampler)
 
     def _ours(self, config: Optimize, problem: Problem, start: np.ndarray, job: Job) -> Found:
-        search = Search(space=job.method, sampler=job.sampler, tokens=job.tokens)
+        space = job.method.removesuffix(THEN)
+        search = Search(space=space, sampler=job.sampler, tokens=job.tokens)
         with tempfile.TemporaryDirectory() as folder:
             searching = replace(config, search=search)
             prepared = Prepared(self.session, searching, self.space, self.table)
-            found = refine.refine(prepared, problem, start, Path(folder) / "journal")
+            journal = Path(folder) / "journal"
+            if space != job.method:
+                return phases.search(prepared, problem, start, journal, search, SHARE)
+            found = refine.refine(prepared, problem, start, journal)
         curve = [(row["tokens"], row["best"]) for row in found.history]
         return found.assignment, found.spent, curve
 

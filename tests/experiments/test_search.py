@@ -66,7 +66,7 @@ def test_methods_are_ranked_where_all_of_them_ended(
     assert found["directions gp"]["better_than_moves"] == "4"
     assert found["random"]["worse_than_table"] == "0"
     assert (tmp_path / "results.png").stat().st_size > 1000
-    assert (tmp_path / "curves.png").stat().st_size > 1000
+    assert (tmp_path / "curves-planted.png").stat().st_size > 1000
 
 
 def test_a_ratio_is_taken_over_the_same_documents(
@@ -80,3 +80,18 @@ def test_a_ratio_is_taken_over_the_same_documents(
     assert {(row["over_table"], row["over_low"], row["over_high"]) for row in own} == {
         ("0.9000", "0.9000", "0.9000")
     }
+
+
+def test_rows_of_other_runs_are_kept(collect: ModuleType, runs: Path, tmp_path: Path) -> None:
+    """The runs are joined in two parts, one run in both; the second time its row is replaced."""
+    collect.main(runs, tmp_path)
+    once = (tmp_path / "results.csv").read_text()
+    for file in sorted((runs / "planted").iterdir())[3:]:
+        file.unlink()
+    again = runs / "planted" / "again.json"
+    again.write_text(json.dumps(run(2, 0, "random", 1.9)))
+    collect.main(runs, tmp_path)
+    table = rows.read(tmp_path / "results.csv")
+    changed = [r for r in table if (r["budget"], r["seed"], r["method"]) == ("2", "0", "random")]
+    assert [r["kl_value"] for r in changed] == ["1.90000"]
+    assert len(table) == len(once.splitlines()) - 1
