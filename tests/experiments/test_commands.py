@@ -25,11 +25,10 @@ COMMANDS = {
     "04-memory": ("measure.py PACKED 64 1 float32 cpu", "64,1,float32,cpu"),
     "05-exports": ("turns.py stories PACKED OUT/turns.csv 4", "'ratio'"),
     "06-false-alarms": ("measure.py topk stories TEXT", "8 32 "),
-    "07-search": ("compare.py stories TEXT 600 OUT blocks 4", "exact"),
-    "07-search sweep": (
-        "sweep.py stories TEXT OUT --workers 2 --seeds 0 --methods 'exact,moves tpe,evolution' "
-        "blocks:600:4 all:600:0.2",
-        "6 of 6 runs",
+    "07-search": ("sweep.py stories TEXT OUT --seeds 0 blocks:600:4", "14 of 14 runs"),
+    "07-search gptq": (
+        "sweep.py stories TEXT OUT --seeds 0 --methods 'exact,moves tpe,evolution' all:600:0.2",
+        "3 of 3 runs",
     ),
     "12-first-damage": ("measure.py stories TEXT 1", " s\n"),
     "15-defaults": (
