@@ -85,7 +85,7 @@ def search(
     earlier: refine.Scout | None = None
     spent = 0
     for settings, until in ((first, int(share * total)), (Search(space="moves"), total)):
-        phase = replace(settings, tokens=until - spent)
+        phase = replace(settings, tokens=max(until - spent, 1))
         own = replace(config, search=phase)
         name = f"{studies.name(session, own, problem, beside)}-{first.space}-{total}-{share}"
         study = Study.open(phase, problem, name, journal, config.seed, session.view.note)
