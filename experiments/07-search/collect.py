@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def joined(old: list[Row], new: list[Row]) -> list[Row]:
+def joined(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     """A run that was made again replaces its row."""
     return list({(*_cell(row), row["method"]): row for row in [*old, *new]}.values())
 

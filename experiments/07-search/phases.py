@@ -16,7 +16,7 @@ from optimizer.quantization.methods import bind
 from optimizer.search import Problem, Search, spaces
 from optimizer.search.study import Study, Tried
 from optimizer.search.surrogate import Seen
-from optimizer.stages import refine, studies
+from optimizer.stages import refine, studies, trials
 from optimizer.stages.beside import Beside
 from optimizer.stages.prepared import Prepared
 
@@ -99,7 +99,7 @@ def search(
             else:
                 scout.seed(start)
             refine._search(session, phase, study, scout)
-        curve += [(spent + row["tokens"], row["best"]) for row in refine.history(study)]
+        curve += [(spent + row["tokens"], row["best"]) for row in trials.history(study)]
         spent += study.spent
         earlier = scout
     assert earlier is not None

@@ -14,7 +14,7 @@ import os
 import resource
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class Stages(View):
     """Processor seconds of each stage."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._last, self._name = time.process_time(), "opening"
 
     def stage(self, text: str) -> None:
