@@ -26,7 +26,7 @@ from optimizer.models.head import OwnHead, final_transform
 from optimizer.models.inventory import POOLER, architecture, drop_pooler, skeleton, take_inventory
 from optimizer.models.layout import gather, scatter
 from optimizer.models.offload import offloaded, places
-from optimizer.models.offload import opened as opened_on_disk
+from optimizer.models.opening import opened as opened_on_disk
 from optimizer.models.published import lacking
 from optimizer.models.residence import Residence
 from optimizer.models.source import is_encoder, pooling, quiet

@@ -9,8 +9,8 @@ brings a block back when it needs the block's weights: they are not saved for it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -18,11 +18,8 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from optimizer.errors import ModelError
 from optimizer.models.checkpoint import Checkpoint
-from optimizer.models.inventory import skeleton, tie
 from optimizer.models.layout import holders, scatter, whole
-from optimizer.models.published import lacking
 from optimizer.models.residence import LARGE
 from optimizer.plan import Inventory, Layer, Other, Place
 
@@ -44,10 +41,10 @@ class OnDisk:
         self._device = _outside_device(net)
         self._modules = blocks = block_list(net, inventory)
         self._outputs: int | None = None  # how many things a block returns; 0: hidden states alone
-        large = _large(net, blocks, inventory)
+        large = large_ends(net, blocks, inventory)
         self._units = [dict(block.named_parameters()) for block in blocks]
         self._units += [{name: net.get_parameter(name)} for name in large]
-        self._tensors = [*_by_block(net, blocks, inventory), *large.values()]
+        self._tensors = [*blocks_tensors(net, blocks, inventory), *large.values()]
         self._live = dict(net.named_parameters())
         self._home = {t.name: i for i, own in enumerate(self._tensors) for t in own}
         self._names: dict[str, int] = {}
@@ -258,7 +255,7 @@ class OnDisk:
         self._partly.discard(index)
         with torch.inference_mode(False), torch.no_grad():
             for value in self._units[index].values():
-                value.data = _absent(value, self._device)
+                value.data = absent(value, self._device)
 
     def _fill_pieces(self, index: int) -> bool:
         """As `_fill`, PIECE bytes of the file at a time. False where it can't be."""
@@ -314,54 +311,7 @@ def block_list(net: nn.Module, inventory: Inventory) -> list[nn.Module]:
     return list(blocks)
 
 
-def opened(folder: Any, inventory: Inventory, checkpoint: Checkpoint, device: str) -> Any:
-    """The model in fp32 with its blocks on disk. Raises ModelError for numbers that the folder
-    lacks."""
-    net = skeleton(folder)
-    used = inventory.held
-    tie(net, frozenset(p.parameter for tensor in used for p in places(tensor)))
-    _check_whole(net, used, checkpoint)
-    blocks = block_list(net, inventory)
-    if not blocks:
-        raise ModelError(
-            f"Weights are left on disk block by block, and {folder} has no blocks with layers. Take "
-            "offload=none."
-        )
-    large = _large(net, blocks, inventory)
-    away = [*_by_block(net, blocks, inventory), *large.values()]
-    inside = {t.name for own in away for t in own}
-    _assign(net, [t for t in used if t.name not in inside], checkpoint, torch.device(device))
-    for block in blocks:
-        _leave(block.modules(), torch.device(device))
-    named = dict(net.named_parameters())
-    owners = {id(m): m for name in large for m, _ in holders(net)[id(named[name])]}
-    _leave(owners.values(), torch.device(device))
-    for name, buffer in net.named_buffers():
-        owner, _, leaf = name.rpartition(".")
-        net.get_submodule(owner)._buffers[leaf] = buffer.to(device)
-    if hasattr(net, "generation_config"):
-        _read_generation(net, folder)
-    OnDisk(net, inventory, checkpoint)
-    return net
-
-
-def _read_generation(net: Any, folder: Any) -> None:
-    from transformers import GenerationConfig
-
-    with suppress(OSError):
-        net.generation_config = GenerationConfig.from_pretrained(folder)
-
-
-def _check_whole(net: Any, used: Sequence[Layer | Other], checkpoint: Checkpoint) -> None:
-    """Every parameter, and every buffer that isn't computed, has its numbers."""
-    given = {p.parameter for tensor in used for p in places(tensor)}
-    missing = [n for n, p in net.named_parameters() if n not in given]
-    missing += [n for n, b in net.named_buffers() if b.device.type == "meta" and n not in given]
-    if missing:
-        raise lacking(checkpoint.folder, checkpoint, min(missing))
-
-
-def _by_block(
+def blocks_tensors(
     net: nn.Module, blocks: Sequence[nn.Module], inventory: Inventory
 ) -> list[list[Layer | Other]]:
     """The tensors whose numbers only one block's parameters hold; others stay in memory."""
@@ -382,7 +332,7 @@ def _by_block(
     return found
 
 
-def _large(
+def large_ends(
     net: Any, blocks: Sequence[nn.Module], inventory: Inventory
 ) -> dict[str, list[Layer | Other]]:
     """Parameter -> its tensors, of the large embeddings and head. Those whose tensor lies in several
@@ -401,47 +351,7 @@ def _large(
     return found
 
 
-def _assign(
-    net: Any, tensors: Sequence[Layer | Other], checkpoint: Checkpoint, device: torch.device
-) -> None:
-    """Fill what stays in memory, in fp32."""
-    known = {tensor.name: tensor for tensor in tensors}
-    state = net.state_dict(keep_vars=True)
-    filled: dict[str, Tensor] = {}
-    for tensor in tensors:
-        for place in places(tensor):
-            like = state[place.parameter]
-            filled.setdefault(
-                place.parameter, torch.empty(like.shape, dtype=like.dtype, device=device)
-            )
-    for name, stored in checkpoint.several(list(known)):
-        scatter(stored, places(known[name]), filled.__getitem__)
-    held = holders(net)
-    for parameter, value in filled.items():
-        owner, _, leaf = parameter.rpartition(".")
-        module = net.get_submodule(owner)
-        if leaf in module._buffers:
-            module._buffers[leaf] = value
-            continue
-        live = nn.Parameter(value, requires_grad=False)
-        for holder, attribute in held[id(state[parameter])]:
-            holder._parameters[attribute] = live
-
-
-def _leave(modules: Iterable[nn.Module], device: torch.device) -> None:
-    """Parameters on the device for those on the meta device: of no memory, filled later. modules: all
-    that hold one of them."""
-    made: dict[int, nn.Parameter] = {}
-    for module in modules:
-        for leaf, value in module._parameters.items():
-            if value is not None and value.device.type == "meta":
-                if id(value) not in made:
-                    live = nn.Parameter(_absent(value, device), requires_grad=False)
-                    made[id(value)] = live
-                module._parameters[leaf] = made[id(value)]
-
-
-def _absent(value: Tensor, device: torch.device) -> Tensor:
+def absent(value: Tensor, device: torch.device) -> Tensor:
     """One NaN, seen as a tensor of the shape."""
     fill = float("nan") if value.dtype.is_floating_point else 0
     return torch.full((1,), fill, dtype=value.dtype, device=device).expand(value.shape)

@@ -110,9 +110,8 @@ class Shortcut:
 
         def enter(door: int) -> Any:
             def hook(_block: nn.Module, args: tuple[Any, ...], *given: dict[str, Any]) -> Any:
-                if (
-                    getcurrent() is not here
-                ):  # a window that ended meanwhile gets no kwargs, either
+                # a window that ended meanwhile gets no kwargs, either
+                if getcurrent() is not here:
                     return None
                 [kwargs] = given
                 if door == start:
@@ -143,9 +142,8 @@ class Shortcut:
             expected = self.window(0, None, whole)
             for door in self.doors:
                 part = Prefix({}, {(door, 0): whole.hidden[door, 0].clone()})
-                if abs(self._entered(door, part) - expected) > 1e-6 or not self._leads(
-                    door, whole
-                ):
+                same = abs(self._entered(door, part) - expected) <= 1e-6
+                if not (same and self._leads(door, whole)):
                     return False
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError):
             return False  # a block that is called, or answers, in another way
