@@ -1,12 +1,14 @@
-"""The diagonal of Fisher's information, block by block: squares of one block at a time, and every
-precision rounded once for all windows.
+"""Fisher's information, block by block: what is kept of the gradients is of one block at a time, and
+every precision is rounded once for all windows.
 
     forward    each block's input is kept in a file; the blocks run one after the other on all windows
     head       labels y ~ p(.|x) from a window's own seed, and the gradient of their log-likelihood at
                the last block's output
     backward   from the last block to the first: run it again with gradients from its kept input; its
-               weights' gradients, window by window, are squared and summed; each precision is scored;
-               what is left is the gradient at its input
+               weights' gradients, window by window, are squared and summed (`diagonal`), or taken as
+               they are (`directional`); or its layers' inputs and the gradients at their outputs are
+               kept (`tokenwise`, `kronecker`); each precision is scored; what is left is the gradient
+               at its input
     outside    embeddings and head, with the gradient that arrived at the first block
 
 A layer that sees every token needs no gradient of autograd's own: it is d' x of its inputs x [tokens,
@@ -19,7 +21,8 @@ a backward pass, and the head twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -59,10 +62,22 @@ AGREE = 1e-3  # how far two ways to one gradient may lie apart, as a share of it
 AGREE_BF16 = 0.05  # the same where both are products of bf16 numbers
 
 
-def samples(model: Model, task: Task, text: Text, desk: Desk) -> np.ndarray | None:
-    """Chunks' estimates [chunks, groups, precisions], nats per token, equal to `fisher.diagonal` of
-    each chunk within float error. None where the model's blocks can't be run by themselves: they are
-    no chain, share parameters, or read more of the model than their input."""
+@dataclass(frozen=True)
+class Way:
+    """How layers are scored of which it is known what each token sends: add(model, task, layer,
+    products, losses). whole: all of a chunk's products are needed at once."""
+
+    add: Callable[[Model, Task, Layer, Sequence[Product], np.ndarray], None]
+    whole: bool = False
+
+
+def samples(
+    model: Model, task: Task, text: Text, desk: Desk, way: Way | None = None
+) -> np.ndarray | None:
+    """Chunks' estimates [chunks, groups, precisions], nats per token, equal to those of `fisher` for
+    each chunk within float error: `diagonal`, `directional` where the text's windows stand apart, or,
+    of modules in the blocks, another way's. None where the model's blocks can't be run by themselves:
+    they are no chain, share parameters, or read more of the model than their input."""
     if model.pooling is not None or any(len(x.parameters) > 1 for x in model.inventory.layers):
         return None
     device = next(model.net.parameters()).device
@@ -71,13 +86,15 @@ def samples(model: Model, task: Task, text: Text, desk: Desk) -> np.ndarray | No
     together = fitting(model.net, most)
     while True:
         try:
-            return _made(model, task, text, desk, together)
+            return _made(model, task, text, desk, way, together)
         except torch.OutOfMemoryError:
             pass  # what its frames hold is freed first
         together = halved(model.net, together)
 
 
-def _made(model: Model, task: Task, text: Text, desk: Desk, together: int) -> np.ndarray | None:
+def _made(
+    model: Model, task: Task, text: Text, desk: Desk, way: Way | None, together: int
+) -> np.ndarray | None:
     """As `samples`, with so many windows at a time."""
     own = [model.layers[name] for name in task.layers if model.layers[name].block is not None]
     try:
@@ -92,7 +109,7 @@ def _made(model: Model, task: Task, text: Text, desk: Desk, together: int) -> np
     size = sum(x.hidden.numel() * x.hidden.element_size() for x in stream.batches)
     with closing(Borders(size * len(stream.blocks))) as borders:
         try:
-            return _Passes(model, task, text, stream, borders, odd).run(desk)
+            return _Passes(model, task, text, way, stream, borders, odd).run(desk)
         except _Unlike:
             return None
 
@@ -135,12 +152,14 @@ class _Passes:
         model: Model,
         task: Task,
         text: Text,
+        way: Way | None,
         stream: Stream,
         borders: Borders,
         odd: set[int | None],
     ) -> None:
         """odd: blocks with layers that some tokens pass by; they run one window at a time."""
         self.model, self.task, self.text, self.stream = model, task, text, stream
+        self.way = way
         self.borders, self.odd = borders, odd
         self.head, self.shape = output_head(model.net), final_transform(model.net)
         layers = [model.layers[name] for name in task.layers]
@@ -148,7 +167,7 @@ class _Passes:
             block: [x for x in layers if x.block == block]
             for block in [None, *range(len(stream.blocks))]
         }
-        self.losses = {x.name: blank(task, len(text.runs)) for x in layers}
+        self.losses = {x.name: blank(task, text.sums) for x in layers}
         self.labels = np.zeros(text.ids.shape, np.int64)
         self.normalisers = np.zeros(text.ids.shape, np.float32)
         firsts = np.cumsum([0, *(len(batch.ids) for batch in stream.batches)])
@@ -191,17 +210,19 @@ class _Passes:
         self._outside(arrived)
         desk.show(len(self.losses), len(self.losses), self.text.ids.size)
         pace.ended()
-        layers = self.model.layers
-        losses = {n: settled(self.task, layers[n], x) for n, x in self.losses.items()}
-        rare = rarely_met(losses)
+        layers, text = self.model.layers, self.text
+        losses = {n: settled(self.task, layers[n], x, text.power) for n, x in self.losses.items()}
+        parts = text.runs if text.apart else [slice(c, c + 1) for c in range(text.sums)]
+        rare = rarely_met({n: np.array([x[p].any(0) for p in parts]) for n, x in losses.items()})
         if rare is not None:
             desk.note(rare)
-        found = [
-            self.task.collect({n: x[c] for n, x in losses.items()})
-            for c in range(len(self.text.runs))
-        ]
-        counts = [2 * self.model.predictions(self.text.ids[run]) for run in self.text.runs]
-        return np.array(found) / np.array(counts)[:, None, None]
+        sums = np.array(
+            [self.task.collect({n: x[i] for n, x in losses.items()}) for i in range(text.sums)]
+        )
+        if text.apart:  # a whole group's slope is squared, window by window
+            sums = np.array([(sums[run] ** 2).sum(0) for run in text.runs])
+        counts = [2 * self.model.predictions(text.ids[run]) for run in text.runs]
+        return sums / np.array(counts)[:, None, None]
 
     def _state(self, block: int, arrived: Sequence[Tensor]) -> dict[str, np.ndarray]:
         """What is known when a block is done: gradients at its input, the losses from there on."""
@@ -266,31 +287,36 @@ class _Passes:
 
     def _backward(self, block: int, arrived: list[Tensor]) -> None:
         """arrived: each batch's gradient at the block's output; at its input afterwards."""
-        own = self.layers[block]
-        if block in self.odd and self._by_products(block, arrived):
+        own = [x for x in self.layers[block] if self.way is None or not x.watchable]
+        alone = _Alone(self, [x for x in self.layers[block] if x not in own])
+        if block in self.odd and own and self._by_products(block, own, alone, arrived):
             return
         squares = self._squares(own)
         for index, batch in enumerate(self.stream.batches):
             hidden = self.borders.take(block, index, batch.hidden).requires_grad_(True)
             windows = self.windows[index]
             if block in self.odd:
-                with gradients(self.model.net, squares.names, partial(squares.add, windows[0])):
+                add = partial(squares.add, windows[0])
+                with alone.watched(index), gradients(self.model.net, squares.names, add):
                     self.stream.through(block, batch, hidden.clone()).backward(arrived[index])
             else:
                 met: set[str] = set()
                 use = partial(self._multiply, squares, batch, windows, met)
-                with watching(self.model, [x.name for x in own], use, begin=False):
+                names = [x.name for x in own]
+                with alone.watched(index), watching(self.model, names, use, begin=False):
                     self.stream.through(block, batch, hidden.clone()).backward(arrived[index])
                 if len(met) < len(own):
                     raise _Unlike(f"{sorted({x.name for x in own} - met)[0]} had no gradient.")
             assert hidden.grad is not None
             arrived[index] = hidden.grad
+            alone.score(index)
         squares.score()
 
-    def _by_products(self, block: int, arrived: list[Tensor]) -> bool:
+    def _by_products(
+        self, block: int, own: Sequence[Layer], alone: _Alone, arrived: list[Tensor]
+    ) -> bool:
         """As `_backward`, for layers that are matrices by which the block multiplies some of its
         tokens. False, and nothing done, where they aren't."""
-        own = self.layers[block]
         starts = {layer.name: place for layer in own if (place := layer.start) is not None}
         if len(starts) < len(own):
             return False
@@ -299,19 +325,23 @@ class _Passes:
         watch = Products({name: self.model.net.get_parameter(name) for name in names}, met.add)
         with plain_experts(self.model.net):
             for index, batch in enumerate(batches):
-                met.chunk = self.text.chunk(self.windows[index][0])
+                met.number = self.text.sum_of(self.windows[index][0])
                 hidden = self.borders.take(block, index, batch.hidden).requires_grad_(True)
-                with watch:
+                with alone.watched(index), watch:
                     output = self.stream.through(block, batch, hidden.clone())
                 if watch.odd and index == 0:
                     return False
                 output.backward(arrived[index])
                 assert hidden.grad is not None
                 arrived[index] = hidden.grad
+                alone.score(index)
                 if met.bytes > COLLECTED or index + 1 == len(batches):
                     for layer in own:
                         products = met.of(layer, *starts[layer.name])
-                        add_losses(self.model, self.task, layer, products, self.losses[layer.name])
+                        add_losses(
+                            self.model, self.task, layer, products, self.losses[layer.name],
+                            self.text.power,
+                        )  # fmt: skip
                     met.clear()
         every = {x.parameter for x in own if x.expert is not None or self.stream.sees_all(x.name)}
         if watch.odd or not every <= met.names:
@@ -333,8 +363,8 @@ class _Passes:
         layer, shape = self.model.layers[name], batch.ids.shape
         if squares.at_once:
             each = zip(windows, x.view(*shape, -1), d.view(*shape, -1), strict=True)
-            products = [Product(self.text.chunk(window), *pair) for window, *pair in each]
-            add_losses(self.model, self.task, layer, products, self.losses[name])
+            products = [Product(self.text.sum_of(window), *pair) for window, *pair in each]
+            add_losses(self.model, self.task, layer, products, self.losses[name], self.text.power)
             return
         a, b = (x, d) if layer.kind == "conv1d" else (d, x)
         for window, left, right in zip(
@@ -412,6 +442,57 @@ class _Passes:
             table.sparse = sparse
             value.requires_grad_(False).grad = None
         return Ends(torch.cat(inputs), self.labels, self.normalisers, self.shape, looked)
+
+
+class _Alone:
+    """Layers of a block that a `Way` scores: their inputs and output gradients, kept for some batches."""
+
+    def __init__(self, passes: _Passes, layers: Sequence[Layer]) -> None:
+        self._passes, self._layers = passes, layers
+        self._met: dict[str, list[Product]] = {x.name: [] for x in layers}
+        self._seen: set[str] = set()
+        self._bytes = 0
+
+    def watched(self, index: int) -> AbstractContextManager[None]:
+        """While a batch runs forward and back."""
+        if not self._layers:
+            return nullcontext()
+        names = [x.name for x in self._layers]
+        return watching(self._passes.model, names, partial(self._keep, index), begin=False)
+
+    def _keep(self, index: int, name: str, x: Tensor, d: Tensor) -> None:
+        text, windows = self._passes.text, self._passes.windows[index]
+        each = zip(windows, x.chunk(len(windows)), d.chunk(len(windows)), strict=True)
+        self._met[name] += [Product(text.sum_of(window), *pair) for window, *pair in each]
+        self._seen.add(name)
+        self._bytes += 4 * (x.numel() + d.numel())
+
+    def score(self, index: int) -> None:
+        """After a batch: what has come, where it is much or all."""
+        passes, way = self._passes, self._passes.way
+        last = index + 1 == len(passes.windows)
+        if way is None or not (self._layers and (last or self._bytes > COLLECTED)):
+            return
+        text = passes.text
+        following = text.sums if last else text.sum_of(passes.windows[index + 1][0])
+        for layer in self._layers:
+            met = self._met[layer.name]
+            ready = [x for x in met if not way.whole or x.number < following]
+            way.add(passes.model, passes.task, layer, ready, passes.losses[layer.name])
+            self._met[layer.name] = [x for x in met if way.whole and x.number >= following]
+        every = [x for met in self._met.values() for x in met]
+        self._bytes = sum(4 * (x.inputs.numel() + x.gradients.numel()) for x in every)
+        if last:
+            self._check()
+
+    def _check(self) -> None:
+        """An expert that no token visited has no gradient; else a layer without one is used in a way
+        that can't be watched."""
+        seen = {x.role for x in self._layers if x.name in self._seen}
+        for layer in self._layers:
+            visited = layer.expert is not None and layer.role in seen
+            if layer.name not in self._seen and not visited:
+                raise _Unlike(f"{layer.name} had no gradient.")
 
 
 def _rows(gradient: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:

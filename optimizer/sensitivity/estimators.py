@@ -7,7 +7,7 @@ family. Others register an estimator of their own as an entry point of `mezzotin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -151,6 +151,11 @@ class Directional(Estimator):
 
         return fisher.directional(model, task, ids, seed, weights)
 
+    def samples(self, model: Model, task: Task, text: Text, desk: Desk) -> np.ndarray | None:
+        from optimizer.sensitivity import by_block
+
+        return by_block.samples(model, task, replace(text, apart=True), desk)
+
 
 @dataclass(kw_only=True)
 class Tokenwise(Estimator):
@@ -170,6 +175,11 @@ class Tokenwise(Estimator):
         from optimizer.sensitivity import fisher
 
         return fisher.tokenwise(model, task, ids, seed, weights)
+
+    def samples(self, model: Model, task: Task, text: Text, desk: Desk) -> np.ndarray | None:
+        from optimizer.sensitivity import by_block, products
+
+        return by_block.samples(model, task, text, desk, by_block.Way(products.add_token_losses))
 
 
 @dataclass(kw_only=True)
@@ -211,6 +221,15 @@ class Kronecker(Estimator):
 
         assert weights is None
         return hessian.kronecker(model, task, ids, seed)
+
+    def samples(self, model: Model, task: Task, text: Text, desk: Desk) -> np.ndarray | None:
+        from optimizer.sensitivity import by_block, hessian, products
+
+        layers = hessian.factorable(model, task)
+        if not all(layer.watchable for layer in layers):
+            return None
+        way = by_block.Way(products.add_factored_losses, whole=True)
+        return by_block.samples(model, task, text, desk, way)
 
 
 @dataclass(kw_only=True)

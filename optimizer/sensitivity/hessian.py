@@ -24,6 +24,7 @@ from torch import Tensor
 
 from optimizer.errors import ConfigError
 from optimizer.models.model import Model, read
+from optimizer.plan import Layer
 from optimizer.sensitivity import Task
 from optimizer.sensitivity.fisher import (
     _array,
@@ -33,6 +34,7 @@ from optimizer.sensitivity.fisher import (
     unwatched,
     watching,
 )
+from optimizer.sensitivity.products import Factors
 
 
 def trace(
@@ -101,6 +103,30 @@ def _number(seed: Sequence[int]) -> int:
 def kronecker(model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]) -> np.ndarray:
     """[groups, precisions], nats per token. Memory: rows^2 + cols^2 per layer. Linear and Conv1D
     layers only: fused experts and embeddings have no module whose inputs could be watched."""
+    layers = factorable(model, task)
+    factors = {
+        x.name: Factors.none(x, model.net.get_parameter(x.parameter).device) for x in layers
+    }
+    met: set[str] = set()
+
+    def add(name: str, x: Tensor, d: Tensor) -> None:
+        met.add(name)
+        factors[name].add(x, d)
+
+    with watching(model, task.layers, add):
+        for window, own_seed in _windows(model.net, ids, seed):
+            likelihood(model, window, own_seed).backward()
+    losses = {
+        x.name: np.array([factors[x.name].loss(e) for _, e in rounding_errors(model, task, x)])
+        for x in layers
+    }
+    missed = [layer for layer in layers if layer.name not in met]
+    losses |= unwatched(model, task, missed, (ids, seed, None))
+    return task.collect(losses) / (2 * model.predictions(ids))
+
+
+def factorable(model: Model, task: Task) -> list[Layer]:
+    """The task's layers. Raises ConfigError where one has no Kronecker form."""
     layers = [model.layers[name] for name in task.layers]
     for layer in layers:
         if layer.kind not in ("linear", "conv1d", "head"):
@@ -108,32 +134,4 @@ def kronecker(model: Model, task: Task, ids: np.ndarray, seed: Sequence[int]) ->
                 f"The Kronecker form needs the inputs of a linear layer; {layer.name} is of kind "
                 f"{layer.kind}. Leave it out of scope or take sensitivity=fisher."
             )
-    factors = {}
-    for layer in layers:
-        device = model.net.get_parameter(layer.parameter).device
-        factors[layer.name] = [torch.zeros(n, n, device=device) for n in (layer.cols, layer.rows)]
-
-    met: set[str] = set()
-
-    def add(name: str, x: Tensor, d: Tensor) -> None:
-        met.add(name)
-        inputs, outputs = factors[name]
-        inputs.addmm_((x * d.square().sum(-1, keepdim=True)).T, x)
-        outputs.addmm_((d * x.square().sum(-1, keepdim=True)).T, d)
-
-    with watching(model, task.layers, add):
-        for window, own_seed in _windows(model.net, ids, seed):
-            likelihood(model, window, own_seed).backward()
-    losses = {}
-    for layer in layers:
-        inputs, outputs = factors[layer.name]
-        tau = inputs.trace().clamp_(min=1e-30)
-        losses[layer.name] = _array(
-            [
-                ((outputs @ e @ inputs) * e).sum() / tau
-                for _, e in rounding_errors(model, task, layer)
-            ]
-        )
-    missed = [layer for layer in layers if layer.name not in met]
-    losses |= unwatched(model, task, missed, (ids, seed, None))
-    return task.collect(losses) / (2 * model.predictions(ids))
+    return layers

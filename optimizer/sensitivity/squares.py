@@ -1,4 +1,5 @@
-"""What roundings cost by sums of squared gradients of the layers' size, which are kept for a while."""
+"""What roundings cost by sums of gradients of the layers' size, or of their squares, which are kept for
+a while."""
 
 from __future__ import annotations
 
@@ -10,8 +11,7 @@ from torch import Tensor
 
 from optimizer.models.model import Model, read
 from optimizer.plan import Layer
-from optimizer.sensitivity.errors import sample, stacks
-from optimizer.sensitivity.fisher import add_square
+from optimizer.sensitivity.errors import add_power, sample, stacks
 from optimizer.sensitivity.table import Task, Text
 
 SQUARES = 2**27  # bytes of squares that exist at a time, if more than one chunk's are to
@@ -19,7 +19,8 @@ SQUARES = 2**27  # bytes of squares that exist at a time, if more than one chunk
 
 class Squares:
     """Sums of squared gradients of some layers' parameters: of several chunks at a time, as far as
-    memory goes, since each precision is rounded once for all of them.
+    memory goes, since each precision is rounded once for all of them. Of a text whose windows stand
+    apart, each window's gradients.
 
     at_once: a batch's gradients are better scored as they come, some rows at a time. Nothing of the
     layers' size is kept then, and each precision is rounded once a batch, not once for the chunks
@@ -40,28 +41,34 @@ class Squares:
         self.names = {x.parameter for x in layers}
         size = 4 * sum(x.weights for x in layers)
         self._some = max(1, SQUARES // max(size, 1))
-        turns = -(-len(text.runs) // self._some)
+        turns = -(-text.sums // self._some)
         self.at_once = batches < turns
         self._first = 0
-        self._sums: dict[int, dict[str, Tensor]] = {}  # by chunk
+        self._sums: dict[int, dict[str, Tensor]] = {}  # by their numbers
 
     def add(self, window: int, name: str, gradient: Tensor) -> None:
         """Windows come in order."""
-        chunk = self._text.chunk(window)
-        if chunk >= self._first + self._some:
+        number = self._text.sum_of(window)
+        if number >= self._first + self._some:
             self.score()
-            self._first = chunk
-        add_square(self._sums.setdefault(chunk, {}), name, gradient)
+            self._first = number
+        own = self._sums.setdefault(number, {})
+        if name in own:
+            add_power(own[name], gradient, self._text.power)
+        else:
+            own[name] = gradient.pow(self._text.power)
 
     def score(self) -> None:
-        """sum_ij F_ij dW_ij^2 of each layer, precision and chunk that is here."""
+        """sum_ij F_ij dW_ij^2 of each layer, precision and chunk that is here, or sum_ij G_ij dW_ij of
+        each window."""
         for layer in self._layers:
-            chunks = [c for c, sums in self._sums.items() if layer.parameter in sums]
-            if not chunks:  # no token's loss depends on it
+            known = [i for i, sums in self._sums.items() if layer.parameter in sums]
+            if not known:  # no token's loss depends on it
                 continue
             weight, found = self._model.weight(layer.name), self._losses[layer.name]
-            for columns, rows, errors in stacks(self._task, layer, weight, sample(layer)):
-                squares = [read(self._sums[c].__getitem__, layer)[rows] for c in chunks]
-                fisher = torch.stack(squares).flatten(1)
-                found[np.ix_(chunks, columns)] += (fisher @ errors.T).double().cpu().numpy()
+            power = self._text.power
+            for columns, rows, errors in stacks(self._task, layer, weight, sample(layer), power):
+                own = [read(self._sums[i].__getitem__, layer)[rows] for i in known]
+                products = torch.stack(own).flatten(1) @ errors.T
+                found[np.ix_(known, columns)] += products.double().cpu().numpy()
         self._sums = {}

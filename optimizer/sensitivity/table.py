@@ -51,13 +51,30 @@ class Task:
 class Text:
     """What is read: ids [windows, length]; runs, the windows of each chunk; seed, of the labels;
     weights [windows, length], how much each token counts. starts: of each chunk, its first window's
-    number among all that there are; () where these are all."""
+    number among all that there are; () where these are all. apart: a window's gradients are multiplied
+    with errors as they are, and each window has a sum of its own; else squares of gradients are, and a
+    chunk's windows share one."""
 
     ids: np.ndarray
     runs: Sequence[slice]
     seed: int
     weights: np.ndarray | None = None
     starts: tuple[int, ...] = ()
+    apart: bool = False
+
+    @property
+    def power(self) -> int:
+        """Of gradients and errors."""
+        return 1 if self.apart else 2
+
+    @property
+    def sums(self) -> int:
+        """How many a layer has."""
+        return len(self.ids) if self.apart else len(self.runs)
+
+    def sum_of(self, window: int) -> int:
+        """The number of the sum that a window belongs to."""
+        return window if self.apart else self.chunk(window)
 
     def chunk(self, window: int) -> int:
         return next(i for i, run in enumerate(self.runs) if run.start <= window < run.stop)
@@ -81,6 +98,7 @@ class Text:
             self.seed,
             None if self.weights is None else self.weights[rows],
             tuple(self.seed_of(i)[1] for i in some),
+            self.apart,
         )
 
 

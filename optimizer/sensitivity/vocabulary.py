@@ -24,7 +24,7 @@ from optimizer.models.head import entrywise, output_head
 from optimizer.models.layout import holders
 from optimizer.models.model import Model
 from optimizer.plan import Layer
-from optimizer.sensitivity.errors import blank, by_row, sample, stacks
+from optimizer.sensitivity.errors import add_power, blank, by_row, sample, stacks
 from optimizer.sensitivity.table import Task, Text
 
 LARGE = 2**24  # bytes in fp32 from which rows go by themselves
@@ -64,39 +64,40 @@ def suits(model: Model, task: Task, layer: Layer, shape: Callable[[Tensor], Tens
 
 
 def losses(model: Model, task: Task, layer: Layer, text: Text, ends: Ends) -> np.ndarray:
-    """sum_ij F_ij dW_ij^2 [chunks, precisions + 2], see `errors`, of a layer that `suits`. The model
-    holds its own weights. Cost: the head's products twice."""
+    """sum_ij F_ij dW_ij^2 [sums, precisions + 2], see `errors`, of a layer that `suits`; of a text whose
+    windows stand apart, sum_ij G_ij dW_ij. The model holds its own weights. Cost: the head's products
+    twice."""
     head = output_head(model.net)
     net: Any = model.net
     value = net.get_parameter(layer.parameter)
     predicts = getattr(head, "weight", None) is value
     looked = ends.looked if net.get_input_embeddings().weight is value else ()
     bias = getattr(head, "bias", None)
-    found = blank(task, len(text.runs))
+    found = blank(task, text.sums)
     among = None if predicts else torch.cat([ids for ids, _ in looked]).unique().cpu()
     chosen = sample(layer, among)
     squares = sized(ends.inputs.device, SQUARES, MANY_SQUARES)
-    some = max(1, squares // (4 * layer.cols * len(text.runs)))
+    some = max(1, squares // (4 * layer.cols * text.sums))
     for start in range(0, layer.rows, some):
         weight = model.rows(layer.name, slice(start, start + some))
-        sums = torch.zeros(len(text.runs), *weight.shape, device=weight.device)
+        sums = torch.zeros(text.sums, *weight.shape, device=weight.device)
         own = None if bias is None else bias[start : start + some].float()
         if predicts:
-            _add_squares(sums, text, replace(ends, looked=looked), start, (weight, own))
+            _add_gradients(sums, text, replace(ends, looked=looked), start, (weight, own))
         else:
             _add_looked(sums, text, looked, start)
         here = chosen[(chosen >= start) & (chosen < start + some)] - start
-        for columns, rows, errors in stacks(task, layer, weight, here):
+        for columns, rows, errors in stacks(task, layer, weight, here, text.power):
             fisher = sums[:, rows].flatten(1)
             found[:, columns] += (fisher @ errors.T).double().cpu().numpy()
     return found
 
 
-def _add_squares(
+def _add_gradients(
     sums: Tensor, text: Text, ends: Ends, start: int, head: tuple[Tensor, Tensor | None]
 ) -> None:
-    """Adds every window's squared gradient of the rows from `start` on to its chunk's sum [chunks,
-    rows, width]. head: weight and bias of these rows."""
+    """Adds every window's squared gradient of the rows from `start` on to its chunk's sum [sums,
+    rows, width], or the gradient to its own. head: weight and bias of these rows."""
     together = max(1, TOGETHER // text.ids.shape[1])
     for first in range(0, len(text.ids), together):
         windows = range(first, min(first + together, len(text.ids)))
@@ -108,7 +109,7 @@ def _add_squares(
             if ends.looked:
                 ids, values = _within(ends.looked[window], start, len(gradient))
                 gradient.index_add_(0, ids, values)
-            sums[text.chunk(window)].addcmul_(gradient, gradient)
+            add_power(sums[text.sum_of(window)], gradient, text.power)
 
 
 def _add_looked(
@@ -117,7 +118,7 @@ def _add_looked(
     """The same of embeddings that no head shares."""
     for window, rows in enumerate(looked):
         ids, values = _within(rows, start, sums.shape[1])
-        sums[text.chunk(window)].index_add_(0, ids, values.square())
+        sums[text.sum_of(window)].index_add_(0, ids, values.pow(text.power))
 
 
 def _within(rows: tuple[Tensor, Tensor], start: int, count: int) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,7 @@ def test_a_table_sees_the_matrix(stories: Model, tmp_path: Path) -> None:
     losses = []
     for rounder in (Nearest(), made(stories, tmp_path)):
         task = Task(((layer.name,),), ("q4_0",), {(layer.name, "q4_0"): precision}, rounder)
-        losses.append(errors.squared_errors(task, layer, weight, [precision]))
+        losses.append(errors.errors_of_rows(task, layer, weight, [precision], 2))
         wanted = (rounder.round(weight, precision, layer.name) - weight).square()
         np.testing.assert_allclose(losses[-1].numpy(), wanted.reshape(1, -1).numpy(), rtol=1e-5)
     assert not torch.allclose(*losses)

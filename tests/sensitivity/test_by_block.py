@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optimizer.errors import ModelError, StorageError
+from optimizer.errors import ConfigError, ModelError, StorageError
 from optimizer.models.blockwise import Stream
 from optimizer.models.head import _with_fixed, unchanged
 from optimizer.models.model import Model, take_inventory
@@ -23,8 +24,12 @@ from optimizer.plan import Layer, Precision
 from optimizer.quantization.uniform import Nearest
 from optimizer.sensitivity import (
     Desk,
+    Directional,
+    Estimator,
+    Kronecker,
     Task,
     Text,
+    Tokenwise,
     by_block,
     chunks,
     errors,
@@ -78,9 +83,11 @@ def text(weighted: bool) -> Text:
     return Text(rng.integers(96, size=(7, 24)), chunks(7, 3), 5, weights)
 
 
-def whole(model: Model, task: Task, read: Text) -> np.ndarray:
+def whole(
+    model: Model, task: Task, read: Text, score: Callable[..., np.ndarray] = diagonal
+) -> np.ndarray:
     parts = [
-        diagonal(
+        score(
             model,
             task,
             read.ids[run],
@@ -105,6 +112,73 @@ class Killed(Desk):
 
     def left(self) -> dict[str, np.ndarray] | None:
         return self.states[-1] if self.states else None
+
+
+@pytest.mark.parametrize(("kind", "weighted"), WEIGHTED)
+@pytest.mark.parametrize("estimator", [Directional, Tokenwise])
+def test_slopes_are_those_of_the_whole_model(
+    estimator: type[Estimator],
+    kind: str,
+    weighted: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of all layers, two of them in a group whose slopes add up before they are squared; also from disk
+    and some at a time."""
+    model, read, own = small(kind, tmp_path), text(weighted), estimator(chunks=3)
+    task = task_of(model)
+    inside = [x.name for x in model.layers.values() if x.block == 1]
+    rest = tuple(group for group in task.groups if group[0] not in inside[:2])
+    task = replace(task, groups=((inside[0], inside[1]), *rest))
+    wanted = whole(model, task, read, own.score)
+    found = own.samples(model, task, read, Desk())
+    assert found is not None and found.shape == wanted.shape
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-7 * wanted.max())
+    monkeypatch.setattr("optimizer.models.offload.LARGE", 0)
+    monkeypatch.setattr(by_block, "TOGETHER", 48)
+    monkeypatch.setattr(by_block, "COLLECTED", 1)
+    monkeypatch.setattr(squares, "SQUARES", 1)
+    monkeypatch.setattr(vocabulary, "LARGE", 0)
+    disk = Model.load(tmp_path, model.inventory, offload="disk")
+    from_disk = own.samples(disk, task, read, Desk())
+    assert from_disk is not None
+    np.testing.assert_allclose(from_disk, wanted, rtol=5e-3, atol=1e-7 * wanted.max())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("some", [2**28, 1])
+def test_factors_are_those_of_the_whole_model(
+    some: int, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of two windows, so that chunks of two and three end within them."""
+    model, read = small(kind, tmp_path), text(weighted=False)
+    names = tuple((x.name,) for x in model.layers.values() if x.block is not None)
+    task = replace(task_of(model), groups=names)
+    monkeypatch.setattr(by_block, "TOGETHER", 48)
+    monkeypatch.setattr(by_block, "COLLECTED", some)
+    found = Kronecker(chunks=3).samples(model, task, read, Desk())
+    wanted = whole(model, task, read, Kronecker(chunks=3).score)
+    assert found is not None
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-9 * wanted.max())
+    with pytest.raises(ConfigError, match="Kronecker form"):
+        Kronecker(chunks=3).samples(model, task_of(model), read, Desk())
+
+
+def test_a_layer_whose_products_nobody_sees_is_left_to_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block multiplies by its weight, past the module."""
+    model, read = small("llama", tmp_path), text(weighted=False)
+    assert Tokenwise().samples(model, task_of(model), read, Desk()) is not None
+    mlp = type(model.net.model.layers[0].mlp)
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        up = torch.nn.functional.linear(x, self.up_proj.weight)
+        found: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * up)
+        return found
+
+    monkeypatch.setattr(mlp, "forward", forward)
+    assert Tokenwise().samples(model, task_of(model), read, Desk()) is None
 
 
 @pytest.mark.parametrize("large", [vocabulary.LARGE, 0])
