@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,18 +34,19 @@ class Stored:
 @dataclass(frozen=True)
 class Checkpoint:
     """The tensors of a model folder by name. beside: weight files that transformers doesn't read,
-    since the index or model.safetensors comes first. device: where a tensor that is read goes."""
+    since the index or model.safetensors comes first. device: where a tensor that is read goes. kept:
+    those that stay in memory, as they are stored; homes: where, on the device if they don't say."""
 
     folder: Path
     tensors: Mapping[str, Stored]
     beside: tuple[str, ...] = ()
     device: str = "cpu"
     kept: dict[str, Tensor] | None = None
-    home: str = "cpu"  # where what is kept lies
+    homes: Mapping[str, str] = field(default_factory=dict)
 
-    def keeping(self, home: str = "cpu") -> Checkpoint:
-        """The same, with every tensor that was read once kept in that memory, as it is stored."""
-        return replace(self, kept={}, home=home)
+    def keeping(self, homes: Mapping[str, str]) -> Checkpoint:
+        """The same, with every tensor that was read once kept."""
+        return replace(self, kept={}, homes=homes)
 
     def read(self, name: str, rows: slice | Tensor | None = None) -> Tensor:
         """The tensor as it is stored, or some rows of it: [shape], its own dtype."""
@@ -84,7 +85,8 @@ class Checkpoint:
                         mapped += value.nbytes
                         if self.kept is not None:
                             # no view of the file
-                            self.kept[name] = value = value.to(self.home, copy=True)
+                            home = self.homes.get(name, self.device)
+                            self.kept[name] = value = value.to(home, copy=True)
                         yield name, self._sent(value, None)
 
 

@@ -27,8 +27,9 @@ from optimizer.models.inventory import POOLER, architecture, drop_pooler, skelet
 from optimizer.models.layout import gather, scatter
 from optimizer.models.offload import offloaded, places
 from optimizer.models.opening import opened as opened_on_disk
+from optimizer.models.opening import spread
 from optimizer.models.published import lacking
-from optimizer.models.residence import Residence
+from optimizer.models.residence import Residence, card_rooms, least_work
 from optimizer.models.source import is_encoder, pooling, quiet
 from optimizer.plan import BY_ROW, UNTOUCHED, Inventory, Layer, Precision
 
@@ -36,6 +37,15 @@ __all__ = ["DTYPES", "Model", "places", "read", "skeleton", "take_inventory", "w
 
 PIECE = 2**22  # numbers that are looked at together
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def _homes(folder: Path, inventory: Inventory, device: str, offload: str) -> Mapping[str, str]:
+    """Tensor -> the device that keeps it; those that stay where the model runs may be left out."""
+    if offload == "cpu":
+        return dict.fromkeys((x.name for x in inventory.held), "cpu")
+    if offload == "devices":
+        return spread(folder, inventory, card_rooms(device, least_work(inventory)))
+    return {}
 
 
 class Rounder(Protocol):
@@ -109,8 +119,8 @@ class Model:
         """Load and check. Raises ModelError that names the first tensor with NaN or infinity.
 
         full: run in fp32; otherwise weights are only read, one at a time from the files. offload:
-        `none`, or where the blocks' weights stay as they are stored, `device`, `cpu` or `disk`, see
-        `optimizer.models.offload`; None: what fits.
+        `none`, or where the blocks' weights stay as they are stored, `device`, `devices`, `cpu` or
+        `disk`, see `optimizer.models.offload`; None: what fits.
         """
         checkpoint = open_checkpoint(folder)
         if not full:
@@ -119,7 +129,7 @@ class Model:
         if offload != "none":
             checkpoint = replace(checkpoint, device=device)
             if offload != "disk":
-                checkpoint = checkpoint.keeping("cpu" if offload == "cpu" else device)
+                checkpoint = checkpoint.keeping(_homes(folder, inventory, device, offload))
             for name, value in checkpoint.several([x.name for x in inventory.held]):
                 finite(name, value)
             net = opened_on_disk(folder, inventory, checkpoint, device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -54,6 +55,31 @@ def opened(folder: Any, inventory: Inventory, checkpoint: Checkpoint, device: st
         _read_generation(net, folder)
     OnDisk(net, inventory, checkpoint)
     return net
+
+
+def spread(folder: Any, inventory: Inventory, rooms: Mapping[str, int]) -> dict[str, str]:
+    """Tensor -> the device that keeps it, whole blocks together, by accelerate. rooms: device -> bytes
+    that are free; what fits none of them stays in the host's memory."""
+    from accelerate import infer_auto_device_map
+
+    net = skeleton(folder)
+    tie(net, frozenset(p.parameter for tensor in inventory.held for p in places(tensor)))
+    numbered: dict[Any, int] = dict(enumerate(rooms.values()))
+    found = infer_auto_device_map(
+        net,
+        max_memory={**numbered, "cpu": sys.maxsize},
+        no_split_module_classes=sorted({type(x).__name__ for x in block_list(net, inventory)}),
+        dtype=torch.float32 if inventory.dtype == "F32" else torch.bfloat16,
+        offload_buffers=True,
+    )
+    names = list(rooms)
+    homes = {key: names[at] if isinstance(at, int) else "cpu" for key, at in found.items()}
+
+    def home(parameter: str) -> str:
+        owners = [x for x in homes if x in ("", parameter) or parameter.startswith(f"{x}.")]
+        return homes[max(owners, key=len)] if owners else "cpu"
+
+    return {tensor.name: home(places(tensor)[0].parameter) for tensor in inventory.held}
 
 
 def _read_generation(net: Any, folder: Any) -> None:

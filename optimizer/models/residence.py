@@ -17,7 +17,7 @@ PIECES = 4  # times a block in fp32: its weights, squares, a gradient, and a rou
 LARGE = 2**28  # bytes in fp32 from which embeddings and head don't stay in memory
 SPARE = 1.5  # times what must be free for the checkpoint's own numbers to be kept
 
-Place = Literal["none", "device", "cpu", "disk"]
+Place = Literal["none", "device", "devices", "cpu", "disk"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class Residence:
     through the blocks a few times in all and on a CPU, where `disk` costs no time
     (experiments/14-scale): `auto` takes it for all but small models. processes: how many share what is
     free; each may take `memory`. device: where the model runs. On a GPU, `none` is in its memory: in
-    fp32, or, if that is too much, as stored and in fp32 one block at a time (`device`). arithmetic:
-    see `optimizer.models.arithmetic`."""
+    fp32, or, if that is too much, as stored and in fp32 one block at a time (`device`), and on all
+    GPUs where no single one is named and one is too small (`devices`). arithmetic: see
+    `optimizer.models.arithmetic`."""
 
     offload: str = "auto"
     memory: str | None = None
@@ -53,11 +54,10 @@ class Residence:
         """Raises ConfigError for a cap that one block, or what no block has, doesn't fit."""
         self.check()
         blocks, ends = _sizes(inventory)
-        outside = sum(size for size in ends if size < LARGE)
         if not blocks:  # nothing comes and goes
             return "none"
         block, largest = max(blocks.items(), key=lambda one: one[1])
-        least = PIECES * max(largest, max(ends, default=0) // 2) + outside
+        least = least_work(inventory)
         room = self._room()
         if self.memory is not None and self.offload != "none" and room < least:
             raise ConfigError(
@@ -71,7 +71,12 @@ class Residence:
             free = self._capped(device_room(self.device))
             if COMFORT * whole <= free:
                 return "none"
-            if self.offload == "none" or SPARE * (stored + least) <= free:
+            fits = SPARE * (stored + least) <= free
+            if not fits and self.processes == 1 and self.memory is None:
+                rooms = card_rooms(self.device, least)
+                if len(rooms) > 1 and SPARE * stored <= sum(rooms.values()):
+                    return "devices"
+            if self.offload == "none" or fits:
                 return "device"
             return "cpu" if SPARE * (stored + least) <= room else "disk"
         if self.offload != "auto":
@@ -102,6 +107,25 @@ def device_room(name: str) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def card_rooms(name: str, work: int) -> dict[str, int]:
+    """Device -> bytes that are free for weights, of each GPU if no single one is named; the first is
+    where the model runs and keeps room for so much work."""
+    import torch
+
+    if torch.device(name) != torch.device("cuda"):
+        return {name: max(0, device_room(name) - int(SPARE * work))}
+    every = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return {x: max(0, device_room(x) - int(SPARE * work) * (x == every[0])) for x in every}
+
+
+def least_work(inventory: Inventory) -> int:
+    """Bytes that work on the largest block takes, beside what stays in memory in fp32."""
+    blocks, ends = _sizes(inventory)
+    outside = sum(size for size in ends if size < LARGE)
+    largest = max(blocks.values(), default=0)
+    return PIECES * max(largest, max(ends, default=0) // 2) + outside
 
 
 def _sizes(inventory: Inventory) -> tuple[dict[int, int], list[int]]:

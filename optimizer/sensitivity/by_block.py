@@ -445,7 +445,7 @@ class _Passes:
 
 
 class _Alone:
-    """Layers of a block that a `Way` scores: their inputs and output gradients, kept for some batches."""
+    """Layers of a block that a `Way` scores: inputs and output gradients, kept for some batches."""
 
     def __init__(self, passes: _Passes, layers: Sequence[Layer]) -> None:
         self._passes, self._layers = passes, layers

@@ -94,7 +94,7 @@ def by_row(task: Task, layer: Layer) -> list[int]:
 
 
 def _sampled(task: Task, layer: Layer, power: int) -> list[int]:
-    """Numbers of the columns that are scored on some rows only: squares, whose ratios tell the rest."""
+    """Numbers of the columns that are scored on some rows only: of squares, whose ratios tell all."""
     if power == 1 or layer.weights <= SAMPLED:
         return []
     kinds = [task.fitted[layer.name, column].kind for column in task.columns]
@@ -104,8 +104,8 @@ def _sampled(task: Task, layer: Layer, power: int) -> list[int]:
 def errors_of_rows(
     task: Task, layer: Layer, weight: Tensor, precisions: Sequence[Precision], power: int
 ) -> Tensor:
-    """W' - W, or its square [precisions, weights], of some rows that are rounded by themselves; as many
-    at a time as stay in a processor's cache."""
+    """W' - W, or its square [precisions, weights], of some rows that are rounded by themselves; as
+    many at a time as stay in a processor's cache."""
     of_rows = getattr(task.quantizer, "of_rows", None)
     rounder = task.quantizer if of_rows is None else of_rows(layer.name)
     found = torch.empty(len(precisions), weight.numel(), device=weight.device)

@@ -39,8 +39,8 @@ def add_losses(
     found: np.ndarray,
     power: int = 2,
 ) -> None:
-    """Adds sum_ij (G_ij dW_ij)^power over the windows' gradients G to found [sums, precisions + 2], see
-    `errors`. Every precision is rounded once."""
+    """Adds sum_ij (G_ij dW_ij)^power over the windows' gradients G to found [sums, precisions + 2],
+    see `errors`. Every precision is rounded once."""
     if not met:
         return
     weight, known = model.weight(layer.name), sorted({x.number for x in met})
@@ -55,8 +55,8 @@ def add_losses(
 def add_token_losses(
     model: Model, task: Task, layer: Layer, met: Sequence[Product], found: np.ndarray
 ) -> None:
-    """Adds sum_t (d_t' dW x_t)^2 over tokens to found [chunks, precisions + 2]; see `fisher.tokenwise`.
-    Every precision is rounded once."""
+    """Adds sum_t (d_t' dW x_t)^2 over tokens to found [chunks, precisions + 2]; see
+    `fisher.tokenwise`. Every precision is rounded once."""
     count = found.shape[1]
     slopes = [torch.zeros(len(x.inputs), count, device=x.inputs.device) for x in met]
     weight, nothing = model.weight(layer.name), torch.empty(0, dtype=torch.long)

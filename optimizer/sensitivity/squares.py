@@ -1,5 +1,5 @@
-"""What roundings cost by sums of gradients of the layers' size, or of their squares, which are kept for
-a while."""
+"""What roundings cost by sums of gradients of the layers' size, or of their squares, which are kept
+for a while."""
 
 from __future__ import annotations
 

@@ -64,9 +64,9 @@ def suits(model: Model, task: Task, layer: Layer, shape: Callable[[Tensor], Tens
 
 
 def losses(model: Model, task: Task, layer: Layer, text: Text, ends: Ends) -> np.ndarray:
-    """sum_ij F_ij dW_ij^2 [sums, precisions + 2], see `errors`, of a layer that `suits`; of a text whose
-    windows stand apart, sum_ij G_ij dW_ij. The model holds its own weights. Cost: the head's products
-    twice."""
+    """sum_ij F_ij dW_ij^2 [sums, precisions + 2], see `errors`, of a layer that `suits`; of a text
+    whose windows stand apart, sum_ij G_ij dW_ij. The model holds its own weights. Cost: the head's
+    products twice."""
     head = output_head(model.net)
     net: Any = model.net
     value = net.get_parameter(layer.parameter)

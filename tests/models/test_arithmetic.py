@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,15 +19,16 @@ from optimizer.metrics.divergence import Teacher
 from optimizer.models import arithmetic
 from optimizer.models.blockwise import Stream
 from optimizer.models.checkpoint import open_checkpoint
-from optimizer.models.model import Model
+from optimizer.models.model import Model, take_inventory
 from optimizer.models.offload import block_list
-from optimizer.models.residence import Residence
+from optimizer.models.opening import spread
+from optimizer.models.residence import Residence, card_rooms, least_work
 from optimizer.plan import Precision
 from optimizer.quantization.uniform import Nearest
 from optimizer.sensitivity import Fisher, Task, Text, chunks
 from optimizer.sensitivity.table import Desk
 from optimizer.stages.session import Session
-from tests.conftest import Small
+from tests.conftest import ARCHITECTURES, Small, build
 
 IDS = np.random.default_rng(0).integers(5, 90, (4, 24))
 
@@ -182,6 +185,72 @@ def test_on_a_gpu_weights_stay_there_as_they_are_stored_if_fp32_is_too_much(
     assert settled("auto", 100) == "device"
 
 
+def test_weights_are_spread_over_gpus_that_hold_them_together(
+    llama: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least = least_work(llama.inventory)
+    stored = 2 * sum(prod(x.shape) for x in llama.inventory.held)
+    free = {"cuda": 0, "cuda:0": 0, "cuda:1": 0}
+
+    def settled(first: float, second: float, **more: Any) -> str:
+        free["cuda"] = free["cuda:0"] = int(1.5 * least + first * stored)
+        free["cuda:1"] = int(second * stored)
+        return Residence("auto", **{"device": "cuda", **more}).settled(llama.inventory)
+
+    monkeypatch.setattr("optimizer.models.residence.COMFORT", 1000)
+    monkeypatch.setattr("optimizer.models.residence.device_room", free.__getitem__)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert settled(1.6, 0) == "device"
+    assert settled(0.6, 1) == "devices"
+    assert settled(0.6, 0.8) == "cpu"
+    assert settled(0.6, 1, device="cuda:0") == "cpu"
+    assert settled(0.6, 1, processes=2) == "cpu"
+    assert settled(0.6, 1, memory="1GB") == "cpu"
+    assert card_rooms("cuda", least) == {"cuda:0": int(0.6 * stored), "cuda:1": stored}
+    assert card_rooms("cuda:1", 10) == {"cuda:1": stored - 15}
+
+
+def test_a_block_lies_on_one_gpu_and_what_no_gpu_holds_in_the_hosts_memory(tmp_path: Path) -> None:
+    config, dtype = ARCHITECTURES["llama"]
+    build(tmp_path, "llama", config | {"num_hidden_layers": 5}, dtype)
+    inventory = take_inventory(tmp_path)
+    sizes: dict[int | None, int] = {}
+    for x in inventory.layers:
+        sizes[x.block] = sizes.get(x.block, 0) + 2 * x.weights
+
+    def homes(*rooms: int) -> list[str]:
+        names = [f"cuda:{i}" for i in range(len(rooms))]
+        found = spread(tmp_path, inventory, dict(zip(names, rooms, strict=True)))
+        assert found.keys() == {x.name for x in inventory.held}
+        own = [{v for k, v in found.items() if f".layers.{i}." in k} for i in range(5)]
+        return ["".join(sorted(one)) for one in own]
+
+    every = 10 * sum(sizes.values())
+    assert homes(every, 0) == 5 * ["cuda:0"]
+    assert homes(0, every) == 5 * ["cuda:1"]
+    two = homes(sizes[None] // 2 + 4 * sizes[0], every)
+    assert two == sorted(two) and set(two) == {"cuda:0", "cuda:1"}
+    assert homes(0, 0) == 5 * ["cpu"]
+
+
+def test_weights_that_lie_elsewhere_compute_as_in_fp32(
+    llama: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A single machine has one CPU, but its memory has two names."""
+    asked: list[dict[str, int]] = []
+
+    def rooms(name: str, work: int) -> dict[str, int]:
+        asked.append({"cpu:0": work // 5, "cpu:1": 10**9})
+        assert name == "cpu"
+        return asked[-1]
+
+    monkeypatch.setattr("optimizer.models.model.card_rooms", rooms)
+    whole = Model.load(llama.folder, llama.inventory, offload="none")
+    stored = Model.load(llama.folder, llama.inventory, offload="devices")
+    assert set(stored.checkpoint.homes.values()) == {"cpu:0", "cpu:1"} and asked
+    assert torch.equal(_logits(whole), _logits(stored))
+
+
 def test_a_session_asks_for_room_on_its_own_device(
     llama: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,14 +271,14 @@ def test_what_is_read_goes_to_the_device_and_no_more_than_is_asked(llama: Small)
     """meta: a device that is not the CPU."""
     name = next(x.name for x in llama.inventory.layers if x.block == 0)
     plain = open_checkpoint(llama.folder)
-    own = replace(plain, device="meta").keeping("cpu")
+    own = replace(plain, device="meta").keeping({name: "cpu"})
     read = dict(own.several([name]))[name]
     assert own.kept is not None and own.kept[name].device.type == "cpu"
     for value in (read, own.read(name), replace(plain, device="meta").read(name)):
         assert value.device.type == "meta"
     assert own.read(name, slice(2, 5)).shape[0] == 3
     assert torch.equal(plain.read(name, torch.tensor([4, 1])), plain.read(name)[[4, 1]])
-    there = replace(plain, device="meta").keeping("meta")
+    there = replace(plain, device="meta").keeping({})
     assert dict(there.several([name]))[name] is there.read(name)
 
 

@@ -123,8 +123,8 @@ def test_slopes_are_those_of_the_whole_model(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of all layers, two of them in a group whose slopes add up before they are squared; also from disk
-    and some at a time."""
+    """Of all layers, two of them in a group whose slopes add up before they are squared; also from
+    disk and some at a time."""
     model, read, own = small(kind, tmp_path), text(weighted), estimator(chunks=3)
     task = task_of(model)
     inside = [x.name for x in model.layers.values() if x.block == 1]
