@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.errors import ModelError
-from optimizer.models.arithmetic import exactly, guiding
+from optimizer.models.arithmetic import exactly, guided, guiding
 from optimizer.models.experts import Experts
 from optimizer.models.halving import fitting
 from optimizer.models.head import batches, head_input, windows_together
@@ -217,8 +217,12 @@ class Stream:
         """The block's output for other inputs than the batch's own, with gradients where they are
         enabled."""
         args, kwargs = batch.calls[block]
-        with guiding(self._model.net):
-            return _first(self.blocks[block](hidden, *args, **kwargs))
+
+        def run(inputs: Tensor) -> Tensor:
+            found: Tensor = _first(self.blocks[block](inputs, *args, **kwargs))
+            return found
+
+        return guided(self._model.net, run, hidden)
 
     def tail(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """The last block's outputs -> the output head's inputs [b, l, width]: the model runs with

@@ -11,7 +11,7 @@ from optimizer.errors import ConfigError
 from optimizer.plan import WIDTH, Inventory, parse_size
 
 WHERE = ("auto", "none", "cpu", "disk")
-ARITHMETIC = ("auto", "fp32", "bf16")
+ARITHMETIC = ("auto", "fp32", "bf16", "fp16")
 COMFORT = 2.5  # times the weights in fp32: they, sums of their size, and what runs
 PIECES = 4  # times a block in fp32: its weights, squares, a gradient, and a rounded copy
 LARGE = 2**28  # bytes in fp32 from which embeddings and head don't stay in memory

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.errors import ModelError
-from optimizer.models.arithmetic import guides_in_bf16, guiding, sized
+from optimizer.models.arithmetic import TooLargeError, guides_in_bf16, guiding, sized, unscaled
 from optimizer.models.blockwise import Batch, Stream
 from optimizer.models.halving import fitting, halved
 from optimizer.models.head import final_transform, output_head, tokens_together
@@ -87,6 +87,8 @@ def samples(
     while True:
         try:
             return _made(model, task, text, desk, way, together)
+        except TooLargeError:
+            continue  # in fp32
         except torch.OutOfMemoryError:
             pass  # what its frames hold is freed first
         together = halved(model.net, together)
@@ -322,7 +324,12 @@ class _Passes:
             return False
         names = {name for name, _ in starts.values()}
         batches, met = self.stream.batches, Met()
-        watch = Products({name: self.model.net.get_parameter(name) for name in names}, met.add)
+        net = self.model.net
+
+        def add(name: str, first: int, x: Tensor, d: Tensor) -> None:
+            met.add(name, first, x, unscaled(net, d))
+
+        watch = Products({name: net.get_parameter(name) for name in names}, add)
         with plain_experts(self.model.net):
             for index, batch in enumerate(batches):
                 met.number = self.text.sum_of(self.windows[index][0])

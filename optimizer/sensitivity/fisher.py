@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.errors import ModelError
+from optimizer.models.arithmetic import unscaled
 from optimizer.models.model import Model, read
 from optimizer.models.watching import begin_gradients, on_gradient, rows_of
 from optimizer.plan import Layer
@@ -207,6 +208,7 @@ def watching(
     """During backward passes, hand each layer's inputs [tokens, cols] and the gradients at its
     outputs [tokens, rows] to `use`, in fp32. begin: let gradients begin at the embeddings."""
     handles: list[Any] = []
+    own = partial(unscaled, model.net)
 
     def watch(name: str, module: nn.Module) -> None:
         def forward(
@@ -214,7 +216,7 @@ def watching(
         ) -> None:
             x = rows_of(args, kwargs)
             if x is not None:
-                on_gradient(output, lambda d: use(name, x, d.flatten(0, -2).float()))
+                on_gradient(output, lambda d: use(name, x, own(d).flatten(0, -2).float()))
 
         handles.append(module.register_forward_hook(forward, with_kwargs=True))
 
@@ -296,7 +298,8 @@ def gradients(
             parameter = net.get_parameter(name).requires_grad_(True)
 
             def consume(p: Tensor, name: str = name) -> None:
-                use(name, p.grad)  # type: ignore[arg-type]
+                assert p.grad is not None
+                use(name, unscaled(net, p.grad))
                 p.grad = None
 
             handles.append(parameter.register_post_accumulate_grad_hook(consume))

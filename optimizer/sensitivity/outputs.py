@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizer.errors import ModelError
+from optimizer.models.arithmetic import TooLargeError, unscaled
 from optimizer.models.blockwise import Stream
 from optimizer.models.head import final_transform, output_head
 from optimizer.models.model import Model
@@ -48,7 +49,7 @@ def token_weights(
 
     def catch(name: str) -> Callable[..., None]:
         def use(gradient: Tensor) -> None:
-            lengths = gradient.float().norm(dim=-1).reshape(-1)
+            lengths = unscaled(net, gradient).float().norm(dim=-1).reshape(-1)
             if len(lengths) == ids.shape[1]:  # else only some tokens visit the layer
                 found[name][now[0]] = lengths.cpu().numpy()
 
@@ -63,13 +64,21 @@ def token_weights(
     try:
         windows = [torch.from_numpy(row)[None].to(device) for row in ids]
         away = offloaded(net) is not None and model.pooling is None
-        if not (away and _block_by_block(model, windows, seed, track, now)):
+        if not (away and _passed(model, windows, seed, track, now)):
             for now[0] in track(range(len(ids)), "weights of tokens"):
                 likelihood(model, windows[now[0]], [seed, now[0]]).backward()
     finally:
         for handle in handles:
             handle.remove()
     return {name: _normal(s**2 if squared else s) for name, s in found.items()}
+
+
+def _passed(model: Model, *rest: Any) -> bool:
+    """`_block_by_block`, once more in fp32 where it has to be."""
+    try:
+        return _block_by_block(model, *rest)
+    except TooLargeError:
+        return _block_by_block(model, *rest)
 
 
 def _block_by_block(

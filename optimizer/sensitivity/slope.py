@@ -26,6 +26,7 @@ from torch import Tensor
 
 from optimizer.errors import ModelError
 from optimizer.metrics.divergence import AnyTeacher, Teacher
+from optimizer.models.arithmetic import TooLargeError
 from optimizer.models.blockwise import Stream
 from optimizer.models.halving import fitting
 from optimizer.models.model import Model, read
@@ -59,7 +60,10 @@ def slopes(
     for windows in parts:
         own = None
         if beside is None and isinstance(teacher, Teacher):
-            own = _by_block(model, task, teacher, windows)
+            try:
+                own = _by_block(model, task, teacher, windows)
+            except TooLargeError:  # once more, in fp32
+                own = _by_block(model, task, teacher, windows)
         found.append(_whole(model, task, teacher, windows, beside) if own is None else own)
     return np.stack(found)
 

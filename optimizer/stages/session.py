@@ -166,17 +166,18 @@ class Session:
         found = self._loaded()
         halving.tells(found.net, self.view.note)
         blocks = block_list(found.net, self.inventory)
-        arithmetic.apply(found.net, blocks, *self._in_bf16)
+        arithmetic.apply(found.net, blocks, *self._multiplies, self.view.note)
         return found
 
     @property
-    def _in_bf16(self) -> tuple[bool, bool]:
-        """Whether what guides, and what measures, is multiplied in bf16."""
-        if self.device == "cpu":  # without torch
-            return (self.residence.arithmetic == "bf16",) * 2
+    def _multiplies(self) -> tuple[str | None, str | None]:
+        """In what passes that guide, and those that measure, multiply; None: fp32."""
+        name = self.residence.arithmetic
+        if self.device == "cpu" and name in ("auto", "fp32"):  # without torch
+            return None, None
         from optimizer.models import arithmetic
 
-        return arithmetic.settled(self.residence.arithmetic, self.device)
+        return arithmetic.settled(name, self.device)
 
     def _loaded(self) -> Model:
         from optimizer.models.model import Model
@@ -228,13 +229,15 @@ class Session:
         own = not kind.whole and part != "calibration"
         whole = [kind.first, kind.last] if kind.keep else []
         kept: list[Any] = [[kind.bits, kind.floating, *whole]] if own else []
-        if part != "calibration" and self._in_bf16[1]:
-            kept.append("bf16")
+        measures = self._multiplies[1]
+        if part != "calibration" and measures:
+            kept.append(measures)
         return self.key_of(self.windows(part), *kept)
 
     def guide_key(self, windows: Windows) -> str:
         """Of what guides on these windows."""
-        return self.key_of(windows, *(["bf16"] if self._in_bf16[0] else []))
+        guides = self._multiplies[0]
+        return self.key_of(windows, *([guides] if guides else []))
 
     def key_of(self, windows: Windows, *rest: Any) -> str:
         """Of the model and these tokens."""

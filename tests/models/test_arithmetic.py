@@ -28,7 +28,7 @@ from optimizer.quantization.uniform import Nearest
 from optimizer.sensitivity import Fisher, Task, Text, chunks
 from optimizer.sensitivity.table import Desk
 from optimizer.stages.session import Session
-from tests.conftest import ARCHITECTURES, Small, build
+from tests.conftest import ARCHITECTURES, Small, build, opened
 
 IDS = np.random.default_rng(0).integers(5, 90, (4, 24))
 
@@ -45,7 +45,8 @@ def _logits(model: Model) -> torch.Tensor:
 
 
 def _apply(model: Model, guide: bool, measure: bool) -> None:
-    arithmetic.apply(model.net, block_list(model.net, model.inventory), guide, measure)
+    kinds = ("bf16" if guide else None, "bf16" if measure else None)
+    arithmetic.apply(model.net, block_list(model.net, model.inventory), *kinds)
 
 
 def test_only_passes_that_guide_multiply_in_bf16(model: Model) -> None:
@@ -105,6 +106,60 @@ def test_a_table_in_bf16_is_that_of_fp32_but_for_its_noise(llama: Small) -> None
     assert 0 < np.median(off) < 0.1 and not np.array_equal(rough, exact)
 
 
+def _table(
+    small: Small, told: list[str] | None, scale: float = 1.0, up: float = 1.0
+) -> np.ndarray:
+    """A table in fp16, or in fp32 where nobody is told. scale: of all gradients. up: of a weight."""
+    model = Model.load(small.folder, small.inventory)
+    weights = np.full(IDS.shape, scale**2, np.float32)
+    names = [x.name for x in small.inventory.layers]
+    fitted = {(name, "int4"): Precision("int", 4, 16) for name in names}
+    task = Task(tuple((name,) for name in names), ("int4",), fitted, Nearest())
+    blocks = block_list(model.net, model.inventory)
+    if up != 1.0:
+        mlp: Any = blocks[1].mlp
+        mlp.up_proj.weight.data *= up
+        mlp.down_proj.weight.data /= up
+    if told is not None:
+        arithmetic.apply(model.net, blocks, "fp16", None, told.append)
+    text = Text(IDS, chunks(len(IDS), 2), 0, weights)
+    found = Fisher().samples(model, task, text, Desk())
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e6])
+def test_a_table_in_fp16_is_that_of_fp32_for_gradients_of_any_size(
+    llama: Small, scale: float
+) -> None:
+    told: list[str] = []
+    exact, rough = _table(llama, None, scale), _table(llama, told, scale)
+    real = exact > 0
+    off = np.abs(rough[real] / exact[real] - 1)
+    assert 0 < np.median(off) < 0.01 and off.max() < 0.2 and not told
+
+
+def test_gradients_of_experts_are_unscaled(tmp_path: Path) -> None:
+    mixtral = opened("mixtral", build(tmp_path, "mixtral", *ARCHITECTURES["mixtral"]))
+    exact, rough = _table(mixtral, None), _table(mixtral, [])
+    real = exact > 0
+    assert 0 < np.median(np.abs(rough[real] / exact[real] - 1)) < 0.01
+
+
+@pytest.mark.parametrize("what", ["an activation", "a gradient"])
+def test_numbers_too_large_for_fp16_are_told_and_computed_in_fp32(
+    llama: Small, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    up = 1e6 if what == "an activation" else 1.0
+    exact = _table(llama, None, up=up)
+    if what == "a gradient":
+        monkeypatch.setattr(arithmetic, "SCALED", 17)
+    found = _table(llama, told, up=up)
+    assert len(told) == 1 and "too large for fp16" in told[0]
+    np.testing.assert_allclose(found, exact, rtol=1e-5 if what == "a gradient" else 0.1)
+
+
 def test_whether_a_block_moves_is_told_in_fp32(model: Model) -> None:
     """In bf16 it always moved a little, and no activation scale was ever folded."""
     _apply(model, guide=True, measure=True)
@@ -128,20 +183,25 @@ def test_the_noise_floor_is_what_another_arithmetic_makes(model: Model) -> None:
         assert 1e-9 < noise.mean_kl < 0.01, other
 
 
-def test_auto_is_fp32_on_a_cpu_and_bf16_where_it_guides_on_a_gpu(
+def test_auto_is_fp32_on_a_cpu_and_16_bits_where_it_guides_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert arithmetic.settled("auto", "cpu") == (False, False)
-    assert arithmetic.settled("bf16", "cpu") == (True, True)
+    assert arithmetic.settled("auto", "cpu") == (None, None)
+    assert arithmetic.settled("bf16", "cpu") == ("bf16", "bf16")
+    assert arithmetic.settled("fp16", "cpu") == ("fp16", None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    assert arithmetic.settled("auto", "cuda:0") == (True, False)
-    assert arithmetic.settled("fp32", "cuda:0") == (False, False)
+    assert arithmetic.settled("auto", "cuda:0") == ("bf16", None)
+    assert arithmetic.settled("fp32", "cuda:0") == (None, None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
-    assert arithmetic.settled("auto", "cuda:0") == (False, False)
+    for capability, name in (((7, 5), "fp16"), ((6, 1), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _d, own=capability: own)
+        assert arithmetic.settled("auto", "cuda:0") == (name, None)
 
 
 def test_an_arithmetic_that_does_not_exist_is_refused(llama: Small) -> None:
-    with pytest.raises(ConfigError, match="arithmetic is one of auto, fp32, bf16, not 'fp8'"):
+    with pytest.raises(
+        ConfigError, match="arithmetic is one of auto, fp32, bf16, fp16, not 'fp8'"
+    ):
         Optimize(model=str(llama.folder), arithmetic="fp8").check()
 
 
