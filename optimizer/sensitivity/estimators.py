@@ -186,6 +186,7 @@ class Tokenwise(Estimator):
 class Hessian(Estimator):
     """Hutchinson's estimate of the Hessian's trace. probes: random vectors per window."""
 
+    VERSION: ClassVar[int] = 2
     estimator: str = field(default="hessian", init=False)
     probes: int = 1
 
@@ -201,6 +202,11 @@ class Hessian(Estimator):
 
         assert weights is None
         return hessian.trace(model, task, ids, seed, self.probes)
+
+    def samples(self, model: Model, task: Task, text: Text, desk: Desk) -> np.ndarray | None:
+        from optimizer.sensitivity import tangents
+
+        return tangents.samples(model, task, text, desk, self.probes)
 
 
 @dataclass(kw_only=True)

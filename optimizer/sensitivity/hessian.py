@@ -14,9 +14,10 @@ Legend: n weights in a layer, T tokens, x [cols], d [rows].
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -47,11 +48,14 @@ def trace(
     total = dict.fromkeys(task.layers, 0.0)
     parameters = [model.net.get_parameter(name).requires_grad_(True) for name in names]
     try:
-        with _math_attention():
+        with math_attention():
             for window, own_seed in _windows(model.net, ids, seed):
                 for probe in range(probes):
-                    rng = torch.Generator().manual_seed(_number([*own_seed, probe]))
-                    quadratic = _hvp(model, window, parameters, rng)
+                    vectors = [
+                        signs([*own_seed, probe], n, p.shape)
+                        for n, p in zip(names, parameters, strict=True)
+                    ]
+                    quadratic = _hvp(model, window, parameters, vectors)
                     found = dict(zip(names, quadratic, strict=True)).__getitem__
                     for layer in layers:
                         own = read(found, layer)
@@ -59,16 +63,34 @@ def trace(
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
-    losses = {}
-    for layer in layers:
-        mean = max(total[layer.name], 0.0) / layer.weights
-        norms = _array([error.square().sum() for _, error in rounding_errors(model, task, layer)])
-        losses[layer.name] = mean * norms
-    return task.collect(losses) / (2 * model.predictions(ids))
+    norms = {
+        x.name: _array([error.square().sum() for _, error in rounding_errors(model, task, x)])
+        for x in layers
+    }
+    return losses_of(task, layers, total, norms) / (2 * model.predictions(ids))
+
+
+def losses_of(
+    task: Task,
+    layers: Sequence[Layer],
+    traces: Mapping[str, float],
+    norms: Mapping[str, np.ndarray],
+) -> np.ndarray:
+    """Tr(H)/n ||dW||^2 [groups, precisions]. traces: of each layer; norms: ||dW||^2 [precisions]."""
+    return task.collect(
+        {x.name: max(traces[x.name], 0.0) / x.weights * norms[x.name] for x in layers}
+    )
+
+
+def signs(seed: Sequence[int], parameter: str, shape: Sequence[int]) -> Tensor:
+    """A Rademacher vector for a parameter, int8 numbers of -1 and +1; the same whatever else there
+    is."""
+    rng = torch.Generator().manual_seed(_number([*seed, crc32(parameter.encode())]))
+    return torch.randint(0, 2, tuple(shape), generator=rng, dtype=torch.int8).mul_(2).sub_(1)
 
 
 def _hvp(
-    model: Model, window: Tensor, parameters: list[Any], rng: torch.Generator
+    model: Model, window: Tensor, parameters: list[Any], signs: Sequence[Tensor]
 ) -> list[Tensor]:
     """v * (H v) for one Rademacher vector over all parameters, H summed over the window; 0 for those
     that the window's predictions don't depend on."""
@@ -79,16 +101,14 @@ def _hvp(
     if not kl.requires_grad:
         return [torch.zeros_like(p) for p in parameters]
     gradients = torch.autograd.grad(kl, parameters, create_graph=True, materialize_grads=True)
-    vectors = [
-        torch.randint(0, 2, p.shape, generator=rng).to(p).mul_(2).sub_(1) for p in parameters
-    ]
+    vectors = [own.to(p) for own, p in zip(signs, parameters, strict=True)]
     product = torch.stack([(g * v).sum() for g, v in zip(gradients, vectors, strict=True)]).sum()
     products = torch.autograd.grad(product, parameters, materialize_grads=True)
     return [v.mul_(hv) for v, hv in zip(vectors, products, strict=True)]
 
 
 @contextmanager
-def _math_attention() -> Iterator[None]:
+def math_attention() -> Iterator[None]:
     """The fused attention kernels have no second derivative."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -26,6 +26,7 @@ from optimizer.sensitivity import (
     Desk,
     Directional,
     Estimator,
+    Hessian,
     Kronecker,
     Task,
     Text,
@@ -143,6 +144,29 @@ def test_slopes_are_those_of_the_whole_model(
     from_disk = own.samples(disk, task, read, Desk())
     assert from_disk is not None
     np.testing.assert_allclose(from_disk, wanted, rtol=5e-3, atol=1e-7 * wanted.max())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mixtral"])
+def test_traces_are_those_of_the_whole_model(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also from disk, where no more than one block has its weights."""
+    model, read, own = small(kind, tmp_path), text(weighted=False), Hessian(chunks=3, probes=2)
+    task = task_of(model)
+    wanted = whole(model, task, read, own.score)
+    found = own.samples(model, task, read, Desk())
+    assert found is not None and (wanted > 0).any()
+    np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-5 * wanted.max())
+    monkeypatch.setattr("optimizer.models.offload.LARGE", 0)
+    disk = Model.load(tmp_path, model.inventory, offload="disk")
+    from_disk = own.samples(disk, task, read, Desk())
+    assert from_disk is not None
+    np.testing.assert_allclose(from_disk, found, rtol=1e-5, atol=1e-9 * found.max())
+
+
+def test_traces_of_experts_in_one_tensor_are_left_to_the_whole(tmp_path: Path) -> None:
+    model, read = small("mixtral", tmp_path), text(weighted=False)
+    assert Hessian().samples(model, task_of(model), read, Desk()) is None
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

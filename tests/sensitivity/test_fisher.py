@@ -25,7 +25,7 @@ from optimizer.sensitivity.fisher import (
     sampled,
     tokenwise,
 )
-from optimizer.sensitivity.hessian import _math_attention, kronecker, trace
+from optimizer.sensitivity.hessian import kronecker, math_attention, trace
 from tests.sensitivity.conftest import NAMES, VOCABULARY
 
 SMALL, LARGE = Precision("int", 8), Precision("int", 2)
@@ -213,7 +213,7 @@ def hessian(model: Model, name: str, ids: np.ndarray) -> Tensor:
         )
         return (log_p.exp() * (log_p - out.logits[0].log_softmax(-1))).sum()
 
-    with _math_attention():
+    with math_attention():
         found = torch.autograd.functional.hessian(loss, own.flatten().clone())
     assert isinstance(found, Tensor)
     return found.double()
