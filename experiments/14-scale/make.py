@@ -35,6 +35,7 @@ SIZES = {
     "tiny": Size(128, 256, 3, 4, 2),  # to try a script out
     "blocks": Size(4096, 14_336, 2, 32, 8, words=512),  # two of 8B's blocks
     "experts": Size(1024, 384, 2, 16, 4, words=512, experts=128),  # two of moe's
+    "ends": Size(1536, 8960, 2, 12, 2, words=151_936),  # of 1.5b, as Qwen2.5's
     "500m": Size(1280, 3520, 24, 20, 4),
     "1b": Size(2048, 5632, 22, 32, 4),
     "1.5b": Size(1536, 8960, 28, 12, 2),

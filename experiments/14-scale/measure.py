@@ -7,6 +7,7 @@ job PLACE   SmolLM2's whole job with its weights in PLACE (none, cpu, disk); FOL
 table       FOLDER, of make.py: table of the default palette from 8 x 128 tokens and exact plan, blocks
             on disk, under a cap such as 5GB
 pack        FOLDER: `apply` to the plan of `table`, to nearest, written a tensor at a time, read back
+gptq        FOLDER: the whole job with gptq and certificate, under a cap such as 4GB
 passes      FOLDER: plain passes of the same windows, see passes.py
 """
 
@@ -28,6 +29,8 @@ SHORT = """data.calibration.sequences=8 data.calibration.length=64 data.search.s
     data.search.length=64 data.heldout.sequences=16 data.heldout.length=64"""
 LONG = """data.calibration.sequences=8 data.calibration.length=128 data.search.sequences=2
     data.search.length=32 data.heldout.sequences=2 data.heldout.length=32 data=text"""
+MIDDLE = """data.calibration.sequences=16 data.calibration.length=128 data.search.sequences=8
+    data.search.length=64 data.heldout.sequences=8 data.heldout.length=64 data=text"""
 JOB = "budget.bits=4.5 search=exact quantizer=rtn sensitivity=fisher wandb=off"
 
 
@@ -41,6 +44,9 @@ def command(row: str, folder: str, cap: str, scratch: str) -> list[str]:
         "job": f"optimize model=smollm2 {JOB} {SHORT} offload={place} hydra.run.dir={scratch}/run",
         "table": f"optimize model={folder} {JOB} {LONG} data.path={folder}/words.txt "
         f"proof.certify=false offload=disk memory={cap} hydra.run.dir={folder}-run",
+        "gptq": f"optimize model={folder} budget.bits=3.5 search=exact quantizer=gptq wandb=off "
+        f"{MIDDLE} data.path={folder}/words.txt offload=disk memory={cap} "
+        f"hydra.run.dir={folder}-gptq",
         "pack": f"apply {folder}-run/plan.json out={folder}-packed overwrite=true",
     }[what]
     return [sys.executable, "-m", "optimizer", *shlex.split(words)]

@@ -16,16 +16,18 @@ from optimizer.store import unwritable
 
 class Borders:
     """Hidden states before each block, in a file of `size` bytes. Raises StorageError before any
-    work if the disk hasn't that much."""
+    work if the disk hasn't that much. what: keeps them; fewer: the setting by which it keeps less."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(
+        self, size: int, what: str = "The table", fewer: str = "sensitivity.windows"
+    ) -> None:
         folder = Path(tempfile.gettempdir())
         free = shutil.disk_usage(folder).free
         if free < size:
             raise StorageError(
-                f"The table keeps the inputs of all blocks, {size} bytes, in {folder}, which has "
+                f"{what} keeps the inputs of all blocks, {size} bytes, in {folder}, which has "
                 f"{free} left. Free some, set TMPDIR to a folder on a larger disk, or lower "
-                "sensitivity.windows."
+                f"{fewer}."
             )
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as this
         self._places: dict[tuple[int, int], int] = {}

@@ -100,7 +100,7 @@ def _block_by_block(
     blocks = range(len(stream.blocks))
     steps = iter(track([*blocks, *blocks], "weights of tokens"))
     size = sum(x.hidden.numel() * x.hidden.element_size() for x in stream.batches) * len(blocks)
-    with closing(Borders(size)) as borders:
+    with closing(Borders(size, "Weighing tokens", "data.calibration.sequences")) as borders:
         for block in blocks:
             next(steps)
             for i, batch in enumerate(stream.batches):

@@ -90,7 +90,7 @@ def _by_block(
     ends: dict[str, Tensor] = {}
     names = {name for x in layers if x.block is None for name in x.parameters}
     with (
-        closing(Borders(size * len(stream.blocks))) as borders,
+        closing(Borders(size * len(stream.blocks), "A slope", "data.search.sequences")) as borders,
         gradients(model.net, names, partial(_add, ends)),
     ):
         for block in range(len(stream.blocks)):

@@ -62,5 +62,9 @@ def test_a_folder_with_too_little_room_is_named_with_what_it_has(
         StorageError, match=rf"100 bytes, in {tempfile.gettempdir()}, which has 99 left"
     ):
         Borders(100)
+    with pytest.raises(
+        StorageError, match=r"^A slope keeps .* or lower data\.search\.sequences\.$"
+    ):
+        Borders(100, "A slope", "data.search.sequences")
     Borders(99).close()
-    assert asked == [Path(tempfile.gettempdir())] * 2
+    assert asked == [Path(tempfile.gettempdir())] * 3
