@@ -206,16 +206,18 @@ def watching(
     begin: bool = True,
 ) -> Iterator[None]:
     """During backward passes, hand each layer's inputs [tokens, cols] and the gradients at its
-    outputs [tokens, rows] to `use`, in fp32. begin: let gradients begin at the embeddings."""
+    outputs [tokens, rows] to `use`, in fp32; nothing of a module that multiplies in parts (DeepSeek
+    V4's grouped output). begin: let gradients begin at the embeddings."""
     handles: list[Any] = []
+    sizes = {name: (model.layers[name].rows, model.layers[name].cols) for name in names}
     own = partial(unscaled, model.net)
 
     def watch(name: str, module: nn.Module) -> None:
         def forward(
             _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
-            x = rows_of(args, kwargs)
-            if x is not None:
+            x, plain = rows_of(args, kwargs), isinstance(output, Tensor)
+            if x is not None and plain and (output.shape[-1], x.shape[1]) == sizes[name]:
                 on_gradient(output, lambda d: use(name, x, own(d).flatten(0, -2).float()))
 
         handles.append(module.register_forward_hook(forward, with_kwargs=True))

@@ -40,6 +40,7 @@ from optimizer.sensitivity.hessian import losses_of, math_attention, signs
 from optimizer.sensitivity.pace import TOTAL, Pace
 from optimizer.sensitivity.table import Desk, Task, Text
 
+NEAR = 1e-3  # as a share, between the two directions
 PIECES = ("linear", "conv1d", "embedding", "head")  # kinds of layers that are a module's weight
 Moved = Callable[[str, Tensor, Tensor], Tensor]  # parameter, a module's output, what v makes of it
 
@@ -108,6 +109,8 @@ class _Traces:
         self._model, self._owners, self._text, self._stream = model, owners, text, stream
         self._probes, self._turn = probes, 0  # the number of the window and probe that run
         self._aside = False
+        self._met: set[str] = set()
+        self._wanted = 0.0
         self.totals = {name: np.zeros(len(text.runs)) for name in owners}
 
     def run(self, desk: Desk) -> dict[str, np.ndarray] | None:
@@ -153,7 +156,14 @@ class _Traces:
                     if before.requires_grad:
                         before.backward(arrived[i])
             pace.ended()
-        return self.totals
+        return self.totals if self._consistent() else None
+
+    def _consistent(self) -> bool:
+        """Whether gradients came by all modules, and said forward what they say back: the sum over all
+        layers is v' J' F J v, from both ends."""
+        found = sum(float(own.sum()) for own in self.totals.values())
+        near = abs(found - self._wanted) <= NEAR * abs(self._wanted)
+        return near and self._met == self.totals.keys()
 
     def _along(self, index: int, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """What a window's pass gives, and how that moves along v."""
@@ -173,6 +183,7 @@ class _Traces:
         gradient = p * (step - (p * step).sum(-1, keepdim=True))
         if index == 0:
             self._first = gradient
+        self._wanted += float((gradient * step).sum(dtype=torch.float64))
         hidden = batch.hidden.clone().requires_grad_(True)
         with self._watched(index, self._add):
             self._logits(batch.ids, hidden).backward(gradient)
@@ -194,6 +205,7 @@ class _Traces:
 
         def use(gradient: Tensor) -> None:
             self.totals[name][chunk] += float((gradient * moved).sum(dtype=torch.float64))
+            self._met.add(name)
 
         if not output.requires_grad:  # an embedding's, where gradients end
             output = output.requires_grad_(True).clone()
@@ -213,8 +225,8 @@ class _Traces:
             yield
 
     def _hook(self, name: str, then: Moved) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-            if self._aside:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+            if self._aside or not isinstance(output, Tensor):
                 return None
             window, probe = divmod(self._turn, self._probes)
             shape = self._model.net.get_parameter(name).shape

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +22,7 @@ from optimizer.stages.session import Session
 from optimizer.stages.space import SearchSpace
 
 SO_FAR = 3  # version of what a killed run leaves
+FELT = 1e-7  # nats per token that are no float error
 
 
 @dataclass(frozen=True)
@@ -231,9 +232,7 @@ def _measured_rows(
     session: Session, config: Optimize, task: Task, table: Table, key: str
 ) -> Table:
     settings = config.sensitivity.measured
-    if not settings.groups:
-        return table
-    if settings.at != "reference" and settings.at not in task.columns:
+    if settings.groups and settings.at != "reference" and settings.at not in task.columns:
         raise ConfigError(
             "sensitivity.measured.at is reference or a precision of the palette "
             f"({', '.join(task.columns)}), not {settings.at!r}."
@@ -243,18 +242,50 @@ def _measured_rows(
         for i, group in enumerate(task.groups)
         if any(glob(p).fullmatch(name) for p in settings.groups for name in group)
     ]
-    if not wanted:
+    if settings.groups and not wanted:
         raise ConfigError(f"sensitivity.measured.groups={settings.groups} matches no layer.")
-    rows = {}
+    silent = [i for i in _silent(session, task, table) if i not in wanted]
+    rows = _measured(session, config, task, key, settings.at, wanted)
+    found = _measured(session, config, task, key, "reference", silent)
+    reached = [task.groups[i][0] for i, (loss, _) in found.items() if loss.max() > FELT]
+    if reached:
+        session.view.note(
+            f"No gradient reaches {reached[0]}"
+            + f" and {len(reached) - 1} more" * (len(reached) > 1)
+            + ", on which the predictions depend all the same: what rounding costs there was measured."
+        )
+    return table.with_rows(rows | found) if rows or found else table
+
+
+def _silent(session: Session, task: Task, table: Table) -> list[int]:
+    """Groups that cost nothing in any precision by gradients. Experts that no token visits are so; of
+    other layers the model may cut the gradient (Marian computes positions so), not the dependence."""
+    experts = {x.name for x in session.inventory.layers if x.expert is not None}
+    return [
+        i
+        for i, group in enumerate(task.groups)
+        if not table.samples[:, i].any()
+        and experts.isdisjoint(group)
+        and any(task.fitted[x, c].kind != "none" for x in group for c in task.columns)
+    ]
+
+
+def _measured(
+    session: Session, config: Optimize, task: Task, key: str, at: str, wanted: Sequence[int]
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Group -> (loss, stderr) [precisions], measured one group at a time."""
+    rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    if not wanted:
+        return rows
     for i in session.view.track(wanted, "measuring single groups"):
 
         def make(i: int = i) -> dict[str, np.ndarray]:
             from optimizer.sensitivity import measured
 
             windows = read_for(session, config)
-            return measured.measure(session.model, task, windows, task.groups[i], settings.at)
+            return measured.measure(session.model, task, windows, task.groups[i], at)
 
-        found = session.store.arrays("tables", _part(key, ["measured", settings.at, i]), make)
+        found = session.store.arrays("tables", _part(key, ["measured", at, i]), make)
         assert found is not None
         rows[i] = (found["loss"], found["stderr"])
-    return table.with_rows(rows)
+    return rows

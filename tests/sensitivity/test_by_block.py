@@ -26,6 +26,7 @@ from optimizer.sensitivity import (
     Desk,
     Directional,
     Estimator,
+    Fisher,
     Hessian,
     Kronecker,
     Task,
@@ -188,12 +189,13 @@ def test_factors_are_those_of_the_whole_model(
         Kronecker(chunks=3).samples(model, task_of(model), read, Desk())
 
 
+@pytest.mark.parametrize("estimator", [Tokenwise, Hessian])
 def test_a_layer_whose_products_nobody_sees_is_left_to_the_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    estimator: type[Estimator], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The block multiplies by its weight, past the module."""
     model, read = small("llama", tmp_path), text(weighted=False)
-    assert Tokenwise().samples(model, task_of(model), read, Desk()) is not None
+    assert estimator().samples(model, task_of(model), read, Desk()) is not None
     mlp = type(model.net.model.layers[0].mlp)
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -202,7 +204,32 @@ def test_a_layer_whose_products_nobody_sees_is_left_to_the_whole(
         return found
 
     monkeypatch.setattr(mlp, "forward", forward)
-    assert Tokenwise().samples(model, task_of(model), read, Desk()) is None
+    assert estimator().samples(model, task_of(model), read, Desk()) is None
+
+
+def test_a_function_without_a_forward_derivative_is_left_to_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, read = small("llama", tmp_path), text(weighted=False)
+    mlp = type(model.net.model.layers[0].mlp)
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(_context: Any, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(_context: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore
+            return 2 * gradient
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        twice: torch.Tensor = Twice.apply(self.act_fn(self.gate_proj(x)))
+        found: torch.Tensor = self.down_proj(twice * self.up_proj(x))
+        return found
+
+    monkeypatch.setattr(mlp, "forward", forward)
+    assert Fisher().samples(model, task_of(model), read, Desk()) is not None
+    assert Hessian().samples(model, task_of(model), read, Desk()) is None
 
 
 @pytest.mark.parametrize("large", [vocabulary.LARGE, 0])

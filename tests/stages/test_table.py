@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
+import torch
 
 from optimizer.data.text import Part, Windows
 from optimizer.models.source import Source
@@ -35,3 +38,42 @@ def test_windows_are_spread_from_the_first_to_the_last() -> None:
     assert all_of_them.spread(10) is all_of_them.spread(11) is all_of_them
     bare = Windows(np.arange(3)[:, None], np.arange(3)).spread(2)
     assert bare.domains == () and bare.ids[:, 0].tolist() == [0, 2]
+
+
+def test_a_layer_that_no_gradient_reaches_but_that_matters_is_measured(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row would say that all of its precisions are free."""
+    config = replace(settings(source, tmp_path), sensitivity=Fisher(chunks=2))
+    session, space = opened(config)
+    blocks = session.model.net.model.layers
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.down_proj(
+            self.act_fn(self.gate_proj(x)) * self.up_proj(x).detach()
+        )
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(blocks[0].mlp), "forward", forward)
+        told: list[str] = []
+        patched.setattr(session.view, "note", told.append)
+        found = measure_table(session, config, space)
+    own = [i for i, group in enumerate(space.groups) if "up_proj" in group[0]]
+    assert own and (found.loss[own].max(1) > 0).all() and (found.stderr[own].max(1) > 0).all()
+    assert (found.loss[own, 0] > 0).all()
+    assert [x for x in told if x.startswith("No gradient reaches model.layers.0.mlp.up_proj")]
+
+
+def test_a_layer_that_nothing_depends_on_stays_free(source: Source, tmp_path: Path) -> None:
+    config = replace(settings(source, tmp_path), sensitivity=Fisher(chunks=2))
+    session, space = opened(config)
+    last = max(x.block for x in session.inventory.layers if x.block is not None)
+    with torch.no_grad():
+        session.model.net.model.layers[last].mlp.down_proj.weight.zero_()
+    told: list[str] = []
+    session.view.note = told.append  # type: ignore[method-assign]
+    found = measure_table(session, config, space)
+    dead = [i for i, g in enumerate(space.groups) if f"layers.{last}.mlp.up_proj" in g[0]]
+    assert dead and not found.loss[dead].any()
+    assert not [x for x in told if x.startswith("No gradient")]
