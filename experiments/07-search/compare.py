@@ -262,7 +262,7 @@ class Race:
             settings = Search(space="moves", tokens=job.tokens)
             assert isinstance(self.teacher, Teacher)
             windows, length = self.teacher.windows.ids.shape
-            used = studies.tried_on(settings, windows, length)
+            used = studies.tried_on(settings, windows, length, problem.losses(start))
             confirm = 4 * (windows - used) * length  # as ours spends at most
             meter = Meter(self.session, self.space, rounding, self.teacher, used,
                           job.tokens + confirm)  # fmt: skip

@@ -76,7 +76,7 @@ def search(
     space and sampler, and the tokens of both, of which it has `share`."""
     session, space, total = prepared.session, prepared.space, first.tokens
     windows, length = session.windows("search").ids.shape
-    used = studies.tried_on(first, windows, length)
+    used = studies.tried_on(first, windows, length, problem.losses(start))
     config = replace(prepared.config, search=first)
     beside = Beside(session, config, space, used)
     quantizer = bind(config.quantizer, session)
@@ -87,7 +87,7 @@ def search(
     for settings, until in ((first, int(share * total)), (Search(space="moves"), total)):
         phase = replace(settings, tokens=max(until - spent, 1))
         own = replace(config, search=phase)
-        name = f"{studies.name(session, own, problem, beside)}-{first.space}-{total}-{share}"
+        name = f"{studies.name(session, own, problem, beside, used)}-{first.space}-{total}-{share}"
         study = Study.open(phase, problem, name, journal, config.seed, session.view.note)
         kind = Local if earlier is not None else refine.Scout
         with session.model.rounded(quantizer) as rounding:  # a scout begins at the own weights

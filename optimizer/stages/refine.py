@@ -66,20 +66,21 @@ def refine(prepared: Prepared, problem: Problem, start: np.ndarray, journal: Pat
     session, config, space = prepared.session, prepared.config, prepared.space
     settings = config.search
     windows = session.windows("search")
-    used = studies.tried_on(settings, *windows.ids.shape)
+    length, foretold = windows.ids.shape[1], problem.losses(start)
+    used = studies.tried_on(settings, len(windows.ids), length, foretold)
     if used < studies.FEWEST:
         raise ConfigError(
             f"A search needs at least {2 * studies.FEWEST} search windows, of which some confirm the "
             f"choice; data.search.sequences is {len(windows.ids)}. Raise it, or take search=exact."
         )
-    if used < studies.affordable(settings, windows.ids.shape[1]):
+    if used < studies.affordable(settings, length, foretold):
         session.view.note(
             f"{settings.tokens} tokens would allow trials on more than {used} windows, which overfit "
             f"less: data.search.sequences={2 * len(windows.ids)} gives the search more text"
         )
     settings = replace(settings, first=min(settings.first, used))
     beside = Beside(session, config, space, used)
-    name = studies.name(session, config, problem, beside)
+    name = studies.name(session, config, problem, beside, used)
     where = masked(settings.storage) if settings.storage else str(journal)
     session.view.note(f"trials are kept in {where}; optuna-dashboard shows them live")
     with studies.in_turn(session, settings, journal.with_name(name)):

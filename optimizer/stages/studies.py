@@ -15,9 +15,10 @@ from optimizer.stages.beside import Beside
 from optimizer.stages.session import Session
 from optimizer.store import alone
 
-VERSION = 5  # raised when trials can't be compared with older ones
+VERSION = 6  # raised when trials can't be compared with older ones
 FEWEST = 2  # windows on which trials are measured
 WHOLE_TRIALS = 0.5  # whole trials that the tokens allow, over the windows of each
+ENOUGH, MUCH = 12, 0.3  # windows that do where so many nats are lost, or more
 
 
 @contextmanager
@@ -33,20 +34,25 @@ def in_turn(session: Session, settings: Search, key: Path) -> Iterator[None]:
         yield
 
 
-def tried_on(settings: Search, windows: int, length: int) -> int:
+def tried_on(settings: Search, windows: int, length: int, loss: float) -> int:
     """How many search windows a trial is measured on: with more tokens both the windows and the
-    trials grow, and a quarter of the windows at least is left to confirm the choice."""
+    trials grow, and a quarter of the windows at least is left to confirm the choice. loss: what is
+    foretold for the plan that the search starts from. Where much is lost, plans differ by more than
+    windows do, and more trials on ENOUGH windows find more; where less is lost, on more windows in
+    proportion (experiments/07-search)."""
     most = windows // 2 if windows < 4 * FEWEST else 3 * windows // 4
-    return min(max(FEWEST, affordable(settings, length)), most)
+    return min(max(FEWEST, affordable(settings, length, loss)), most)
 
 
-def affordable(settings: Search, length: int) -> int:
+def affordable(settings: Search, length: int, loss: float) -> int:
     """On how many windows the tokens allow trials."""
-    return int((settings.tokens / length / WHOLE_TRIALS) ** 0.5)
+    enough = ENOUGH * max(1.0, MUCH / max(loss, 1e-9))
+    return int(min((settings.tokens / length / WHOLE_TRIALS) ** 0.5, enough))
 
 
-def name(session: Session, config: Optimize, problem: Problem, beside: Beside) -> str:
-    """The study's name: everything that two workers must agree on to share their trials."""
+def name(session: Session, config: Optimize, problem: Problem, beside: Beside, used: int) -> str:
+    """The study's name: everything that two workers must agree on to share their trials. used: windows
+    of a trial."""
     from optimizer.search import samplers, spaces
 
     search = config.search
@@ -56,7 +62,7 @@ def name(session: Session, config: Optimize, problem: Problem, beside: Beside) -
         bind(config.quantizer, session).key,
         *(problem.groups, problem.columns, problem.limit, problem.unit, problem.free.tolist()),
         *(config.search.space, config.search.front, config.seed),
-        tried_on(config.search, *session.windows("search").ids.shape),
+        used,
         *(config.meaning.name, beside.key),
         *([problem.third.name, problem.third.each.tolist()] if problem.third else []),
     ]

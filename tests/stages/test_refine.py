@@ -92,7 +92,7 @@ def test_the_best_are_confirmed_as_they_would_be_packed(
     own = refine.refine
 
     def told(prepared: Any, *args: Any) -> refine.Refined:
-        found.append((prepared, own(prepared, *args)))
+        found.append(((prepared, *args), own(prepared, *args)))
         return found[-1][1]
 
     monkeypatch.setattr(refine, "refine", told)
@@ -100,9 +100,9 @@ def test_the_best_are_confirmed_as_they_would_be_packed(
         source, tmp_path / "s", quantizer=Gptq(inputs="rounded"), search={"tokens": 1500}
     )
     optimize.optimize(config, tmp_path / "r")
-    prepared, refined = found[0]
+    (prepared, problem, start, _), refined = found[0]
     session, choice = prepared.session, prepared.space.choice(refined.assignment)
-    rest = confirming(studies.tried_on(config.search, 12, 32), 12)
+    rest = confirming(studies.tried_on(config.search, 12, 32, problem.losses(start)), 12)
     quantizer = bind(config.quantizer, session)
     teacher = divergence.teacher(session.model, session.windows("search"))
     measured = []
@@ -145,10 +145,16 @@ def test_too_few_windows_are_refused(source: Source, tmp_path: Path) -> None:
         optimize.optimize(config, tmp_path / "r")
 
 
-def test_windows_of_trials_grow_with_the_tokens() -> None:
-    used = [studies.tried_on(Search(tokens=t), 1000, 128) for t in (500, 60_000, 240_000)]
-    assert used == [2, 30, 61]
-    assert studies.tried_on(Search(tokens=10**7), 64, 128) == 48  # a quarter confirms
+def test_windows_of_trials_grow_with_the_tokens_and_where_little_is_lost() -> None:
+    tokens = (500, 60_000, 240_000)
+    used = {
+        loss: [studies.tried_on(Search(tokens=t), 1000, 128, loss) for t in tokens]
+        for loss in (2.0, 0.3, 0.15, 0.075, 0.0)
+    }
+    assert used[2.0] == used[0.3] == [2, 12, 12]
+    assert used[0.15] == [2, 24, 24]
+    assert used[0.075] == [2, 30, 48] and used[0.0] == [2, 30, 61]
+    assert studies.tried_on(Search(tokens=10**7), 64, 128, 0.0) == 48  # a quarter confirms
 
 
 @pytest.mark.parametrize(("windows", "used"), [(64, 30), (64, 48), (192, 60)])
@@ -172,7 +178,7 @@ def test_slopes_read_what_no_trial_reads_and_nothing_that_confirms(
     monkeypatch.setattr(slope, "slopes", spy)
     config = searched(source, tmp_path / "s", search={"tokens": 2500})
     config.data.search = Part(sequences=40, length=32)
-    used = studies.tried_on(config.search, 40, 32)
+    used = studies.tried_on(config.search, 40, 32, 0.0)
     optimize.optimize(config, tmp_path / "r")
     assert used < max(read) < confirming(used, 40).start
 
@@ -221,12 +227,13 @@ def test_a_study_is_named_by_what_its_workers_share(source: Source, tmp_path: Pa
     blank = np.zeros((len(space.groups), len(space.columns)))
     beside = Beside(table, config, space, 8)
 
-    def name(bits: float) -> str:
+    def name(bits: float, used: int = 8) -> str:
         config.budget = Budget(bits=bits)
         posed = optimize._pose(config, table.inventory, space, blank)
-        return studies.name(table, config, posed, beside)
+        return studies.name(table, config, posed, beside, used)
 
     assert name(4) == name(4) != name(5)
+    assert name(4) != name(4, used=9)
 
 
 def test_a_front_is_searched_around_the_budget(source: Source, tmp_path: Path) -> None:
