@@ -18,7 +18,7 @@ from optimizer.store import alone
 VERSION = 6  # raised when trials can't be compared with older ones
 FEWEST = 2  # windows on which trials are measured
 WHOLE_TRIALS = 0.5  # whole trials that the tokens allow, over the windows of each
-ENOUGH, MUCH = 12, 0.3  # windows that do where so many nats are lost, or more
+ENOUGH, MUCH = 16, 0.25  # windows that do where so many nats are lost, or more
 
 
 @contextmanager

@@ -149,11 +149,11 @@ def test_windows_of_trials_grow_with_the_tokens_and_where_little_is_lost() -> No
     tokens = (500, 60_000, 240_000)
     used = {
         loss: [studies.tried_on(Search(tokens=t), 1000, 128, loss) for t in tokens]
-        for loss in (2.0, 0.3, 0.15, 0.075, 0.0)
+        for loss in (2.0, 0.25, 0.2, 0.0625, 0.0)
     }
-    assert used[2.0] == used[0.3] == [2, 12, 12]
-    assert used[0.15] == [2, 24, 24]
-    assert used[0.075] == [2, 30, 48] and used[0.0] == [2, 30, 61]
+    assert used[2.0] == used[0.25] == [2, 16, 16]
+    assert used[0.2] == [2, 20, 20]
+    assert used[0.0625] == used[0.0] == [2, 30, 61]
     assert studies.tried_on(Search(tokens=10**7), 64, 128, 0.0) == 48  # a quarter confirms
 
 
