@@ -23,10 +23,15 @@ DOMAIN_WINDOWS = 16  # of a domain that a search reads
 PAIRS = 96
 
 
+CONFIRMED = 32  # windows that tell whether a plan is better, if there are as many
+
+
 def confirming(used: int, windows: int) -> range:
     """Search windows that nothing reads before the choice, which they confirm. Trials read the first
-    `used`; slopes all windows but these."""
-    return range(max(used, windows - used), windows)
+    `used`; slopes all windows but these. As many as trials read, and where those are few, up to
+    CONFIRMED, but for as many again for slopes: the choice is among the few that trials like best."""
+    rest = max(used, min(CONFIRMED, windows - 2 * used))
+    return range(max(used, windows - rest), windows)
 
 
 class Beside:

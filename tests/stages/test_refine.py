@@ -157,11 +157,15 @@ def test_windows_of_trials_grow_with_the_tokens_and_where_little_is_lost() -> No
     assert studies.tried_on(Search(tokens=10**7), 64, 128, 0.0) == 48  # a quarter confirms
 
 
-@pytest.mark.parametrize(("windows", "used"), [(64, 30), (64, 48), (192, 60)])
-def test_what_confirms_a_choice_was_read_by_nothing_before(windows: int, used: int) -> None:
+@pytest.mark.parametrize(
+    ("windows", "used", "confirm"),
+    [(64, 30, 30), (64, 48, 16), (192, 60, 60), (64, 16, 32), (40, 10, 20), (12, 6, 6)],
+)
+def test_what_confirms_a_choice_was_read_by_nothing_before(
+    windows: int, used: int, confirm: int
+) -> None:
     rest = confirming(used, windows)
-    assert rest.stop == windows and used <= rest.start
-    assert len(rest) == min(used, windows - used)
+    assert rest.stop == windows and used <= rest.start and len(rest) == confirm
 
 
 @pytest.mark.slow
