@@ -1,13 +1,16 @@
 """llama.cpp's mixtures under an importance matrix, published layer rules and our plans at equal bytes.
 
 matrix.py mixture SCRATCH TYPE        llama.cpp's own choice of types, payloads under its matrix
-matrix.py rules SCRATCH TYPE          the layer rules that people publish, in at most TYPE's bytes
+matrix.py rules SCRATCH TYPE [LABEL]  the layer rules that people publish, in at most TYPE's bytes
 matrix.py ours SCRATCH TYPE [LABEL]   the table's optimum in at most TYPE's bytes, payloads under a
-                                      matrix of gradients; LABEL without-4: without q4_k and q5_k
-matrix.py all SCRATCH TYPE...         these four, one type after the other
+                                      matrix of gradients
+matrix.py all SCRATCH TYPE...         these, one type after the other, with and without LABEL
+matrix.py gptq SCRATCH TYPE MODEL TEXT WEIGHTING [LABEL]
+                                      the same plan as ours, codes by quantizer=gptq, whose tokens
+                                      count by WEIGHTING; MODEL, TEXT: as given to measure.py
 matrix.py foretold SCRATCH            what the table says of all of them, before a byte is written
 
-SCRATCH: what measure.py left there, and types.json of `engine.py types`. Payloads are
+LABEL without-4: without q4_k, q5_k, q4_1 and q5_1. SCRATCH: what measure.py left there, and types.json of `engine.py types`. Payloads are
 kept there by tensor, type and weighting, so files share them. MODEL names the rows in matrix.csv.
 LIBRARIES: see engine.py.
 """
@@ -28,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGUFReader
-from measure import tensors
+from measure import STORE, data_of, tensors
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
@@ -39,6 +42,8 @@ from optimizer.formats.gguf.base import Base
 from optimizer.formats.gguf.placement import Piece, Placement
 from optimizer.plan import GGML, Precision
 from optimizer.quantization import ggml, ggml_native
+from optimizer.quantization.methods import Gptq, bind
+from optimizer.stages.session import Session
 
 HERE = Path(__file__).parent
 RESULTS, FORETOLD = HERE / "matrix.csv", HERE / "foretold.csv"
@@ -52,6 +57,7 @@ LADDER = (
     "q6_k",
     "q8_0",
 )  # iq types would be better below 3.5 bits, see README
+WITHOUT = ("q2_k", "q3_k", "iq4_xs", "q5_0", "q6_k", "q8_0")  # the ladder without OWN_GRID
 ROLES = ("ffn_down", "attn_output", "attn_k", "attn_q", "ffn_up", "ffn_gate")
 OWN_GRID = ("q4_k", "q5_k", "q4_1", "q5_1")  # what the 1.5B came from, or what holds it
 Kinds = Mapping[str, str]  # tensor -> type
@@ -144,28 +150,28 @@ def fitted(model: Model, tensor: str, kind: str) -> str:
     return Precision.ggml(kind).nearest(int(model.tensors[tensor].shape[0])).kind
 
 
-def rules(model: Model, limit: int) -> Kinds:
-    """Embeddings, head and attention values two steps above the rest, the head at least q5_k, the
+def rules(model: Model, limit: int, ladder: tuple[str, ...] = LADDER) -> Kinds:
+    """Embeddings, head and attention values two steps above the rest, the head at least 5 bits, the
     first and last two blocks one step; the largest rest that fits, then ROLES one step higher, one
-    after the other, from the first block on, as long as they fit. {}: they have nothing so small."""
+    after the other, from the first block on, as long as they fit, and so on step by step. {}: they have nothing so small."""
     blocks = 1 + max(int(n.split(".")[1]) for n in model.tensors if n.startswith("blk."))
     found: dict[str, str] = {}
     used = -1
-    for step in range(len(LADDER) - 2):
+    for step in range(len(ladder) - 2):
         kinds = {}
         for name in model.names.values():
             own = name.split(".")
             edge = own[0] == "blk" and (int(own[1]) < 2 or int(own[1]) >= blocks - 2)
             up = 2 if own[0] != "blk" or own[2] == "attn_v" else int(edge)
-            least = LADDER.index("q5_k") if name == HEAD else 0
-            kinds[name] = fitted(model, name, LADDER[max(step + up, least)])
+            least = 3 if name == HEAD else 0
+            kinds[name] = fitted(model, name, ladder[max(step + up, least)])
         if model.size(kinds) <= limit:
             found, used = kinds, step
-    for role, block in product(ROLES, range(blocks)):
+    for kind, role, block in product(ladder[used + 1 :], ROLES, range(blocks)):
         name = f"blk.{block}.{role}.weight"
         if name not in found or block in (0, 1, blocks - 2, blocks - 1):
             continue
-        more = found | {name: fitted(model, name, LADDER[used + 1])}
+        more = found | {name: fitted(model, name, kind)}
         if model.size(more) <= limit:
             found = more
     return found
@@ -202,12 +208,12 @@ def optimum(model: Model, limit: int, without: tuple[str, ...] = ()) -> Kinds:
 # ---------------------------------------------------------------- files and rows
 
 
-def measured(model: Model, at: str, name: str, kinds: Kinds, weighting: str) -> None:
-    """Write the file, have llama.cpp compute it, and put a row into matrix.csv."""
+def measured(model: Model, at: str, name: str, kinds: Kinds, rows: retyping.Rows) -> None:
+    """Write the file, have llama.cpp compute it, and put a row into matrix.csv. rows: a tensor, its
+    type -> its blocks."""
     file = model.scratch / f"{at}-{name}.gguf"
     answer = file.with_suffix(".npz")
     if not answer.exists():
-        rows = lambda tensor, kind: payload(model, tensor, kind, weighting)  # noqa: E731
         retyping.write(model.base, kinds, rows, file)
         command = [sys.executable, str(HERE / "engine.py"), "score", str(file)]
         subprocess.run([*command, str(model.scratch), str(answer)], check=True)
@@ -252,6 +258,7 @@ def foretell(model: Model) -> None:
         size = model.size(kinds)
         every = {"theirs": kinds, "rules": rules(model, size), "ours": optimum(model, size)}
         every["ours-without-4"] = optimum(model, size, OWN_GRID)
+        every["rules-without-4"] = rules(model, size, WITHOUT)
         row = {"model": label, "at": mixture, "bytes": size}
         row |= {name: f"{model.loss(k):.4f}" if k else "" for name, k in every.items()}
         print(row, flush=True)
@@ -267,25 +274,45 @@ def main(command: str, scratch: str, *rest: str) -> None:
     elif command == "all":
         for at in rest:
             one(model, "mixture", at)
-            one(model, "rules", at)
-            one(model, "ours", at)
-            one(model, "ours", at, "without-4")
+            for label in ((), ("without-4",)):
+                one(model, "rules", at, *label)
+                one(model, "ours", at, *label)
+    elif command == "gptq":
+        by_gptq(model, *rest)
     else:
         one(model, command, *rest)
 
 
 def one(model: Model, command: str, at: str, *label: str) -> None:
-    kinds = model.types(at)
+    weighting = "gradient" if command == "ours" else "alike"
+    rows = lambda tensor, kind: payload(model, tensor, kind, weighting)  # noqa: E731
+    limit = model.size(model.types(at))
     if command == "mixture":
-        measured(model, at, "llama.cpp", kinds, "alike")
-    elif command == "rules":
-        found = rules(model, model.size(kinds))
-        if found:
-            measured(model, at, "rules", found, "alike")
+        measured(model, at, "llama.cpp", model.types(at), rows)
+        return
+    if command == "rules":
+        found = rules(model, limit, WITHOUT if label else LADDER)
     else:
-        without = OWN_GRID if label else ()
-        found = optimum(model, model.size(kinds), without)
-        measured(model, at, "-".join(["ours", *label]), found, "gradient")
+        found = optimum(model, limit, OWN_GRID if label else ())
+    if found:
+        measured(model, at, "-".join([command, *label]), found, rows)
+
+
+def by_gptq(model: Model, at: str, source: str, text: str, weighting: str, *label: str) -> None:
+    kinds = optimum(model, model.size(model.types(at)), OWN_GRID if label else ())
+    session = Session.open(source, data_of(text, 4), STORE)
+    layers = {tensor: layer for layer, tensor in model.names.items()}
+    choice = {layers[tensor]: Precision.ggml(kind) for tensor, kind in kinds.items()}
+    own = session.model
+    weights = {name: own.weight(name) for name in choice}
+    rounder = bind(Gptq(weighting=weighting), session).rounder(choice)
+
+    def rows(tensor: str, _kind: str) -> np.ndarray:
+        name = layers[tensor]
+        found = rounder.encode(weights[name], choice[name], name)
+        return np.asarray(found.data.numpy())
+
+    measured(model, at, "-".join(["ours", *label, "gptq", weighting]), kinds, rows)
 
 
 if __name__ == "__main__":
