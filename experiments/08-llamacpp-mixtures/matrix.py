@@ -10,9 +10,9 @@ matrix.py gptq SCRATCH TYPE MODEL TEXT WEIGHTING [LABEL]
                                       count by WEIGHTING; MODEL, TEXT: as given to measure.py
 matrix.py foretold SCRATCH            what the table says of all of them, before a byte is written
 
-LABEL without-4: without q4_k, q5_k, q4_1 and q5_1. SCRATCH: what measure.py left there, and types.json of `engine.py types`. Payloads are
-kept there by tensor, type and weighting, so files share them. MODEL names the rows in matrix.csv.
-LIBRARIES: see engine.py.
+LABEL without-4: without q4_k, q5_k, q4_1 and q5_1. SCRATCH: what measure.py left there, and
+types.json of `engine.py types`. Payloads are kept there by tensor, type and weighting, so files
+share them. MODEL names the rows in matrix.csv. LIBRARIES: see engine.py.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ def fitted(model: Model, tensor: str, kind: str) -> str:
 def rules(model: Model, limit: int, ladder: tuple[str, ...] = LADDER) -> Kinds:
     """Embeddings, head and attention values two steps above the rest, the head at least 5 bits, the
     first and last two blocks one step; the largest rest that fits, then ROLES one step higher, one
-    after the other, from the first block on, as long as they fit, and so on step by step. {}: they have nothing so small."""
+    after the other, from the first block on, as long as they fit, and so on step by step. {}: they
+    have nothing so small."""
     blocks = 1 + max(int(n.split(".")[1]) for n in model.tensors if n.startswith("blk."))
     found: dict[str, str] = {}
     used = -1

@@ -31,7 +31,7 @@ class Clock(Desk):
     def __init__(self) -> None:
         self.began, self.at = time.process_time(), list[float]()
 
-    def leave(self, state: dict[str, np.ndarray]) -> None:  # noqa: ARG002
+    def leave(self, state: dict[str, np.ndarray]) -> None:
         self.at.append(time.process_time() - self.began)
 
 

@@ -84,7 +84,7 @@ def opened(file: Path) -> Any:
 def _skimming() -> Any:
     from gguf import GGUFReader, GGUFValueType
 
-    class Skimming(GGUFReader):
+    class Skimming(GGUFReader):  # type: ignore[misc]
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
             whole = super()._get_field_parts
             if GGUFValueType(raw_type) != GGUFValueType.ARRAY or self.byte_order == "S":
