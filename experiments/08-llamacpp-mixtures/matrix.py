@@ -8,6 +8,7 @@ matrix.py all SCRATCH TYPE...         these, one type after the other, with and 
 matrix.py gptq SCRATCH TYPE MODEL TEXT WEIGHTING [LABEL]
                                       the same plan as ours, codes by quantizer=gptq, whose tokens
                                       count by WEIGHTING; MODEL, TEXT: as given to measure.py
+matrix.py again SCRATCH               the statistics of all rows whose answers are still in SCRATCH
 matrix.py foretold SCRATCH            what the table says of all of them, before a byte is written
 
 LABEL without-4: without q4_k, q5_k, q4_1 and q5_1. SCRATCH: what measure.py left there, and
@@ -225,29 +226,55 @@ def measured(model: Model, at: str, name: str, kinds: Kinds, rows: retyping.Rows
 
 def keep(model: Model, at: str, name: str, kinds: Kinds, size: int) -> None:
     label = os.environ["MODEL"]
-    found = np.load(model.scratch / f"{at}-{name}.npz")
-    kl = found["kl"].reshape(-1, CHUNK)
-    draws = np.random.default_rng(0).integers(0, len(kl), (RESAMPLES, len(kl)))
-    low, high = np.quantile(kl[draws].mean((1, 2)), [0.025, 0.975])
     counts = Counter(kinds.values())
     row: dict[str, Any] = {
         "model": label, "at": at, "file": name, "bytes": size,
-        "foretold": f"{model.loss(kinds):.4f}", "kl": f"{kl.mean():.5f}", "low": f"{low:.5f}",
-        "high": f"{high:.5f}", "p99": f"{np.quantile(kl, 0.99):.4f}",
-        "flips": f"{found['flip'].mean():.4f}", "positions": kl.size,
+        "foretold": f"{model.loss(kinds):.4f}", **statistics(model.scratch, at, name),
         "embedding": kinds.get(EMBEDDING, ""), "head": kinds.get(HEAD, ""),
         "types": " ".join(f"{k}:{n}" for k, n in sorted(counts.items())),
     }  # fmt: skip
-    rival = model.scratch / f"{at}-llama.cpp.npz"
-    if name != "llama.cpp" and rival.exists():
-        other = np.load(rival)["kl"].reshape(-1, CHUNK)
-        ratios = kl[draws].mean((1, 2)) / other[draws].mean((1, 2))
-        ends = np.quantile(ratios, [0.025, 0.975])
-        row |= {"ratio": f"{kl.mean() / other.mean():.3f}"}
-        row |= {"ratio_low": f"{ends[0]:.3f}", "ratio_high": f"{ends[1]:.3f}"}
     print(row, flush=True)
     rows = [r for r in read(RESULTS) if (r["model"], r["at"], r["file"]) != (label, at, name)]
     write(RESULTS, [*rows, stamped(row, label, at, name)])
+
+
+def again(model: Model) -> None:
+    """The statistics of all rows whose answers are still there."""
+    rows = read(RESULTS)
+    for row in rows:
+        if row["model"] == os.environ["MODEL"] and _answer(model.scratch, row["at"], row["file"]):
+            row |= statistics(model.scratch, row["at"], row["file"])
+    write(RESULTS, rows)
+
+
+def statistics(scratch: Path, at: str, name: str) -> dict[str, str]:
+    """Of a file's answers, and of their ratio to llama.cpp's mixture. rest: without the first
+    position of a window, where a model sees one word, here the same in all windows."""
+    found = np.load(scratch / f"{at}-{name}.npz")
+    mine, rival = found["kl"], _answer(scratch, at, "llama.cpp")
+    theirs = None if name == "llama.cpp" or rival is None else np.load(rival)["kl"]
+    row = {"p99": f"{np.quantile(mine, 0.99):.4f}", "flips": f"{found['flip'].mean():.4f}"}
+    row |= {"positions": str(mine.size)}
+    counted = np.ones_like(mine)
+    for prefix in ("", "rest_"):
+        each = [(x * counted).reshape(-1, CHUNK) for x in (mine, counted)]
+        draws = np.random.default_rng(0).integers(0, len(each[0]), (RESAMPLES, len(each[0])))
+        sums = [x[draws].sum((1, 2)) for x in each]
+        low, high = np.quantile(sums[0] / sums[1], [0.025, 0.975])
+        row |= {f"{prefix}kl": f"{(mine * counted).sum() / counted.sum():.5f}"}
+        row |= {f"{prefix}low": f"{low:.5f}", f"{prefix}high": f"{high:.5f}"}
+        if theirs is not None:
+            other = (theirs * counted).reshape(-1, CHUNK)
+            low, high = np.quantile(sums[0] / other[draws].sum((1, 2)), [0.025, 0.975])
+            row |= {f"{prefix}ratio": f"{each[0].sum() / other.sum():.3f}"}
+            row |= {f"{prefix}ratio_low": f"{low:.3f}", f"{prefix}ratio_high": f"{high:.3f}"}
+        counted[:, 0] = 0
+    return row
+
+
+def _answer(scratch: Path, at: str, name: str) -> Path | None:
+    file = scratch / f"{at}-{name}.npz"
+    return file if file.exists() else None
 
 
 def foretell(model: Model) -> None:
@@ -272,6 +299,8 @@ def main(command: str, scratch: str, *rest: str) -> None:
     model = Model(scratch)
     if command == "foretold":
         foretell(model)
+    elif command == "again":
+        again(model)
     elif command == "all":
         for at in rest:
             one(model, "mixture", at)
