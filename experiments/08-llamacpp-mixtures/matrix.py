@@ -243,7 +243,7 @@ def again(model: Model) -> None:
     rows = read(RESULTS)
     for row in rows:
         if row["model"] == os.environ["MODEL"] and _answer(model.scratch, row["at"], row["file"]):
-            row |= statistics(model.scratch, row["at"], row["file"])
+            row.update(statistics(model.scratch, row["at"], row["file"]))
     write(RESULTS, rows)
 
 
