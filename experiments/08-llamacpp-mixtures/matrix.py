@@ -288,7 +288,8 @@ def foretell(model: Model) -> None:
         every["ours-without-4"] = optimum(model, size, OWN_GRID)
         every["rules-without-4"] = rules(model, size, WITHOUT)
         row = {"model": label, "at": mixture, "bytes": size}
-        row |= {name: f"{model.loss(k):.4f}" if k else "" for name, k in every.items()}
+        told = {name: model.loss(k) if k else np.nan for name, k in every.items()}
+        row |= {name: "" if np.isnan(x) else f"{x:.4f}" for name, x in told.items()}
         print(row, flush=True)
         rows.append(stamped(row, label, mixture))
         write(FORETOLD, rows)
