@@ -172,7 +172,9 @@ def _codes(level: Tensor, kind: str) -> Tensor:
 
 
 def slices(weight: Tensor) -> Iterator[Tensor]:
-    yield from weight.float().split(max(1, CHUNK // weight.shape[1]))
+    """A few rows at a time, fp32; of 16-bit weights no whole copy is made."""
+    for rows in weight.split(max(1, CHUNK // weight.shape[1])):
+        yield rows.float()
 
 
 # ---------------------------------------------------------------- the grid

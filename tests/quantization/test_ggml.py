@@ -139,3 +139,11 @@ def test_grids_are_dropped_one_after_the_other(
     assert torch.equal(found, whole)
     assert len(alive) == 6
     assert max(alive) <= 1
+
+
+def test_rows_of_16_bits_are_widened_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ggml, "CHUNK", 512)
+    weight = torch.randn(12, 256).half()
+    parts = list(ggml.slices(weight))
+    assert torch.equal(torch.cat(parts), weight.float())
+    assert {x.untyped_storage().nbytes() for x in parts} == {512 * 4}
