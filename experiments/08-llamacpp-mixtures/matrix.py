@@ -341,7 +341,11 @@ def by_gptq(model: Model, at: str, source: str, text: str, weighting: str, *labe
     def rows(tensor: str, _kind: str) -> np.ndarray:
         name = layers[tensor]
         found = rounder.encode(weights[name], choice[name], name)
-        return np.asarray(found.data.numpy())
+        places = {row.tobytes(): i for i, row in enumerate(weights[name].float().numpy())}
+        order = [places[row.tobytes()] for row in model.weight(tensor).numpy()]
+        return np.asarray(found.data.numpy())[
+            order
+        ]  # llama.cpp has other rows of queries and keys
 
     measured(model, at, "-".join(["ours", *label, "gptq", weighting]), kinds, rows)
 
