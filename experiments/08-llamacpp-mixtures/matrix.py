@@ -1,15 +1,19 @@
 """llama.cpp's mixtures under an importance matrix, published layer rules and our plans at equal bytes.
 
 matrix.py mixture SCRATCH TYPE        llama.cpp's own choice of types, payloads under its matrix
-matrix.py rules SCRATCH TYPE          the layer rules that people publish, in at most TYPE's bytes
+matrix.py rules SCRATCH TYPE [LABEL]  the layer rules that people publish, in at most TYPE's bytes
 matrix.py ours SCRATCH TYPE [LABEL]   the table's optimum in at most TYPE's bytes, payloads under a
-                                      matrix of gradients; LABEL without-4: without q4_k and q5_k
-matrix.py all SCRATCH TYPE...         these four, one type after the other
+                                      matrix of gradients
+matrix.py all SCRATCH TYPE...         these, one type after the other, with and without LABEL
+matrix.py gptq SCRATCH TYPE MODEL TEXT WEIGHTING [LABEL]
+                                      the same plan as ours, codes by quantizer=gptq, whose tokens
+                                      count by WEIGHTING; MODEL, TEXT: as given to measure.py
+matrix.py again SCRATCH               the statistics of all rows whose answers are still in SCRATCH
 matrix.py foretold SCRATCH            what the table says of all of them, before a byte is written
 
-SCRATCH: what measure.py left there, and types.json of `engine.py types`. Payloads are
-kept there by tensor, type and weighting, so files share them. MODEL names the rows in matrix.csv.
-LIBRARIES: see engine.py.
+LABEL without-4: without q4_k, q5_k, q4_1 and q5_1. SCRATCH: what measure.py left there, and
+types.json of `engine.py types`. Payloads are kept there by tensor, type and weighting, so files
+share them. MODEL names the rows in matrix.csv. LIBRARIES: see engine.py.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGUFReader
-from measure import tensors
+from measure import STORE, data_of, tensors
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
@@ -39,6 +43,8 @@ from optimizer.formats.gguf.base import Base
 from optimizer.formats.gguf.placement import Piece, Placement
 from optimizer.plan import GGML, Precision
 from optimizer.quantization import ggml, ggml_native
+from optimizer.quantization.methods import Gptq, bind
+from optimizer.stages.session import Session
 
 HERE = Path(__file__).parent
 RESULTS, FORETOLD = HERE / "matrix.csv", HERE / "foretold.csv"
@@ -52,6 +58,7 @@ LADDER = (
     "q6_k",
     "q8_0",
 )  # iq types would be better below 3.5 bits, see README
+WITHOUT = ("q2_k", "q3_k", "iq4_xs", "q5_0", "q6_k", "q8_0")  # the ladder without OWN_GRID
 ROLES = ("ffn_down", "attn_output", "attn_k", "attn_q", "ffn_up", "ffn_gate")
 OWN_GRID = ("q4_k", "q5_k", "q4_1", "q5_1")  # what the 1.5B came from, or what holds it
 Kinds = Mapping[str, str]  # tensor -> type
@@ -144,28 +151,29 @@ def fitted(model: Model, tensor: str, kind: str) -> str:
     return Precision.ggml(kind).nearest(int(model.tensors[tensor].shape[0])).kind
 
 
-def rules(model: Model, limit: int) -> Kinds:
-    """Embeddings, head and attention values two steps above the rest, the head at least q5_k, the
+def rules(model: Model, limit: int, ladder: tuple[str, ...] = LADDER) -> Kinds:
+    """Embeddings, head and attention values two steps above the rest, the head at least 5 bits, the
     first and last two blocks one step; the largest rest that fits, then ROLES one step higher, one
-    after the other, from the first block on, as long as they fit. {}: they have nothing so small."""
+    after the other, from the first block on, as long as they fit, and so on step by step. {}: they
+    have nothing so small."""
     blocks = 1 + max(int(n.split(".")[1]) for n in model.tensors if n.startswith("blk."))
     found: dict[str, str] = {}
     used = -1
-    for step in range(len(LADDER) - 2):
+    for step in range(len(ladder) - 2):
         kinds = {}
         for name in model.names.values():
             own = name.split(".")
             edge = own[0] == "blk" and (int(own[1]) < 2 or int(own[1]) >= blocks - 2)
             up = 2 if own[0] != "blk" or own[2] == "attn_v" else int(edge)
-            least = LADDER.index("q5_k") if name == HEAD else 0
-            kinds[name] = fitted(model, name, LADDER[max(step + up, least)])
+            least = 3 if name == HEAD else 0
+            kinds[name] = fitted(model, name, ladder[max(step + up, least)])
         if model.size(kinds) <= limit:
             found, used = kinds, step
-    for role, block in product(ROLES, range(blocks)):
+    for kind, role, block in product(ladder[used + 1 :], ROLES, range(blocks)):
         name = f"blk.{block}.{role}.weight"
         if name not in found or block in (0, 1, blocks - 2, blocks - 1):
             continue
-        more = found | {name: fitted(model, name, LADDER[used + 1])}
+        more = found | {name: fitted(model, name, kind)}
         if model.size(more) <= limit:
             found = more
     return found
@@ -202,12 +210,12 @@ def optimum(model: Model, limit: int, without: tuple[str, ...] = ()) -> Kinds:
 # ---------------------------------------------------------------- files and rows
 
 
-def measured(model: Model, at: str, name: str, kinds: Kinds, weighting: str) -> None:
-    """Write the file, have llama.cpp compute it, and put a row into matrix.csv."""
+def measured(model: Model, at: str, name: str, kinds: Kinds, rows: retyping.Rows) -> None:
+    """Write the file, have llama.cpp compute it, and put a row into matrix.csv. rows: a tensor, its
+    type -> its blocks."""
     file = model.scratch / f"{at}-{name}.gguf"
     answer = file.with_suffix(".npz")
     if not answer.exists():
-        rows = lambda tensor, kind: payload(model, tensor, kind, weighting)  # noqa: E731
         retyping.write(model.base, kinds, rows, file)
         command = [sys.executable, str(HERE / "engine.py"), "score", str(file)]
         subprocess.run([*command, str(model.scratch), str(answer)], check=True)
@@ -218,29 +226,55 @@ def measured(model: Model, at: str, name: str, kinds: Kinds, weighting: str) -> 
 
 def keep(model: Model, at: str, name: str, kinds: Kinds, size: int) -> None:
     label = os.environ["MODEL"]
-    found = np.load(model.scratch / f"{at}-{name}.npz")
-    kl = found["kl"].reshape(-1, CHUNK)
-    draws = np.random.default_rng(0).integers(0, len(kl), (RESAMPLES, len(kl)))
-    low, high = np.quantile(kl[draws].mean((1, 2)), [0.025, 0.975])
     counts = Counter(kinds.values())
     row: dict[str, Any] = {
         "model": label, "at": at, "file": name, "bytes": size,
-        "foretold": f"{model.loss(kinds):.4f}", "kl": f"{kl.mean():.5f}", "low": f"{low:.5f}",
-        "high": f"{high:.5f}", "p99": f"{np.quantile(kl, 0.99):.4f}",
-        "flips": f"{found['flip'].mean():.4f}", "positions": kl.size,
+        "foretold": f"{model.loss(kinds):.4f}", **statistics(model.scratch, at, name),
         "embedding": kinds.get(EMBEDDING, ""), "head": kinds.get(HEAD, ""),
         "types": " ".join(f"{k}:{n}" for k, n in sorted(counts.items())),
     }  # fmt: skip
-    rival = model.scratch / f"{at}-llama.cpp.npz"
-    if name != "llama.cpp" and rival.exists():
-        other = np.load(rival)["kl"].reshape(-1, CHUNK)
-        ratios = kl[draws].mean((1, 2)) / other[draws].mean((1, 2))
-        ends = np.quantile(ratios, [0.025, 0.975])
-        row |= {"ratio": f"{kl.mean() / other.mean():.3f}"}
-        row |= {"ratio_low": f"{ends[0]:.3f}", "ratio_high": f"{ends[1]:.3f}"}
     print(row, flush=True)
     rows = [r for r in read(RESULTS) if (r["model"], r["at"], r["file"]) != (label, at, name)]
     write(RESULTS, [*rows, stamped(row, label, at, name)])
+
+
+def again(model: Model) -> None:
+    """The statistics of all rows whose answers are still there."""
+    rows = read(RESULTS)
+    for row in rows:
+        if row["model"] == os.environ["MODEL"] and _answer(model.scratch, row["at"], row["file"]):
+            row.update(statistics(model.scratch, row["at"], row["file"]))
+    write(RESULTS, rows)
+
+
+def statistics(scratch: Path, at: str, name: str) -> dict[str, str]:
+    """Of a file's answers, and of their ratio to llama.cpp's mixture. rest: without the first
+    position of a window, where a model sees one word, here the same in all windows."""
+    found = np.load(scratch / f"{at}-{name}.npz")
+    mine, rival = found["kl"], _answer(scratch, at, "llama.cpp")
+    theirs = None if name == "llama.cpp" or rival is None else np.load(rival)["kl"]
+    row = {"p99": f"{np.quantile(mine, 0.99):.4f}", "flips": f"{found['flip'].mean():.4f}"}
+    row |= {"positions": str(mine.size)}
+    counted = np.ones_like(mine)
+    for prefix in ("", "rest_"):
+        each = [(x * counted).reshape(-1, CHUNK) for x in (mine, counted)]
+        draws = np.random.default_rng(0).integers(0, len(each[0]), (RESAMPLES, len(each[0])))
+        sums = [x[draws].sum((1, 2)) for x in each]
+        low, high = np.quantile(sums[0] / sums[1], [0.025, 0.975])
+        row |= {f"{prefix}kl": f"{(mine * counted).sum() / counted.sum():.5f}"}
+        row |= {f"{prefix}low": f"{low:.5f}", f"{prefix}high": f"{high:.5f}"}
+        if theirs is not None:
+            other = (theirs * counted).reshape(-1, CHUNK)
+            low, high = np.quantile(sums[0] / other[draws].sum((1, 2)), [0.025, 0.975])
+            row |= {f"{prefix}ratio": f"{each[0].sum() / other.sum():.3f}"}
+            row |= {f"{prefix}ratio_low": f"{low:.3f}", f"{prefix}ratio_high": f"{high:.3f}"}
+        counted[:, 0] = 0
+    return row
+
+
+def _answer(scratch: Path, at: str, name: str) -> Path | None:
+    file = scratch / f"{at}-{name}.npz"
+    return file if file.exists() else None
 
 
 def foretell(model: Model) -> None:
@@ -252,8 +286,10 @@ def foretell(model: Model) -> None:
         size = model.size(kinds)
         every = {"theirs": kinds, "rules": rules(model, size), "ours": optimum(model, size)}
         every["ours-without-4"] = optimum(model, size, OWN_GRID)
+        every["rules-without-4"] = rules(model, size, WITHOUT)
         row = {"model": label, "at": mixture, "bytes": size}
-        row |= {name: f"{model.loss(k):.4f}" if k else "" for name, k in every.items()}
+        told = {name: model.loss(k) if k else np.nan for name, k in every.items()}
+        row |= {name: "" if np.isnan(x) else f"{x:.4f}" for name, x in told.items()}
         print(row, flush=True)
         rows.append(stamped(row, label, mixture))
         write(FORETOLD, rows)
@@ -264,28 +300,54 @@ def main(command: str, scratch: str, *rest: str) -> None:
     model = Model(scratch)
     if command == "foretold":
         foretell(model)
+    elif command == "again":
+        again(model)
     elif command == "all":
         for at in rest:
             one(model, "mixture", at)
-            one(model, "rules", at)
-            one(model, "ours", at)
-            one(model, "ours", at, "without-4")
+            for label in ((), ("without-4",)):
+                one(model, "rules", at, *label)
+                one(model, "ours", at, *label)
+    elif command == "gptq":
+        by_gptq(model, *rest)
     else:
         one(model, command, *rest)
 
 
 def one(model: Model, command: str, at: str, *label: str) -> None:
-    kinds = model.types(at)
+    weighting = "gradient" if command == "ours" else "alike"
+    rows = lambda tensor, kind: payload(model, tensor, kind, weighting)  # noqa: E731
+    limit = model.size(model.types(at))
     if command == "mixture":
-        measured(model, at, "llama.cpp", kinds, "alike")
-    elif command == "rules":
-        found = rules(model, model.size(kinds))
-        if found:
-            measured(model, at, "rules", found, "alike")
+        measured(model, at, "llama.cpp", model.types(at), rows)
+        return
+    if command == "rules":
+        found = rules(model, limit, WITHOUT if label else LADDER)
     else:
-        without = OWN_GRID if label else ()
-        found = optimum(model, model.size(kinds), without)
-        measured(model, at, "-".join(["ours", *label]), found, "gradient")
+        found = optimum(model, limit, OWN_GRID if label else ())
+    if found:
+        measured(model, at, "-".join([command, *label]), found, rows)
+
+
+def by_gptq(model: Model, at: str, source: str, text: str, weighting: str, *label: str) -> None:
+    kinds = optimum(model, model.size(model.types(at)), OWN_GRID if label else ())
+    session = Session.open(source, data_of(text, 4), STORE)
+    layers = {tensor: layer for layer, tensor in model.names.items()}
+    choice = {layers[tensor]: Precision.ggml(kind) for tensor, kind in kinds.items()}
+    own = session.model
+    weights = {name: own.weight(name) for name in choice}
+    rounder = bind(Gptq(weighting=weighting), session).rounder(choice)
+
+    def rows(tensor: str, _kind: str) -> np.ndarray:
+        name = layers[tensor]
+        found = rounder.encode(weights[name], choice[name], name)
+        places = {row.tobytes(): i for i, row in enumerate(weights[name].float().numpy())}
+        order = [places[row.tobytes()] for row in model.weight(tensor).numpy()]
+        return np.asarray(found.data.numpy())[
+            order
+        ]  # llama.cpp has other rows of queries and keys
+
+    measured(model, at, "-".join(["ours", *label, "gptq", weighting]), kinds, rows)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Usage: palettes.py FOLDER OUT.csv [WINDOWS LENGTH]    (14-scale's make.py 1.5b, or any model)
 The Fisher table of all layers by rounding to nearest: of 2 to 8 bits, of the types that a llama.cpp
-file may have by default, and of every type of ggml that divides the rows.
+file may have by default, and of every type of ggml that divides the rows. Beside the whole: what a
+block takes on the way back, where it is scored, and what embeddings and head take at the end.
 """
 
 from __future__ import annotations
@@ -24,6 +25,16 @@ from optimizer.sensitivity import Desk, Task, Text, by_block, chunks
 DEFAULT = Path(__file__).parents[2] / "conf" / "palette" / "llamacpp.yaml"
 
 
+class Clock(Desk):
+    """Processor seconds at the end of each block."""
+
+    def __init__(self) -> None:
+        self.began, self.at = time.process_time(), list[float]()
+
+    def leave(self, state: dict[str, np.ndarray]) -> None:
+        self.at.append(time.process_time() - self.began)
+
+
 def main(folder: Path, out: Path, windows: int, length: int) -> None:
     inventory = take_inventory(folder)
     model = Model.load(folder, inventory, offload="disk")
@@ -42,10 +53,12 @@ def main(folder: Path, out: Path, windows: int, length: int) -> None:
     for palette, columns in palettes.items():
         fitted = {(name, key): p for name in names for key, p in columns.items()}
         task = Task(tuple((name,) for name in names), tuple(columns), fitted, Nearest())
-        began = time.process_time()
-        by_block.samples(model, task, read, Desk())
+        clock = Clock()
+        by_block.samples(model, task, read, clock)
+        took, at = time.process_time() - clock.began, clock.at
         row = {"model": folder.name, "palette": palette, "types": len(columns)}
-        row |= {"processor_s": f"{time.process_time() - began:.0f}"}
+        row |= {"processor_s": f"{took:.0f}", "blocks": len(at), "ends_s": f"{took - at[-1]:.0f}"}
+        row |= {"block_s": f"{np.diff(at).mean():.1f}"}
         print(row, flush=True)
         append(out, row, folder.name, windows, length)
 

@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 LOOKS = {
     "theirs": ("#8a4b08", "o", "llama.cpp's mixtures, its importance matrix"),
     "rules": ("#777777", "s", "published layer rules, the same matrix"),
+    "rules-without-4": ("#bbbbbb", "v", "published layer rules without the model's own grid"),
     "ours": ("#0b6e4f", "D", "our plans"),
     "ours-without-4": ("#4fa3d1", "^", "our plans without the model's own grid"),
 }
@@ -26,7 +27,7 @@ def main(model: str, out: str) -> None:
     found = [r for r in read(HERE / "matrix.csv") if r["model"] == model]
     figure, axes = plt.subplots(figsize=(7.5, 5), constrained_layout=True)
     for name, (colour, marker, words) in LOOKS.items():
-        known = [r for r in told if r[name]]
+        known = [r for r in told if r.get(name)]
         x = [_bytes(r) for r in known]
         axes.plot(
             x, [float(r[name]) for r in known], colour, ls=":", marker=marker, ms=4, mfc="none"

@@ -15,7 +15,7 @@ error of one column to the next (GPTQ) takes the grid and chooses other codes in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -125,24 +125,31 @@ class Blocks:
         return {"blocks": self.data}
 
 
-def fitted(weight: Tensor, kind: str) -> list[Grid]:
-    """The searched grids of W [rows, cols], a few rows each; none for kinds in NATIVE."""
-    if kind in NATIVE:
-        return []
-    return [fit(rows, kind) for rows in slices(weight)]
+def fitted(weight: Tensor, kind: str, importance: Tensor | None = None) -> Iterator[Grid]:
+    """The searched grids of W [rows, cols], a few rows each, one at a time; none for kinds in NATIVE.
+    All of them together take more memory than the layer's blocks."""
+    if kind not in NATIVE:
+        for rows in slices(weight):
+            yield fit(rows, kind, importance)
 
 
-def encode(weight: Tensor, precision: Precision, grids: Sequence[Grid] = ()) -> Blocks:
+def encode(weight: Tensor, precision: Precision, grids: Iterable[Grid] = ()) -> Blocks:
     """W [rows, cols] -> blocks, round to nearest. grids: what `fitted` gave."""
     if precision.kind in NATIVE:
         data = ggml_native.encode(weight, precision.kind)
         return Blocks(precision, data, weight.shape[1])
     grids = grids or fitted(weight, precision.kind)
-    parts = [g.pack(g.round(rows)) for g, rows in zip(grids, slices(weight), strict=True)]
-    return Blocks(precision, torch.cat([part.data for part in parts]), weight.shape[1])
+    rows, cols = weight.shape
+    block = GGML[precision.kind]
+    shape = (rows, cols // block.weights * block.size)
+    data = torch.empty(shape, dtype=torch.uint8, device=weight.device)
+    some = max(1, CHUNK // cols)
+    for grid, own, target in zip(grids, slices(weight), data.split(some), strict=True):
+        target.copy_(grid.pack(grid.round(own)).data)
+    return Blocks(precision, data, cols)
 
 
-def round_to(weight: Tensor, precision: Precision, grids: Sequence[Grid] = ()) -> Tensor:
+def round_to(weight: Tensor, precision: Precision, grids: Iterable[Grid] = ()) -> Tensor:
     """W' [rows, cols] fp32, exactly what `encode` decodes to."""
     if precision.kind in NATIVE:
         return encode(weight, precision).decode()
@@ -165,7 +172,9 @@ def _codes(level: Tensor, kind: str) -> Tensor:
 
 
 def slices(weight: Tensor) -> Iterator[Tensor]:
-    yield from weight.float().split(max(1, CHUNK // weight.shape[1]))
+    """A few rows at a time, fp32; of 16-bit weights no whole copy is made."""
+    for rows in weight.split(max(1, CHUNK // weight.shape[1])):
+        yield rows.float()
 
 
 # ---------------------------------------------------------------- the grid

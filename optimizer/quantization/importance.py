@@ -10,7 +10,7 @@ fraction of its time, and most of its gain where columns differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -44,9 +44,8 @@ class Weighted(Nearest):
 
     importance: Tensor
 
-    def grids(self, weight: Tensor, kind: str, layer: str) -> list[ggml.Grid]:  # noqa: ARG002
-        v = self.importance.to(weight.device)
-        return [ggml.fit(rows, kind, v) for rows in ggml.slices(weight)]
+    def grids(self, weight: Tensor, kind: str, layer: str) -> Iterable[ggml.Grid]:  # noqa: ARG002
+        return ggml.fitted(weight, kind, self.importance.to(weight.device))
 
     def blocks(self, weight: Tensor, precision: Precision, layer: str) -> ggml.Blocks:  # noqa: ARG002
         data = ggml_native.encode(weight, precision.kind, self.importance)

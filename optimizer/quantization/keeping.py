@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING
@@ -56,7 +57,7 @@ class Keeping(Nearest):
         stored, whole = (torch.from_numpy(found[k]).to(weight.device) for k in ("stored", "whole"))
         return floats.Grid(precision, shape, stored, whole)
 
-    def grids(self, weight: Tensor, kind: str, layer: str) -> list[ggml.Grid]:
+    def grids(self, weight: Tensor, kind: str, layer: str) -> Iterable[ggml.Grid]:
         if self.store is None or not layer:
             return super().grids(weight, kind, layer)
         content = _content(weight)

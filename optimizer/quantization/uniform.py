@@ -12,7 +12,7 @@ Scales are fp16 before they are used, so that what is scored is what is stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Self
 
@@ -74,7 +74,7 @@ class Nearest(Independent):
     by_row: ClassVar[bool] = True  # what becomes of a row doesn't depend on the others
     clip: bool = False
 
-    def grids(self, weight: Tensor, kind: str, layer: str) -> list[ggml.Grid]:  # noqa: ARG002
+    def grids(self, weight: Tensor, kind: str, layer: str) -> Iterable[ggml.Grid]:  # noqa: ARG002
         """Of llama.cpp's blocks, whose scales are searched for."""
         return ggml.fitted(weight, kind)
 

@@ -100,7 +100,7 @@ def again(weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
         once = floats.encode(weight, scales).decode()
         return once, floats.encode(once, scales).decode()
     if precision.kind in GGML:
-        fitted = ggml.fitted(weight, precision.kind)
+        fitted = list(ggml.fitted(weight, precision.kind))
         once = ggml.encode(weight, precision, fitted).decode()
         return once, ggml.encode(once, precision, fitted).decode()
     levels = levels_of(grouped(weight, precision), precision)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
+from weakref import ReferenceType, ref
 
 import gguf
 import numpy as np
@@ -12,6 +14,8 @@ import torch
 from optimizer.errors import ConfigError
 from optimizer.plan import GGML, Precision
 from optimizer.quantization import ggml
+from optimizer.quantization.importance import Weighted
+from optimizer.quantization.uniform import Nearest
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +113,37 @@ def test_uneven_levels_are_found_as_a_search_finds_them() -> None:
     x = torch.cat([borders, *beside, levels, far, torch.linspace(-140, 140, 4001)])
     found = ggml._nearest(x, torch.ones(1), torch.zeros(1), "iq4_xs")
     assert torch.equal(found, levels[torch.bucketize(x, borders)])
+
+
+@pytest.mark.parametrize("kind", ["q4_k", "iq4_xs"])
+@pytest.mark.parametrize("rounder", [Nearest(), Weighted(importance=torch.ones(256))])
+def test_grids_are_dropped_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, kind: str, rounder: Nearest
+) -> None:
+    """Those of a vocabulary together have more bytes than its blocks."""
+    weight = torch.randn(12, 256)
+    whole = rounder.encode(weight, Precision.ggml(kind)).pack()["blocks"]
+    made: list[ReferenceType[Any]] = []
+    alive: list[int] = []
+    fit = ggml.fit
+
+    def watched(*given: Any) -> Any:
+        alive.append(sum(x() is not None for x in made))
+        grid = fit(*given)
+        made.append(ref(grid))
+        return grid
+
+    monkeypatch.setattr(ggml, "CHUNK", 512)
+    monkeypatch.setattr(ggml, "fit", watched)
+    found = rounder.encode(weight, Precision.ggml(kind)).pack()["blocks"]
+    assert torch.equal(found, whole)
+    assert len(alive) == 6
+    assert max(alive) <= 1
+
+
+def test_rows_of_16_bits_are_widened_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ggml, "CHUNK", 512)
+    weight = torch.randn(12, 256).half()
+    parts = list(ggml.slices(weight))
+    assert torch.equal(torch.cat(parts), weight.float())
+    assert {x.untyped_storage().nbytes() for x in parts} == {512 * 4}

@@ -53,9 +53,7 @@ class Base:
 
     @cached_property
     def reader(self) -> Any:
-        from gguf import GGUFReader
-
-        return GGUFReader(self.file)
+        return gguf_metadata.opened(self.file)
 
 
 @dataclass(frozen=True)
@@ -146,10 +144,8 @@ def _placed(subject: Subject, file: Path, origin: str, key: str) -> Placement:
 
 
 def _place(subject: Subject, file: Path, origin: str) -> Placement:
-    from gguf import GGUFReader
-
     model = Model.load(subject.source.folder, subject.inventory, full=False)
-    tensors = {t.name: t for t in GGUFReader(file).tensors}
+    tensors = {t.name: t for t in gguf_metadata.opened(file).tensors}
 
     def read(layer: Any) -> torch.Tensor:
         return model.weight(layer.name)
@@ -269,9 +265,7 @@ def divergence(log_p: np.ndarray, log_q: np.ndarray) -> float:
 
 
 def _types(file: Path) -> Iterator[str]:
-    from gguf import GGUFReader
-
-    for tensor in GGUFReader(file).tensors:
+    for tensor in gguf_metadata.opened(file).tensors:
         if len(tensor.shape) > 1:
             yield tensor.tensor_type.name
 

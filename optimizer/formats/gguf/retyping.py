@@ -16,6 +16,7 @@ import numpy as np
 
 from optimizer.formats.gguf.base import Base
 from optimizer.formats.gguf.placement import NONE, Piece
+from optimizer.models import gguf_metadata
 from optimizer.plan import GGML
 
 FILE_TYPE, MIXED = "general.file_type", 1024  # llama.cpp's "not told: tensors differ"
@@ -116,9 +117,7 @@ class Decoded(Mapping[str, Any]):
 
     def __init__(self, file: Path, base: Base, layers: Mapping[str, tuple[int, int]]) -> None:
         """layers: name -> (rows, cols)"""
-        from gguf import GGUFReader
-
-        self._tensors = {t.name: t for t in GGUFReader(file).tensors}
+        self._tensors = {t.name: t for t in gguf_metadata.opened(file).tensors}
         self._base, self._layers = base, layers
 
     @property

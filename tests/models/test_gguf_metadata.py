@@ -1,0 +1,65 @@
+"""GGUF files as they are opened for their tensors, without a vocabulary's elements."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFReader, GGUFWriter
+
+from optimizer.errors import ModelError
+from optimizer.models import gguf_metadata
+
+WORDS = 20_000
+HEADS = [4, 2, 4]
+
+
+def written(file: Path) -> Path:
+    """Two tensors, and lists of words, merges, scores and, short, heads of each block."""
+    writer = GGUFWriter(file, "llama")
+    writer.add_array("tokenizer.ggml.tokens", [f"é{i}" * (i % 3) for i in range(WORDS)])
+    writer.add_array("tokenizer.ggml.scores", [float(i) for i in range(WORDS)])
+    writer.add_head_count(HEADS)
+    writer.add_array("tokenizer.ggml.merges", [f"a {i}" for i in range(WORDS)])
+    writer.add_file_type(1)
+    rng = np.random.default_rng(0)
+    writer.add_tensor("token_embd.weight", rng.normal(size=(8, 32)).astype(np.float16))
+    writer.add_tensor("output_norm.weight", rng.normal(size=32).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def test_tensors_and_short_fields_are_where_gguf_finds_them(tmp_path: Path) -> None:
+    file = written(tmp_path / "a.gguf")
+    found, wanted = gguf_metadata.opened(file), GGUFReader(file)
+    assert found.data_offset == wanted.data_offset
+    assert list(found.fields) == list(wanted.fields)
+    for name in ("general.file_type", "tokenizer.ggml.merges"):
+        assert found.fields[name].offset == wanted.fields[name].offset
+    assert found.fields["llama.attention.head_count"].contents() == HEADS
+    for mine, theirs in zip(found.tensors, wanted.tensors, strict=True):
+        assert (mine.name, mine.field.offset) == (theirs.name, theirs.field.offset)
+        assert np.array_equal(mine.data, theirs.data)
+    assert gguf_metadata.read(file).fields["attention.head_count"] == HEADS
+
+
+def test_a_vocabulary_takes_no_memory(tmp_path: Path) -> None:
+    file = written(tmp_path / "a.gguf")
+    tracemalloc.start()
+    reader = gguf_metadata.opened(file)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(reader.tensors) == 2
+    assert most < 2e6  # gguf's own reader takes 1.2 kB an element
+
+
+def test_a_file_that_ends_within_its_words_is_refused(tmp_path: Path) -> None:
+    file = written(tmp_path / "a.gguf")
+    file.write_bytes(file.read_bytes()[:50_000])
+    with pytest.raises(ModelError, match="It may be cut off"):
+        gguf_metadata.read(file)
