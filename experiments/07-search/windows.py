@@ -1,4 +1,4 @@
-"""On how many windows should a trial of `moves` be measured? Equal tokens: more trials or more windows.
+"""On how many windows should a trial of `moves` be measured, at equal tokens?
 
 Usage: windows.py MODEL TEXT OUT_FOLDER HELDOUT TOKENS BUDGET SEED,SEED.. WINDOWS,WINDOWS..
        windows.py rows OUT_FOLDER CSV     all runs there, over the table's optimum of results.csv

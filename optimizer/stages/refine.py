@@ -249,8 +249,9 @@ class Scout:
 
     def tell(self) -> None:
         """Show the trials that ended since the last time, of all workers."""
-        tried = self.study.tried()
-        for row, one in zip(history(self.study, self.told), tried[self.told :], strict=True):
+        tried = self.study.tried()  # once: other workers end trials meanwhile
+        rows = history(self.study, self.told, tried)
+        for row, one in zip(rows, tried[self.told :], strict=True):
             size = tensor_bytes(self.session.inventory, self.space.choice(one.assignment))
             self.session.view.row("trial", row | {"bytes": size})
         self.told = len(tried)

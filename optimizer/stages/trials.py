@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,12 +36,14 @@ def shown(study: Study) -> tuple[np.ndarray, ...]:
     return tuple(found[int(i)] for i in kept)
 
 
-def history(study: Study, first: int = 0) -> list[dict[str, float]]:
-    """One row per trial from the trial `first` on. tokens: evaluated until then, those of slopes
-    included. size: in units of the budget. hypervolume: see `volume`; 0 until its first plans are
-    measured."""
+def history(
+    study: Study, first: int = 0, every: Sequence[Tried] | None = None
+) -> list[dict[str, float]]:
+    """One row per trial from the trial `first` on. every: the study's trials, if they are known.
+    tokens: evaluated until then, those of slopes included. size: in units of the budget. hypervolume:
+    see `volume`; 0 until its first plans are measured."""
     rows, spent, best, finished = [], 0, np.inf, []
-    for number, tried in enumerate(study.tried()):
+    for number, tried in enumerate(study.tried() if every is None else every):
         spent += tried.tokens + tried.before
         finished += [tried] if tried.complete else []
         if tried.complete and study.problem.fits(tried.assignment):

@@ -240,6 +240,31 @@ def test_a_study_is_named_by_what_its_workers_share(source: Source, tmp_path: Pa
     assert name(4) != name(4, used=9)
 
 
+def test_trials_that_another_worker_ends_meanwhile_are_told_the_next_time(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    own = refine.Scout.tell
+
+    def tell(scout: refine.Scout) -> None:
+        every, asked = scout.study.tried, list[int]()
+
+        def tried() -> Any:
+            """One trial more each time that it is asked."""
+            asked.append(len(asked) + 1)
+            return every()[: scout.told + asked[-1]]
+
+        with monkeypatch.context() as patched:
+            patched.setattr(scout.study, "tried", tried)
+            own(scout)
+        told.append(scout.told)
+
+    monkeypatch.setattr(refine.Scout, "tell", tell)
+    config = searched(source, tmp_path / "s", search={"space": "moves", "tokens": 3000})
+    optimize.optimize(config, tmp_path / "r")
+    assert told[:3] == [1, 2, 3]
+
+
 def test_a_front_is_searched_around_the_budget(source: Source, tmp_path: Path) -> None:
     search = {"space": "multipliers", "front": True, "sampler": "nsgaii", "tokens": 5000}
     config = searched(source, tmp_path / "s", search=search)
