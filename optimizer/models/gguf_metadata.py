@@ -82,7 +82,8 @@ def opened(file: Path) -> Any:
 
 @cache
 def _skimming() -> Any:
-    from gguf import GGUFReader, GGUFValueType
+    from gguf import GGUFValueType
+    from gguf.gguf_reader import GGUFReader  # `from_gguf` stands in for the other name
 
     class Skimming(GGUFReader):  # type: ignore[misc]
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:

@@ -10,7 +10,7 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 
 from optimizer.errors import ModelError
-from optimizer.models import gguf_metadata
+from optimizer.models import from_gguf, gguf_metadata
 
 WORDS = 20_000
 HEADS = [4, 2, 4]
@@ -63,3 +63,11 @@ def test_a_file_that_ends_within_its_words_is_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:50_000])
     with pytest.raises(ModelError, match="It may be cut off"):
         gguf_metadata.read(file)
+
+
+def test_a_file_is_first_opened_while_it_is_converted(tmp_path: Path) -> None:
+    """Then gguf's own reader is another."""
+    file = written(tmp_path / "a.gguf")
+    gguf_metadata._skimming.cache_clear()
+    with from_gguf._read_once():
+        assert gguf_metadata.read(file).fields["attention.head_count"] == HEADS
