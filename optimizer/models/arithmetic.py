@@ -6,8 +6,7 @@ Passes that guide, for tables and Hessians, may therefore differ from those that
 
 GPUs without bf16 are as fast with fp16, which has three more digits and far fewer exponents. It serves
 where gradients flow through one block: they are multiplied by a power of two before it and divided
-after it. Where a number is too large all the same, the model
-multiplies in fp32 from then on.
+after it. Where a number is too large all the same, the model multiplies in fp32 from then on.
 """
 
 from __future__ import annotations
@@ -48,15 +47,23 @@ def settled(name: str, device: str) -> tuple[str | None, str | None]:
 
 class _Mode:
     """Of one model: in what its blocks multiply now. guide: in passes that guide. scale: what the
-    gradients in a block are multiplied with now."""
+    gradients in a block are multiplied with now; None outside of one."""
+
+    scale: float | None = None
 
     def __init__(
         self, guide: str | None, measure: str | None, tell: Callable[[str], None]
     ) -> None:
-        self.guide, self.now, self.tell, self.scale = guide, measure, tell, 1.0
+        self.guide, self.now, self.tell = guide, measure, tell
+
+    def check(self, gradient: Tensor) -> None:
+        """Raises TooLargeError, after which the model multiplies in fp32."""
+        if not bool(gradient.isfinite().all()):
+            self.give_up()
+            raise TooLargeError
 
     def give_up(self) -> None:
-        self.guide, self.scale = None, 1.0
+        self.guide = self.scale = None
         self.tell(
             "A number of this model is too large for fp16; passes that guide go on in fp32, which "
             "takes longer."
@@ -120,6 +127,7 @@ def guided(net: nn.Module, run: Callable[[Tensor], Tensor], hidden: Tensor) -> T
     if mode is None or mode.guide != "fp16" or not torch.is_grad_enabled():
         with guiding(net):
             return run(hidden)
+    mode.scale = None  # of a pass that was broken off
     with _changed(net, "fp16"):
         found = run(_Entered.apply(hidden, mode))
     if bool(found.isfinite().all()):
@@ -131,9 +139,12 @@ def guided(net: nn.Module, run: Callable[[Tensor], Tensor], hidden: Tensor) -> T
 
 
 def unscaled(net: nn.Module, gradient: Tensor) -> Tensor:
-    """A gradient that comes by while a block runs back, as it is."""
+    """A gradient that comes by while a block runs back, as it is. Raises TooLargeError."""
     mode = _MODES.get(net)
-    return gradient if mode is None or mode.scale == 1.0 else gradient.float() / mode.scale
+    if mode is None or mode.scale is None:
+        return gradient
+    mode.check(gradient)
+    return gradient.float() / mode.scale
 
 
 class TooLargeError(Exception):
@@ -141,13 +152,17 @@ class TooLargeError(Exception):
     up doesn't count."""
 
 
-class _Left(torch.autograd.Function):
-    """What a block returned; gradients enter it."""
+class _Border(torch.autograd.Function):
+    """What passes a block's border forward as it is."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mode: _Mode) -> Tensor:
         ctx.mode = mode
         return x.view_as(x)
+
+
+class _Left(_Border):
+    """What a block returned; gradients enter it."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -156,21 +171,14 @@ class _Left(torch.autograd.Function):
         return gradient * ctx.mode.scale, None
 
 
-class _Entered(torch.autograd.Function):
+class _Entered(_Border):
     """What a block gets; gradients leave it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mode: _Mode) -> Tensor:
-        ctx.mode = mode
-        return x.view_as(x)
-
-    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        if not bool(gradient.isfinite().all()):
-            ctx.mode.give_up()
-            raise TooLargeError
+        ctx.mode.check(gradient)
         gradient = gradient / ctx.mode.scale
-        ctx.mode.scale = 1.0
+        ctx.mode.scale = None
         return gradient, None
 
 

@@ -20,26 +20,25 @@ a backward pass, and the head twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from optimizer.errors import ModelError
-from optimizer.models.arithmetic import TooLargeError, guides_in_bf16, guiding, sized, unscaled
+from optimizer.models.arithmetic import TooLargeError, sized, unscaled
 from optimizer.models.blockwise import Batch, Stream
 from optimizer.models.halving import fitting, halved
 from optimizer.models.head import final_transform, output_head, tokens_together
 from optimizer.models.model import Model
 from optimizer.models.offload import offloaded
-from optimizer.models.watching import Products, begin_gradients, plain_experts
+from optimizer.models.watching import Products, plain_experts
 from optimizer.plan import Layer
-from optimizer.sensitivity import vocabulary
+from optimizer.sensitivity import agreement, vocabulary
 from optimizer.sensitivity.borders import Borders
 from optimizer.sensitivity.errors import blank, settled
 from optimizer.sensitivity.fisher import (
@@ -51,6 +50,7 @@ from optimizer.sensitivity.fisher import (
 )
 from optimizer.sensitivity.pace import TOTAL, Pace
 from optimizer.sensitivity.products import Met, Product, add_losses
+from optimizer.sensitivity.sent import Sent, Way
 from optimizer.sensitivity.squares import Squares
 from optimizer.sensitivity.table import Desk, Task, Text, rarely_met
 from optimizer.sensitivity.vocabulary import Ends
@@ -58,17 +58,6 @@ from optimizer.sensitivity.vocabulary import Ends
 TOGETHER = 1024  # tokens that run through a block at a time
 MANY = 4096  # on a GPU
 COLLECTED = 2**28  # bytes of experts' inputs and gradients from which they are scored
-AGREE = 1e-3  # how far two ways to one gradient may lie apart, as a share of it
-AGREE_BF16 = 0.05  # the same where both are products of bf16 numbers
-
-
-@dataclass(frozen=True)
-class Way:
-    """How layers are scored of which it is known what each token sends: add(model, task, layer,
-    products, losses). whole: all of a chunk's products are needed at once."""
-
-    add: Callable[[Model, Task, Layer, Sequence[Product], np.ndarray], None]
-    whole: bool = False
 
 
 def samples(
@@ -106,7 +95,7 @@ def _made(
             stream = Stream(model, text.ids, frozen=True, together=1)
     except ModelError:
         return None
-    if not stream.ends or shared(stream.blocks):
+    if not stream.ends or agreement.shared(stream.blocks):
         return None
     size = sum(x.hidden.numel() * x.hidden.element_size() for x in stream.batches)
     with closing(Borders(size * len(stream.blocks))) as borders:
@@ -118,32 +107,6 @@ def _made(
 
 class _Unlike(ModelError):
     """The blocks by themselves don't show what the whole model does; it is asked itself."""
-
-
-def shared(blocks: Sequence[nn.Module]) -> bool:
-    """Whether a parameter belongs to several blocks."""
-    owners = [id(p) for block in blocks for p in block.parameters()]
-    return len(owners) > len(set(owners))
-
-
-def agrees(model: Model, stream: Stream, scalar: Callable[[], Tensor], arrived: Tensor) -> bool:
-    """Whether the whole model's gradient of a scalar of one window, at the first block's input, is
-    the one that arrived there block by block [length, width]."""
-    caught: list[Tensor] = []
-    hook = stream.blocks[0].register_forward_pre_hook(
-        lambda _m, args, kwargs: caught.append(args[0] if args else kwargs["hidden_states"]),
-        with_kwargs=True,
-    )
-    begin = begin_gradients(model.net)
-    try:
-        with guiding(model.net):
-            value = scalar()
-        wanted = torch.autograd.grad(value, caught[0])[0]
-    finally:
-        hook.remove()
-        begin.remove()
-    near = AGREE_BF16 if guides_in_bf16(model.net) else AGREE
-    return float((wanted[0] - arrived).norm()) <= near * float(wanted.norm())
 
 
 class _Passes:
@@ -290,7 +253,10 @@ class _Passes:
     def _backward(self, block: int, arrived: list[Tensor]) -> None:
         """arrived: each batch's gradient at the block's output; at its input afterwards."""
         own = [x for x in self.layers[block] if self.way is None or not x.watchable]
-        alone = _Alone(self, [x for x in self.layers[block] if x not in own])
+        rest = [x for x in self.layers[block] if x not in own]
+        alone = Sent(
+            self.model, self.task, self.text, self.way, rest, self.windows, self.losses, COLLECTED
+        )
         if block in self.odd and own and self._by_products(block, own, alone, arrived):
             return
         squares = self._squares(own)
@@ -313,9 +279,10 @@ class _Passes:
             arrived[index] = hidden.grad
             alone.score(index)
         squares.score()
+        self._check(alone)
 
     def _by_products(
-        self, block: int, own: Sequence[Layer], alone: _Alone, arrived: list[Tensor]
+        self, block: int, own: Sequence[Layer], alone: Sent, arrived: list[Tensor]
     ) -> bool:
         """As `_backward`, for layers that are matrices by which the block multiplies some of its
         tokens. False, and nothing done, where they aren't."""
@@ -345,15 +312,17 @@ class _Passes:
                 if met.bytes > COLLECTED or index + 1 == len(batches):
                     for layer in own:
                         products = met.of(layer, *starts[layer.name])
-                        add_losses(
-                            self.model, self.task, layer, products, self.losses[layer.name],
-                            self.text.power,
-                        )  # fmt: skip
+                        self._score(layer, products)
                     met.clear()
         every = {x.parameter for x in own if x.expert is not None or self.stream.sees_all(x.name)}
         if watch.odd or not every <= met.names:
             raise _Unlike(f"Of {sorted(every - met.names)[:1]} no product was seen ({watch.odd}).")
+        self._check(alone)
         return True
+
+    def _check(self, alone: Sent) -> None:
+        if (name := alone.unseen) is not None:
+            raise _Unlike(f"{name} had no gradient.")
 
     def _multiply(
         self,
@@ -371,7 +340,7 @@ class _Passes:
         if squares.at_once:
             each = zip(windows, x.view(*shape, -1), d.view(*shape, -1), strict=True)
             products = [Product(self.text.sum_of(window), *pair) for window, *pair in each]
-            add_losses(self.model, self.task, layer, products, self.losses[name], self.text.power)
+            self._score(layer, products)
             return
         a, b = (x, d) if layer.kind == "conv1d" else (d, x)
         for window, left, right in zip(
@@ -379,10 +348,14 @@ class _Passes:
         ):
             squares.add(window, layer.parameter, left.T @ right)
 
+    def _score(self, layer: Layer, products: Sequence[Product]) -> None:
+        found, power = self.losses[layer.name], self.text.power
+        add_losses(self.model, self.task, layer, products, found, power)
+
     # ------------------------------------------------------------ outside the blocks
 
     def _agrees(self, arrived: Tensor) -> bool:
-        """As `agrees`, on the first window."""
+        """As `agreement.agrees`, on the first window."""
         device = self.stream.batches[0].ids.device
         window = torch.from_numpy(self.text.ids[:1]).to(device)
         weights = None if self.text.weights is None else self.text.weights[0]
@@ -390,7 +363,7 @@ class _Passes:
         def scalar() -> Tensor:
             return likelihood(self.model, window, self.text.labels(0), weights)
 
-        return agrees(self.model, self.stream, scalar, arrived[0])
+        return agreement.agrees(self.model, self.stream, scalar, arrived[0])
 
     def _outside(self, arrived: Sequence[Tensor]) -> None:
         """Embeddings, the head, and what else lies before or behind the blocks."""
@@ -449,57 +422,6 @@ class _Passes:
             table.sparse = sparse
             value.requires_grad_(False).grad = None
         return Ends(torch.cat(inputs), self.labels, self.normalisers, self.shape, looked)
-
-
-class _Alone:
-    """Layers of a block that a `Way` scores: inputs and output gradients, kept for some batches."""
-
-    def __init__(self, passes: _Passes, layers: Sequence[Layer]) -> None:
-        self._passes, self._layers = passes, layers
-        self._met: dict[str, list[Product]] = {x.name: [] for x in layers}
-        self._seen: set[str] = set()
-        self._bytes = 0
-
-    def watched(self, index: int) -> AbstractContextManager[None]:
-        """While a batch runs forward and back."""
-        if not self._layers:
-            return nullcontext()
-        names = [x.name for x in self._layers]
-        return watching(self._passes.model, names, partial(self._keep, index), begin=False)
-
-    def _keep(self, index: int, name: str, x: Tensor, d: Tensor) -> None:
-        text, windows = self._passes.text, self._passes.windows[index]
-        each = zip(windows, x.chunk(len(windows)), d.chunk(len(windows)), strict=True)
-        self._met[name] += [Product(text.sum_of(window), *pair) for window, *pair in each]
-        self._seen.add(name)
-        self._bytes += 4 * (x.numel() + d.numel())
-
-    def score(self, index: int) -> None:
-        """After a batch: what has come, where it is much or all."""
-        passes, way = self._passes, self._passes.way
-        last = index + 1 == len(passes.windows)
-        if way is None or not (self._layers and (last or self._bytes > COLLECTED)):
-            return
-        text = passes.text
-        following = text.sums if last else text.sum_of(passes.windows[index + 1][0])
-        for layer in self._layers:
-            met = self._met[layer.name]
-            ready = [x for x in met if not way.whole or x.number < following]
-            way.add(passes.model, passes.task, layer, ready, passes.losses[layer.name])
-            self._met[layer.name] = [x for x in met if way.whole and x.number >= following]
-        every = [x for met in self._met.values() for x in met]
-        self._bytes = sum(4 * (x.inputs.numel() + x.gradients.numel()) for x in every)
-        if last:
-            self._check()
-
-    def _check(self) -> None:
-        """An expert that no token visited has no gradient; else a layer without one is used in a way
-        that can't be watched."""
-        seen = {x.role for x in self._layers if x.name in self._seen}
-        for layer in self._layers:
-            visited = layer.expert is not None and layer.role in seen
-            if layer.name not in self._seen and not visited:
-                raise _Unlike(f"{layer.name} had no gradient.")
 
 
 def _rows(gradient: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:

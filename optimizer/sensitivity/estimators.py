@@ -177,9 +177,9 @@ class Tokenwise(Estimator):
         return fisher.tokenwise(model, task, ids, seed, weights)
 
     def samples(self, model: Model, task: Task, text: Text, desk: Desk) -> np.ndarray | None:
-        from optimizer.sensitivity import by_block, products
+        from optimizer.sensitivity import by_block, products, sent
 
-        return by_block.samples(model, task, text, desk, by_block.Way(products.add_token_losses))
+        return by_block.samples(model, task, text, desk, sent.Way(products.add_token_losses))
 
 
 @dataclass(kw_only=True)
@@ -229,12 +229,12 @@ class Kronecker(Estimator):
         return hessian.kronecker(model, task, ids, seed)
 
     def samples(self, model: Model, task: Task, text: Text, desk: Desk) -> np.ndarray | None:
-        from optimizer.sensitivity import by_block, hessian, products
+        from optimizer.sensitivity import by_block, hessian, products, sent
 
         layers = hessian.factorable(model, task)
         if not all(layer.watchable for layer in layers):
             return None
-        way = by_block.Way(products.add_factored_losses, whole=True)
+        way = sent.Way(products.add_factored_losses, whole=True)
         return by_block.samples(model, task, text, desk, way)
 
 

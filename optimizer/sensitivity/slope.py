@@ -31,7 +31,7 @@ from optimizer.models.blockwise import Stream
 from optimizer.models.halving import fitting
 from optimizer.models.model import Model, read
 from optimizer.plan import Layer
-from optimizer.sensitivity import Task, by_block
+from optimizer.sensitivity import Task, agreement
 from optimizer.sensitivity.borders import Borders
 from optimizer.sensitivity.fisher import backward, gradients, watching
 
@@ -83,7 +83,7 @@ def _by_block(
         stream = Stream(model, ids, frozen=True, together=together)
     except ModelError:
         return None
-    chained = stream.ends and not by_block.shared(stream.blocks)
+    chained = stream.ends and not agreement.shared(stream.blocks)
     if not (chained and all(stream.sees_all(x.name) for x in inside)):
         return None
     size = sum(x.hidden.numel() * x.hidden.element_size() for x in stream.batches)
@@ -109,7 +109,7 @@ def _by_block(
         def scalar() -> Tensor:
             return teacher.objective.of(teacher.divergence(model.net, first)).sum()
 
-        if len(values) < len(inside) or not by_block.agrees(model, stream, scalar, arrived[0][0]):
+        if len(values) < len(inside) or not agreement.agrees(model, stream, scalar, arrived[0][0]):
             return None
         for batch, gradient in zip(stream.batches, arrived, strict=True):
             before = stream.front(batch.ids)

@@ -33,8 +33,8 @@ from optimizer.models.model import Model
 from optimizer.models.offload import offloaded
 from optimizer.models.watching import on_gradient
 from optimizer.plan import Layer
+from optimizer.sensitivity.agreement import agrees, shared
 from optimizer.sensitivity.borders import Borders
-from optimizer.sensitivity.by_block import agrees, shared
 from optimizer.sensitivity.fisher import rounding_errors
 from optimizer.sensitivity.hessian import losses_of, math_attention, signs
 from optimizer.sensitivity.pace import TOTAL, Pace

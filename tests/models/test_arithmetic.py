@@ -160,6 +160,26 @@ def test_numbers_too_large_for_fp16_are_told_and_computed_in_fp32(
     np.testing.assert_allclose(found, exact, rtol=1e-5 if what == "a gradient" else 0.1)
 
 
+def test_a_weights_gradient_too_large_for_fp16_gets_into_no_sum(model: Model) -> None:
+    """Where the one that leaves the block isn't: products over many tokens are larger."""
+    told: list[str] = []
+    arithmetic.apply(model.net, block_list(model.net, model.inventory), "fp16", None, told.append)
+    infinite = torch.tensor([1.0, np.inf])
+    assert arithmetic.unscaled(model.net, infinite) is infinite  # outside of a block
+    stream = Stream(model, IDS, frozen=True)
+    hidden = stream.batches[0].hidden.requires_grad_(True)
+    handle = model.net.model.layers[0].mlp.up_proj.register_full_backward_hook(
+        lambda *_: arithmetic.unscaled(model.net, infinite)
+    )
+    with pytest.raises(arithmetic.TooLargeError):
+        stream.through(0, stream.batches[0], hidden).sum().backward()
+    handle.remove()
+    assert len(told) == 1
+    assert arithmetic.unscaled(model.net, infinite) is infinite
+    again = stream.batches[0].hidden.detach().requires_grad_(True)
+    assert stream.through(0, stream.batches[0], again).isfinite().all() and len(told) == 1
+
+
 def test_whether_a_block_moves_is_told_in_fp32(model: Model) -> None:
     """In bf16 it always moved a little, and no activation scale was ever folded."""
     _apply(model, guide=True, measure=True)
