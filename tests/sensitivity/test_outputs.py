@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from optimizer.models.model import Model
+from optimizer.models import arithmetic
+from optimizer.models.model import Model, take_inventory
+from optimizer.models.offload import block_list
 from optimizer.sensitivity.fisher import likelihood
 from optimizer.sensitivity.outputs import token_weights
 from tests.sensitivity.conftest import NAMES
@@ -95,3 +97,24 @@ def test_block_by_block_from_disk_it_is_the_same(
     assert steps == [0, 1, 2, 0, 1, 2]  # three blocks forth and back, not three windows
     for name, weights in wanted.items():
         assert found[name] == pytest.approx(weights, rel=1e-3), name
+
+
+@pytest.mark.parametrize(("scaled", "near"), [(4, 0.1), (17, 1e-3)])
+def test_in_fp16_it_is_the_same_also_where_a_gradient_is_too_large(
+    scaled: int, near: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optimizer.models.offload.LARGE", 0)
+    monkeypatch.setattr(arithmetic, "SCALED", scaled)
+    small("llama", tmp_path)
+    ids, found, told = np.random.default_rng(1).integers(96, size=(3, 12)), [], list[str]()
+    for kind in (None, "fp16"):
+        disk = Model.load(tmp_path, take_inventory(tmp_path), offload="disk")
+        layers = [x for x in disk.layers.values() if x.watchable]
+        blocks = block_list(disk.net, disk.inventory)
+        arithmetic.apply(disk.net, blocks, kind, None, told.append)
+        found.append(token_weights(disk, layers, ids, SEED, untold, squared=False))
+    exact, rough = found
+    for name, weights in exact.items():
+        off = np.abs(rough[name] - weights) / weights
+        assert np.median(off) < near, name
+    assert len(told) == (scaled == 17)

@@ -12,8 +12,10 @@ from torch import Tensor
 from optimizer.data.text import Windows
 from optimizer.metrics.divergence import Teacher
 from optimizer.metrics.objective import Objective
+from optimizer.models import arithmetic
 from optimizer.models.head import OwnHead
 from optimizer.models.model import Model
+from optimizer.models.offload import block_list
 from optimizer.plan import Precision
 from optimizer.quantization.uniform import Nearest
 from optimizer.sensitivity import Task, slope
@@ -102,3 +104,26 @@ def test_block_after_block_is_the_whole_models_gradient(
     np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-5 * np.abs(wanted).max())
     assert own == [small.name not in ("mixtral", "qwen3_moe", "gpt_oss")] * 2
     assert not any(p.requires_grad for p in model.net.parameters())
+
+
+@pytest.mark.parametrize(("scaled", "near"), [(4, 0.05), (17, 1e-5)])
+def test_a_slope_in_fp16_is_that_of_fp32_also_where_a_gradient_is_too_large(
+    llama: Small, scaled: int, near: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arithmetic, "SCALED", scaled)
+    ids, told = np.random.default_rng(4).integers(5, 90, size=(4, 12)), list[str]()
+    names = [x.name for x in llama.inventory.layers]
+    low, high = Precision("int", 3), Precision("int", 6)
+    fitted = {(name, p.name): p for name in names for p in (low, high)}
+    work = Task(tuple((x,) for x in names), (low.name, high.name), fitted, Nearest())
+    found = []
+    for kind in (None, "fp16"):
+        model = Model.load(llama.folder, llama.inventory)
+        blocks = block_list(model.net, model.inventory)
+        arithmetic.apply(model.net, blocks, kind, None, told.append)
+        teacher = Teacher(model.net, Windows(ids, np.arange(4)), OwnHead(model.net))
+        with model.rounded(Nearest(), dict.fromkeys(names, low)):
+            found.append(slopes(model, work, teacher, (np.arange(4),)))
+    exact, rough = found
+    assert float(np.linalg.norm(rough - exact) / np.linalg.norm(exact)) < near
+    assert len(told) == (scaled == 17) and (scaled == 17 or not np.array_equal(rough, exact))
