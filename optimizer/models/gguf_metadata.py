@@ -8,6 +8,7 @@ configs hold what llama.cpp's converter doesn't write. Either way another model 
 from __future__ import annotations
 
 import math
+import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,6 +79,16 @@ def opened(file: Path) -> Any:
     it makes several arrays of each, .6 GB and 5 s for 150,000 words and their merges. Such a field
     has no contents."""
     return _skimming()(file)
+
+
+def release(reader: Any) -> None:
+    """Give back the pages of the mapped file that were read, which otherwise count as this process's
+    memory; whoever reads them again has them from the disk or its cache."""
+    data = reader.data
+    if data.mode == "r" and hasattr(
+        mmap, "MADV_DONTNEED"
+    ):  # a map that is written would lose that
+        data._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 @cache

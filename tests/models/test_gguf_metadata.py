@@ -58,6 +58,29 @@ def test_a_vocabulary_takes_no_memory(tmp_path: Path) -> None:
     assert most < 2e6  # gguf's own reader takes 1.2 kB an element
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells a map's memory")
+def test_pages_that_were_read_are_given_back_and_can_be_read_again(tmp_path: Path) -> None:
+    file = written(tmp_path / "a.gguf")
+    reader = gguf_metadata.opened(file)
+    before = np.array(reader.data)  # reads all of it
+    assert resident(file) >= file.stat().st_size // 1024
+    gguf_metadata.release(reader)
+    assert resident(file) == 0
+    assert np.array_equal(reader.data, before)
+
+
+def resident(file: Path) -> int:
+    """kB of the mapped file in this process's memory."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    sizes, ours = [], False
+    for line in lines:
+        if "-" in line.split()[0]:  # a map's addresses and file, its sizes below
+            ours = line.endswith(str(file))
+        elif ours and line.startswith("Rss:"):
+            sizes.append(int(line.split()[1]))
+    return sum(sizes)
+
+
 def test_a_file_that_ends_within_its_words_is_refused(tmp_path: Path) -> None:
     file = written(tmp_path / "a.gguf")
     file.write_bytes(file.read_bytes()[:50_000])

@@ -117,7 +117,8 @@ class Decoded(Mapping[str, Any]):
 
     def __init__(self, file: Path, base: Base, layers: Mapping[str, tuple[int, int]]) -> None:
         """layers: name -> (rows, cols)"""
-        self._tensors = {t.name: t for t in gguf_metadata.opened(file).tensors}
+        self._reader = gguf_metadata.opened(file)
+        self._tensors = {t.name: t for t in self._reader.tensors}
         self._base, self._layers = base, layers
 
     @property
@@ -137,6 +138,7 @@ class Decoded(Mapping[str, Any]):
             for first in range(0, len(own), ROWS):
                 some = own[first : first + ROWS]
                 found[piece.row[some]] = dequantize(data[some], tensor.tensor_type)
+            gguf_metadata.release(self._reader)
         return torch.from_numpy(found)
 
     def __iter__(self) -> Iterator[str]:
