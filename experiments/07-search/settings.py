@@ -1,7 +1,8 @@
 """Settings of the quantizer that are fixed by hand, as dimensions of one study: group sizes,
 symmetric or not, GPTQ's damping, order and weighting, and how much dearer the lowest bits are.
 
-Usage: settings.py MODEL SIZE TRIALS OUT.csv   e.g. settings.py smollm2 60MB 30 settings.csv
+Usage: settings.py MODEL TEXT SIZE TRIALS OUT.csv   e.g. settings.py smollm2 wiki.txt 60MB 30 out.csv
+       settings.py apart MODEL TEXT SIZE,SIZE.. OUT.csv    the best found there, one setting at a time
 Every trial is the exact optimum of its table at exactly the budget, rounded jointly, measured on all
 search windows; the first is what the program does by itself. The best few are measured on held-out
 text.
@@ -22,6 +23,7 @@ import optuna
 from experiments.rows import append
 from optimizer.commands import effort, optimize
 from optimizer.config import Optimize
+from optimizer.data.text import Data, Part
 from optimizer.plan import Budget, Palette
 from optimizer.quantization.methods import Gptq, bind
 from optimizer.search import exact
@@ -34,14 +36,19 @@ GROUPS = {"32": [32], "64": [64], "32 or 64": [32, 64]}
 DEFAULT = {"groups": "64", "symmetric": False, "damping": 0.05, "order": "columns",
            "weighting": "alike", "low": 0.0}  # fmt: skip
 FINALISTS = 3
+FOUND = {"groups": "32 or 64", "damping": 0.15, "weighting": "gradient"}  # SmolLM2, 60 MB
+APART = (set[str](), {"groups"}, {"damping"}, {"weighting"}, {"groups", "damping"}, set(FOUND))
 
 
 class Job:
     """One model and budget."""
 
-    def __init__(self, model: str, size: str) -> None:
+    def __init__(self, model: str, text: str, size: str) -> None:
         store = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")
-        base = Optimize(model=model, budget=Budget(size=size), quantizer=Gptq(), store=store)
+        data = Data(source="text", path=text, heldout=Part(sequences=24, length=256))
+        base = Optimize(
+            model=model, data=data, budget=Budget(size=size), quantizer=Gptq(), store=store
+        )
         self.config = effort.reading(base)
         self.session = Session.open(model, self.config.data, store)
 
@@ -90,8 +97,8 @@ def asked(trial: optuna.Trial) -> dict[str, Any]:
     }
 
 
-def main(model: str, size: str, trials: int, out: Path) -> None:
-    job = Job(model, size)
+def main(model: str, text: str, size: str, trials: int, out: Path) -> None:
+    job = Job(model, text, size)
     sampler = optuna.samplers.TPESampler(seed=0, multivariate=True, n_startup_trials=8)
     study = optuna.create_study(sampler=sampler)
     study.enqueue_trial(DEFAULT)
@@ -111,5 +118,21 @@ def main(model: str, size: str, trials: int, out: Path) -> None:
         row(trial.number, trial.params, "heldout")
 
 
+def apart(model: str, text: str, sizes: list[str], out: Path) -> None:
+    """What each of the settings found is worth by itself, and with others, on held-out text."""
+    for changed in APART:
+        params = DEFAULT | {k: FOUND[k] for k in changed}
+        for size in sizes:
+            began = time.monotonic()
+            kl, stderr = Job(model, text, size).loss(params, "heldout")
+            figures = {"kl": f"{kl:.5f}", "stderr": f"{stderr:.5f}"}
+            figures |= {"seconds": f"{time.monotonic() - began:.0f}"}
+            append(out, {"size": size, **params, **figures}, model, size)
+            print(size, params, f"{kl:.4f}", flush=True)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))
+    if sys.argv[1] == "apart":
+        apart(*sys.argv[2:4], sys.argv[4].split(","), Path(sys.argv[5]))
+        sys.exit()
+    main(*sys.argv[1:4], int(sys.argv[4]), Path(sys.argv[5]))
