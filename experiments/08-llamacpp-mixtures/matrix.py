@@ -249,26 +249,28 @@ def again(model: Model) -> None:
 
 def statistics(scratch: Path, at: str, name: str) -> dict[str, str]:
     """Of a file's answers, and of their ratio to llama.cpp's mixture. rest: without the first
-    position of a window, where a model sees one word, here the same in all windows."""
+    position of a window, where a model sees one word, here the same in all windows. half: the second
+    half of each window alone, as llama-perplexity --kl-divergence counts (its `first = n_ctx/2`)."""
     found = np.load(scratch / f"{at}-{name}.npz")
     mine, rival = found["kl"], _answer(scratch, at, "llama.cpp")
     theirs = None if name == "llama.cpp" or rival is None else np.load(rival)["kl"]
     row = {"p99": f"{np.quantile(mine, 0.99):.4f}", "flips": f"{found['flip'].mean():.4f}"}
     row |= {"positions": str(mine.size)}
     counted = np.ones_like(mine)
-    for prefix in ("", "rest_"):
-        each = [(x * counted).reshape(-1, CHUNK) for x in (mine, counted)]
+    for prefix, skipped in (("", 0), ("rest_", 1), ("half_", (mine.shape[1] + 1) // 2)):
+        counted[:, :skipped] = 0
+        kept = counted.reshape(-1, CHUNK).any(1)
+        each = [(x * counted).reshape(-1, CHUNK)[kept] for x in (mine, counted)]
         draws = np.random.default_rng(0).integers(0, len(each[0]), (RESAMPLES, len(each[0])))
         sums = [x[draws].sum((1, 2)) for x in each]
         low, high = np.quantile(sums[0] / sums[1], [0.025, 0.975])
         row |= {f"{prefix}kl": f"{(mine * counted).sum() / counted.sum():.5f}"}
         row |= {f"{prefix}low": f"{low:.5f}", f"{prefix}high": f"{high:.5f}"}
         if theirs is not None:
-            other = (theirs * counted).reshape(-1, CHUNK)
+            other = (theirs * counted).reshape(-1, CHUNK)[kept]
             low, high = np.quantile(sums[0] / other[draws].sum((1, 2)), [0.025, 0.975])
             row |= {f"{prefix}ratio": f"{each[0].sum() / other.sum():.3f}"}
             row |= {f"{prefix}ratio_low": f"{low:.3f}", f"{prefix}ratio_high": f"{high:.3f}"}
-        counted[:, 0] = 0
     return row
 
 
