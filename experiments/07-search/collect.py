@@ -198,7 +198,9 @@ def dots(found: Mapping[Cell, Mapping[str, float]], file: Path) -> None:
                  xlabel="held-out KL over the table's optimum")  # fmt: skip
         axis.set_yticks(range(len(order)), order)
         axis.grid(axis="x", alpha=0.3)
-        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(budgets))
+        axis.legend(
+            fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(budgets)
+        )
     save(figure, file)
 
 
