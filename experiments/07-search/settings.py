@@ -132,7 +132,8 @@ def apart(model: str, text: str, sizes: list[str], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "apart":
-        apart(*sys.argv[2:4], sys.argv[4].split(","), Path(sys.argv[5]))
-        sys.exit()
-    main(*sys.argv[1:4], int(sys.argv[4]), Path(sys.argv[5]))
+    own = sys.argv[1:]
+    if own[0] == "apart":
+        apart(own[1], own[2], own[3].split(","), Path(own[4]))
+    else:
+        main(own[0], own[1], own[2], int(own[3]), Path(own[4]))
