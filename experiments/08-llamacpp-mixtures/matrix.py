@@ -48,7 +48,7 @@ from optimizer.stages.session import Session
 
 HERE = Path(__file__).parent
 RESULTS, FORETOLD = HERE / "matrix.csv", HERE / "foretold.csv"
-RESAMPLES, CHUNK = 2000, 51  # positions that are drawn together
+RESAMPLES, CHUNK = 2000, 51  # at most so many positions are drawn together
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 LADDER = (
     "q2_k",
@@ -250,28 +250,33 @@ def again(model: Model) -> None:
 def statistics(scratch: Path, at: str, name: str) -> dict[str, str]:
     """Of a file's answers, and of their ratio to llama.cpp's mixture. rest: without the first
     position of a window, where a model sees one word, here the same in all windows. half: the second
-    half of each window alone, as llama-perplexity --kl-divergence counts (its `first = n_ctx/2`)."""
+    half of each window alone, as llama-perplexity --kl-divergence counts (its `first = n_ctx/2`).
+    Intervals are by runs of positions within a window, of equal length to one, at most CHUNK."""
     found = np.load(scratch / f"{at}-{name}.npz")
     mine, rival = found["kl"], _answer(scratch, at, "llama.cpp")
     theirs = None if name == "llama.cpp" or rival is None else np.load(rival)["kl"]
-    row = {"p99": f"{np.quantile(mine, 0.99):.4f}", "flips": f"{found['flip'].mean():.4f}"}
-    row |= {"positions": str(mine.size)}
-    counted = np.ones_like(mine)
-    for prefix, skipped in (("", 0), ("rest_", 1), ("half_", (mine.shape[1] + 1) // 2)):
-        counted[:, :skipped] = 0
-        kept = counted.reshape(-1, CHUNK).any(1)
-        each = [(x * counted).reshape(-1, CHUNK)[kept] for x in (mine, counted)]
-        draws = np.random.default_rng(0).integers(0, len(each[0]), (RESAMPLES, len(each[0])))
-        sums = [x[draws].sum((1, 2)) for x in each]
-        low, high = np.quantile(sums[0] / sums[1], [0.025, 0.975])
-        row |= {f"{prefix}kl": f"{(mine * counted).sum() / counted.sum():.5f}"}
+    row, length = {"positions": str(mine.size)}, mine.shape[1]
+    for prefix, skipped in (("", 0), ("rest_", 1), ("half_", (length + 1) // 2)):
+        runs = -(-(length - skipped) // CHUNK)
+        starts = skipped + np.arange(runs) * (length - skipped) // runs
+        own, count = _summed(mine, starts), _summed(np.ones_like(mine), starts)
+        draws = np.random.default_rng(0).integers(0, len(own), (RESAMPLES, len(own)))
+        low, high = np.quantile(own[draws].sum(1) / count[draws].sum(1), [0.025, 0.975])
+        row |= {f"{prefix}kl": f"{own.sum() / count.sum():.5f}"}
         row |= {f"{prefix}low": f"{low:.5f}", f"{prefix}high": f"{high:.5f}"}
+        row |= {f"{prefix}p99": f"{np.quantile(mine[:, skipped:], 0.99):.4f}"}
+        row |= {f"{prefix}flips": f"{found['flip'][:, skipped:].mean():.4f}"}
         if theirs is not None:
-            other = (theirs * counted).reshape(-1, CHUNK)[kept]
-            low, high = np.quantile(sums[0] / other[draws].sum((1, 2)), [0.025, 0.975])
-            row |= {f"{prefix}ratio": f"{each[0].sum() / other.sum():.3f}"}
+            other = _summed(theirs, starts)
+            low, high = np.quantile(own[draws].sum(1) / other[draws].sum(1), [0.025, 0.975])
+            row |= {f"{prefix}ratio": f"{own.sum() / other.sum():.3f}"}
             row |= {f"{prefix}ratio_low": f"{low:.3f}", f"{prefix}ratio_high": f"{high:.3f}"}
     return row
+
+
+def _summed(each: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """[windows, positions] -> sums of runs [windows x runs], which begin at `starts`."""
+    return np.add.reduceat(each, starts, axis=1).ravel()
 
 
 def _answer(scratch: Path, at: str, name: str) -> Path | None:

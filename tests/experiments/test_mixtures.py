@@ -64,6 +64,26 @@ def test_plans_fit_and_the_optimum_uses_what_it_has(
 
 
 @pytest.mark.slow
+def test_a_first_word_is_in_one_of_three_counts(matrix: ModuleType, tmp_path: Path) -> None:
+    """Windows of 255 positions: llama.cpp's tool counts those from 128 on, of 256 tokens."""
+    kl = np.full((4, 255), 0.25)
+    kl[:, 0], kl[:, 127], flip = 8.0, 4.0, np.zeros(kl.shape, bool)
+    flip[:, 128] = True
+    np.savez(tmp_path / "at-llama.cpp.npz", kl=np.full(kl.shape, 0.5), flip=flip)
+    np.savez(tmp_path / "at-ours.npz", kl=kl, flip=flip)
+    found = matrix.statistics(tmp_path, "at", "ours")
+    for prefix, mean in (("", (8 + 4 + 253 / 4) / 255), ("rest_", (4 + 253 / 4) / 254)):
+        assert float(found[f"{prefix}kl"]) == pytest.approx(mean, abs=1e-5)
+        assert float(found[f"{prefix}low"]) < mean < float(found[f"{prefix}high"])
+        assert float(found[f"{prefix}ratio"]) == pytest.approx(2 * mean, abs=1e-3)
+    assert [found[f"half_{k}"] for k in ("kl", "low", "high", "p99")] == ["0.25000"] * 3 + [
+        "0.2500"
+    ]
+    assert [found[f"half_{k}"] for k in ("ratio", "ratio_low", "ratio_high")] == ["0.500"] * 3
+    assert float(found["half_flips"]) == pytest.approx(1 / 127, abs=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif("LIBRARIES" not in os.environ, reason="llama.cpp's libraries aren't here")
 @pytest.mark.parametrize("mixture", ["Q3_K_M", "IQ3_M"])
 def test_a_mixture_is_llamacpps_own_file(matrix: ModuleType, scratch: Path, mixture: str) -> None:
