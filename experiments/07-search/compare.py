@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import phases
 
-from experiments.rows import stamped
+from experiments.rows import read, stamped
 from optimizer.certificate import comparison
 from optimizer.commands import effort, optimize
 from optimizer.config import Optimize
@@ -31,7 +31,7 @@ from optimizer.metrics import bootstrap
 from optimizer.metrics.divergence import Teacher, teacher
 from optimizer.plan import Budget, Palette
 from optimizer.quantization.methods import Gptq, Rtn, bind
-from optimizer.search import Problem, Search, exact, starts
+from optimizer.search import Problem, Search, exact, pictures, starts
 from optimizer.sensitivity import Fisher
 from optimizer.stages import refine, studies
 from optimizer.stages.objective import own_head
@@ -191,16 +191,20 @@ def jobs(
                     yield Job(terms, tokens, budget, seed, method, sampler)
 
 
+def data_of(text: str, heldout: int) -> Data:
+    """text: a file, or self. heldout: windows that final plans are measured on."""
+    part = Part(sequences=heldout, length=256)
+    if text == "self":
+        return Data(source="self", heldout=part)
+    return Data(source="text", path=text, heldout=part)
+
+
 class Race:
     """All methods on one model, text and table. heldout: windows that final plans are measured on."""
 
     def __init__(self, model: str, text: str, terms: str, heldout: int = 24) -> None:
         store = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")
-        parts: dict[str, Any] = {"heldout": Part(sequences=heldout, length=256)}
-        own_text = text == "self"
-        data = (
-            Data(source="self", **parts) if own_text else Data(source="text", path=text, **parts)
-        )
+        data = data_of(text, heldout)
         own: dict[str, Any] = {"scope": ["all"], "quantizer": Gptq()}
         if terms == "blocks":  # as in the tables of 2026-11-24
             own = {"scope": ["blocks"], "quantizer": Rtn(), "sensitivity": Fisher()}
@@ -278,6 +282,35 @@ def measure(race: Race, job: Job, out: Path) -> None:
     write_atomically(file, json.dumps(record).encode())
     print(file.stem, record["tokens"], f"{record['seconds']:.0f} s",
           f"{record['heldout']['kl']['value']:.4f}", flush=True)  # fmt: skip
+
+
+def without_pictures() -> None:
+    """They take seconds a run, and nobody looks at them."""
+    setattr(pictures, "draw", lambda _study: {})  # noqa: B010
+
+
+def over_table(out: Path, folder: str) -> list[dict[str, Any]]:
+    """Rows of the runs OUT/*/MODEL/*.json, over the table's optimum of results.csv. folder: what the
+    first folder's name says of a run."""
+    table = {
+        (row["model"], row["terms"], float(row["budget"])): float(row["kl_value"])
+        for row in read(Path(__file__).parent / "results.csv")
+        if row["method"] == "exact"
+    }
+    found = []
+    for file in sorted(out.glob("*/*/*.json")):
+        record = json.loads(file.read_text())
+        kl = record["heldout"]["kl"]
+        start = table[file.parent.name, record["terms"], record["budget"]]
+        found.append({
+            "model": file.parent.name, "budget": record["budget"],
+            "tokens_allowed": record["tokens_allowed"], folder: file.parts[-3],
+            "method": f"{record['method']} {record['sampler']}", "seed": record["seed"],
+            "kl": f"{kl['value']:.4f}", "low": f"{kl['low']:.4f}", "high": f"{kl['high']:.4f}",
+            "over_table": f"{kl['value'] / start:.3f}", "trials": len(record["curve"]),
+            "tokens": record["tokens"], "commit": record["commit"], "config": record["config"],
+        })  # fmt: skip
+    return found
 
 
 def main(model: str, text: str, tokens: int, out: Path, terms: str, budgets: list[float]) -> None:

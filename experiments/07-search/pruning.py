@@ -12,20 +12,18 @@ sees the mean over the windows so far beside all other trials' at as many.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import optuna
-from compare import Job, Race, measure
+from compare import Job, Race, measure, over_table, without_pictures
 from optuna.pruners import HyperbandPruner
 from scipy.stats import wilcoxon
 
-from experiments.rows import read, write
-from optimizer.search import Search, pictures
+from experiments.rows import write
+from optimizer.search import Search
 from optimizer.search.study import Study
 
 RULES = {"neither": (False, False), "wilcoxon": (True, False), "hyperband": (False, True),
@@ -75,34 +73,12 @@ def patch(name: str) -> None:
     setattr(Study, "_measure", own)  # noqa: B010
 
 
-def rows(out: Path, csv: Path) -> None:
-    table = {
-        (row["model"], row["terms"], float(row["budget"])): float(row["kl_value"])
-        for row in read(Path(__file__).parent / "results.csv")
-        if row["method"] == "exact"
-    }
-    found: list[dict[str, Any]] = []
-    for file in sorted(out.glob("*/*/*.json")):
-        record = json.loads(file.read_text())
-        kl = record["heldout"]["kl"]
-        start = table[file.parent.name, record["terms"], record["budget"]]
-        found.append({
-            "model": file.parent.name, "budget": record["budget"],
-            "tokens_allowed": record["tokens_allowed"], "rule": file.parts[-3],
-            "method": f"{record['method']} {record['sampler']}", "seed": record["seed"],
-            "kl": f"{kl['value']:.4f}", "low": f"{kl['low']:.4f}", "high": f"{kl['high']:.4f}",
-            "over_table": f"{kl['value'] / start:.3f}", "trials": len(record["curve"]),
-            "tokens": record["tokens"], "commit": record["commit"], "config": record["config"],
-        })  # fmt: skip
-    write(csv, found)
-
-
 def main(words: list[str]) -> None:
     if words[0] == "rows":
-        rows(Path(words[1]), Path(words[2]))
+        write(Path(words[2]), over_table(Path(words[1]), "rule"))
         return
     model, text, out, heldout, tokens, budgets, seeds = words
-    setattr(pictures, "draw", lambda _study: {})  # noqa: B010  seconds a run, for no reader
+    without_pictures()
     race = Race(model, text, "blocks", int(heldout))
     for seed in map(int, seeds.split(",")):
         for budget in map(float, budgets.split(",")):

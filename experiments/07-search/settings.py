@@ -2,10 +2,12 @@
 symmetric or not, GPTQ's damping, order and weighting, and how much dearer the lowest bits are.
 
 Usage: settings.py MODEL TEXT SIZE TRIALS OUT.csv   e.g. settings.py smollm2 wiki.txt 60MB 30 out.csv
-       settings.py apart MODEL TEXT SIZE,SIZE.. OUT.csv    the best found there, one setting at a time
-Every trial is the exact optimum of its table at exactly the budget, rounded jointly, measured on all
-search windows; the first is what the program does by itself. The best few are measured on held-out
-text.
+       settings.py apart MODEL TEXT SIZE,SIZE.. OUT.csv SETTING[+SETTING]..
+                    what was found there (FOUND), some settings at a time; none: nothing changed
+e.g. settings.py apart smollm2 wiki.txt 60MB,75MB apart.csv none damping damping+weighting
+TEXT is a file, or self. Every trial is the exact optimum of its table at exactly the budget, rounded
+jointly, measured on all search windows; the first is what the program does by itself. The best few are
+measured on held-out text.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import optuna
+from compare import data_of
 
 from experiments.rows import append
 from optimizer.commands import effort, optimize
 from optimizer.config import Optimize
-from optimizer.data.text import Data, Part
 from optimizer.plan import Budget, Palette
 from optimizer.quantization.methods import Gptq, bind
 from optimizer.search import exact
@@ -36,8 +38,9 @@ GROUPS = {"32": [32], "64": [64], "32 or 64": [32, 64]}
 DEFAULT = {"groups": "64", "symmetric": False, "damping": 0.05, "order": "columns",
            "weighting": "alike", "low": 0.0}  # fmt: skip
 FINALISTS = 3
-FOUND = {"groups": "32 or 64", "damping": 0.15, "weighting": "gradient"}  # SmolLM2, 60 MB
-APART = (set[str](), {"groups"}, {"damping"}, {"weighting"}, {"groups", "damping"}, set(FOUND))
+FOUND: dict[str, dict[str, Any]] = {"none": {}, "groups": {"groups": "32 or 64"}, "damping": {"damping": 0.15},
+         "weighting": {"weighting": "gradient"}}  # fmt: skip
+HELDOUT = {"self": 96}  # windows; a model that writes its own text is a small one
 
 
 class Job:
@@ -45,7 +48,7 @@ class Job:
 
     def __init__(self, model: str, text: str, size: str) -> None:
         store = os.environ.get("MEZZOTINT_STORE", "~/.cache/mezzotint")
-        data = Data(source="text", path=text, heldout=Part(sequences=24, length=256))
+        data = data_of(text, HELDOUT.get(text, 24))
         base = Optimize(
             model=model, data=data, budget=Budget(size=size), quantizer=Gptq(), store=store
         )
@@ -58,7 +61,10 @@ class Job:
             damping=params["damping"], order=params["order"], weighting=params["weighting"]
         )
         palette = Palette(
-            bits=BITS, group_size=GROUPS[params["groups"]], symmetric=params["symmetric"]
+            bits=BITS,
+            group_size=GROUPS[params["groups"]],
+            symmetric=params["symmetric"],
+            fit="nearest",
         )
         config = replace(self.config, quantizer=quantizer, palette=palette)
         config, _ = effort.settle(config, False, lambda: None)
@@ -118,22 +124,25 @@ def main(model: str, text: str, size: str, trials: int, out: Path) -> None:
         row(trial.number, trial.params, "heldout")
 
 
-def apart(model: str, text: str, sizes: list[str], out: Path) -> None:
-    """What each of the settings found is worth by itself, and with others, on held-out text."""
-    for changed in APART:
-        params = DEFAULT | {k: FOUND[k] for k in changed}
+def apart(model: str, text: str, sizes: list[str], out: Path, changes: list[str]) -> None:
+    """What the settings found are worth by themselves, and with others, on held-out text."""
+    for changed in changes:
+        params: dict[str, Any] = dict(DEFAULT)
+        for one in changed.split("+"):
+            params |= FOUND[one]
         for size in sizes:
             began = time.monotonic()
             kl, stderr = Job(model, text, size).loss(params, "heldout")
             figures = {"kl": f"{kl:.5f}", "stderr": f"{stderr:.5f}"}
             figures |= {"seconds": f"{time.monotonic() - began:.0f}"}
-            append(out, {"size": size, **params, **figures}, model, size)
+            name = Path(model).name
+            append(out, {"model": name, "size": size, **params, **figures}, name, size)
             print(size, params, f"{kl:.4f}", flush=True)
 
 
 if __name__ == "__main__":
     own = sys.argv[1:]
     if own[0] == "apart":
-        apart(own[1], own[2], own[3].split(","), Path(own[4]))
+        apart(own[1], own[2], own[3].split(","), Path(own[4]), own[5:])
     else:
         main(own[0], own[1], own[2], int(own[3]), Path(own[4]))

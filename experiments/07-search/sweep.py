@@ -23,9 +23,7 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, here and in the workers
 
-from compare import SEEDS, Job, Race, jobs, measure, methods
-
-from optimizer.search import pictures
+from compare import SEEDS, Job, Race, jobs, measure, methods, without_pictures
 
 GRACE = 0.25  # of the seconds
 
@@ -60,7 +58,7 @@ def work(given: argparse.Namespace, waiting: Any, until: float) -> None:
     import torch
 
     torch.set_num_threads(1)
-    setattr(pictures, "draw", lambda _study: {})  # noqa: B010  seconds a run, for no reader
+    without_pictures()
     races: dict[str, Race] = {}
     while time.time() < until:
         try:

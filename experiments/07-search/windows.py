@@ -7,14 +7,12 @@ e.g. windows.py stories260k self out 96 160000 3 0,1,2 12,24,48
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
-from compare import Job, Race, measure
+from compare import Job, Race, measure, over_table, without_pictures
 
-from experiments.rows import read, write
-from optimizer.search import pictures
+from experiments.rows import write
 from optimizer.stages import studies
 
 
@@ -26,33 +24,12 @@ def run(race: Race, job: Job, windows: int, out: Path) -> None:
         measure(race, job, folder)
 
 
-def rows(out: Path, csv: Path) -> None:
-    table = {
-        (row["model"], row["terms"], float(row["budget"])): float(row["kl_value"])
-        for row in read(Path(__file__).parent / "results.csv")
-        if row["method"] == "exact" and row["terms"] == "blocks"
-    }
-    found = []
-    for file in sorted(out.glob("*/*/*.json")):
-        record = json.loads(file.read_text())
-        kl = record["heldout"]["kl"]
-        start = table[file.parent.name, record["terms"], record["budget"]]
-        found.append({
-            "model": file.parent.name, "budget": record["budget"],
-            "tokens_allowed": record["tokens_allowed"], "windows": file.parts[-3],
-            "seed": record["seed"], "kl": f"{kl['value']:.4f}", "low": f"{kl['low']:.4f}",
-            "high": f"{kl['high']:.4f}", "over_table": f"{kl['value'] / start:.3f}",
-            "tokens": record["tokens"], "commit": record["commit"], "config": record["config"],
-        })  # fmt: skip
-    write(csv, found)
-
-
 def main(words: list[str]) -> None:
     if words[0] == "rows":
-        rows(Path(words[1]), Path(words[2]))
+        write(Path(words[2]), over_table(Path(words[1]), "windows"))
         return
     model, text, out, heldout, tokens, budget, seeds, windows = words
-    setattr(pictures, "draw", lambda _study: {})  # noqa: B010  seconds a run, for no reader
+    without_pictures()
     race = Race(model, text, "blocks", int(heldout))
     for seed in map(int, seeds.split(",")):
         job = Job("blocks", int(tokens), float(budget), seed, "moves", "tpe")

@@ -85,9 +85,8 @@ def release(reader: Any) -> None:
     """Give back the pages of the mapped file that were read, which otherwise count as this process's
     memory; whoever reads them again has them from the disk or its cache."""
     data = reader.data
-    if data.mode == "r" and hasattr(
-        mmap, "MADV_DONTNEED"
-    ):  # a map that is written would lose that
+    # a map that may be written would lose what was
+    if data.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
         data._mmap.madvise(mmap.MADV_DONTNEED)
 
 

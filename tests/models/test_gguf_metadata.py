@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 
 from optimizer.errors import ModelError
+from optimizer.formats.gguf import retyping
+from optimizer.formats.gguf.placement import Piece, Placement
 from optimizer.models import from_gguf, gguf_metadata
 
 WORDS = 20_000
@@ -67,6 +71,17 @@ def test_pages_that_were_read_are_given_back_and_can_be_read_again(tmp_path: Pat
     gguf_metadata.release(reader)
     assert resident(file) == 0
     assert np.array_equal(reader.data, before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells a map's memory")
+def test_a_layer_that_was_read_back_leaves_no_pages(tmp_path: Path) -> None:
+    file = written(tmp_path / "a.gguf")
+    piece = Piece(("embeddings",), np.zeros(8, int), np.arange(8))
+    base: Any = SimpleNamespace(placed=Placement({"token_embd.weight": piece}, {}))
+    found = retyping.Decoded(file, base, {"embeddings": (8, 32)})
+    wanted = np.random.default_rng(0).normal(size=(8, 32)).astype(np.float16)
+    assert np.array_equal(found["embeddings"].numpy(), wanted.astype(np.float32))
+    assert resident(file) == 0
 
 
 def resident(file: Path) -> int:

@@ -134,6 +134,7 @@ def test_the_page_says_what_was_found(tmp_path):
     text = page.write(tmp_path).read_text()
     for fact in (plan.id, "Better than tiny.", "9 documents", "A note by tiny.", "seed=3"):
         assert fact in text
+    assert f"<td>{plan.bytes['total']:,}</td>" in text and plan.bytes["total"] > 1000
     assert text == page.render(plan, run)  # rebuilt from disk, byte for byte
 
 
