@@ -38,8 +38,12 @@ GROUPS = {"32": [32], "64": [64], "32 or 64": [32, 64]}
 DEFAULT = {"groups": "64", "symmetric": False, "damping": 0.05, "order": "columns",
            "weighting": "alike", "low": 0.0}  # fmt: skip
 FINALISTS = 3
-FOUND: dict[str, dict[str, Any]] = {"none": {}, "groups": {"groups": "32 or 64"}, "damping": {"damping": 0.15},
-         "weighting": {"weighting": "gradient"}}  # fmt: skip
+FOUND: dict[str, dict[str, Any]] = {
+    "none": {},
+    "groups": {"groups": "32 or 64"},
+    "damping": {"damping": 0.15},
+    "weighting": {"weighting": "gradient"},
+}
 HELDOUT = {"self": 96}  # windows; a model that writes its own text is a small one
 
 
